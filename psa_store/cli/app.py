@@ -1,0 +1,148 @@
+"""Commands of `psa`, their options and exit codes. What they do is elsewhere; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psa_store import telemetry
+from psa_store.config import Settings, load_settings
+from psa_store.errors import PsaError, UsageError
+
+EXIT_CODES = """
+Exit codes: 0 done (or left cleanly on SIGTERM) · 1 user code failed, or restarts used up · 2 bad usage, or the job
+does not fit · 3 Redis or ZooKeeper unreachable or unfit · 4 stored data damaged · 130 interrupted.
+"""
+
+app = typer.Typer(
+    name="psa",
+    help="A fault-tolerant parameter server for PyTorch: versioned shards in Redis, coordination in ZooKeeper.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+_SCRIPT = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@app.command(context_settings=_SCRIPT)
+def run(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")],
+    workers: Annotated[int, typer.Option(min=1, help="worker processes on this machine")] = 2,
+    servers: Annotated[int, typer.Option(min=1, help="server processes on this machine")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="world size of a new job [default: --workers]")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="restarts of dead processes before giving up")] = 100,
+    commit_every: Annotated[int | None, typer.Option(min=0, help="steps between commits of a new job")] = None,
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="new job: skip steps with NaN or Inf gradients")
+    ] = False,
+) -> None:
+    """Train: start workers and servers on this machine, watch them, restart what dies. Running it again resumes.
+
+    Uses the Redis and ZooKeeper of PSA_REDIS and PSA_ZOOKEEPER; where these are unset, the ones of `psa up` or
+    private ones that end with the run. Their data stay in PSA_HOME.
+
+    Example: psa run --workers 2 --servers 1 train.py --steps 2000
+    """
+    from psa_store.cli.run import RunOptions, run_job
+
+    settings = _begin("run")
+    options = RunOptions(
+        script=_script(script),
+        arguments=tuple(context.args),
+        workers=workers,
+        servers=servers,
+        ranks=ranks,
+        restarts_max=max_restarts,
+        commit_every=commit_every,
+        skip_nonfinite=skip_nonfinite,
+    )
+    raise typer.Exit(run_job(options, settings))
+
+
+@app.command()
+def server(job: Annotated[str, typer.Option(help="name of the job to serve")]) -> None:
+    """Serve shards of a job until SIGTERM; then hand them over and exit. May join and leave at any time.
+
+    Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181 PSA_BIND=10.0.0.7 psa server --job demo
+    """
+    from psa_store.server import serve
+
+    serve(job, _begin("server"))
+
+
+@app.command(context_settings=_SCRIPT)
+def worker(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")],
+) -> None:
+    """Run a training script as one more worker of its job. May join and leave at any time.
+
+    Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181 psa worker train.py --steps 2000
+    """
+    from psa_store.cli.run import run_script
+
+    _begin("worker")
+    run_script(str(_script(script)), context.args)
+
+
+@app.command()
+def up(
+    ensemble: Annotated[int, typer.Option(help="ZooKeeper nodes: 1 or 3")] = 1,
+) -> None:
+    """Start a private Redis and ZooKeeper in the background; `psa down` stops them, their data stay in PSA_HOME."""
+    from psa_store.local import up as start
+
+    if ensemble not in (1, 3):
+        raise UsageError(f"--ensemble {ensemble}: use 1 or 3")
+    settings = _begin("up")
+    addresses = start(settings.home, ensemble)
+    typer.echo(f"export PSA_REDIS={addresses.redis}\nexport PSA_ZOOKEEPER={addresses.zookeeper}")
+
+
+@app.command()
+def down() -> None:
+    """Stop the private Redis and ZooKeeper that `psa up` started. Data stay."""
+    from psa_store.local import down as stop
+
+    settings = _begin("down")
+    typer.echo("stopped" if stop(settings.home) else f"nothing is running in {settings.home}")
+
+
+@app.command()
+def status(
+    job: Annotated[str | None, typer.Argument(help="name of the job [default: all jobs, one line each]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Show who leads what, who computes what, and which versions are stored."""
+    from psa_store.cli.status import show
+
+    show(job, as_json, _begin("status"))
+
+
+def main() -> None:
+    """Entry point: run a command, and turn errors into one line and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except PsaError as error:
+        typer.echo(f"psa: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _begin(role: str) -> Settings:
+    settings = load_settings()
+    telemetry.configure(settings.log_level, role)
+    return settings
+
+
+def _script(script: Path) -> Path:
+    if not script.is_file():
+        raise UsageError(f"no script {script}")
+    return script

@@ -1,0 +1,214 @@
+"""`psa run`: everything of one job on one machine, from private servers to the last commit."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import secrets
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psa_store import telemetry
+from psa_store.config import Settings, load_settings
+from psa_store.coordination import Coordination, MemberKind
+from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
+from psa_store.job import RUN_NODE
+from psa_store.local import Addresses, Child, PrivateServers, Role, Supervisor, hold_home, publish, running
+from psa_store.storage import RedisStore
+
+_LEAVE_S = 60.0
+_HOLD_POLL_S = 0.1
+_HOLD_GRACE_S = 2.0
+_KINDS = {Role.WORKER: MemberKind.WORKER, Role.SERVER: MemberKind.SERVER}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What the user asked for."""
+
+    script: Path
+    arguments: tuple[str, ...]
+    workers: int
+    servers: int
+    ranks: int | None
+    restarts_max: int
+    commit_every: int | None
+    skip_nonfinite: bool
+
+
+def run_job(options: RunOptions, settings: Settings) -> int:
+    """Run a script's job to its end, or until SIGTERM or SIGINT; returns the exit code of the command.
+
+    Raises:
+        DependencyUnreachable: Redis or ZooKeeper does not answer, or cannot be started.
+        JobBusy: the job runs already.
+    """
+    with ExitStack() as stack:
+        private = _private_servers(settings, stack)
+        addresses = private.addresses if private else _known_addresses(settings)
+        with closing(RedisStore(addresses.redis, timeout_s=settings.connect_timeout_s)) as store:
+            store.check()
+        job = stack.enter_context(closing(_RunningJob(addresses, settings)))
+        supervisor = Supervisor(
+            restarts_max=options.restarts_max,
+            env=_environment(options, addresses, job.run_id),
+            on_exit=job.report_death,
+            on_message=lambda message: start_servers(message["job"]),
+        )
+        stack.callback(supervisor.close)
+
+        def start_servers(name: str) -> None:
+            if job.take(name):
+                for _ in range(options.servers):
+                    supervisor.spawn(Role.SERVER, server_main, name)
+
+        def finished() -> bool:
+            if private is not None and not private.running:
+                telemetry.get_logger().warning("a private server died: starting it again")
+                private.start()
+            return not supervisor.alive(Role.WORKER)
+
+        for _ in range(options.workers):
+            supervisor.spawn(Role.WORKER, worker_main, str(options.script), options.arguments)
+        code = supervisor.run(until=finished)
+        # Workers first: they finish the step that they are in, which needs the servers.
+        left = [supervisor.stop(role, _LEAVE_S) for role in (Role.WORKER, Role.SERVER)]
+        if code == 128 + signal.SIGTERM:
+            return max(left)
+        return code if code != 128 + signal.SIGINT else 130
+
+
+class _RunningJob:
+    """Our hold on the job in ZooKeeper: one run at a time, and deaths are reported the moment they are seen."""
+
+    def __init__(self, addresses: Addresses, settings: Settings) -> None:
+        self.run_id = secrets.token_hex(8)
+        self._addresses = addresses
+        self._settings = settings
+        self._name: str | None = None
+        self._coordination: Coordination | None = None
+        self._generation = 0
+        self._log = telemetry.get_logger()
+
+    def close(self) -> None:
+        if self._coordination is not None:
+            self._coordination.close()
+
+    def take(self, name: str) -> bool:
+        """Hold the job that the first worker announced. False: we hold it already."""
+        if self._name is not None:
+            if name != self._name:
+                raise UsageError(f"one `psa run` trains one job, but its workers named {self._name!r} and {name!r}")
+            return False
+        self._name = name
+        self._coordination = Coordination(
+            self._addresses.zookeeper,
+            name,
+            session_timeout_s=self._settings.session_timeout_s,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            wake=threading.Event().set,
+        )
+        self._coordination.start()
+        self._hold(self._coordination)
+        return True
+
+    def report_death(self, child: Child) -> None:
+        """Tell ZooKeeper now what it would find out only when the session of the dead process ends."""
+        if self._coordination is None:
+            return
+        try:
+            self._coordination.remove(_KINDS[child.role], child.member)
+            if self._coordination.session_generation() != self._generation:
+                self._hold(self._coordination)
+        except DependencyUnreachable as error:
+            self._log.warning("could not report a death, its session will end by itself", error=str(error))
+
+    def _hold(self, coordination: Coordination) -> None:
+        # A run that was killed with everything holds the job until its session ends.
+        end_s = time.monotonic() + 2 * self._settings.session_timeout_s + _HOLD_GRACE_S
+        self._generation = coordination.session_generation()
+        while (holder := coordination.hold(RUN_NODE, f"{self.run_id} pid {os.getpid()}")) is not None:
+            if time.monotonic() > end_s:
+                raise JobBusy(
+                    f"job {self._name!r} is running already ({holder.partition(' ')[2]}). "
+                    "Add to it with `psa worker` or `psa server`, or use another job name."
+                )
+            time.sleep(_HOLD_POLL_S)
+
+
+def worker_main(script: str, arguments: Sequence[str]) -> None:
+    """In a worker process: run the user's script."""
+    _in_child("worker", lambda: run_script(script, arguments))
+
+
+def server_main(job: str) -> None:
+    """In a server process: serve the job."""
+    from psa_store.server import serve
+
+    _in_child("server", lambda: serve(job, load_settings()))
+
+
+def run_script(script: str, arguments: Sequence[str]) -> None:
+    """Run a script as ``python script arguments…`` would."""
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def _in_child(role: str, work: Any) -> None:
+    """Run the work of a child process; our errors end it with their code, others with a traceback and 1."""
+    telemetry.configure(load_settings().log_level, role)
+    try:
+        work()
+    except PsaError as error:
+        print(f"psa: {role}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | None:
+    """Start private servers for this run, if no others are known."""
+    if (settings.redis is not None and settings.zookeeper is not None) or running(settings.home) is not None:
+        return None
+    if settings.redis is not None or settings.zookeeper is not None:
+        raise UsageError("set both PSA_REDIS and PSA_ZOOKEEPER, or none of them")
+    let_go = hold_home(settings.home)
+    if let_go is None:
+        raise DependencyUnreachable(f"another process is starting private servers in {settings.home}: try again")
+    stack.callback(let_go)
+    servers = stack.enter_context(closing(PrivateServers(settings.home)))
+    servers.start()
+    publish(settings.home, servers.addresses)
+    telemetry.get_logger().info("private Redis and ZooKeeper", home=str(settings.home))
+    return servers
+
+
+def _known_addresses(settings: Settings) -> Addresses:
+    found = running(settings.home)
+    redis = settings.redis or (found.redis if found else None)
+    zookeeper = settings.zookeeper or (found.zookeeper if found else None)
+    assert redis is not None and zookeeper is not None
+    return Addresses(redis, zookeeper)
+
+
+def _environment(options: RunOptions, addresses: Addresses, run_id: str) -> dict[str, str]:
+    env = {"PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper, "PSA_RUN": run_id}
+    ranks = options.ranks or load_settings().ranks
+    env["PSA_DEFAULT_RANKS"] = str(options.workers)
+    if ranks is not None:
+        env["PSA_RANKS"] = str(ranks)
+    if options.commit_every is not None:
+        env["PSA_COMMIT_EVERY"] = str(options.commit_every)
+    if options.skip_nonfinite:
+        env["PSA_SKIP_NONFINITE"] = "1"
+    return env

@@ -1,0 +1,115 @@
+"""A Kazoo client that is patient without end in the background and never in the foreground.
+
+All that depends on the inside of Kazoo is in this file: it names Kazoo's threads, limits how long one attempt to
+connect may take, can abandon a connection that hangs, and keeps the session timeout that the server granted, which
+Kazoo itself forgets. Only ``session.py`` may use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from kazoo.client import KazooClient
+from kazoo.handlers.threading import SequentialThreadingHandler
+from kazoo.protocol.connection import ConnectionHandler
+from kazoo.protocol.serialization import Connect
+from kazoo.retry import KazooRetry
+
+_RECONNECT_DELAY_S = 0.05
+_RECONNECT_DELAY_MAX_S = 0.25
+_RECONNECT_JITTER = 0.2  # of the delay: at most 0.3 s in all
+_ABANDON_AGAIN_S = 0.05
+
+
+class Client(KazooClient):  # type: ignore[misc]
+    """``addresses``: "host:port,host:port". ``attempt_s``: limit of one attempt to open a TCP connection."""
+
+    def __init__(self, addresses: str, session_timeout_s: float, attempt_s: float) -> None:
+        self._carrier = _Carrier(attempt_s)
+        super().__init__(
+            hosts=addresses,
+            timeout=session_timeout_s,
+            handler=self._carrier,
+            connection_retry=KazooRetry(
+                max_tries=-1,
+                delay=_RECONNECT_DELAY_S,
+                max_delay=_RECONNECT_DELAY_MAX_S,
+                max_jitter=_RECONNECT_JITTER,
+            ),
+            command_retry=KazooRetry(max_tries=1),
+            logger=logging.Logger(__name__, logging.CRITICAL),
+        )
+        self._connection = _Connection(self, self._conn_retry.copy(), logger=self.logger)
+        self.granted_s = session_timeout_s
+        """Session timeout that the server granted; until one has answered, what we ask for."""
+
+    @property
+    def peer(self) -> str | None:
+        """Address of the ZooKeeper server that we last connected to."""
+        return self._carrier.peer
+
+    def finish(self, patience_s: float) -> None:
+        """End the session, or abandon it if ZooKeeper does not answer in ``patience_s``; join Kazoo's threads."""
+        finished = threading.Event()
+        abandon = threading.Thread(target=self._abandon, args=(finished, patience_s), name="psa-zookeeper-abandon")
+        abandon.start()
+        try:
+            self.stop()
+            self.close()
+        finally:
+            finished.set()
+            abandon.join()
+
+    def _abandon(self, finished: threading.Event, patience_s: float) -> None:
+        """More than once: Kazoo may just be opening the connection on which it would wait for an answer."""
+        while not finished.wait(patience_s):
+            self._carrier.abandon()
+            patience_s = _ABANDON_AGAIN_S
+
+
+class _Carrier(SequentialThreadingHandler):  # type: ignore[misc]
+    """Kazoo's maker of threads and sockets, with names and limits."""
+
+    def __init__(self, attempt_s: float) -> None:
+        super().__init__()
+        self._attempt_s = attempt_s
+        self._numbers = itertools.count()
+        self._socket: socket.socket | None = None
+        self.peer: str | None = None
+
+    def spawn(self, func: Callable[..., object], *args: Any, **kwargs: Any) -> threading.Thread:
+        name = f"psa-zookeeper-{next(self._numbers)}"
+        thread = threading.Thread(target=func, args=args, kwargs=kwargs, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def create_connection(self, *args: Any, **kwargs: Any) -> socket.socket:
+        kwargs["timeout"] = min(self._attempt_s, kwargs.get("timeout") or self._attempt_s)
+        connected: socket.socket = super().create_connection(*args, **kwargs)
+        self._socket = connected
+        self.peer = "{}:{}".format(*connected.getpeername()[:2])
+        return connected
+
+    def abandon(self) -> None:
+        """Break the present connection; Kazoo notices at once, whatever it was waiting for."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # closed already
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class _Connection(ConnectionHandler):  # type: ignore[misc]
+    """Kazoo's connection, which tells its client what timeout was granted before anyone learns of the session."""
+
+    client: Client
+
+    def _invoke(self, timeout: float, request: Any, xid: int | None = None) -> Any:
+        answer = super()._invoke(timeout, request, xid)
+        if isinstance(request, Connect) and answer[0].time_out > 0:
+            self.client.granted_s = answer[0].time_out / 1000.0
+        return answer

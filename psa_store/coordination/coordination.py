@@ -1,0 +1,302 @@
+"""What psa_store keeps in ZooKeeper for one job, and how a process takes part in it.
+
+    /psa/<job>/config              what the job is                     written once
+    /psa/<job>/epoch               the newest epoch                    grows by compare-and-set
+    /psa/<job>/plan                who serves and computes what        replaced by compare-and-set
+    /psa/<job>/servers/<id>        a server; workers/<id> a worker     ephemeral
+    /psa/<job>/election/<s>-<n>    candidates for controller           ephemeral, sequential
+    /psa/<job>/<name>              a held name                         ephemeral
+
+Every call is made of idempotent attempts and ends within ``connect_timeout_s``, or raises DependencyUnreachable; then
+what it wanted to write may be written or not. Reads may be a little old: compare-and-set decides, not a read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from psa_store.coordination import election
+from psa_store.coordination.requests import Requests, Znode
+from psa_store.coordination.session import Session
+from psa_store.errors import DataIntegrity, Disconnected, UsageError
+
+_ROOT = "psa"
+
+
+@dataclass(frozen=True, slots=True)
+class Versioned:
+    """A znode's text and its ZooKeeper data version, for compare-and-set."""
+
+    text: str
+    version: int
+
+
+class MemberKind(StrEnum):
+    """The two kinds of members; the values are the names of their folders."""
+
+    SERVER = "servers"
+    WORKER = "workers"
+
+
+class Coordination:
+    """One process's session with ZooKeeper for one job. Thread-safe; started and closed once.
+
+    ``hosts``: "host:port,host:port/chroot"; the chroot is created when something is written below it. ``wake`` is
+    called from a Kazoo thread, and must only set a flag: whenever something that was read with ``watch`` may have
+    changed, when a predecessor or holder went, and on every change of the connection, since events may have been
+    missed. Read again then.
+    """
+
+    def __init__(
+        self,
+        hosts: str,
+        job: str,
+        *,
+        session_timeout_s: float,
+        connect_timeout_s: float,
+        wake: Callable[[], None],
+    ) -> None:
+        addresses, _, chroot = hosts.partition("/")
+        self._hosts = hosts
+        self._root = "/".join(["", *filter(None, chroot.split("/")), _ROOT])
+        self._job = f"{self._root}/{job}"
+        self._session = Session(
+            addresses, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=wake
+        )
+        self._joined: dict[MemberKind, set[str]] = {kind: set() for kind in MemberKind}
+        """Ids under which we may be a member: all that we tried since the last success."""
+
+    def start(self) -> None:
+        """Connect. Raises DependencyUnreachable, naming the hosts, if no quorum answers in time."""
+        self._session.start()
+
+    def close(self) -> None:
+        """End the session: our ephemerals vanish at once. Idempotent; calls that are under way raise Disconnected."""
+        self._session.close()
+
+    # --- the lease
+
+    def lease_left_s(self) -> float:
+        """How long this process may still believe that its ephemerals exist; at <= 0 it must stop serving.
+
+        Counted by our own clock from the sending of the last heartbeat that was answered. After a session expired
+        it stays <= 0 until :meth:`join` was called in the new one.
+        """
+        return self._session.lease_left_s()
+
+    def session_generation(self) -> int:
+        """Grows by one each time a session expired and a new one was made: join, campaign and hold again."""
+        return self._session.generation
+
+    # --- documents of the job
+
+    def read_config(self) -> str | None:
+        """What the job is; None if it was not created."""
+        node = self._session.run(lambda requests: requests.get(f"{self._job}/config"))
+        return node.text if node is not None else None
+
+    def create_config(self, text: str) -> bool:
+        """Store what the job is; False if that was done before."""
+        return self._session.run(lambda requests: _create_document(requests, f"{self._job}/config", text))
+
+    def next_epoch(self, at_least: int = 0) -> int:
+        """Take an epoch that is greater than ``at_least`` and than all that were ever taken."""
+        return self._session.run(lambda requests: _next_epoch(requests, f"{self._job}/epoch", at_least))
+
+    def read_plan(self, *, watch: bool = False) -> Versioned | None:
+        """The plan; None if there is none yet. ``watch``: wake when it is created or changes."""
+        node = self._session.run(lambda requests: requests.get(f"{self._job}/plan", watch=watch))
+        return Versioned(node.text, node.version) if node is not None else None
+
+    def write_plan(self, text: str, expected: int | None) -> Versioned | None:
+        """Replace the plan of version ``expected``, or create it (None); None if someone else was faster."""
+        return self._session.run(lambda requests: _compare_and_set(requests, f"{self._job}/plan", text, expected))
+
+    # --- members
+
+    def join(self, kind: MemberKind, member: str, text: str) -> None:
+        """Be a member. A session has one member of each kind: joining under another id withdraws the earlier one.
+
+        That holds also for a join that was cut off: else a member that nobody plays would stay until we end.
+        """
+        earlier = [self._member(kind, other) for other in self._joined[kind] - {member}]
+        self._joined[kind].add(member)
+        owner = self._session.run(lambda requests: _join(requests, self._member(kind, member), text, earlier))
+        self._joined[kind] = {member}
+        self._session.settle(owner)
+
+    def update(self, kind: MemberKind, member: str, text: str) -> None:
+        """Replace a member's text. Raises Disconnected if it is no longer a member."""
+        path = self._member(kind, member)
+        if self._session.run(lambda requests: requests.set(path, text)) is None:
+            raise Disconnected(f"{path} is gone: the session expired or the member was reported dead; join again")
+
+    def leave(self, kind: MemberKind, member: str) -> None:
+        """Be a member no longer. Idempotent."""
+        self._session.run(lambda requests: requests.delete(self._member(kind, member)))
+
+    def remove(self, kind: MemberKind, member: str) -> None:
+        """Report that a member is dead: its znode and its candidacy go now, not when its session ends. Idempotent."""
+
+        def attempt(requests: Requests) -> None:
+            requests.delete(self._member(kind, member))
+            if kind is MemberKind.SERVER:
+                election.withdraw(requests, self._election, member)
+
+        self._session.run(attempt)
+
+    def members(self, kind: MemberKind, *, watch: bool = False) -> dict[str, str]:
+        """Text of each member by id. ``watch``: wake when one comes, goes or changes; for the controller only."""
+
+        def attempt(requests: Requests) -> dict[str, str]:
+            names = requests.children(f"{self._job}/{kind.value}", watch=watch)
+            nodes = requests.get_all([self._member(kind, name) for name in names], watch=watch)
+            return {name: node.text for name, node in zip(names, nodes, strict=True) if node is not None}
+
+        return self._session.run(attempt)
+
+    # --- the election of the controller
+
+    def campaign(self, member: str) -> None:
+        """Be a candidate for controller. Idempotent within a session, which has one candidate."""
+        self._session.run(lambda requests: election.campaign(requests, self._election, member))
+
+    def is_elected(self, member: str) -> bool:
+        """Whether ``member`` leads now; if not, wake when the candidate before it goes."""
+        return self._session.run(lambda requests: election.is_elected(requests, self._election, member))
+
+    def elected(self) -> str | None:
+        """The member that leads now; None if there is no candidate."""
+        return self._session.run(lambda requests: election.elected(requests, self._election))
+
+    # --- a held name
+
+    def hold(self, name: str, text: str) -> str | None:
+        """Hold ``name`` until we release it or our session ends.
+
+        Returns None if we hold it now, else the text of its present holder; then wake when that one goes.
+        """
+        return self._session.run(lambda requests: _hold(requests, f"{self._job}/{name}", text))
+
+    def holder(self, name: str) -> str | None:
+        """Text of the present holder of ``name``; None if nobody holds it."""
+        node = self._session.run(lambda requests: requests.get(f"{self._job}/{name}"))
+        return node.text if node is not None else None
+
+    def release(self, name: str) -> None:
+        """Hold ``name`` no longer. Idempotent; what another session holds stays."""
+        self._session.run(lambda requests: _release(requests, f"{self._job}/{name}"))
+
+    # --- the whole
+
+    def delete_job(self) -> None:
+        """Delete everything that ZooKeeper knows of the job. Idempotent."""
+        self._session.run(lambda requests: _delete_tree(requests, self._job))
+
+    def jobs(self) -> list[str]:
+        """Names of the jobs that ZooKeeper knows."""
+        return self._session.run(lambda requests: requests.children(self._root))
+
+    def describe(self) -> dict[str, object]:
+        """Facts about the session, for people."""
+        return {
+            "hosts": self._hosts,
+            "server": self._session.peer,
+            "session_id": f"0x{self._session.id & 0xFFFF_FFFF_FFFF_FFFF:x}",
+            "session_timeout_s": self._session.granted_s,
+            "state": self._session.state.value,
+            "generation": self._session.generation,
+        }
+
+    @property
+    def _election(self) -> str:
+        return f"{self._job}/election"
+
+    def _member(self, kind: MemberKind, member: str) -> str:
+        if not member or "/" in member:
+            raise UsageError(f"member id {member!r}: it must not be empty or contain '/'")
+        return f"{self._job}/{kind.value}/{member}"
+
+
+def _create_document(requests: Requests, path: str, text: str) -> bool:
+    """After an attempt that was cut off, the same text counts as ours."""
+    if requests.create(path, text) is not None:
+        return True
+    node = requests.get(path) if requests.repeated else None
+    return node is not None and node.text == text
+
+
+def _next_epoch(requests: Requests, path: str, at_least: int) -> int:
+    """An attempt that was cut off may have used up an epoch: the next attempt takes a greater one."""
+    while True:
+        node = requests.get(path)
+        epoch = max(_parse_epoch(node), at_least) + 1
+        if node is None:
+            written = requests.create(path, str(epoch))
+        else:
+            written = requests.set(path, str(epoch), node.version)
+        if written is not None:
+            return epoch
+
+
+def _parse_epoch(node: Znode | None) -> int:
+    if node is None:
+        return 0
+    try:
+        return int(node.text)
+    except ValueError as error:
+        raise DataIntegrity(f"{node.path} holds {node.text[:40]!r}, not an epoch") from error
+
+
+def _compare_and_set(requests: Requests, path: str, text: str, expected: int | None) -> Versioned | None:
+    """After an attempt that was cut off, our text at the version that we wanted to write is our own success."""
+    if expected is None:
+        node, wanted = requests.create(path, text), 0
+    else:
+        node, wanted = requests.set(path, text, expected), expected + 1
+    if node is None and requests.repeated:
+        stored = requests.get(path)
+        if stored is not None and (stored.text, stored.version) == (text, wanted):
+            node = stored
+    return Versioned(node.text, node.version) if node is not None else None
+
+
+def _join(requests: Requests, path: str, text: str, earlier: list[str]) -> int:
+    """Returns the session that owns the node: ours. Ids are never reused, so any other owner is a former session."""
+    requests.delete(*earlier)
+    while True:
+        created = requests.create(path, text, ephemeral=True)
+        if created is not None:
+            return created.owner
+        node = requests.get(path)
+        if node is not None and node.owner == requests.session_id and requests.set(path, text) is not None:
+            return node.owner
+        requests.delete(path)
+
+
+def _hold(requests: Requests, path: str, text: str) -> str | None:
+    """The owner of the node tells whether an attempt that was cut off succeeded."""
+    while requests.create(path, text, ephemeral=True) is None:
+        node = requests.get(path, watch=True)
+        if node is not None:
+            return None if node.owner == requests.session_id else node.text
+    return None
+
+
+def _release(requests: Requests, path: str) -> None:
+    node = requests.get(path)
+    if node is not None and node.owner == requests.session_id:
+        requests.delete(path)
+
+
+def _delete_tree(requests: Requests, path: str) -> None:
+    """Repeats while members that do not know of it yet put something back."""
+    while names := requests.children(path):
+        children = [f"{path}/{name}" for name in names]
+        requests.delete(*children)
+        for child in children:
+            if requests.get(child) is not None:
+                _delete_tree(requests, child)
+    requests.delete(path)

@@ -1,0 +1,252 @@
+"""A session with ZooKeeper: its state, its generation, its lease, and calls that end in time.
+
+Calls: :meth:`Session.run` repeats an attempt that was cut off, until a deadline. An attempt must therefore be
+idempotent; how each one is, stands beside it in ``coordination.py`` and ``election.py``.
+
+Lease: Kazoo reports the loss of a session only once it is connected again, so we count for ourselves. ZooKeeper keeps
+a session for the granted timeout after it last heard from us; what it has answered, it has heard no earlier than we
+sent it. A third of the timeout is kept back, because a follower tells the leader of its clients' signs of life only
+every half tick. For the same reason a heartbeat is a sync, which only the leader answers: a follower that is cut off
+from the others goes on answering reads for some ticks, while the leader already lets our session expire.
+
+Kazoo drops watches with the connection and calls them then. Every change of state calls ``wake`` as well, so callers
+read (and watch) again after reconnecting.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TypeVar
+
+from kazoo.exceptions import ConnectionLoss, KazooException, OperationTimeoutError, SessionExpiredError
+from kazoo.handlers.threading import KazooTimeoutError
+from kazoo.protocol.states import KazooState, KeeperState
+
+from psa_store.coordination.client import Client
+from psa_store.coordination.requests import Requests
+from psa_store.errors import DependencyUnfit, DependencyUnreachable, Disconnected, UsageError
+
+T = TypeVar("T")
+
+_BEATS_PER_TIMEOUT = 6
+_LEASE_SHARE = 2 / 3
+_ATTEMPT_SHARE = 1 / 5
+"""Part of the connect timeout that one attempt to connect may take; what remains is the patience of ``start``."""
+_ATTEMPT_S_MAX = 2.0
+_GOODBYE_S_MAX = 2.0
+
+_OUTCOME_UNKNOWN = (ConnectionLoss, OperationTimeoutError, SessionExpiredError)
+
+
+class SessionState(StrEnum):
+    """What we know of the session."""
+
+    CONNECTED = "connected"
+    SUSPENDED = "suspended"  # not connected: the session may live or not
+    LOST = "lost"  # expired, or not yet there
+    CLOSED = "closed"  # by us
+
+
+_STATES = {
+    KazooState.CONNECTED: SessionState.CONNECTED,
+    KazooState.SUSPENDED: SessionState.SUSPENDED,
+    KazooState.LOST: SessionState.LOST,
+}
+
+
+class Session:
+    """``addresses``: "host:port,host:port". Thread-safe; started and closed once.
+
+    Owns the thread ``psa-zookeeper-heartbeat`` and, through Kazoo, three named ``psa-zookeeper-<n>``.
+    """
+
+    def __init__(
+        self, addresses: str, *, session_timeout_s: float, connect_timeout_s: float, wake: Callable[[], None]
+    ) -> None:
+        self.addresses = addresses
+        self._connect_timeout_s = connect_timeout_s
+        self._wake = wake
+        self._attempt_s = min(connect_timeout_s * _ATTEMPT_SHARE, _ATTEMPT_S_MAX)
+        try:
+            self._client = Client(addresses, session_timeout_s, self._attempt_s)
+        except ValueError as error:
+            raise UsageError(f"ZooKeeper address {addresses!r}: {error}. Write host:port,host:port/chroot") from error
+        self._client.add_listener(self._on_state)
+        self._changed = threading.Condition()
+        self._state = SessionState.LOST
+        self._id = 0
+        self._generation = 0
+        self._home = 0
+        """The session that our ephemerals are in; after an expiry a former one, until the caller joins again."""
+        self._lease_until_s = float("-inf")
+        self._closing = threading.Event()
+        self._life = threading.Lock()
+        self._heartbeat = threading.Thread(target=self._keep_beating, name="psa-zookeeper-heartbeat")
+
+    # --- life
+
+    def start(self) -> None:
+        """Connect. Raises DependencyUnreachable if that is not possible in time; the session is closed then."""
+        until_s = _now_s() + self._connect_timeout_s
+        try:
+            connected = self._client.start_async()
+            if not connected.wait(self._connect_timeout_s - self._attempt_s):
+                raise self._unreachable()
+            self.run(self._beat, until_s=until_s)
+        except BaseException:
+            self.close()
+            raise
+        self._heartbeat.start()
+
+    def close(self) -> None:
+        """End the session; its ephemerals vanish at once, or with its timeout if ZooKeeper is away. Idempotent."""
+        with self._life:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            with self._changed:
+                hopeless = self._state is not SessionState.CONNECTED
+                self._state = SessionState.CLOSED
+                self._changed.notify_all()
+            self._client.finish(0.0 if hopeless else min(self._connect_timeout_s, _GOODBYE_S_MAX))
+        if self._heartbeat.ident is not None:
+            self._heartbeat.join()
+
+    # --- what we know
+
+    @property
+    def id(self) -> int:
+        return self._id
+
+    @property
+    def state(self) -> SessionState:
+        return self._state
+
+    @property
+    def granted_s(self) -> float:
+        """Session timeout that the server granted."""
+        return self._client.granted_s
+
+    @property
+    def peer(self) -> str | None:
+        """Address of the server that we last connected to."""
+        return self._client.peer
+
+    @property
+    def generation(self) -> int:
+        """How many sessions before this one have expired."""
+        return self._generation
+
+    def lease_left_s(self) -> float:
+        """How long our ephemerals exist for certain; <= 0: perhaps no longer."""
+        with self._changed:
+            left_s = self._lease_until_s - _now_s()
+            return left_s if self._home == self._id else min(left_s, 0.0)
+
+    def settle(self, owner: int) -> None:
+        """The caller's ephemerals are in the session ``owner``: the lease counts if that is the present one."""
+        with self._changed:
+            self._home = owner
+
+    # --- calls
+
+    def run(self, attempt: Callable[[Requests], T], *, until_s: float | None = None) -> T:
+        """Make attempts until one is not cut off, for as long as ``connect_timeout_s``.
+
+        Raises:
+            DependencyUnreachable: time is up. What the call wanted to write may be written or not.
+            Disconnected: this session was closed.
+        """
+        deadline_s = _now_s() + self._connect_timeout_s if until_s is None else until_s
+        repeated = False
+        while True:
+            self._await_connection(deadline_s)
+            requests = Requests(
+                self._client,
+                session_id=lambda: self._id,
+                left_s=lambda: deadline_s - _now_s(),
+                on_watch=self._on_watch,
+                repeated=repeated,
+            )
+            try:
+                return attempt(requests)
+            except _OUTCOME_UNKNOWN:
+                repeated = True
+            except KazooTimeoutError as error:
+                raise self._unreachable() from error
+            except KazooException as error:
+                raise DependencyUnfit(
+                    f"ZooKeeper at {self.addresses} refused a request: {error!r}. "
+                    "Check its access rules (psa_store needs all rights below its path)."
+                ) from error
+
+    def _await_connection(self, deadline_s: float) -> None:
+        """Requests are made only while connected: Kazoo would keep them, and send them after we have given up."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._client.connected or self._closing.is_set(), max(0.0, deadline_s - _now_s())
+            )
+        if self._closing.is_set():
+            raise Disconnected(f"this process has closed its session with ZooKeeper at {self.addresses}")
+        if not self._client.connected or _now_s() >= deadline_s:
+            raise self._unreachable()
+
+    def _unreachable(self) -> DependencyUnreachable:
+        return DependencyUnreachable(
+            f"ZooKeeper at {self.addresses} did not answer within {self._connect_timeout_s:g} s "
+            f"(session {self._state.value}). Check that it runs, has a quorum, and that PSA_ZOOKEEPER names it."
+        )
+
+    # --- heartbeats, in their own thread
+
+    def _keep_beating(self) -> None:
+        while not self._closing.wait(self.granted_s / _BEATS_PER_TIMEOUT):
+            self._revive()
+            try:
+                self.run(self._beat)
+            except (DependencyUnreachable, Disconnected):
+                continue  # the lease runs out by itself
+
+    def _beat(self, requests: Requests) -> None:
+        session, sent_s = self._id, _now_s()
+        requests.sync()
+        with self._changed:
+            if session == self._id:
+                self._lease_until_s = sent_s + self.granted_s * _LEASE_SHARE
+
+    def _revive(self) -> None:
+        """Kazoo's thread ends on an answer that it cannot read; nothing else would start it again."""
+        with self._life:
+            if not self._closing.is_set() and self._client.client_state == KeeperState.CLOSED:
+                self._client.start_async()
+
+    # --- called by Kazoo's threads: note it, tell, return
+
+    def _on_state(self, state: str) -> None:
+        with self._changed:
+            if not self._closing.is_set():
+                self._state = _STATES[state]
+            if state == KazooState.LOST:
+                self._lease_until_s = float("-inf")
+            elif state == KazooState.CONNECTED:
+                self._enter(self._client.client_id[0])
+            self._changed.notify_all()
+        self._wake()
+
+    def _enter(self, session: int) -> None:
+        if self._id == 0:
+            self._home = session
+        elif self._id != session:
+            self._generation += 1
+        self._id = session
+
+    def _on_watch(self, _event: object) -> None:
+        self._wake()
+
+
+def _now_s() -> float:
+    """Monotonic, and it goes on while the machine is suspended: so does ZooKeeper's clock elsewhere."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,79 @@
+"""What a job *is*: the facts that are fixed when it is created and that every later process must agree with."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from psa_store.errors import DataIntegrity, JobMismatch, UsageError
+
+COMMIT_EVERY_DEFAULT = 50
+SHARD_VERSIONS_KEPT = 3
+"""Versions of a shard that Redis keeps. Three suffice for a common one to exist at any moment: a server starts the
+commit of version v+K only when its own commit of v is done, so the heads of two servers are never further apart than
+one finished and one unfinished commit."""
+
+RUN_NODE = "run"
+"""Name that a `psa run` holds in ZooKeeper while its run of the job goes on; the text begins with the run's id."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """The fixed facts of one named training run.
+
+    ``ranks``: logical data-parallel world size. ``optimizer``: as ``psa.optim`` writes it (names and numbers, no
+    code). ``commit_every``: steps between commits, 0 for none but those at hand-over and at the end.
+    ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of refusing the push.
+    """
+
+    name: str
+    ranks: int
+    seed: int
+    optimizer: dict[str, Any]
+    layout: str
+    """Fingerprint of the layout."""
+    commit_every: int = COMMIT_EVERY_DEFAULT
+    skip_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        check_job_name(self.name)
+        if not 1 <= self.ranks <= 65536:
+            raise UsageError(f"ranks={self.ranks}: must be between 1 and 65536")
+        if self.commit_every < 0:
+            raise UsageError(f"commit_every={self.commit_every}: must be 0 (never) or a number of steps")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def must_agree_with(self, stored: JobConfig) -> None:
+        """Refuse to join a job that is not the one this process was written for.
+
+        Raises:
+            JobMismatch: naming the first fact that differs, both values, and the way out.
+        """
+        for what in ("ranks", "seed", "optimizer", "commit_every", "skip_nonfinite"):
+            mine, theirs = getattr(self, what), getattr(stored, what)
+            if mine != theirs:
+                raise JobMismatch(
+                    f"job {self.name!r} exists with {what}={theirs!r}, this process has {what}={mine!r}. "
+                    f"Use the stored value, or another job name to start over."
+                )
+
+
+def job_config_from_json(text: str) -> JobConfig:
+    """Rebuild a job's facts from :meth:`JobConfig.to_json`; raises DataIntegrity if the text is not such."""
+    try:
+        return JobConfig(**json.loads(text))
+    except (ValueError, TypeError, UsageError) as error:
+        raise DataIntegrity(f"the stored job configuration cannot be read: {error}") from error
+
+
+def check_job_name(name: str) -> str:
+    """Return ``name`` if it can be part of Redis keys and znodes; raises UsageError if not."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"job name {name!r}: use up to 100 letters, digits, '_', '.' and '-'")
+    return name

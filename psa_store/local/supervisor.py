@@ -1,0 +1,219 @@
+"""Starts the processes of one machine, watches them, and starts them again when they die.
+
+Children are forked from a *fork server* that has imported everything already, so a restart takes milliseconds. The
+fork server ends when we end, and the kernel then ends its children, however we ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum, StrEnum, auto
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from psa_store import telemetry
+
+_PR_SET_PDEATHSIG = 1
+_RETRYABLE_EXIT = 3
+_TICK_S = 0.2
+_MESSAGE_BYTES_MAX = 65536
+
+
+class Role(StrEnum):
+    WORKER = "worker"
+    SERVER = "server"
+
+
+class Verdict(Enum):
+    RESTART = auto()
+    DONE = auto()
+    FAIL = auto()
+
+
+def after_exit(exit_code: int, restarts_left: int, stopping: bool) -> Verdict:
+    """What to do about a child that ended; a negative exit code is the signal that killed it. Pure.
+
+    A death and an unreachable dependency may pass; an exception in user code, bad usage and damaged data do not.
+    """
+    if exit_code == 0 or stopping:
+        return Verdict.DONE
+    passing = exit_code < 0 or exit_code == _RETRYABLE_EXIT
+    return Verdict.RESTART if passing and restarts_left > 0 else Verdict.FAIL
+
+
+@dataclass(eq=False, slots=True)
+class Child:
+    """One process; ``member`` is its name in ZooKeeper, new with every start."""
+
+    role: Role
+    member: str
+    process: BaseProcess
+    target: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+    @property
+    def exit_code(self) -> int:
+        code = self.process.exitcode
+        assert code is not None, "still running"
+        return code
+
+
+class Supervisor:
+    """Owns the children, from :meth:`spawn` to :meth:`close`. Not thread-safe: one thread, the one that made it.
+
+    Args:
+        restarts_max: how often children may be started again, all together.
+        env: environment of every child, besides our own.
+        on_exit: called with a child as soon as it has ended, before anything else is done about it.
+        on_message: called with what a child announced.
+    """
+
+    def __init__(
+        self,
+        *,
+        restarts_max: int,
+        env: Mapping[str, str],
+        on_exit: Callable[[Child], None],
+        on_message: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._restarts_left = restarts_max
+        self._on_exit = on_exit
+        self._on_message = on_message
+        self._log = telemetry.get_logger()
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["psa_store.local.preload"])
+        self._children: list[Child] = []
+        self._stopping: set[Role] = set()
+        self._signal: int | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="psa-")
+        path = Path(self._folder.name) / "supervisor"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._env = {**env, "PSA_SUPERVISOR": str(path)}
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        for sock in (self._socket, self._wake_receiver, self._wake_sender):
+            sock.setblocking(False)
+
+    def spawn(self, role: Role, target: Callable[..., None], *arguments: Any) -> Child:
+        """Start a process that calls ``target(*arguments)``, which must be importable."""
+        member = f"{role.value}-{secrets.token_hex(4)}"
+        env = {**self._env, "PSA_MEMBER": member}
+        process = self._context.Process(target=_child_main, args=(env, os.getpid(), target, arguments), name=member)
+        process.start()
+        child = Child(role, member, process, target, arguments)
+        self._children.append(child)
+        return child
+
+    def alive(self, role: Role) -> list[Child]:
+        return [child for child in self._children if child.role is role]
+
+    def run(self, until: Callable[[], bool]) -> int:
+        """Watch the children until ``until()`` is true, one fails for good, or SIGTERM or SIGINT comes.
+
+        Returns 0, or the exit code of the child that failed (1 if a signal killed it), or 128 + the signal.
+        """
+        former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            while self._signal is None and not until():
+                failed = self._wait(_TICK_S)
+                if failed is not None:
+                    return failed
+            return 0 if self._signal is None else 128 + self._signal
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def stop(self, role: Role, deadline_s: float) -> int:
+        """Ask the children of a role to leave, wait for it, SIGKILL them after the deadline; returns the worst code."""
+        self._stopping.add(role)
+        leaving = self.alive(role)
+        for child in leaving:
+            child.process.terminate()
+        end_s = time.monotonic() + deadline_s
+        while self.alive(role):
+            left_s = end_s - time.monotonic()
+            if left_s <= 0:
+                for child in self.alive(role):
+                    self._log.warning("does not leave in time: killed", member=child.member)
+                    child.process.kill()
+                left_s = 1.0
+            self._wait(left_s)
+        return max((abs(child.exit_code) for child in leaving), default=0)
+
+    def close(self) -> None:
+        """Kill what is left and release everything."""
+        for child in self._children:
+            child.process.kill()
+            child.process.join()
+        self._children.clear()
+        for sock in (self._socket, self._wake_receiver, self._wake_sender):
+            sock.close()
+        self._folder.cleanup()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+        self._wake_sender.send(b"\0")
+
+    def _wait(self, timeout_s: float | None) -> int | None:
+        """Wait for something to happen and deal with it; the exit code of a child that failed for good, or None."""
+        sentinels = {child.process.sentinel: child for child in self._children}
+        waited: Iterable[Any] = connection.wait([*sentinels, self._socket, self._wake_receiver], timeout_s)
+        failed = None
+        for ready in waited:
+            if ready is self._socket:
+                self._on_message(json.loads(self._socket.recv(_MESSAGE_BYTES_MAX)))
+            elif ready is self._wake_receiver:
+                self._wake_receiver.recv(64)
+            else:
+                code = self._reap(sentinels[ready])
+                failed = code if failed is None else failed
+        return failed
+
+    def _reap(self, child: Child) -> int | None:
+        self._on_exit(child)
+        child.process.join()
+        self._children.remove(child)
+        match after_exit(child.exit_code, self._restarts_left, child.role in self._stopping):
+            case Verdict.RESTART:
+                self._restarts_left -= 1
+                again = self.spawn(child.role, child.target, *child.arguments)
+                self._log.warning(
+                    "a process died: restarting", died=child.member, code=child.exit_code, started=again.member
+                )
+            case Verdict.FAIL:
+                self._log.error("a process failed", member=child.member, code=child.exit_code)
+                return child.exit_code if child.exit_code > 0 else 1
+            case Verdict.DONE:
+                pass
+        return None
+
+
+def _child_main(
+    env: Mapping[str, str], supervisor: int, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    """In the child: die with the fork server (which dies with the supervisor), then do what we are for."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        os.kill(supervisor, 0)
+    except ProcessLookupError:
+        sys.exit(0)  # it died before the line above could notice
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    # Ctrl-C in a terminal reaches the whole group; the supervisor alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(env)
+    target(*arguments)

@@ -1,0 +1,31 @@
+"""Optimizers and learning-rate schedules as data: what users write as ``psa.optim.…``.
+
+    optimizer = psa.optim.AdamW(
+        lr=psa.optim.warmup_cosine(1e-3, warmup=100, total=2000),
+        weight_decay=0.1,
+        clip_grad_norm=1.0,
+        groups=[psa.optim.group("vectors", weight_decay=0.0)],
+    )
+
+An optimizer is a name from an allow-list and numbers. It travels as JSON and is applied by the servers'
+kernels (``kernels.py``, ``reduce.py``), so no code ever comes from a job's configuration.
+"""
+
+from psa_store.optim.schedule import Schedule, constant, linear, warmup_cosine
+from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Group, Optimizer, RMSprop, from_dict, group
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Group",
+    "Optimizer",
+    "RMSprop",
+    "Schedule",
+    "constant",
+    "from_dict",
+    "group",
+    "linear",
+    "warmup_cosine",
+]

@@ -1,0 +1,245 @@
+"""Optimizers as data: an allow-listed name, numbers, and groups of parameters for which some numbers differ.
+
+Names and defaults are those of ``torch.optim``. Everything is checked when it is built, so an
+:class:`Optimizer` that exists can be applied. Everything after ``lr`` is keyword-only.
+
+Pure, and without torch: workers, servers and the CLI may all use it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
+
+from psa_store.errors import DataIntegrity, UsageError
+from psa_store.optim.checks import checked
+from psa_store.optim.schedule import Schedule
+
+EPS_MIN = 2.0**-126
+"""The smallest normal float32. With a smaller ``eps``, an element that never had a gradient (padding between
+tensors is such) would become 0/0."""
+
+_LOWEST: Mapping[str, float] = {
+    "alpha": 0.0,
+    "dampening": float("-inf"),
+    "eps": EPS_MIN,
+    "initial_accumulator_value": 0.0,
+    "lr_decay": 0.0,
+    "lr_scale": 0.0,
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters for which some numbers differ from the rest; built by :func:`group`."""
+
+    select: str
+    overrides: tuple[tuple[str, float], ...]
+
+    def matches(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a parameter belongs to this group, if no earlier group has taken it."""
+        if self.select == "matrices":
+            return len(shape) >= 2
+        if self.select == "vectors":
+            return len(shape) < 2
+        return fnmatch.fnmatchcase(name, self.select)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"select": self.select, **dict(self.overrides)}
+
+
+def group(select: str, **overrides: float) -> Group:
+    """Give some parameters their own numbers.
+
+    Args:
+        select: ``"matrices"`` (two or more dimensions), ``"vectors"`` (fewer), or a glob over parameter
+            names.
+        overrides: ``lr_scale``, which multiplies the learning rate, and numbers of the optimizer such as
+            ``weight_decay``.
+
+    Raises:
+        UsageError: an empty selection, no overrides, or a value that cannot be used.
+    """
+    if not isinstance(select, str) or not select:
+        raise UsageError(f"select={select!r}: must be 'matrices', 'vectors', or a glob such as '*.bias'")
+    if not overrides:
+        raise UsageError(f"group({select!r}): overrides nothing; give it lr_scale=, weight_decay=, … or leave it out")
+    for name in overrides:
+        if name not in _LOWEST:
+            raise UsageError(f"group({select!r}): {name!r} is not a number that a group can override")
+    checked_overrides = ((name, checked(name, value, _LOWEST[name])) for name, value in overrides.items())
+    return Group(select, tuple(sorted(checked_overrides)))
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """What all optimizers have in common. Use one of the subclasses.
+
+    ``lr``: a number or a :class:`Schedule`. ``clip_grad_norm``: largest norm of all gradients together,
+    ``None`` for no limit. ``groups``: the first group that matches a parameter wins; the rest belong to group
+    0.
+    """
+
+    lr: float | Schedule = 1e-3
+    weight_decay: float = field(default=0.0, kw_only=True)
+    clip_grad_norm: float | None = field(default=None, kw_only=True)
+    groups: Sequence[Group] = field(default=(), kw_only=True)
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay"})
+    """What a group may override: numbers only, as what decides *how* an update is computed is one for all."""
+
+    def __post_init__(self) -> None:
+        if type(self) not in _BY_NAME.values():
+            raise UsageError(f"{type(self).__name__} is not an optimizer; known: {', '.join(_BY_NAME)}")
+        self._set("lr", self.lr if isinstance(self.lr, Schedule) else checked("lr", self.lr))
+        if self.clip_grad_norm is not None:
+            self._set("clip_grad_norm", checked("clip_grad_norm", self.clip_grad_norm))
+            if self.clip_grad_norm == 0.0:
+                raise UsageError("clip_grad_norm=0: would stop training; use None for no limit")
+        for f in fields(self):
+            if f.name in _LOWEST:
+                self._set(f.name, checked(f.name, getattr(self, f.name), _LOWEST[f.name]))
+        self._check()
+        self._check_groups()
+
+    def _check(self) -> None:
+        """What a subclass demands beyond the lower bounds of its numbers."""
+
+    def _check_groups(self) -> None:
+        self._set("groups", tuple(self.groups))
+        for index, entry in enumerate(self.groups, start=1):
+            if not isinstance(entry, Group):
+                raise UsageError(f"groups: entry {index} is {entry!r}; build it with psa.optim.group(…)")
+            for name, _ in entry.overrides:
+                if name not in self.overridable:
+                    known = ", ".join(sorted(self.overridable))
+                    raise UsageError(f"groups: {type(self).__name__} cannot override {name!r}; it can: {known}")
+            self.in_group(index)  # raises where the override does not go with the other arguments
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def group_of(self, name: str, shape: Sequence[int]) -> int:
+        """The group of a parameter: 1 for the first of ``groups``, and so on; 0 if none matches."""
+        return next((i for i, entry in enumerate(self.groups, start=1) if entry.matches(name, shape)), 0)
+
+    def in_group(self, index: int) -> Self:
+        """This optimizer with the overrides of one group put in, and without groups."""
+        overrides = dict(self.groups[index - 1].overrides) if index else {}
+        overrides.pop("lr_scale", None)
+        return replace(self, groups=(), **overrides)
+
+    def lr_at(self, step: int, group: int = 0) -> float:
+        """The learning rate of ``step``, counted from 0, for the parameters of a group."""
+        lr = self.lr.at(step) if isinstance(self.lr, Schedule) else self.lr
+        return lr * dict(self.groups[group - 1].overrides).get("lr_scale", 1.0) if group else lr
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object from which :func:`from_dict` builds an equal optimizer."""
+        document: dict[str, Any] = {"name": type(self).__name__}
+        for f in fields(self):
+            document[f.name] = _plain(getattr(self, f.name))
+        return document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum if asked for."""
+
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "momentum", "dampening"})
+
+    def _check(self) -> None:
+        _check_flag("nesterov", self.nesterov)
+        if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
+            raise UsageError("nesterov=True: needs a momentum greater than 0 and no dampening")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adam(Optimizer):
+    """Adam; ``weight_decay`` is added to the gradient."""
+
+    betas: Sequence[float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "eps"})
+
+    def _check(self) -> None:
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise UsageError(f"betas={self.betas!r}: must be two numbers")
+        self._set("betas", tuple(checked("betas", beta, 0.0, below=1.0) for beta in self.betas))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay."""
+
+    weight_decay: float = 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adagrad(Optimizer):
+    """Adagrad."""
+
+    lr: float | Schedule = field(default=1e-2, kw_only=False)
+    lr_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "lr_decay", "eps"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RMSprop(Optimizer):
+    """RMSprop, with momentum and centering if asked for."""
+
+    lr: float | Schedule = field(default=1e-2, kw_only=False)
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    centered: bool = False
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "alpha", "eps", "momentum"})
+
+    def _check(self) -> None:
+        _check_flag("centered", self.centered)
+        checked("alpha", self.alpha, 0.0, below=1.0)
+
+
+_BY_NAME: Mapping[str, type[Optimizer]] = {cls.__name__: cls for cls in (SGD, Adam, AdamW, Adagrad, RMSprop)}
+
+
+def from_dict(document: Mapping[str, Any]) -> Optimizer:
+    """Rebuild an optimizer from :meth:`Optimizer.to_dict`.
+
+    Raises:
+        DataIntegrity: an unknown optimizer, an unknown member, or a value that cannot be used.
+    """
+    try:
+        arguments = dict(document)
+        cls = _BY_NAME[arguments.pop("name")]
+        if isinstance(arguments.get("lr"), Mapping):
+            arguments["lr"] = Schedule(**arguments["lr"])
+        arguments["groups"] = [group(**entry) for entry in arguments.get("groups", ())]
+        return cls(**arguments)
+    except (ValueError, KeyError, TypeError, UsageError) as error:
+        raise DataIntegrity(f"the stored optimizer {document!r} cannot be read: {error!r}") from error
+
+
+def _plain(value: object) -> object:
+    """As JSON gives it back, so that a stored document equals the one it was written from."""
+    if isinstance(value, Schedule | Group):
+        return value.to_dict()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name}={value!r}: must be True or False")

@@ -1,0 +1,270 @@
+"""Who serves which shard and who computes which rank: the plan, and the rules by which the controller changes it.
+
+Theory of operation. The controller looks at one immutable :class:`View` (the plan and the members that are alive)
+and :func:`decide` answers with one action; the controller carries it out and looks again. Killing it between any two
+actions is harmless, because the next controller starts from what is stored.
+
+Changing *ranks* keeps the epoch: a gradient is a pure function of (seed, step, rank), so it does not matter who
+computes it. Changing the owner of a *shard* needs a new epoch, in one of two ways:
+
+* Take-over, when an owner died: seal, read heads, resume at the newest version that all shards have committed.
+* Hand-over, when a server joins or leaves and everybody is well; no step is lost::
+
+      RUN ──▶ FREEZE ──▶ STOP ──▶ take-over at the version where everybody stopped
+       ▲        │          │      (nobody stays: a plan without owners; the next server starts from it)
+       └────────┴──────────┘ the reason went away
+
+  FREEZE: owners stop updating and report their version. Versions of two owners differ by one at most, so the larger
+  one can be reached by all. STOP: owners go on to exactly that version, commit it, and report.
+
+Pure: no I/O, no threads, no clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from itertools import groupby
+from typing import Any
+
+from psa_store.errors import DataIntegrity
+
+NOBODY = ""
+"""Holder of a rank that no living worker computes."""
+
+
+class Phase(StrEnum):
+    RUN = "run"
+    FREEZE = "freeze"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a server or worker says about itself in its ephemeral znode."""
+
+    id: str
+    host: str
+    pid: int
+    address: str = ""
+    """``host:port`` where a server listens; empty for workers."""
+    local: str = ""
+    """Name of the abstract Unix socket where a server listens for clients of the same host."""
+    leaving: bool = False
+    frozen_mark: int = 0
+    """The mark of the FREEZE that this server obeys ..."""
+    frozen_at: int = -1
+    """... and the version at which it stands."""
+    stopped_at: int = -1
+    """The version up to which it has stopped and committed, on a STOP."""
+    reload: int = 0
+    """The epoch whose shards it could not load or has lost: it asks for a take-over."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A shard owner as the plan names it, with what is needed to reach it."""
+
+    id: str
+    address: str
+    local: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One small znode. ``owners[s]`` is the index in ``servers`` of shard s's owner; ``ranks[r]`` a worker's id."""
+
+    epoch: int
+    revision: int
+    """Grows with every plan that is written; ``epoch`` only when shards change hands."""
+    resume: int
+    """The version at which this epoch began."""
+    servers: tuple[Server, ...]
+    owners: tuple[int, ...]
+    ranks: tuple[str, ...]
+    phase: Phase = Phase.RUN
+    mark: int = 0
+    """FREEZE: the revision at which it began. STOP: the version to stop at."""
+
+    def owner_of(self, shard: int) -> Server:
+        return self.servers[self.owners[shard]]
+
+    def shards_of(self, server: str) -> tuple[int, ...]:
+        return tuple(shard for shard, index in enumerate(self.owners) if self.servers[index].id == server)
+
+    def ranks_of(self, worker: str) -> tuple[int, ...]:
+        return tuple(rank for rank, holder in enumerate(self.ranks) if holder == worker)
+
+    def to_json(self) -> str:
+        document = asdict(self)
+        document["owners"] = [[index, len(list(run))] for index, run in groupby(self.owners)]
+        return json.dumps(document, indent=1)
+
+
+def plan_from_json(text: str) -> Plan:
+    """Rebuild a plan from :meth:`Plan.to_json`; raises DataIntegrity if the text is not a plan."""
+    try:
+        document: dict[str, Any] = json.loads(text)
+        document["servers"] = tuple(Server(**server) for server in document["servers"])
+        document["owners"] = tuple(index for index, length in document["owners"] for _ in range(length))
+        document["ranks"] = tuple(document["ranks"])
+        document["phase"] = Phase(document["phase"])
+        return Plan(**document)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataIntegrity(f"the plan in ZooKeeper cannot be read: {error}") from error
+
+
+def member_from_json(text: str) -> Member:
+    """Rebuild a member from :meth:`Member.to_json`; raises DataIntegrity if the text is not a member."""
+    try:
+        return Member(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise DataIntegrity(f"a member's znode cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Everything that a decision depends on."""
+
+    plan: Plan | None
+    servers: Mapping[str, Member]
+    workers: Mapping[str, Member]
+    shard_sizes: tuple[int, ...]
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """Seal everything under a new epoch, find the version to resume at, and publish these owners."""
+
+    servers: tuple[Server, ...]
+    owners: tuple[int, ...]
+    ranks: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Write this plan; its epoch is the present one."""
+
+    plan: Plan
+    reason: str
+
+
+def decide(view: View) -> TakeOver | Publish | None:
+    """The next action of the controller, or None if the plan fits the members."""
+    plan = view.plan
+    ranks = assign_ranks(plan.ranks if plan else (NOBODY,) * view.ranks, view.workers)
+    staying = [member for member in view.servers.values() if not member.leaving]
+    previous = [server.id for server in plan.servers] if plan else []
+    servers, owners = assign_shards(view.shard_sizes, _in_order(staying, previous))
+
+    why = _take_over_reason(view)
+    if why:
+        return TakeOver(servers, owners, ranks, why) if servers else None
+    assert plan is not None
+    if {server.id for server in servers} != set(previous):
+        return _hand_over(view, plan, servers, owners, ranks)
+    if plan.phase is not Phase.RUN:
+        return _publish(plan, "hand-over no longer needed", ranks=ranks, phase=Phase.RUN, mark=0)
+    if ranks != plan.ranks:
+        return _publish(plan, "workers changed", ranks=ranks)
+    return None
+
+
+def _take_over_reason(view: View) -> str:
+    plan = view.plan
+    if plan is None:
+        return "the job has no plan yet"
+    if not plan.owners:
+        return "nobody owns the shards"
+    for server in plan.servers:
+        member = view.servers.get(server.id)
+        if member is None:
+            return f"server {server.id} is gone"
+        if member.reload == plan.epoch:
+            return f"server {server.id} cannot serve what it leads"
+    behind = any(view.servers[server.id].frozen_at < plan.mark for server in plan.servers)
+    if plan.phase is Phase.STOP and behind and not view.workers:
+        return "no worker is left to finish the step at which to hand over"
+    return ""
+
+
+def _hand_over(
+    view: View, plan: Plan, servers: tuple[Server, ...], owners: tuple[int, ...], ranks: tuple[str, ...]
+) -> TakeOver | Publish | None:
+    members = [view.servers[server.id] for server in plan.servers]
+    if plan.phase is Phase.RUN:
+        return _publish(plan, "servers changed", ranks=ranks, phase=Phase.FREEZE, mark=plan.revision + 1)
+    if plan.phase is Phase.FREEZE and all(member.frozen_mark == plan.mark for member in members):
+        stop = max(member.frozen_at for member in members)
+        return _publish(plan, "all owners are frozen", ranks=ranks, phase=Phase.STOP, mark=stop)
+    if plan.phase is Phase.STOP and all(member.stopped_at == plan.mark for member in members):
+        if servers:
+            return TakeOver(servers, owners, ranks, f"hand-over at step {plan.mark}")
+        ended = _publish(plan, "the last server leaves", ranks=ranks, phase=Phase.RUN, mark=0)
+        return replace(ended, plan=replace(ended.plan, servers=(), owners=(), resume=plan.mark))
+    if ranks != plan.ranks:
+        return _publish(plan, "workers changed", ranks=ranks)
+    return None
+
+
+def _publish(plan: Plan, reason: str, **changes: Any) -> Publish:
+    return Publish(replace(plan, revision=plan.revision + 1, **changes), reason)
+
+
+def _in_order(members: Iterable[Member], previous: Sequence[str]) -> list[Member]:
+    """Present owners first and in their order, so that a change moves few shards; then the others by id."""
+    place = {member: index for index, member in enumerate(previous)}
+    return sorted(members, key=lambda member: (place.get(member.id, len(previous)), member.id))
+
+
+def assign_shards(sizes: Sequence[int], members: Sequence[Member]) -> tuple[tuple[Server, ...], tuple[int, ...]]:
+    """Give each member a contiguous run of shards of about equal bytes; members beyond the shards get none."""
+    members = members[: len(sizes)]
+    total = sum(sizes) or 1
+    owners = []
+    before = 0
+    for size in sizes:
+        middle = before + size / 2
+        owners.append(min(int(middle * len(members) / total), len(members) - 1) if members else 0)
+        before += size
+    used = sorted(set(owners)) if members else []
+    servers = tuple(Server(members[i].id, members[i].address, members[i].local, members[i].host) for i in used)
+    renumber = {index: place for place, index in enumerate(used)}
+    return servers, tuple(renumber[index] for index in owners) if members else ()
+
+
+def assign_ranks(current: Sequence[str], workers: Iterable[str]) -> tuple[str, ...]:
+    """Share the ranks out evenly (counts differ by one at most) and move as few as possible."""
+    alive = sorted(workers)
+    if not alive:
+        return (NOBODY,) * len(current)
+    share, extras = divmod(len(current), len(alive))
+    counts = dict.fromkeys(alive, 0)
+    ranks = [NOBODY] * len(current)
+    for rank, holder in enumerate(current):
+        if holder not in counts:
+            continue
+        takes_extra = counts[holder] == share and extras > 0
+        if counts[holder] < share or takes_extra:
+            extras -= takes_extra
+            counts[holder] += 1
+            ranks[rank] = holder
+    for rank, holder in enumerate(ranks):
+        if holder == NOBODY:
+            ranks[rank] = min(alive, key=lambda worker: (counts[worker], worker))
+            counts[ranks[rank]] += 1
+    return tuple(ranks)
+
+
+def newest_common(versions: Mapping[int, Iterable[int]]) -> int | None:
+    """The newest version that every shard has committed; ``versions`` maps shard index to its versions."""
+    common = set.intersection(*(set(each) for each in versions.values())) if versions else set()
+    return max(common, default=None)

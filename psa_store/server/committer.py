@@ -1,0 +1,192 @@
+"""Makes versions durable in the background: one thread, one commit of this server at a time.
+
+Redis may be away: the committer tries again until it succeeds, is abandoned (the epoch is over) or is fenced. Redis
+may come back older than it was (a lost tail of the log, a replica that was behind): then the seal is renewed and the
+newest committed version is written again from the snapshot that is still in memory, so that the loss heals within
+about a second and not with the next commit.
+
+The snapshot belongs to whoever holds the *reservation*: the engine from :meth:`Committer.reserve` to
+:meth:`Committer.submit` or :meth:`Committer.cancel`, the committer from there until it has posted the outcome.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from psa_store import telemetry
+from psa_store.errors import DependencyUnreachable, Fenced, Rewound
+from psa_store.job import SHARD_VERSIONS_KEPT
+from psa_store.server.lead import Lead
+from psa_store.server.letters import Committed, Lost
+from psa_store.storage import Manifest, RedisStore
+
+_RETRY_PAUSE_S = 0.2
+_WATCH_S = 1.0
+"""How often an idle committer asks whether Redis is still the one it wrote to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The snapshots of ``leads`` are version ``version``; write them under ``epoch``."""
+
+    epoch: int
+    version: int
+    leads: Mapping[int, Lead]
+
+
+class Committer:
+    """Owns the thread ``psa-commit``. Other methods than :meth:`close` are called by the engine's thread."""
+
+    def __init__(self, store: RedisStore, job: str, layout: str, post: Callable[[Committed | Lost], None]) -> None:
+        self._store = store
+        self._job = job
+        self._layout = layout
+        self._post = post
+        self._log = telemetry.get_logger()
+        self._changed = threading.Condition()
+        self._work: Work | None = None
+        self._last: Work | None = None
+        self._reserved = False
+        self._epoch = 0
+        self._closing = False
+        self._run_id = ""
+        self._thread = threading.Thread(target=self._run, name="psa-commit")
+        self._thread.start()
+
+    def reserve(self) -> bool:
+        """Take the snapshot memory, if no commit is reading it. False: ask again after the next Committed."""
+        with self._changed:
+            if self._reserved:
+                return False
+            self._reserved = True
+            self._last = None  # its snapshot is about to be overwritten
+            return True
+
+    def submit(self, work: Work) -> None:
+        """Commit a snapshot; the reservation passes to the committer."""
+        with self._changed:
+            assert self._reserved and self._work is None
+            self._work = work
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Give a reservation back without committing anything."""
+        with self._changed:
+            assert self._reserved and self._work is None
+            self._reserved = False
+
+    def begin(self, epoch: int) -> None:
+        """Work of older epochs is pointless from now on."""
+        with self._changed:
+            self._epoch = epoch
+            self._last = None
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._work is not None, _WATCH_S)
+                if self._closing:
+                    return
+                work = self._work
+                watched = None if work or self._reserved else self._last
+                self._reserved = self._reserved or watched is not None
+            if work is not None:
+                outcome = self._commit(work)
+                with self._changed:
+                    self._work = None
+                    self._reserved = False
+                    self._last = work if isinstance(outcome, Committed) else None
+                    self._changed.notify_all()
+                if outcome is not None:
+                    self._post(outcome)
+            elif watched is not None:
+                self._heal(watched)
+                with self._changed:
+                    self._reserved = False
+                    self._changed.notify_all()
+
+    def _wanted(self, work: Work) -> bool:
+        with self._changed:
+            return not self._closing and work.epoch == self._epoch
+
+    def _commit(self, work: Work) -> Committed | Lost | None:
+        """Write all shards of ``work``; None if the epoch ended meanwhile."""
+        manifests: dict[int, Manifest] = {}
+        for index, lead in work.leads.items():
+            while index not in manifests:
+                if not self._wanted(work):
+                    return None
+                try:
+                    manifests[index] = self._commit_shard(work, index, lead)
+                except DependencyUnreachable as error:
+                    self._log.warning("commit delayed, trying again", shard=index, error=str(error))
+                    with self._changed:
+                        self._changed.wait(_RETRY_PAUSE_S)
+                except Fenced as error:
+                    return Lost(work.epoch, str(error))
+        self._remember_redis()
+        return Committed(work.epoch, work.version, manifests)
+
+    def _commit_shard(self, work: Work, index: int, lead: Lead) -> Manifest:
+        arrays, scalars = lead.snapshot()
+        expect = lead.committed.version if lead.committed else None
+        try:
+            manifest = self._store.commit(
+                self._job,
+                index,
+                work.epoch,
+                work.version,
+                arrays,
+                scalars,
+                keep=SHARD_VERSIONS_KEPT,
+                expect=expect,
+            )
+        except Rewound as error:
+            self._log.warning("Redis went back in time: writing again from memory", error=str(error))
+            self._store.seal(self._job, [index], work.epoch, self._layout)
+            manifest = self._store.commit(
+                self._job,
+                index,
+                work.epoch,
+                work.version,
+                arrays,
+                scalars,
+                keep=SHARD_VERSIONS_KEPT,
+                expect=None,
+            )
+        lead.committed = manifest
+        return manifest
+
+    def _remember_redis(self) -> None:
+        try:
+            self._run_id = self._store.server_run_id()
+        except DependencyUnreachable:
+            self._run_id = ""
+
+    def _heal(self, last: Work) -> None:
+        """If Redis was restarted or failed over and lost the last commit, write it again."""
+        try:
+            run_id = self._store.server_run_id()
+            if run_id == self._run_id:
+                return
+            heads = self._store.seal(self._job, last.leads, last.epoch, self._layout)
+            for head in heads:
+                if head.manifest(last.version) is None:
+                    self._log.warning("Redis lost a committed version: writing it again", shard=head.shard)
+                    lead = last.leads[head.shard]
+                    lead.committed = None
+                    self._commit_shard(last, head.shard, lead)
+            self._run_id = run_id
+        except DependencyUnreachable:
+            return
+        except Fenced as error:
+            self._post(Lost(last.epoch, str(error)))

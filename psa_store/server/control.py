@@ -1,0 +1,299 @@
+"""What a server does besides serving: be a member, follow the plan, and govern when it is elected controller.
+
+One thread (the caller of :meth:`Control.run`) makes all calls to ZooKeeper and the slow ones to Redis. It never acts
+inside a watch: everything that happens sets one event, and each turn looks at the whole situation afresh.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from psa_store import telemetry
+from psa_store.coordination import Coordination, MemberKind, Versioned
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected
+from psa_store.layout import Layout, Role
+from psa_store.optim import Optimizer
+from psa_store.plan import (
+    Member,
+    Plan,
+    Publish,
+    Server,
+    TakeOver,
+    View,
+    decide,
+    member_from_json,
+    newest_common,
+    plan_from_json,
+)
+from psa_store.server.engine import Engine
+from psa_store.server.lead import Lead
+from psa_store.server.letters import (
+    CannotServe,
+    Frozen,
+    Join,
+    PeerGone,
+    Release,
+    Released,
+    Revise,
+    Serve,
+    Stopped,
+    ToControl,
+)
+from psa_store.server.takeover import take_over
+from psa_store.storage import Head, RedisStore
+from psa_store.wire import connect
+
+_LOOK_AGAIN_S = 1.0
+_RETRY_S = 0.1
+_LOADERS = 4
+_PEER_TIMEOUT_S = 2.0
+
+
+class Control:
+    """Owned by one thread; any thread may :meth:`report`.
+
+    ``woken`` is set by whoever has news (ZooKeeper's watches, reports, a signal). Once ``leaving()`` is true, what
+    this server leads is handed over and :meth:`run` returns.
+    """
+
+    def __init__(
+        self,
+        *,
+        member: Member,
+        job: str,
+        ranks: int,
+        layout: Layout,
+        optimizer: Optimizer,
+        store: RedisStore,
+        coordination: Coordination,
+        woken: threading.Event,
+        leaving: Callable[[], bool],
+    ) -> None:
+        self._member = member
+        self._announced = member
+        self._job = job
+        self._ranks = ranks
+        self._layout = layout
+        self._optimizer = optimizer
+        self._store = store
+        self._coordination = coordination
+        self._woken = woken
+        self._log = telemetry.get_logger()
+        self._reports: deque[ToControl] = deque()
+        self._asked_to_leave = leaving
+        self._leaving = False
+        self._generation = -1
+        self._plan: Plan | None = None
+
+    def report(self, report: ToControl) -> None:
+        """Tell control something; it looks at it in its next turn."""
+        self._reports.append(report)
+        self._woken.set()
+
+    # --- the loop
+
+    def run(self, engine: Engine) -> None:
+        """Serve until told to leave. Raises DataIntegrity if the job's stored state cannot be served by anyone."""
+        while engine.alive:
+            try:
+                if not self._turn(engine):
+                    return
+            except DependencyUnreachable as error:
+                self._log.warning("waiting for a dependency", error=str(error))
+                self._woken.wait(_RETRY_S)
+            except Disconnected as error:
+                self._log.info("our place in ZooKeeper is gone", why=str(error))
+            else:
+                self._woken.wait(_LOOK_AGAIN_S)
+
+    def _turn(self, engine: Engine) -> bool:
+        """Look at everything once; False when we have left."""
+        self._woken.clear()
+        self._leaving = self._asked_to_leave()
+        self._keep_membership()
+        for _ in range(len(self._reports)):
+            self._note(engine, self._reports.popleft())
+        self._announce()
+        seen = self._coordination.read_plan(watch=True)
+        plan = plan_from_json(seen.text) if seen else None
+        if plan is not None and plan != self._plan:
+            self._follow(engine, plan)
+        if self._coordination.is_elected(self._member.id):
+            self._govern(seen, plan)
+        return not (self._leaving and (plan is None or not plan.shards_of(self._member.id)))
+
+    def _keep_membership(self) -> None:
+        """Join, and join again under a new name after our session expired: names are never reused."""
+        generation = self._coordination.session_generation()
+        if generation == self._generation:
+            return
+        if self._generation >= 0:
+            self._member = replace(self._member, id=f"{self._member.id.split('+')[0]}+{secrets.token_hex(3)}", reload=0)
+            self._log.warning("the ZooKeeper session expired: joining again", member=self._member.id)
+        self._coordination.join(MemberKind.SERVER, self._member.id, self._member.to_json())
+        self._announced = self._member
+        self._coordination.campaign(self._member.id)
+        self._generation = generation
+
+    def _announce(self) -> None:
+        self._member = replace(self._member, leaving=self._leaving)
+        if self._member != self._announced:
+            self._coordination.update(MemberKind.SERVER, self._member.id, self._member.to_json())
+            self._announced = self._member
+
+    def _note(self, engine: Engine, report: ToControl) -> None:
+        match report:
+            case Frozen():
+                self._member = replace(self._member, frozen_mark=report.mark, frozen_at=report.version)
+            case Stopped():
+                self._member = replace(self._member, stopped_at=report.version)
+            case CannotServe():
+                self._ask_for_take_over(report.epoch, report.why)
+            case PeerGone() if self._plan is not None and report.epoch == self._plan.epoch:
+                for server in self._plan.servers:
+                    if server.id == report.server:
+                        self._rejoin(engine, server)
+            case PeerGone() | Released():
+                pass  # of an epoch that is over
+
+    def _rejoin(self, engine: Engine, server: Server) -> None:
+        try:
+            engine.post(Join(server.id, self._reach(server)))
+        except Disconnected:
+            assert self._plan is not None
+            self._reports.append(PeerGone(self._plan.epoch, server.id))  # until a plan without it comes
+
+    def _ask_for_take_over(self, epoch: int, why: str) -> None:
+        self._log.warning("asking for a take-over", epoch=epoch, why=why)
+        self._member = replace(self._member, reload=epoch)
+
+    # --- following the plan
+
+    def _follow(self, engine: Engine, plan: Plan) -> None:
+        if self._plan is not None and plan.epoch == self._plan.epoch:
+            engine.post(Revise(plan))
+            self._plan = plan
+            return
+        held = self._release(engine, plan.epoch)
+        mine = plan.shards_of(self._member.id)
+        leads = self._load(plan, mine, held)
+        if leads is None:
+            self._announce()
+            self._plan = plan
+            return
+        others = [server for server in plan.servers if server.id != self._member.id] if mine else []
+        peers = {}
+        for server in others:
+            try:
+                peers[server.id] = self._reach(server)
+            except Disconnected as error:
+                self._log.info("a peer cannot be reached yet", peer=server.id, why=str(error))
+                self.report(PeerGone(plan.epoch, server.id))
+        engine.post(Serve(plan, leads, peers))
+        self._plan = plan
+
+    def _release(self, engine: Engine, epoch: int) -> Released:
+        """Make the engine let go of the old epoch; returns what it held."""
+        engine.post(Release(epoch))
+        kept: list[ToControl] = []
+        while engine.alive:
+            while self._reports:
+                report = self._reports.popleft()
+                if isinstance(report, Released):
+                    self._reports.extendleft(reversed(kept))
+                    return report
+                kept.append(report)
+            self._woken.wait(_LOOK_AGAIN_S)
+            self._woken.clear()
+        return Released(-1, {})
+
+    def _reach(self, server: Server) -> socket.socket:
+        return connect(server.address, server.local, server.host, _PEER_TIMEOUT_S)
+
+    def _load(self, plan: Plan, mine: tuple[int, ...], held: Released) -> dict[int, Lead] | None:
+        """Read the shards at the version where the epoch begins; None if that needs another epoch first."""
+        heads = {head.shard: head for head in self._store.heads(self._job, mine)}
+        wanted = {i: 0 if self._layout.shards[i].role is Role.FROZEN else plan.resume for i in mine}
+        if any(head.epoch != plan.epoch or head.manifest(wanted[i]) is None for i, head in heads.items()):
+            self._ask_for_take_over(plan.epoch, "the shards in Redis are not as the plan left them")
+            return None
+        with ThreadPoolExecutor(_LOADERS, thread_name_prefix="psa-load") as loaders:
+            leads = dict(
+                zip(
+                    mine,
+                    loaders.map(lambda i: self._load_one(heads[i], wanted[i], plan, held), mine),
+                    strict=True,
+                )
+            )
+        whole = {index: lead for index, lead in leads.items() if lead is not None}
+        return whole if len(whole) == len(mine) else None
+
+    def _load_one(self, head: Head, version: int, plan: Plan, held: Released) -> Lead | None:
+        """Read one shard; None if it is damaged and was put aside for an older version.
+
+        Raises:
+            DataIntegrity: it is damaged and nothing older can replace it. Nothing was changed.
+        """
+        shard = self._layout.shards[head.shard]
+        manifest = head.manifest(version)
+        assert manifest is not None
+        kept = held.leads.get(head.shard)
+        if kept is not None and kept.committed == manifest and held.version in (plan.resume, 0):
+            return kept  # a hand-over: we stand where the epoch begins, with what Redis holds
+        lead = Lead(shard, self._layout, self._optimizer)
+        try:
+            self._store.load(self._job, head.shard, manifest, lead.places(manifest))
+        except DataIntegrity as error:
+            if shard.role is Role.FROZEN or not self._older_version_exists(plan):
+                raise
+            self._log.error("a damaged version is put aside", version=version, why=str(error))
+            self._store.condemn(self._job, head.shard, plan.epoch, version)
+            self._ask_for_take_over(plan.epoch, str(error))
+            return None
+        lead.loaded(manifest)
+        return lead
+
+    def _older_version_exists(self, plan: Plan) -> bool:
+        """Whether all shards share a version other than the one at which this epoch began."""
+        heads = self._store.heads(self._job, [shard.index for shard in self._layout.versioned])
+        versions = {head.shard: {m.version for m in head.manifests} - {plan.resume} for head in heads}
+        return newest_common(versions) is not None
+
+    # --- governing
+
+    def _govern(self, seen: Versioned | None, plan: Plan | None) -> None:
+        """Controller only: make the plan fit the members. One action a turn; the plan's watch brings the next."""
+        view = View(
+            plan=plan,
+            servers=self._members(MemberKind.SERVER),
+            workers=self._members(MemberKind.WORKER),
+            shard_sizes=tuple(shard.size_bytes for shard in self._layout.shards),
+            ranks=self._ranks,
+        )
+        action = decide(view)
+        match action:
+            case TakeOver():
+                take_over(
+                    action,
+                    seen,
+                    job=self._job,
+                    layout=self._layout,
+                    coordination=self._coordination,
+                    store=self._store,
+                )
+            case Publish():
+                self._log.info("new plan", why=action.reason, phase=action.plan.phase.value)
+                self._coordination.write_plan(action.plan.to_json(), seen.version if seen else None)
+            case None:
+                return
+        self._woken.set()
+
+    def _members(self, kind: MemberKind) -> dict[str, Member]:
+        found = self._coordination.members(kind, watch=True)
+        return {name: member_from_json(text) for name, text in found.items()}

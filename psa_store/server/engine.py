@@ -1,0 +1,713 @@
+"""The event loop of a server: takes gradients in, hands new versions out.
+
+One thread owns all connections and the step's state machine; a pool of threads does the arithmetic; the committer
+writes to Redis; control (another thread) tells which shards to lead. They talk through mailboxes only, so nothing in
+here needs a lock. The life of a step can be read in :meth:`Engine._advance`.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from enum import Enum, auto
+
+import numpy as np
+import torch
+
+from psa_store import telemetry
+from psa_store.consistency import Offer, SyncStep, Verdict
+from psa_store.errors import Disconnected, Refused
+from psa_store.job import JobConfig
+from psa_store.layout import Layout, Role
+from psa_store.optim import Optimizer
+from psa_store.optim.reduce import clip_factor
+from psa_store.plan import Phase, Plan
+from psa_store.server.committer import Committer, Work
+from psa_store.server.lead import Lead, as_bytes
+from psa_store.server.letters import (
+    Applied,
+    CannotServe,
+    Committed,
+    Frozen,
+    Join,
+    Lost,
+    PeerGone,
+    Quit,
+    Reduced,
+    Release,
+    Released,
+    Revise,
+    Serve,
+    Snapped,
+    Stopped,
+    ToControl,
+    ToEngine,
+)
+from psa_store.wire import (
+    PARK,
+    PROTOCOL,
+    Connection,
+    Header,
+    Kind,
+    Mailbox,
+    Park,
+    Reason,
+    decode_text,
+    encode_text,
+)
+
+_TICK_S = 0.2
+_LAPSED_PAUSE_S = 0.02
+_CONNECTIONS_MAX = 10_000
+
+
+class Stage(Enum):
+    IDLE = auto()
+    """No epoch to serve: everything that belongs to one is parked."""
+    COLLECTING = auto()
+    APPLYING = auto()
+    SNAPPING = auto()
+
+
+class Engine:
+    """Owns the thread ``psa-engine`` and the pool ``psa-math``. Everybody else talks to it through :meth:`post`."""
+
+    def __init__(
+        self,
+        *,
+        member: str,
+        config: JobConfig,
+        layout: Layout,
+        optimizer: Optimizer,
+        threads: int,
+        listeners: Sequence[socket.socket],
+        lease_left_s: Callable[[], float],
+        make_committer: Callable[[Callable[[Committed | Lost], None]], Committer],
+        report: Callable[[ToControl], None],
+    ) -> None:
+        self._member = member
+        self._config = config
+        self._layout = layout
+        self._optimizer = optimizer
+        self._lease_left_s = lease_left_s
+        self._report = report
+        self._log = telemetry.get_logger()
+        self._mailbox: Mailbox[ToEngine] = Mailbox()
+        self._committer = make_committer(self._mailbox.post)
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="psa-math", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._futures: set[Future[None]] = set()
+        self._selector = selectors.DefaultSelector()
+        self._listeners = listeners
+        self._connections: set[Connection] = set()
+        self._watched: dict[Connection, int] = {}
+        self._workers: dict[str, Connection] = {}
+        self._peers: dict[str, Connection] = {}
+        self._scratch = memoryview(bytearray(max(shard.size_bytes for shard in layout.shards)))
+
+        self._stage = Stage.IDLE
+        self._plan: Plan | None = None
+        self._leads: dict[int, Lead] = {}
+        self._step = self._new_step(0, {})
+        self._committed = -1
+        self._committing = -1
+        self._told = -1
+        self._reported: ToControl | None = None
+        self._pulls: list[tuple[Connection, Header]] = []
+        self._finishes: list[tuple[Connection, Header]] = []
+        self._receiving: dict[tuple[int, int], Connection] = {}
+        self._dropping: dict[Connection, Reason] = {}
+        self._steps_done = 0
+        self._lapsed = False
+        self._thread = threading.Thread(target=self._run, name="psa-engine")
+
+    # --- for the other threads
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, letter: ToEngine) -> None:
+        self._mailbox.post(letter)
+
+    def close(self) -> None:
+        """Stop serving and release every thread and descriptor."""
+        self.post(Quit())
+        self._thread.join()
+        self._committer.close()
+        self._pool.shutdown()
+        self._mailbox.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    # --- the loop
+
+    def _run(self) -> None:
+        for listener in self._listeners:
+            self._selector.register(listener, selectors.EVENT_READ, listener)
+        self._selector.register(self._mailbox.fileno(), selectors.EVENT_READ, self._mailbox)
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._drop_epoch()
+            for connection in list(self._connections):
+                self._close(connection)
+            for listener in self._listeners:
+                listener.close()
+            self._selector.close()
+
+    def _turn(self) -> bool:
+        """One turn of the loop; False at the end."""
+        events = self._selector.select(_TICK_S)
+        lapsed = self._lease_left_s() <= 0
+        if lapsed is not self._lapsed:
+            # ZooKeeper may have declared us dead meanwhile: neither read nor answer until it is heard again.
+            self._lapsed = lapsed
+            self._log.warning("ZooKeeper is silent: not serving" if lapsed else "ZooKeeper is heard: serving")
+        if lapsed:
+            time.sleep(_LAPSED_PAUSE_S)
+            events = []
+        for key, mask in events:
+            if isinstance(key.data, Connection):
+                self._serve_connection(key.data, mask)
+            elif key.data is not self._mailbox:
+                self._accept(key.data)
+        for letter in self._mailbox.drain():
+            if isinstance(letter, Quit):
+                return False
+            self._obey(letter)
+        if not lapsed:
+            self._advance()
+        return True
+
+    def _obey(self, letter: ToEngine) -> None:
+        match letter:
+            case Release():
+                self._release(letter.epoch)
+            case Serve():
+                self._serve(letter)
+            case Revise():
+                self._revise(letter.plan)
+            case Join():
+                self._add_peer(letter.server, letter.sock)
+            case _ if self._plan is None or letter.epoch != self._plan.epoch:  # type: ignore[union-attr]
+                pass  # an answer from the pool or the committer that comes after its epoch
+            case Reduced():
+                self._step.reduced(letter.shard, letter.squared_norm)
+            case Applied():
+                self._step.advance()
+                self._steps_done += 1
+                self._stage = Stage.COLLECTING
+            case Snapped():
+                self._committer.submit(Work(letter.epoch, letter.version, self._versioned_leads()))
+                self._stage = Stage.COLLECTING
+            case Committed():
+                self._committed = letter.version
+            case Lost():
+                self._log.error("lost the shards of this epoch", epoch=letter.epoch, why=letter.why)
+                self._report(CannotServe(letter.epoch, letter.why))
+                self._drop_epoch()
+
+    # --- epochs
+
+    def _release(self, epoch: int) -> None:
+        version, leads = self._step.version, self._leads
+        if self._stage is Stage.IDLE or self._committed != version:
+            leads = {}
+        self._drop_epoch()
+        self._committer.begin(epoch)
+        self._report(Released(version, leads))
+
+    def _drop_epoch(self) -> None:
+        """Back to IDLE; afterwards no thread touches the memory of the old epoch but an unfinished commit."""
+        wait(self._futures)
+        self._futures.clear()
+        if self._stage is Stage.SNAPPING:
+            self._committer.cancel()
+        for (shard, rank), connection in self._receiving.items():
+            self._log.debug("diverting a push of the old epoch", shard=shard, rank=rank)
+            connection.divert(self._scratch)
+            self._dropping[connection] = Reason.STALE
+        for connection in self._connections:
+            if connection.sending:
+                connection.detach()
+        for peer in list(self._peers.values()):
+            self._close(peer)
+        self._receiving.clear()
+        self._pulls.clear()
+        self._finishes.clear()
+        self._stage = Stage.IDLE
+        self._plan = None
+        self._leads = {}
+
+    def _serve(self, letter: Serve) -> None:
+        plan = letter.plan
+        self._plan = plan
+        self._leads = dict(letter.leads)
+        self._step = self._new_step(plan.resume, self._leads)
+        self._committed = self._committing = plan.resume
+        self._told = -1
+        self._reported = None
+        self._stage = Stage.COLLECTING
+        for server, sock in letter.peers.items():
+            self._add_peer(server, sock)
+        self._log.info("serving", epoch=plan.epoch, version=plan.resume, shards=len(self._leads))
+        self._wake_parked()
+
+    def _revise(self, plan: Plan) -> None:
+        if self._plan is None or plan.epoch != self._plan.epoch:
+            return
+        self._plan = plan
+        self._reported = None
+        for (shard, rank), connection in list(self._receiving.items()):
+            if plan.ranks[rank] != connection.member:
+                connection.divert(self._scratch)
+                self._dropping[connection] = Reason.NOT_HOLDER
+                del self._receiving[shard, rank]
+        self._wake_parked()
+
+    def _new_step(self, version: int, leads: Mapping[int, Lead]) -> SyncStep:
+        return SyncStep(
+            version=version,
+            ranks=self._config.ranks,
+            trained=[i for i, lead in leads.items() if lead.shard.role is Role.TRAINED],
+            buffers=[i for i, lead in leads.items() if lead.shard.role is Role.BUFFER],
+            all_trained=[shard.index for shard in self._layout.shards_of(Role.TRAINED)],
+            skip_nonfinite=self._config.skip_nonfinite,
+        )
+
+    def _versioned_leads(self) -> dict[int, Lead]:
+        return {i: lead for i, lead in self._leads.items() if lead.shard.role is not Role.FROZEN}
+
+    # --- the life of a step
+
+    def _advance(self) -> None:
+        """Do what can be done now: answer, commit, tell norms, and go on to the next version."""
+        plan = self._plan
+        if self._stage is not Stage.COLLECTING or plan is None:
+            return
+        self._answer_pulls(plan)
+        self._answer_finishes(plan)
+        if self._commit_is_due(plan):
+            # The state of this version must be copied before it may change: if storage is slower than training,
+            # training waits here.
+            if self._committer.reserve():
+                self._committing = self._step.version
+                self._stage = Stage.SNAPPING
+                self._on_pool(plan.epoch, Lead.take_snapshot, Snapped(plan.epoch, self._step.version))
+            return
+        self._tell_norms(plan)
+        if self._held(plan):
+            return
+        match self._step.verdict():
+            case Verdict.APPLY:
+                self._apply(plan)
+            case Verdict.SKIP:
+                self._log.warning("skipping a step with NaN or Inf gradients", step=self._step.version)
+                self._step.advance()
+                self._advance()
+            case Verdict.REFUSE:
+                self._refuse_faulty(plan)
+            case Verdict.WAIT:
+                pass
+
+    def _commit_is_due(self, plan: Plan) -> bool:
+        version = self._step.version
+        if version in (self._committing, self._committed):
+            return False
+        every = self._config.commit_every
+        return (
+            (every > 0 and version % every == 0)
+            or (plan.phase is Phase.STOP and version == plan.mark)
+            or any(header.step <= version for _, header in self._finishes)
+        )
+
+    def _held(self, plan: Plan) -> bool:
+        """Whether the plan's phase forbids to go on; tells control once we stand where it wants us."""
+        version = self._step.version
+        if plan.phase is Phase.FREEZE:
+            self._report_once(Frozen(plan.mark, version))
+            return True
+        if plan.phase is Phase.STOP and version >= plan.mark:
+            if self._committed == version:
+                self._report_once(Stopped(version))
+            return True
+        return False
+
+    def _report_once(self, report: ToControl) -> None:
+        if report != self._reported:
+            self._reported = report
+            self._report(report)
+
+    def _tell_norms(self, plan: Plan) -> None:
+        norms = self._step.own_norms()
+        if norms is None or self._told == self._step.version:
+            return
+        self._told = self._step.version
+        for connection in list(self._peers.values()):
+            self._send_norms(plan, connection, norms)
+
+    def _send_norms(self, plan: Plan, connection: Connection, norms: Mapping[int, float]) -> None:
+        payload = np.array(list(norms.items()), dtype="<f8").tobytes()
+        header = Header(Kind.NORM, plan.epoch, plan.revision, self._step.version, length=len(payload))
+        self._send(connection, header, payload)
+
+    def _apply(self, plan: Plan) -> None:
+        step = self._step.version
+        scale = clip_factor(self._step.norms_in_order(), self._optimizer.clip_grad_norm)
+        for connection in self._connections:
+            if connection.sending:
+                connection.detach()
+        self._stage = Stage.APPLYING
+        self._on_pool(
+            plan.epoch,
+            lambda lead: lead.apply(step=step, grad_scale=scale),
+            Applied(plan.epoch, step + 1),
+        )
+
+    def _refuse_faulty(self, plan: Plan) -> None:
+        """Own gradients hold NaN or Inf: drop the shard's pushes, blame who is to blame, ask the others again."""
+        for shard in self._step.faulty():
+            blamed = self._leads[shard].nonfinite(self._config.ranks)
+            for rank in self._step.forget(shard):
+                connection = self._workers.get(plan.ranks[rank])
+                if connection is None:
+                    continue
+                text = (
+                    f"rank {rank} pushed NaN or Inf at step {self._step.version} in {blamed[rank]}"
+                    if rank in blamed
+                    else "computed in vain: another rank's gradient was refused"
+                )
+                reason = Reason.NONFINITE if rank in blamed else Reason.AGAIN
+                header = Header(Kind.PUSH, plan.epoch, plan.revision, self._step.version, rank=rank, shard=shard)
+                self._refuse(connection, header, reason, text)
+        self._told = -1
+
+    def _on_pool(self, epoch: int, work: Callable[[Lead], None], done: ToEngine) -> None:
+        """Run ``work`` on all versioned leads in the pool, then post ``done``."""
+        leads = list(self._versioned_leads().values())
+        parts = [leads[start :: self._threads] for start in range(min(self._threads, len(leads)))]
+        if not parts:
+            self.post(done)
+            return
+        latch = _Latch(len(parts), lambda: self.post(done))
+        for part in parts:
+            self._submit(epoch, _do_part, part, work, latch)
+
+    def _reduce(self, plan: Plan, shard: int) -> None:
+        self._submit(plan.epoch, _do_reduce, self._leads[shard], self._config.ranks, plan.epoch, self.post)
+
+    def _submit(self, epoch: int, function: Callable[..., None], *args: object) -> None:
+        future = self._pool.submit(function, *args)
+        self._futures.add(future)
+        future.add_done_callback(lambda done: self._check_future(epoch, done))
+        if len(self._futures) > 1024:
+            self._futures = {each for each in self._futures if not each.done()}
+
+    def _check_future(self, epoch: int, future: Future[None]) -> None:
+        error = future.exception()
+        if error is not None:
+            self.post(Lost(epoch, f"arithmetic failed: {error!r}"))
+
+    # --- connections
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
+        except OSError:
+            return  # the client is gone again, or we are out of descriptors: it will retry
+        if len(self._connections) >= _CONNECTIONS_MAX:
+            sock.close()
+            return
+        self._register(Connection(sock, str(address or "local client"), self._admit))
+
+    def _register(self, connection: Connection) -> None:
+        self._connections.add(connection)
+        self._watch(connection)
+
+    def _close(self, connection: Connection) -> None:
+        if connection not in self._connections:
+            return
+        self._connections.discard(connection)
+        self._dropping.pop(connection, None)
+        self._receiving = {k: v for k, v in self._receiving.items() if v is not connection}
+        self._pulls = [each for each in self._pulls if each[0] is not connection]
+        self._finishes = [each for each in self._finishes if each[0] is not connection]
+        if self._workers.get(connection.member) is connection:
+            del self._workers[connection.member]
+        for server, peer in list(self._peers.items()):
+            if peer is connection:
+                del self._peers[server]
+                if self._plan is not None:
+                    self._report(PeerGone(self._plan.epoch, server))
+        if self._watched.pop(connection, 0):
+            self._selector.unregister(connection)
+        connection.close()
+
+    def _serve_connection(self, connection: Connection, mask: int) -> None:
+        if connection not in self._connections:
+            return  # closed by an earlier event of this turn
+        try:
+            if mask & selectors.EVENT_READ:
+                for header, payload in connection.receive():
+                    self._on_frame(connection, header, payload)
+            connection.flush()
+            self._watch(connection)
+        except Disconnected as error:
+            self._log.debug("connection ended", member=connection.member, why=str(error))
+            self._close(connection)
+        except Refused as error:
+            self._log.warning("refused a peer", peer=connection.peer, member=connection.member, why=str(error))
+            self._refuse(connection, Header(Kind.HELLO), Reason.WRONG, str(error))
+            self._close(connection)
+
+    def _watch(self, connection: Connection) -> None:
+        """Wait for what the connection can do next; nothing while it is parked, until a plan wakes it."""
+        if connection not in self._connections:
+            return
+        mask = 0 if connection.parked else selectors.EVENT_READ
+        mask |= selectors.EVENT_WRITE if connection.sending else 0
+        before = self._watched.get(connection, 0)
+        if mask == before:
+            return
+        if not before:
+            self._selector.register(connection, mask, connection)
+        elif not mask:
+            self._selector.unregister(connection)
+        else:
+            self._selector.modify(connection, mask, connection)
+        self._watched[connection] = mask
+
+    def _send(self, connection: Connection, header: Header, payload: memoryview | bytes = b"") -> None:
+        connection.send(header, payload)
+        try:
+            connection.flush()
+            self._watch(connection)
+        except Disconnected:
+            self._close(connection)
+
+    def _refuse(self, connection: Connection, header: Header, reason: Reason, text: str) -> None:
+        payload = encode_text({"kind": header.kind.name, "why": text})
+        answer = Header(
+            Kind.REFUSED,
+            self._plan.epoch if self._plan else 0,
+            self._plan.revision if self._plan else 0,
+            header.step,
+            header.rank,
+            header.shard,
+            len(payload),
+            reason,
+        )
+        self._send(connection, answer, payload)
+
+    def _wake_parked(self) -> None:
+        for connection in list(self._connections):
+            if connection.parked:
+                try:
+                    connection.resume()
+                    self._serve_connection(connection, selectors.EVENT_READ)
+                except Refused as error:
+                    self._refuse(connection, Header(Kind.HELLO), Reason.WRONG, str(error))
+                    self._close(connection)
+
+    def _add_peer(self, server: str, sock: socket.socket) -> None:
+        if self._plan is None:
+            sock.close()
+            return
+        connection = Connection(sock, server, self._admit)
+        connection.member = server
+        self._register(connection)
+        self._peers[server] = connection
+        hello = encode_text(
+            {
+                "protocol": PROTOCOL,
+                "job": self._config.name,
+                "layout": self._layout.fingerprint,
+                "member": self._member,
+            }
+        )
+        self._send(connection, Header(Kind.HELLO, length=len(hello)), hello)
+        norms = self._step.own_norms()
+        if norms is not None and self._told == self._step.version:
+            self._send_norms(self._plan, connection, norms)
+
+    # --- frames
+
+    def _admit(self, connection: Connection, header: Header) -> memoryview | Park:
+        """Judge a frame by its header: where its payload goes, or that it must wait for a newer plan."""
+        match header.kind:
+            case Kind.HELLO | Kind.WELCOME | Kind.INSPECT | Kind.REFUSED:
+                return memoryview(bytearray(header.length))
+            case Kind.PUSH | Kind.PULL | Kind.NORM | Kind.FINISH if not connection.member:
+                raise Refused(f"{header.kind.name} before HELLO")
+            case Kind.PUSH | Kind.PULL | Kind.NORM | Kind.FINISH:
+                plan = self._plan
+                if plan is None or (header.epoch, header.revision) > (plan.epoch, plan.revision):
+                    return PARK
+                if header.kind is Kind.PUSH:
+                    return self._admit_push(plan, connection, header)
+                return memoryview(bytearray(header.length))
+        raise Refused(f"a server takes no {header.kind.name}")
+
+    def _admit_push(self, plan: Plan, connection: Connection, header: Header) -> memoryview:
+        reason = self._reason_against(plan, connection, header)
+        if reason is None:
+            lead = self._leads[header.shard]
+            if header.length != lead.shard.size_bytes:
+                raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {lead.shard.size_bytes}")
+            offer = self._step.offer(header.step, header.shard, header.rank)
+            if offer is Offer.AHEAD:
+                raise Refused(f"PUSH for step {header.step} while version {self._step.version} is the newest")
+            if offer is Offer.NEW:
+                key = header.shard, header.rank
+                former = self._receiving.get(key)
+                if former is not None:
+                    former.divert(self._scratch)
+                    self._dropping[former] = Reason.NONE
+                self._receiving[key] = connection
+                return as_bytes(lead.gradient(header.rank))
+            reason = Reason.NONE
+        if header.length > len(self._scratch):
+            raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {len(self._scratch)}")
+        self._dropping[connection] = reason
+        return self._scratch[: header.length]
+
+    def _reason_against(self, plan: Plan, connection: Connection, header: Header) -> Reason | None:
+        if header.epoch < plan.epoch:
+            return Reason.STALE
+        if header.shard not in self._leads:
+            return Reason.NOT_OWNER
+        if header.rank >= self._config.ranks or plan.ranks[header.rank] != connection.member:
+            return Reason.NOT_HOLDER
+        return None
+
+    def _on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:
+        match header.kind:
+            case Kind.HELLO:
+                self._on_hello(connection, decode_text(payload))
+            case Kind.PUSH:
+                self._on_push(connection, header)
+            case Kind.PULL | Kind.FINISH:
+                self._on_request(connection, header)
+            case Kind.NORM:
+                assert self._plan is not None
+                if header.epoch == self._plan.epoch:
+                    pairs = np.frombuffer(payload, dtype="<f8").reshape(-1, 2)
+                    self._step.hear(header.step, {int(shard): float(norm) for shard, norm in pairs})
+            case Kind.INSPECT:
+                text = encode_text(self._inspect())
+                self._send(connection, Header(Kind.REPORT, length=len(text)), text)
+            case Kind.REFUSED:
+                raise Refused(f"a peer refused us: {decode_text(payload).get('why')}")
+            case _:
+                pass
+
+    def _on_hello(self, connection: Connection, hello: dict[str, object]) -> None:
+        for what, mine in (
+            ("protocol", PROTOCOL),
+            ("job", self._config.name),
+            ("layout", self._layout.fingerprint),
+        ):
+            if hello.get(what) != mine:
+                raise Refused(f"{what} is {mine!r} here and {hello.get(what)!r} there")
+        connection.member = str(hello.get("member", ""))
+        connection.peer = connection.member
+        self._workers[connection.member] = connection
+        text = encode_text({"server": self._member})
+        self._send(connection, Header(Kind.WELCOME, length=len(text)), text)
+
+    def _on_push(self, connection: Connection, header: Header) -> None:
+        reason = self._dropping.pop(connection, None)
+        if reason is not None:
+            if reason is not Reason.NONE:
+                self._refuse(connection, header, reason, f"push refused: {reason.name}")
+            return
+        assert self._receiving.pop((header.shard, header.rank)) is connection
+        assert self._plan is not None
+        if self._step.accept(header.shard, header.rank):
+            self._reduce(self._plan, header.shard)
+
+    def _on_request(self, connection: Connection, header: Header) -> None:
+        assert self._plan is not None
+        if header.epoch < self._plan.epoch:
+            self._refuse(connection, header, Reason.STALE, "the epoch is over")
+        elif header.kind is Kind.FINISH:
+            self._finishes.append((connection, header))
+        elif header.shard not in self._leads:
+            self._refuse(connection, header, Reason.NOT_OWNER, f"shard {header.shard} is led elsewhere")
+        else:
+            self._pulls.append((connection, header))
+
+    def _answer_pulls(self, plan: Plan) -> None:
+        """Send versions that have been waited for. Frozen shards stay at version 0 and are always ready."""
+        version = self._step.version
+        waiting, self._pulls = self._pulls, []
+        for connection, header in waiting:
+            lead = self._leads[header.shard]
+            has = 0 if lead.shard.role is Role.FROZEN else version
+            if has < header.step and lead.shard.role is not Role.FROZEN:
+                self._pulls.append((connection, header))
+                continue
+            answer = Header(
+                Kind.PARAMS,
+                plan.epoch,
+                plan.revision,
+                has,
+                shard=header.shard,
+                length=lead.shard.size_bytes,
+            )
+            self._send(connection, answer, as_bytes(lead.param))
+
+    def _answer_finishes(self, plan: Plan) -> None:
+        waiting, self._finishes = self._finishes, []
+        for connection, header in waiting:
+            if self._committed >= header.step:
+                self._send(connection, Header(Kind.DURABLE, plan.epoch, plan.revision, self._committed))
+            else:
+                self._finishes.append((connection, header))
+
+    def _inspect(self) -> dict[str, object]:
+        return {
+            "server": self._member,
+            "epoch": self._plan.epoch if self._plan else 0,
+            "stage": self._stage.name.lower(),
+            "version": self._step.version if self._plan else None,
+            "committed": self._committed if self._plan else None,
+            "shards": len(self._leads),
+            "workers": sorted(self._workers),
+            "steps_done": self._steps_done,
+        }
+
+
+class _Latch:
+    """Calls ``done`` when the last of ``count`` parts has called :meth:`release`."""
+
+    def __init__(self, count: int, done: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._count = count
+        self._done = done
+
+    def release(self) -> None:
+        with self._lock:
+            self._count -= 1
+            last = self._count == 0
+        if last:
+            self._done()
+
+
+def _do_part(part: Sequence[Lead], work: Callable[[Lead], None], latch: _Latch) -> None:
+    for lead in part:
+        work(lead)
+    latch.release()
+
+
+def _do_reduce(lead: Lead, ranks: int, epoch: int, post: Callable[[ToEngine], None]) -> None:
+    post(Reduced(epoch, lead.shard.index, lead.reduce(ranks)))

@@ -1,0 +1,138 @@
+"""What the parts of a server tell each other: control and committer write to the engine, the engine to control."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from psa_store.plan import Plan
+from psa_store.server.lead import Lead
+from psa_store.storage import Manifest
+
+# --- to the engine
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The epoch is over: let go of all shards. ``held`` is answered with the leads, for reuse in the next epoch."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Serve these shards under this plan. ``peers``: connections to the other servers of the plan."""
+
+    plan: Plan
+    leads: Mapping[int, Lead]
+    peers: Mapping[str, socket.socket]
+
+
+@dataclass(frozen=True, slots=True)
+class Revise:
+    """The same epoch, but other ranks or another phase."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """A new connection to a peer whose old one broke."""
+
+    server: str
+    sock: socket.socket
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """A pool thread reduced a shard."""
+
+    epoch: int
+    shard: int
+    squared_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The pool updated all shards; the engine may go on to ``version``."""
+
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapped:
+    """The pool has copied the state of ``version`` for the committer."""
+
+    epoch: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """All shards of this server are durable at ``version``."""
+
+    epoch: int
+    version: int
+    manifests: Mapping[int, Manifest]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """This server may or can not lead any more: a commit was fenced, or a pool thread failed."""
+
+    epoch: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """End the event loop."""
+
+
+ToEngine = Release | Serve | Revise | Join | Reduced | Applied | Snapped | Committed | Lost | Quit
+
+# --- to control
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The engine holds nothing of an old epoch any more. ``leads`` stand at ``version`` and are control's now."""
+
+    version: int
+    leads: Mapping[int, Lead]
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Standing still at ``version``, for the FREEZE with this mark."""
+
+    mark: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Standing still at ``version``, which is committed."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class CannotServe:
+    """The shards of this epoch are lost to this server: it asks for a take-over."""
+
+    epoch: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """The connection to a peer broke; control makes a new one while the plan still names it."""
+
+    epoch: int
+    server: str
+
+
+ToControl = Released | Frozen | Stopped | CannotServe | PeerGone

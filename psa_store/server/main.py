@@ -1,0 +1,137 @@
+"""A server process from start to end: what `psa server` and `psa run` start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+
+from psa_store import optim, telemetry
+from psa_store.config import Settings
+from psa_store.coordination import Coordination
+from psa_store.errors import UsageError
+from psa_store.identity import new_member_id
+from psa_store.job import JobConfig, check_job_name, job_config_from_json
+from psa_store.layout import Layout, layout_from_json
+from psa_store.plan import Member
+from psa_store.server.committer import Committer
+from psa_store.server.control import Control
+from psa_store.server.engine import Engine
+from psa_store.storage import RedisStore
+from psa_store.wire import host_identity, listen_local, listen_tcp
+
+_POLL_S = 0.05
+_SAY_WAITING_S = 10.0
+_SIGNAL_CHECK_S = 0.5
+
+
+class _Leave:
+    """Signal handler: remembers that we were asked to leave, and wakes control."""
+
+    def __init__(self, woken: threading.Event) -> None:
+        self.asked = False
+        self._woken = woken
+
+    def __call__(self, _number: int, _frame: object) -> None:
+        self.asked = True
+        self._woken.set()
+
+
+def serve(job: str, settings: Settings) -> None:
+    """Serve shards of ``job`` until SIGTERM or SIGINT; then hand over and return.
+
+    Call it in the main thread of a process that does nothing else: it pins torch to one thread per operation.
+
+    Raises:
+        DependencyUnreachable: Redis or ZooKeeper does not answer at the start. Later outages are waited for.
+        DataIntegrity: the stored state of the job cannot be served by anyone.
+    """
+    check_job_name(job)
+    if settings.redis is None or settings.zookeeper is None:
+        raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: set both, or use `psa run`")
+    torch.set_num_threads(1)
+    woken = threading.Event()
+    leave = _Leave(woken)
+    store = RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)
+    coordination = Coordination(
+        settings.zookeeper,
+        job,
+        session_timeout_s=settings.session_timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        wake=woken.set,
+    )
+    try:
+        store.check()
+        coordination.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, leave)
+        found = _wait_for_job(job, store, leave)
+        if found is None:
+            return
+        config, layout = found
+        optimizer = optim.from_dict(config.optimizer)
+        member_id = settings.member or new_member_id("server")
+        tcp, address = listen_tcp(settings.bind)
+        local_name = f"psa-{member_id}"
+        local = listen_local(local_name)
+        member = Member(
+            member_id,
+            host_identity(),
+            os.getpid(),
+            address=address,
+            local=local_name if local is not None else "",
+        )
+        control = Control(
+            member=member,
+            job=job,
+            ranks=config.ranks,
+            layout=layout,
+            optimizer=optimizer,
+            store=store,
+            coordination=coordination,
+            woken=woken,
+            leaving=lambda: leave.asked,
+        )
+        engine = Engine(
+            member=member_id,
+            config=config,
+            layout=layout,
+            optimizer=optimizer,
+            threads=settings.server_threads,
+            listeners=[tcp] if local is None else [tcp, local],
+            lease_left_s=coordination.lease_left_s,
+            make_committer=lambda post: Committer(store, job, layout.fingerprint, post),
+            report=control.report,
+        )
+        engine.start()
+        try:
+            # Not in this thread: a signal handler here must never meet the lock of an event that it sets.
+            with ThreadPoolExecutor(1, thread_name_prefix="psa-control") as runner:
+                governing = runner.submit(control.run, engine)
+                while not governing.done():
+                    wait([governing], timeout=_SIGNAL_CHECK_S)
+                governing.result()
+        finally:
+            engine.close()
+    finally:
+        coordination.close()
+        store.close()
+
+
+def _wait_for_job(job: str, store: RedisStore, leave: _Leave) -> tuple[JobConfig, Layout] | None:
+    """Wait until a worker has created the job; None if we are told to stop before."""
+    log = telemetry.get_logger()
+    say_at_s = time.monotonic() + _SAY_WAITING_S
+    while not leave.asked:
+        found = store.read_job(job)
+        if found is not None:
+            return job_config_from_json(found[0]), layout_from_json(found[1])
+        if time.monotonic() >= say_at_s:
+            say_at_s += _SAY_WAITING_S
+            log.info("waiting for a worker to create the job", job=job)
+        time.sleep(_POLL_S)
+    return None

@@ -1,0 +1,86 @@
+"""Starting an epoch: take its number, seal, only then read, only then publish. Run by the controller.
+
+Whoever is killed between two of these lines leaves nothing that the next controller cannot start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from psa_store import telemetry
+from psa_store.coordination import Coordination, Versioned
+from psa_store.errors import DataIntegrity, Fenced
+from psa_store.layout import Layout, Role
+from psa_store.plan import Plan, TakeOver, newest_common, plan_from_json
+from psa_store.storage import Head, RedisStore
+
+_FROZEN_VERSION = 0
+
+
+def take_over(
+    action: TakeOver,
+    seen: Versioned | None,
+    *,
+    job: str,
+    layout: Layout,
+    coordination: Coordination,
+    store: RedisStore,
+) -> Plan | None:
+    """Begin a new epoch with these owners; None if another controller was faster.
+
+    Raises:
+        DataIntegrity: no version is common to all shards; names the shards that stand in the way.
+        DependencyUnreachable: Redis or ZooKeeper did not answer; nothing is published.
+    """
+    log = telemetry.get_logger()
+    before = plan_from_json(seen.text) if seen else None
+    every = [shard.index for shard in layout.shards]
+    known = max((head.epoch for head in store.heads(job, every)), default=0)
+
+    # 1. A number that nobody had before. Redis may know higher ones than ZooKeeper, if ZooKeeper was wiped.
+    epoch = coordination.next_epoch(at_least=max(known, before.epoch if before else 0))
+    # 2. From here on, commits of all older epochs are refused: what is read next is final.
+    try:
+        heads = store.seal(job, every, epoch, layout.fingerprint)
+    except Fenced as error:
+        log.info("another controller is ahead", epoch=epoch, why=str(error))
+        return None
+    # 3. The version that every shard has; newer ones, which only some have, belong to the past.
+    resume = resumable_version(job, layout, heads)
+    store.trim(job, [shard.index for shard in layout.versioned], epoch, resume)
+    # 4. Published by compare-and-set: of two controllers that came this far, one wins.
+    plan = Plan(
+        epoch=epoch,
+        revision=(before.revision if before else 0) + 1,
+        resume=resume,
+        servers=action.servers,
+        owners=action.owners,
+        ranks=action.ranks,
+    )
+    if coordination.write_plan(plan.to_json(), seen.version if seen else None) is None:
+        return None
+    log.info("new epoch", epoch=epoch, resume=resume, servers=len(plan.servers), why=action.reason)
+    return plan
+
+
+def resumable_version(job: str, layout: Layout, heads: Sequence[Head]) -> int:
+    """The newest version that all versioned shards have, given that the frozen ones are whole.
+
+    Raises:
+        DataIntegrity: there is none.
+    """
+    versions = {head.shard: [manifest.version for manifest in head.manifests] for head in heads}
+    foreign = [head.shard for head in heads if head.manifests and head.layout != layout.fingerprint]
+    if foreign:
+        raise DataIntegrity(f"job {job!r}: shards {foreign} were written with another layout. Restore them.")
+    broken = [s.index for s in layout.shards_of(Role.FROZEN) if _FROZEN_VERSION not in versions[s.index]]
+    changing = {shard.index: versions[shard.index] for shard in layout.versioned}
+    resume = newest_common(changing) if changing else _FROZEN_VERSION
+    if broken or resume is None:
+        empty = broken or [shard for shard, has in changing.items() if not has]
+        detail = f"shards {empty} have no undamaged version" if empty else f"versions by shard: {changing}"
+        raise DataIntegrity(
+            f"job {job!r}: no version is common to all shards ({detail}). "
+            "Restore Redis from its backup, or start over under another job name."
+        )
+    return resume

@@ -1,0 +1,75 @@
+#!lua name=psa_store
+
+-- The fence and the flip. Functions check everything first and write last, because Redis isolates them but does not
+-- roll them back. They move small values only: tensors are plain keys. Epochs are fixed-width hex, compared as text.
+
+-- psa_seal: raise the epoch of a shard, so that commits of lower epochs are refused from now on.
+-- keys: head. args: epoch, layout fingerprint.
+-- returns {'ok', fields of the head} or refuses with {'fenced', higher epoch}. Idempotent.
+local function seal(keys, args)
+  local now = redis.call('HGET', keys[1], 'epoch')
+  if now and now > args[1] then return {'fenced', now} end
+  redis.call('HSET', keys[1], 'epoch', args[1])
+  redis.call('HSETNX', keys[1], 'layout', args[2])
+  return {'ok', redis.call('HGETALL', keys[1])}
+end
+
+-- How the head stands towards the caller's epoch: nil if it is his.
+local function stranger(head, epoch)
+  local now = redis.call('HGET', head, 'epoch')
+  if not now or now < epoch then return {'rewound', now or ''} end
+  if now > epoch then return {'fenced', now} end
+  return nil
+end
+
+-- psa_commit: make one version of a shard the head's, and drop old ones, in one step.
+-- keys: head, then the new chunks, then the chunks to drop.
+-- args: epoch, version field, manifest, field that must be there ('' for none), number of new chunks,
+--       their sizes (that many), number of fields in the head, those fields, then the fields to drop.
+-- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', what}, {'missing', key} or {'changed'}.
+local function commit(keys, args)
+  local head, epoch, field, manifest, expect = keys[1], args[1], args[2], args[3], args[4]
+  local refusal = stranger(head, epoch)
+  if refusal then return refusal end
+  if expect ~= '' and redis.call('HEXISTS', head, expect) == 0 then return {'rewound', expect} end
+  local count = tonumber(args[5])
+  for i = 1, count do
+    if redis.call('STRLEN', keys[1 + i]) ~= tonumber(args[5 + i]) then return {'missing', keys[1 + i]} end
+  end
+  local seen = tonumber(args[6 + count])
+  if redis.call('HLEN', head) ~= seen + 2 then return {'changed'} end
+  for i = 1, seen do
+    if redis.call('HEXISTS', head, args[6 + count + i]) == 0 then return {'changed'} end
+  end
+  for i = 1, count do redis.call('PERSIST', keys[1 + i]) end
+  for i = 7 + count + seen, #args do redis.call('HDEL', head, args[i]) end
+  redis.call('HSET', head, field, manifest)
+  for i = 2 + count, #keys do redis.call('UNLINK', keys[i]) end
+  return {'ok'}
+end
+
+-- psa_drop: take versions out of a head.
+-- keys: head, then the chunks of those versions. args: epoch, then their fields.
+-- returns {'ok'}; refuses with {'fenced', epoch} or {'rewound', epoch}. Idempotent.
+local function drop(keys, args)
+  local refusal = stranger(keys[1], args[1])
+  if refusal then return refusal end
+  for i = 2, #args do redis.call('HDEL', keys[1], args[i]) end
+  for i = 2, #keys do redis.call('UNLINK', keys[i]) end
+  return {'ok'}
+end
+
+-- psa_create: store a job's documents unless it has some. keys: config, layout. args: the same.
+-- returns the stored documents {config, layout}. The first writer wins.
+local function create(keys, args)
+  if redis.call('EXISTS', keys[1]) == 0 then
+    redis.call('SET', keys[2], args[2])
+    redis.call('SET', keys[1], args[1])
+  end
+  return {redis.call('GET', keys[1]), redis.call('GET', keys[2])}
+end
+
+redis.register_function('psa_seal', seal)
+redis.register_function('psa_commit', commit)
+redis.register_function('psa_drop', drop)
+redis.register_function('psa_create', create)

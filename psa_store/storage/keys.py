@@ -1,0 +1,21 @@
+"""Every key of Redis that this package uses. All keys of one shard share a hash tag, so scripts work in a cluster."""
+
+from __future__ import annotations
+
+JOBS = "psa:jobs"
+
+
+def config(job: str) -> str:
+    return f"psa:{{{job}}}:config"
+
+
+def layout(job: str) -> str:
+    return f"psa:{{{job}}}:layout"
+
+
+def head(job: str, shard: int) -> str:
+    return f"psa:{{{job}:{shard}}}:head"
+
+
+def chunk(job: str, shard: int, version: int, epoch: int, nonce: str, section: str, index: int) -> str:
+    return f"psa:{{{job}:{shard}}}:{version}:{epoch}:{nonce}:{section}:{index}"

@@ -1,0 +1,26 @@
+"""The framed protocol between workers and servers. The only room that knows sockets."""
+
+from psa_store.wire.address import connect, host_identity, listen_local, listen_tcp
+from psa_store.wire.announce import announce
+from psa_store.wire.connection import PARK, Admit, Connection, Park
+from psa_store.wire.frames import PROTOCOL, Header, Kind, Reason, decode_text, encode_text
+from psa_store.wire.mailbox import Mailbox
+
+__all__ = [
+    "PARK",
+    "PROTOCOL",
+    "Admit",
+    "Connection",
+    "Header",
+    "Kind",
+    "Mailbox",
+    "Park",
+    "Reason",
+    "announce",
+    "connect",
+    "decode_text",
+    "encode_text",
+    "host_identity",
+    "listen_local",
+    "listen_tcp",
+]

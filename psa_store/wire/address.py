@@ -1,0 +1,68 @@
+"""Where servers listen and how clients reach them: a Unix socket on the same host, TCP between hosts."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from functools import cache
+from pathlib import Path
+
+from psa_store.errors import DependencyUnreachable, Disconnected
+
+_BACKLOG = 1024
+
+
+@cache
+def host_identity() -> str:
+    """A name for this machine that no other has at the same time: host name and boot id."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip()}" if boot.exists() else socket.gethostname()
+
+
+def listen_tcp(bind: str) -> tuple[socket.socket, str]:
+    """Listen on a free port of ``bind``; returns the socket and the ``host:port`` to advertise.
+
+    Raises:
+        DependencyUnreachable: the address is not one of this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(bind, None)[0][0]
+        sock = socket.create_server((bind, 0), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise DependencyUnreachable(
+            f"cannot listen on {bind}: {error}. Set PSA_BIND to an address of this machine."
+        ) from error
+    sock.setblocking(False)
+    return sock, f"{bind}:{sock.getsockname()[1]}"
+
+
+def listen_local(name: str) -> socket.socket | None:
+    """Listen on an abstract Unix socket, which leaves nothing behind however we die; None where there are none."""
+    if sys.platform != "linux":
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind("\0" + name)
+    sock.listen(_BACKLOG)
+    sock.setblocking(False)
+    return sock
+
+
+def connect(address: str, local: str, host: str, timeout_s: float) -> socket.socket:
+    """Connect to a server, by its Unix socket if it is on this host and reachable, else by TCP.
+
+    Raises:
+        Disconnected: it does not answer within ``timeout_s``.
+    """
+    if local and host == host_identity():
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect("\0" + local)
+            return sock
+        except OSError:  # another network namespace, or gone: TCP tells
+            sock.close()
+    name, _, port = address.rpartition(":")
+    try:
+        return socket.create_connection((name.strip("[]"), int(port)), timeout=timeout_s)
+    except OSError as error:
+        raise Disconnected(f"cannot reach the server at {address}: {error}") from error

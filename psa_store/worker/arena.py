@@ -1,0 +1,237 @@
+"""A model's tensors as views of one flat memory, laid out as the job's arena.
+
+Parameters that a server sends are received straight into the model, and a gradient is copied once, from where
+autograd left it into the flat gradient memory that is sent. Models on an accelerator keep their own memory; theirs
+is copied to and from the arena, which is on the host.
+
+Used by the worker, in the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from psa_store.errors import UsageError
+from psa_store.layout import Layout, Role, Shard, TensorSpec
+
+
+def describe_model(model: nn.Module, group_of: Callable[[str, tuple[int, ...]], int]) -> list[TensorSpec]:
+    """List the parameters and buffers of a model in its own order; tied ones once, with all their names."""
+    in_state = set(model.state_dict(keep_vars=True))
+    specs = []
+    for role_of, named in (
+        (_role_of_parameter, model.named_parameters(remove_duplicate=False)),
+        (_role_of_buffer, model.named_buffers(remove_duplicate=False)),
+    ):
+        by_identity: dict[int, list[str]] = {}
+        tensors: dict[int, Tensor] = {}
+        for name, tensor in named:
+            by_identity.setdefault(id(tensor), []).append(name)
+            tensors[id(tensor)] = tensor
+        for identity, names in by_identity.items():
+            tensor = tensors[identity]
+            role = role_of(tensor)
+            shape = tuple(tensor.shape)
+            specs.append(
+                TensorSpec(
+                    names=tuple(names),
+                    shape=shape,
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    role=role,
+                    group=group_of(names[0], shape) if role is Role.TRAINED else 0,
+                    persistent=names[0] in in_state,
+                )
+            )
+    return specs
+
+
+def _role_of_parameter(tensor: Tensor) -> Role:
+    return Role.TRAINED if tensor.requires_grad else Role.FROZEN
+
+
+def _role_of_buffer(_tensor: Tensor) -> Role:
+    return Role.BUFFER
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One tensor of the model and its places in the flat memory."""
+
+    spec: TensorSpec
+    owner: nn.Module
+    attribute: str
+    view: Tensor
+    gradient: Tensor | None
+    shards: tuple[int, ...]
+    ready: bool = False
+
+
+class ModelArena:
+    """Binds ``model`` to flat memory; calls ``on_ready(shard)``, during backward, when a shard's gradient is whole."""
+
+    def __init__(self, model: nn.Module, layout: Layout, on_ready: Callable[[int], None]) -> None:
+        self._model = model
+        self._layout = layout
+        self._on_ready = on_ready
+        self._memory = torch.zeros(layout.arena_bytes, dtype=torch.uint8)
+        trained = layout.shards_of(Role.TRAINED)
+        self._gradient_memory = torch.zeros(_end(trained), dtype=torch.uint8)
+        self._buffers_low, self._buffers_high = _range(layout.shards_of(Role.BUFFER))
+        self._buffers_kept = torch.zeros(self._buffers_high - self._buffers_low, dtype=torch.uint8)
+        self._slots = [self._make_slot(index) for index in range(len(layout.tensors))]
+        self._open = False
+        self._accumulating = False
+        self._left: dict[int, int] = {}
+        self._hooks = []
+        for slot, tensor in self._each():
+            slot.view.copy_(tensor.detach())
+            self._bind(slot, tensor)
+            if slot.spec.role is Role.TRAINED:
+                hook = tensor.register_post_accumulate_grad_hook(self._hook_for(slot))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
+
+    def close(self) -> None:
+        """Take the hooks off; the model keeps its values."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # --- memory of shards
+
+    def parameters(self, shard: Shard) -> memoryview:
+        """The bytes of a shard's parameters or buffers, to receive into or to send from."""
+        return _bytes(self._memory, shard)
+
+    def gradients(self, shard: Shard) -> memoryview:
+        """The bytes of a trained shard's gradient."""
+        return _bytes(self._gradient_memory, shard)
+
+    # --- versions
+
+    def version_arrived(self) -> None:
+        """All shards have been received: bring them into tensors that are not views, and keep the buffers."""
+        self._buffers_kept.copy_(self._memory[self._buffers_low : self._buffers_high])
+        for slot, tensor in self._each():
+            self._bind(slot, tensor)
+
+    def collect_buffers(self) -> None:
+        """Bring buffers that the model moved elsewhere, or that live on an accelerator, into the arena."""
+        for slot, tensor in self._each():
+            if slot.spec.role is Role.BUFFER and tensor.data_ptr() != slot.view.data_ptr():
+                slot.view.copy_(tensor.detach())
+
+    # --- gradients
+
+    def begin(self) -> None:
+        """Get ready for the forward and backward pass of one rank: buffers of the version, no gradients."""
+        self._memory[self._buffers_low : self._buffers_high].copy_(self._buffers_kept)
+        for slot, tensor in self._each():
+            if slot.spec.role is Role.BUFFER:
+                self._bind(slot, tensor)
+            elif slot.gradient is not None:
+                tensor.grad = None
+                slot.ready = False
+        self._left = {}
+        for slot in self._slots:
+            for shard in slot.shards:
+                self._left[shard] = self._left.get(shard, 0) + 1
+        self._open = True
+
+    def end(self) -> None:
+        """Backward is over: parameters that got no gradient count as zero, so that every shard becomes ready."""
+        for slot, tensor in self._each():
+            if slot.gradient is not None and not slot.ready:
+                if tensor.grad is not None:
+                    self._take(slot, tensor)
+                else:
+                    slot.gradient.zero_()
+                    self._mark(slot)
+        self._open = False
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Backward passes inside only add to ``.grad``; the first one outside makes shards ready."""
+        self._accumulating = True
+        try:
+            yield
+        finally:
+            self._accumulating = False
+
+    def _hook_for(self, slot: _Slot) -> Callable[[Tensor], None]:
+        def hook(tensor: Tensor) -> None:
+            if self._open and not self._accumulating:
+                if slot.ready:
+                    raise UsageError(
+                        "backward() ran twice for one batch: wrap all but the last in `with worker.accumulate():`"
+                    )
+                self._take(slot, tensor)
+
+        return hook
+
+    def _take(self, slot: _Slot, tensor: Tensor) -> None:
+        assert slot.gradient is not None and tensor.grad is not None
+        gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
+        slot.gradient.copy_(gradient)
+        if tensor.device == slot.gradient.device:
+            tensor.grad = slot.gradient
+        self._mark(slot)
+
+    def _mark(self, slot: _Slot) -> None:
+        slot.ready = True
+        for shard in slot.shards:
+            self._left[shard] -= 1
+            if self._left[shard] == 0:
+                self._on_ready(shard)
+
+    # --- binding
+
+    def _each(self) -> Iterator[tuple[_Slot, Tensor]]:
+        """Every slot with the model's present tensor; looked up each time, because buffers may be reassigned."""
+        for slot in self._slots:
+            tensor = getattr(slot.owner, slot.attribute)
+            assert isinstance(tensor, Tensor)
+            yield slot, tensor
+
+    def _bind(self, slot: _Slot, tensor: Tensor) -> None:
+        if tensor.device == slot.view.device:
+            if tensor.data_ptr() != slot.view.data_ptr():
+                tensor.data = slot.view
+        else:
+            with torch.no_grad():
+                tensor.copy_(slot.view)
+
+    def _make_slot(self, index: int) -> _Slot:
+        spec = self._layout.tensors[index]
+        low = self._layout.offsets_bytes[index]
+        view = _shaped(self._memory, low, spec)
+        trained = spec.role is Role.TRAINED
+        shards = tuple(
+            shard.index
+            for shard in self._layout.shards_of(Role.TRAINED)
+            if trained and shard.offset_bytes < low + spec.size_bytes and low < shard.offset_bytes + shard.size_bytes
+        )
+        owner, _, attribute = spec.name.rpartition(".")
+        gradient = _shaped(self._gradient_memory, low, spec) if trained else None
+        return _Slot(spec, self._model.get_submodule(owner), attribute, view, gradient, shards)
+
+
+def _shaped(memory: Tensor, low: int, spec: TensorSpec) -> Tensor:
+    dtype = getattr(torch, spec.dtype)
+    return memory[low : low + spec.size_bytes].view(dtype).view(spec.shape)
+
+
+def _bytes(memory: Tensor, shard: Shard) -> memoryview:
+    return memory.numpy().data[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
+
+
+def _range(shards: tuple[Shard, ...]) -> tuple[int, int]:
+    return (shards[0].offset_bytes, _end(shards)) if shards else (0, 0)
+
+
+def _end(shards: tuple[Shard, ...]) -> int:
+    return shards[-1].offset_bytes + shards[-1].size_bytes if shards else 0

@@ -1,0 +1,149 @@
+"""Joining a job, or creating it when it does not exist yet.
+
+The first worker brings the initial parameters. It proceeds like a controller that takes over: hold the right to
+create, take an epoch, seal, write version 0 of every shard, and last of all store the job's documents. That last
+write is the moment at which the job exists; a creator that dies before leaves nothing that the next one, under its
+higher epoch, does not replace, and one that was only asleep finds its writes fenced.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from psa_store import telemetry
+from psa_store.config import Settings
+from psa_store.coordination import Coordination
+from psa_store.errors import JobBusy, JobMismatch
+from psa_store.job import (
+    COMMIT_EVERY_DEFAULT,
+    RUN_NODE,
+    SHARD_VERSIONS_KEPT,
+    JobConfig,
+    job_config_from_json,
+)
+from psa_store.layout import Layout, describe_difference, layout_from_json
+from psa_store.storage import RedisStore
+from psa_store.worker.arena import ModelArena
+
+CREATOR = "creator"
+_POLL_S = 0.05
+_RUN_GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What this process was written for; ``ranks`` None takes what is stored."""
+
+    name: str
+    ranks: int | None
+    seed: int
+    optimizer: dict[str, Any]
+    layout: str
+
+
+def join_or_create(
+    wanted: Wanted,
+    arena: ModelArena,
+    layout: Layout,
+    settings: Settings,
+    member: str,
+    store: RedisStore,
+    coordination: Coordination,
+) -> JobConfig:
+    """Return the facts of the job, having created it if it did not exist.
+
+    Raises:
+        JobMismatch: the job exists with another layout, optimizer, seed, number of ranks or policy.
+        JobBusy: another `psa run` of this job is going on.
+        DependencyUnreachable: Redis or ZooKeeper does not answer.
+    """
+    _await_our_run(wanted.name, settings, coordination)
+    log = telemetry.get_logger()
+    while True:
+        stored = store.read_job(wanted.name)
+        if stored is not None:
+            config = _agree(wanted, layout, settings, *stored)
+            coordination.create_config(stored[0])
+            return config
+        holder = coordination.hold(CREATOR, member)
+        if holder is None:
+            try:
+                if store.read_job(wanted.name) is None:
+                    _create(wanted, arena, layout, settings, store, coordination)
+                    log.info("job created", job=wanted.name, shards=len(layout.shards))
+            finally:
+                coordination.release(CREATOR)
+        else:
+            time.sleep(_POLL_S)  # its session ends with its process, so this wait ends too
+
+
+def _create(
+    wanted: Wanted,
+    arena: ModelArena,
+    layout: Layout,
+    settings: Settings,
+    store: RedisStore,
+    coordination: Coordination,
+) -> None:
+    every = [shard.index for shard in layout.shards]
+    known = max((head.epoch for head in store.heads(wanted.name, every)), default=0)
+    epoch = coordination.next_epoch(at_least=known)
+    store.seal(wanted.name, every, epoch, layout.fingerprint)
+    for shard in layout.shards:
+        store.commit(
+            wanted.name,
+            shard.index,
+            epoch,
+            0,
+            {"param": (shard.dtype, arena.parameters(shard))},
+            {},
+            keep=SHARD_VERSIONS_KEPT,
+            expect=None,
+        )
+    config = JobConfig(
+        name=wanted.name,
+        ranks=wanted.ranks or settings.ranks or settings.default_ranks,
+        seed=wanted.seed,
+        optimizer=wanted.optimizer,
+        layout=wanted.layout,
+        commit_every=COMMIT_EVERY_DEFAULT if settings.commit_every is None else settings.commit_every,
+        skip_nonfinite=bool(settings.skip_nonfinite),
+    )
+    store.create_job(wanted.name, config.to_json(), layout.to_json())
+
+
+def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str, layout_json: str) -> JobConfig:
+    stored = job_config_from_json(config_json)
+    if stored.layout != wanted.layout:
+        difference = describe_difference(layout, layout_from_json(layout_json))
+        raise JobMismatch(
+            f"job {wanted.name!r} exists with another model: {difference}. "
+            "Use the model that the job was created with, or another job name to start over."
+        )
+    asked = JobConfig(
+        name=wanted.name,
+        ranks=wanted.ranks or settings.ranks or stored.ranks,
+        seed=wanted.seed,
+        optimizer=wanted.optimizer,
+        layout=wanted.layout,
+        commit_every=stored.commit_every if settings.commit_every is None else settings.commit_every,
+        skip_nonfinite=stored.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
+    )
+    asked.must_agree_with(stored)
+    return stored
+
+
+def _await_our_run(job: str, settings: Settings, coordination: Coordination) -> None:
+    """Under `psa run`, wait until our supervisor holds the job: a second run of it must not mix with the first."""
+    if settings.run is None:
+        return
+    deadline_s = time.monotonic() + 2 * settings.session_timeout_s + _RUN_GRACE_S
+    while True:
+        holder = coordination.holder(RUN_NODE)
+        if holder is not None and holder.startswith(settings.run):
+            return
+        if time.monotonic() > deadline_s:
+            raise JobBusy(f"job {job!r} is held by another run ({holder or 'nobody yet'})")
+        time.sleep(_POLL_S)

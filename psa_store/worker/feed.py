@@ -1,0 +1,140 @@
+"""Batches for (step, rank), each a pure function of the job's seed and those two numbers.
+
+That is what makes elasticity exact: whoever computes a rank, and however often, draws the same samples and the same
+random numbers. The order of samples comes from :mod:`psa_store.sampling`; a DataLoader given by the user lends its
+dataset, its collate function and its worker processes, but not its sampler.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from psa_store.errors import UsageError
+from psa_store.sampling import sample_indices, stream_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One batch to make: which step and rank it is for."""
+
+    step: int
+    rank: int
+
+
+def seed_everything(seed: int, draw: Draw, purpose: str) -> None:
+    """Make torch's, numpy's and Python's random numbers a function of (seed, step, rank, purpose)."""
+    value = stream_seed(seed, draw.step, draw.rank, purpose)
+    torch.manual_seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+
+
+class _Drawn(Dataset[Any]):
+    """Maps a Draw to its collated batch, in this process or in a DataLoader's."""
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, ranks: int, batch_size: int
+    ) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._seed = seed
+        self._ranks = ranks
+        self._batch_size = batch_size
+        self._length = len(dataset)
+        self.indices(Draw(0, 0))  # refuse a batch size that cannot be shared out before training starts
+
+    def indices(self, draw: Draw) -> list[int]:
+        return sample_indices(
+            self._seed,
+            draw.step,
+            draw.rank,
+            ranks=self._ranks,
+            batch_size=self._batch_size,
+            n=self._length,
+        )
+
+    def __getitem__(self, draw: Draw) -> Any:
+        seed_everything(self._seed, draw, "data")
+        indices = self.indices(draw)
+        fetch_many = getattr(self._dataset, "__getitems__", None)
+        samples = fetch_many(indices) if fetch_many else [self._dataset[index] for index in indices]
+        return self._collate(samples)
+
+
+class _Foresight:
+    """The draws that come if nothing changes: the same ranks, step after step."""
+
+    def __init__(self, first: Draw, ranks: Sequence[int]) -> None:
+        self._first = first
+        self._ranks = ranks
+
+    def __iter__(self) -> Iterator[Draw]:
+        step = self._first.step
+        ranks = [rank for rank in self._ranks if rank >= self._first.rank]
+        while True:
+            yield from (Draw(step, rank) for rank in ranks)
+            step, ranks = step + 1, list(self._ranks)
+
+
+class Feed:
+    """Hands out the batch of any draw. With worker processes it reads ahead, and starts anew when the plan changes.
+
+    Args:
+        data: a map-style dataset or a DataLoader over one.
+        batch_size: samples per step over *all* ranks; None takes ``DataLoader.batch_size`` times the ranks.
+    """
+
+    def __init__(self, data: Any, batch_size: int | None, *, seed: int, ranks: int) -> None:
+        loader = data if isinstance(data, DataLoader) else None
+        dataset: Any = loader.dataset if loader is not None else data
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise UsageError(
+                "batches() needs a map-style dataset (with __len__ and __getitem__): a stream has no samples "
+                "that could be found again after a crash"
+            )
+        if batch_size is None:
+            if loader is None or loader.batch_size is None:
+                raise UsageError("batches() needs batch_size=: the number of samples per step over all ranks")
+            batch_size = loader.batch_size * ranks
+        collate = loader.collate_fn if loader is not None else default_collate
+        self._drawn = _Drawn(dataset, collate, seed, ranks, batch_size)
+        self._loader = loader if loader is not None and loader.num_workers > 0 else None
+        self._ahead: Iterator[Any] | None = None
+        self._expected: Iterator[Draw] = iter(())
+
+    def get(self, draw: Draw, ranks: Sequence[int]) -> Any:
+        """The batch of ``draw``; ``ranks`` are all ranks that this worker holds, for reading ahead."""
+        if self._loader is None:
+            return self._drawn[draw]
+        if self._ahead is None or next(self._expected) != draw:
+            self._restart(self._loader, draw, ranks)
+        assert self._ahead is not None
+        return next(self._ahead)
+
+    def close(self) -> None:
+        self._ahead = None
+
+    def _restart(self, loader: DataLoader[Any], draw: Draw, ranks: Sequence[int]) -> None:
+        self._ahead = None  # ends the worker processes of the former one
+        self._expected = iter(_Foresight(draw, ranks))
+        next(self._expected)
+        self._ahead = iter(
+            DataLoader(
+                self._drawn,
+                batch_size=None,
+                sampler=_Foresight(draw, ranks),
+                num_workers=loader.num_workers,
+                pin_memory=loader.pin_memory,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context,
+                prefetch_factor=loader.prefetch_factor,
+                timeout=loader.timeout,
+            )
+        )

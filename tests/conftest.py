@@ -1,0 +1,23 @@
+"""Real servers for the tests: one private Redis and one private ZooKeeper for the session, a fresh job name each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from psa_store.local import PrivateRedis, PrivateZooKeeper
+from tests.harness import Site
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
+    redis, zookeeper = PrivateRedis(folder / "redis"), PrivateZooKeeper(folder / "zookeeper")
+    try:
+        redis.start(10)
+        zookeeper.start(30)
+        yield Site(redis.url, zookeeper.hosts, folder)
+    finally:
+        redis.stop()
+        zookeeper.stop()

@@ -1,0 +1,191 @@
+"""Helpers of tests that run real jobs: start `psa run`, follow it, kill what it started, and judge the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from psa_store.cli.status import describe
+from psa_store.config import Settings
+from psa_store.job import job_config_from_json
+from psa_store.layout import Role, layout_from_json
+from psa_store.storage import RedisStore
+
+TRAIN = Path(__file__).parent / "kill" / "train.py"
+PSA = [sys.executable, "-m", "psa_store.cli"]
+_STEP = re.compile(r"^step (\d+)")
+
+
+@dataclass
+class Run:
+    """A running `psa` command whose output is followed line by line."""
+
+    arguments: list[str]
+    env: Mapping[str, str]
+    lines: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self.process = subprocess.Popen(
+            [*PSA, *self.arguments],
+            env={**os.environ, **self.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, name="test-reader")
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    def wait_for_line(self, wanted: Callable[[str], bool], timeout_s: float = 60.0) -> str:
+        """Read on until a line fits; fails with everything that was printed if none comes in time."""
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                line = self._queue.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if line is None:
+                break
+            self.lines.append(line)
+            if wanted(line):
+                return line
+        raise AssertionError("the awaited line did not come; output:\n" + "\n".join(self.lines[-80:]))
+
+    def wait_for_step(self, step: int, timeout_s: float = 60.0) -> None:
+        def reached(line: str) -> bool:
+            found = _STEP.match(line)
+            return found is not None and int(found[1]) >= step
+
+        self.wait_for_line(reached, timeout_s)
+
+    def finish(self, timeout_s: float = 120.0) -> int:
+        """Wait for the end; returns the exit code."""
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                line = self._queue.get(timeout=left_s)
+            except queue.Empty:
+                break
+            if line is None:
+                self._reader.join()
+                return self.process.wait(timeout=30)
+            self.lines.append(line)
+        self.kill()
+        raise AssertionError("the command did not end; output:\n" + "\n".join(self.lines[-80:]))
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def kill(self) -> None:
+        """SIGKILL the command and everything in its session."""
+        for pid in _session_pids(self.process.pid):
+            with_suppress_kill(pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
+        self._reader.join(timeout=30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def _session_pids(session: int) -> list[int]:
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == session:
+                    pids.append(int(entry.name))
+            except ProcessLookupError:
+                pass
+    return pids
+
+
+def with_suppress_kill(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+@dataclass(frozen=True)
+class Site:
+    """A Redis and a ZooKeeper to run jobs against."""
+
+    redis: str
+    zookeeper: str
+    home: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "PSA_REDIS": self.redis,
+            "PSA_ZOOKEEPER": self.zookeeper,
+            "PSA_HOME": str(self.home),
+            "PSA_SESSION_TIMEOUT_S": "4",
+        }
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(redis=self.redis, zookeeper=self.zookeeper, home=self.home)
+
+    def store(self) -> RedisStore:
+        return RedisStore(self.redis, timeout_s=5.0)
+
+    def run(
+        self, job: str, *extra: str, script: Path = TRAIN, env: Mapping[str, str] | None = None, **options: Any
+    ) -> Run:
+        """`psa run`; keyword arguments are options of `psa run`, ``extra`` are arguments of the script."""
+        flags = [part for name, value in options.items() for part in _flag(name, value)]
+        return Run(["run", *flags, str(script), "--job", job, *extra], {**self.env, **(env or {})})
+
+    def describe(self, job: str) -> dict[str, Any]:
+        with closing(self.store()) as store:
+            return describe(job, self.settings, store)
+
+    def pids(self, job: str, role: str) -> list[int]:
+        """Process ids of the living ``servers`` or ``workers`` of a job."""
+        return [member["pid"] for member in self.describe(job)[role]]
+
+    def digest(self, job: str, version: int) -> str:
+        """sha256 of all parameters and the whole optimizer state of one version, read from Redis."""
+        total = hashlib.sha256()
+        with closing(self.store()) as store:
+            found = store.read_job(job)
+            assert found is not None
+            layout = layout_from_json(found[1])
+            job_config_from_json(found[0])
+            for head in store.heads(job, [shard.index for shard in layout.shards]):
+                frozen = layout.shards[head.shard].role is Role.FROZEN
+                manifest = head.manifest(0 if frozen else version)
+                assert manifest is not None, f"shard {head.shard} has no version {version}: {head}"
+                places = {section.name: bytearray(section.size_bytes) for section in manifest.sections}
+                store.load(job, head.shard, manifest, {name: memoryview(place) for name, place in places.items()})
+                for name in sorted(places):
+                    total.update(name.encode() + bytes(places[name]))
+                total.update(json.dumps(manifest.scalars, sort_keys=True).encode())
+        return total.hexdigest()
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    return [flag] if value is True else [flag, str(value)]

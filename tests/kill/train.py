@@ -1,0 +1,91 @@
+"""The training script of the kill tests: small, quick, and with everything that could spoil bit-identity.
+
+Dropout and augmentation draw random numbers, BatchNorm has buffers, one layer is frozen, one is bfloat16, two are
+tied, and the learning rate follows a schedule. Prints a line per step from the process that leads output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import psa_store as psa
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """A fixed linear problem, with noise drawn anew each time a sample is read."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.x = torch.randn(257, 12, generator=draw)
+        self.y = self.x @ torch.randn(12, 1, generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index] + 0.01 * torch.randn(12), self.y[index]
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(12, 12).requires_grad_(False)
+        self.first = nn.Linear(12, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.middle = nn.Linear(width, width, bias=False)
+        self.narrow = nn.Linear(width, width).to(torch.bfloat16)
+        self.tied = nn.Linear(width, width, bias=False)
+        self.tied.weight = self.middle.weight
+        self.dropout = nn.Dropout(0.1)
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.first(x + self.frozen(x))))
+        x = self.dropout(torch.tanh(self.tied(torch.tanh(self.middle(x)))))
+        return self.last(self.narrow(x.to(torch.bfloat16)).float())
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--job", required=True)
+    options.add_argument("--steps", type=int, default=120)
+    options.add_argument("--width", type=int, default=64)
+    options.add_argument("--pace-s", type=float, default=0.004)
+    options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
+    options.add_argument("--lr", type=float, default=0.01)
+    options.add_argument("--poison-at", type=int, default=-1, help="step at which one gradient is NaN")
+    args = options.parse_args()
+
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
+    model = Net(args.width)
+    data = Noisy()
+    source = DataLoader(data, num_workers=args.processes) if args.processes else data
+    optimizer = psa.optim.AdamW(
+        lr=psa.optim.warmup_cosine(args.lr, warmup=5, total=args.steps, final=args.lr / 10),
+        clip_grad_norm=0.5,
+        groups=[psa.optim.group("matrices", weight_decay=0.1)],
+    )
+    with psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker:
+        for x, y in worker.batches(source, batch_size=12):
+            time.sleep(args.pace_s)  # what a larger model would compute
+            loss = nn.functional.mse_loss(model(x), y)
+            if worker.version == args.poison_at and worker.rank == worker.ranks - 1:
+                loss = loss * float("nan")
+            loss.backward()
+            worker.step()
+            if worker.leads_output:
+                print(f"step {worker.version} epoch {worker.epoch} loss {loss.item():.6f}", flush=True)
+        if worker.finished:
+            print(f"finished {worker.version}", flush=True)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The arrows between rooms point down, each door is the only one that knows its library, and the public names stand."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import psa_store
+
+PACKAGE = Path(psa_store.__file__).parent
+
+# Lower numbers may not import higher ones; rooms of the same number may not import each other.
+FLOORS = {
+    "errors": 0,
+    "config": 1,
+    "telemetry": 1,
+    "identity": 1,
+    "layout": 2,
+    "sampling": 2,
+    "consistency": 2,
+    "plan": 2,
+    "job": 2,
+    "optim": 3,
+    "storage": 4,
+    "coordination": 4,
+    "wire": 4,
+    "worker": 5,
+    "server": 5,
+    "store": 5,
+    "local": 6,
+    "cli": 7,
+    "examples": 8,
+    "bench": 9,
+}
+# `local` preloads the roles in the fork server, and `status` asks it where the private servers are.
+PURE = ("layout", "sampling", "consistency", "plan", "job")
+DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
+ALSO_SOCKETS = {"server/letters.py", "server/control.py", "server/engine.py", "local"}
+"""Places that hold or pass sockets which wire made, or look for a free port."""
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("psa_store.")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    for other in rooms_imported(path) - {here}:
+        assert FLOORS[other] < FLOORS[here], f"{here} imports {other}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_each_door_alone_knows_its_library(path: Path) -> None:
+    used = {name.split(".")[0] for name in imports(path)}
+    where = str(path.relative_to(PACKAGE))
+    for library, door in DOORS.items():
+        if library in used and room(path) != door:
+            allowed = library == "socket" and (where in ALSO_SOCKETS or room(path) in ALSO_SOCKETS)
+            assert allowed, f"{where} imports {library}; only {door} may"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_thought_is_pure(name: str) -> None:
+    used = {each.split(".")[0] for each in imports(PACKAGE / f"{name}.py")}
+    assert not used & {"os", "socket", "threading", "time", "torch", "redis", "kazoo", "subprocess"}
+
+
+def test_public_names() -> None:
+    assert psa_store.__all__ == ["Store", "Worker", "errors", "optim"]
+    assert all(hasattr(psa_store, name) for name in psa_store.__all__)
+
+
+def test_received_bytes_are_never_unpickled() -> None:
+    for path in modules():
+        text = path.read_text()
+        assert "pickle" not in {name.split(".")[0] for name in imports(path)}, path
+        assert "torch.load" not in text, path

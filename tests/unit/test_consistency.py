@@ -1,0 +1,101 @@
+"""The synchronous step as properties: several servers, gradients in any order, duplicates, refusals."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psa_store.consistency import Offer, SyncStep, Verdict
+
+RANKS = 3
+TRAINED = (0, 1, 2, 3)
+BUFFERS = (4,)
+
+
+def make(trained: tuple[int, ...] = TRAINED, buffers: tuple[int, ...] = BUFFERS, skip: bool = False) -> SyncStep:
+    return SyncStep(version=10, ranks=RANKS, trained=trained, buffers=buffers, all_trained=TRAINED, skip_nonfinite=skip)
+
+
+def push(step: SyncStep, shard: int, rank: int, norm: float = 1.0) -> None:
+    if step.offer(step.version, shard, rank) is Offer.NEW and step.accept(shard, rank):
+        step.reduced(shard, norm)
+
+
+def push_all(step: SyncStep, shards: tuple[int, ...], norm: float = 1.0) -> None:
+    for shard in shards:
+        for rank in range(RANKS):
+            push(step, shard, rank, norm)
+
+
+@given(st.randoms(use_true_random=False), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=60))
+def test_applies_exactly_when_everything_has_arrived_once(rng: random.Random, noise: list[tuple[int, int]]) -> None:
+    step = make()
+    needed = {(shard, rank) for shard in TRAINED for rank in range(RANKS)} | {(4, 0)}
+    arrivals = [*needed, *noise]
+    rng.shuffle(arrivals)
+    seen: set[tuple[int, int]] = set()
+    for shard, rank in arrivals:
+        fresh = (shard, rank) in needed - seen
+        assert (step.offer(10, shard, rank) is Offer.NEW) == fresh
+        push(step, shard, rank)
+        seen.add((shard, rank))
+        assert step.verdict() is (Verdict.APPLY if needed <= seen else Verdict.WAIT)
+    step.advance()
+    assert step.version == 11
+    assert all(step.offer(10, shard, rank) is Offer.DUPLICATE for shard, rank in needed)
+    assert step.offer(12, 0, 0) is Offer.AHEAD
+
+
+def test_a_server_waits_for_the_shards_of_the_others() -> None:
+    here, there = make(trained=(0, 1)), make(trained=(2, 3), buffers=())
+    push_all(here, (0, 1))
+    push(here, 4, 0)
+    assert here.verdict() is Verdict.WAIT
+    push_all(there, (2, 3))
+    norms = there.own_norms()
+    assert norms is not None
+    here.hear(10, norms)
+    assert here.verdict() is Verdict.APPLY
+    assert here.norms_in_order() == [1.0] * 4
+
+
+def test_norms_of_the_next_step_may_come_early_but_count_only_then() -> None:
+    here = make(trained=(0, 1), buffers=())
+    here.hear(11, {2: 5.0, 3: 5.0})
+    push_all(here, (0, 1))
+    assert here.verdict() is Verdict.WAIT
+    here.hear(10, {2: 1.0, 3: 1.0})
+    assert here.verdict() is Verdict.APPLY
+    here.advance()
+    push_all(here, (0, 1))
+    assert here.verdict() is Verdict.APPLY and here.norms_in_order() == [1.0, 1.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_is_refused_and_then_computed_again(bad: float) -> None:
+    here, there = make(trained=(0, 1), buffers=()), make(trained=(2, 3), buffers=())
+    push_all(here, (0,))
+    push_all(here, (1,), norm=bad)
+    push_all(there, (2, 3))
+    here.hear(10, there.own_norms() or {})
+    there.hear(10, here.own_norms() or {})
+    assert there.verdict() is Verdict.WAIT
+    assert here.verdict() is Verdict.REFUSE and here.faulty() == [1]
+    assert here.forget(1) == {0, 1, 2}
+    assert here.verdict() is Verdict.WAIT and here.own_norms() is None
+    push_all(here, (1,))
+    there.hear(10, here.own_norms() or {})
+    assert here.verdict() is there.verdict() is Verdict.APPLY
+
+
+def test_nonfinite_is_skipped_by_all_alike_if_the_job_says_so() -> None:
+    here, there = make(trained=(0, 1), buffers=(), skip=True), make(trained=(2, 3), buffers=(), skip=True)
+    push_all(here, (0, 1), norm=math.nan)
+    push_all(there, (2, 3))
+    here.hear(10, there.own_norms() or {})
+    there.hear(10, here.own_norms() or {})
+    assert here.verdict() is there.verdict() is Verdict.SKIP

@@ -1,0 +1,262 @@
+"""The layout: every element of every tensor has exactly one place, and every process finds the same one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psa_store.errors import DataIntegrity, UsageError
+from psa_store.layout import (
+    ITEM_BYTES,
+    PAGE_BYTES,
+    SHARD_BYTES_MAX,
+    SHARD_BYTES_MIN,
+    SHARDS_AIM,
+    TENSOR_ALIGN_BYTES,
+    TRAINABLE_DTYPES,
+    Layout,
+    Role,
+    TensorSpec,
+    default_shard_bytes,
+    describe_difference,
+    layout_from_json,
+    plan_layout,
+)
+
+
+def tensor(name: str, *shape: int, dtype: str = "float32", role: Role = Role.TRAINED, group: int = 0) -> TensorSpec:
+    return TensorSpec((name,), shape, dtype, role, group)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[TensorSpec]:
+    """Tensors of all roles and dtypes, empty, tiny, or larger than several shards, some of them tied."""
+    specs = []
+    for i in range(draw(st.integers(1, 12))):
+        role = draw(st.sampled_from(Role))
+        dtype = draw(st.sampled_from(sorted(TRAINABLE_DTYPES if role is Role.TRAINED else ITEM_BYTES)))
+        shape = draw(st.sampled_from([(), (0,), (3, 0), (1,), (7, 3), (16,), (1023,), (64, 33), (9000,)]))
+        names = (f"t{i}", f"tied.t{i}") if draw(st.booleans()) else (f"t{i}",)
+        group = draw(st.integers(0, 2)) if role is Role.TRAINED else 0
+        specs.append(TensorSpec(names, shape, dtype, role, group))
+    return specs
+
+
+shard_sizes = st.sampled_from([PAGE_BYTES, 3 * PAGE_BYTES, 1 << 20])
+
+
+@given(models(), shard_sizes)
+def test_pieces_tile_every_tensor_exactly_once(model: list[TensorSpec], shard_bytes: int) -> None:
+    layout = plan_layout(model, shard_bytes)
+    covered = [0] * len(model)
+    for shard in layout.shards:
+        for piece in shard.pieces:
+            assert piece.length > 0
+            assert piece.tensor_start == covered[piece.tensor]
+            covered[piece.tensor] += piece.length
+    assert covered == [spec.numel for spec in model]
+
+
+@given(models(), shard_sizes)
+def test_a_piece_lies_where_its_tensor_lies(model: list[TensorSpec], shard_bytes: int) -> None:
+    layout = plan_layout(model, shard_bytes)
+    for shard in layout.shards:
+        item = ITEM_BYTES[shard.dtype]
+        free = 0
+        for piece in shard.pieces:
+            spec = model[piece.tensor]
+            assert (spec.role, spec.dtype) == (shard.role, shard.dtype)
+            assert shard.offset_bytes + piece.shard_start * item == (
+                layout.offsets_bytes[piece.tensor] + piece.tensor_start * item
+            )
+            assert piece.shard_start >= free, "pieces are in order and do not overlap"
+            free = piece.shard_start + piece.length
+        assert free <= shard.numel
+
+
+@given(models(), shard_sizes)
+def test_shards_tile_their_segments(model: list[TensorSpec], shard_bytes: int) -> None:
+    layout = plan_layout(model, shard_bytes)
+    assert [shard.index for shard in layout.shards] == list(range(len(layout.shards)))
+    end = 0
+    for previous, shard in zip((None, *layout.shards), layout.shards, strict=False):
+        same_segment = previous and (previous.role, previous.dtype) == (shard.role, shard.dtype)
+        if same_segment:
+            assert previous is not None
+            assert previous.size_bytes == shard_bytes, "only the last shard of a segment may be shorter"
+            assert shard.offset_bytes == end
+        else:
+            assert 0 <= shard.offset_bytes - end < PAGE_BYTES
+        assert 0 < shard.size_bytes <= shard_bytes
+        end = shard.offset_bytes + shard.size_bytes
+    assert 0 <= layout.arena_bytes - end < PAGE_BYTES, "a segment of empty tensors may start on the next page"
+
+
+@given(models(), shard_sizes)
+def test_tensors_and_shards_are_aligned(model: list[TensorSpec], shard_bytes: int) -> None:
+    layout = plan_layout(model, shard_bytes)
+    assert all(offset % TENSOR_ALIGN_BYTES == 0 for offset in layout.offsets_bytes)
+    for shard in layout.shards:
+        assert shard.offset_bytes % PAGE_BYTES == 0
+        assert shard.size_bytes % TENSOR_ALIGN_BYTES == 0
+        assert shard.pieces[0].shard_start == 0, "no shard starts with padding; optimizer kernels rely on it"
+
+
+@given(models(), shard_sizes)
+def test_padding_is_shorter_than_the_alignment(model: list[TensorSpec], shard_bytes: int) -> None:
+    for shard in plan_layout(model, shard_bytes).shards:
+        starts = [piece.shard_start for piece in shard.pieces[1:]] + [shard.numel]
+        for piece, next_start in zip(shard.pieces, starts, strict=True):
+            gap = next_start - (piece.shard_start + piece.length)
+            assert 0 <= gap * ITEM_BYTES[shard.dtype] < TENSOR_ALIGN_BYTES
+
+
+@given(models(), st.none() | shard_sizes)
+def test_json_gives_back_the_same_layout(model: list[TensorSpec], shard_bytes: int | None) -> None:
+    layout = plan_layout(model, shard_bytes)
+    assert layout_from_json(layout.to_json()) == layout
+
+
+@given(models(), shard_sizes)
+def test_equal_inputs_give_equal_layouts(model: list[TensorSpec], shard_bytes: int) -> None:
+    again = [TensorSpec(**asdict(spec)) for spec in model]
+    assert plan_layout(iter(again), shard_bytes) == plan_layout(model, shard_bytes)
+
+
+BASE = (tensor("a", 5000), tensor("b", 3, 4), tensor("c", 8, role=Role.BUFFER, dtype="int64"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"names": ("x",)}, "'b' is in this model"),
+        ({"names": ("b", "tied")}, "has names"),
+        ({"shape": (4, 3)}, "has shape (3, 4)"),
+        ({"dtype": "bfloat16"}, "has dtype"),
+        ({"role": Role.FROZEN}, "has role"),
+        ({"group": 1}, "has group 0"),
+        ({"persistent": False}, "has persistent True"),
+    ],
+)
+def test_the_fingerprint_changes_with_every_property_of_a_tensor(change: dict[str, object], words: str) -> None:
+    base = plan_layout(BASE, PAGE_BYTES)
+    changed = plan_layout([BASE[0], replace(BASE[1], **change), BASE[2]], PAGE_BYTES)  # type: ignore[arg-type]
+    assert changed.fingerprint != base.fingerprint
+    assert words in describe_difference(base, changed)
+
+
+def test_the_fingerprint_changes_with_the_shard_size_the_order_and_the_number_of_tensors() -> None:
+    base = plan_layout(BASE, PAGE_BYTES)
+    larger = plan_layout(BASE, 2 * PAGE_BYTES)
+    reordered = plan_layout([BASE[1], BASE[0], BASE[2]], PAGE_BYTES)
+    fewer = plan_layout(BASE[:2], PAGE_BYTES)
+    assert len({layout.fingerprint for layout in (base, larger, reordered, fewer)}) == 4
+    assert describe_difference(base, larger) == "shard_bytes is 4096 here and 8192 in the job"
+    assert describe_difference(base, reordered) == "the tensors come in another order"
+    assert "'c' is in this model but not in the job" in describe_difference(base, fewer)
+    assert "'c' is in the job but not in this model" in describe_difference(fewer, base)
+
+
+def test_the_fingerprint_does_not_change_between_releases() -> None:
+    """Golden value: stored jobs compare with it. A change of the layout is a change of the format."""
+    assert plan_layout(BASE, PAGE_BYTES).fingerprint == (
+        "8dc8e0a09326e33b418a6eb48390b65c30899464d4f86b0aefd51d63df0258dc"
+    )
+
+
+def test_one_tensor_spans_shards() -> None:
+    layout = plan_layout([tensor("small", 10), tensor("large", 2500)], PAGE_BYTES)
+    assert [[(p.tensor, p.tensor_start, p.shard_start, p.length) for p in s.pieces] for s in layout.shards] == [
+        [(0, 0, 0, 10), (1, 0, 16, 1008)],
+        [(1, 1008, 0, 1024)],
+        [(1, 2032, 0, 468)],
+    ]
+    assert [shard.size_bytes for shard in layout.shards] == [4096, 4096, 1920]
+    assert [layout.tensor_at(layout.shards[0], i) for i in (9, 10, 16)] == [
+        "small",
+        "padding of shard 0",
+        "large",
+    ]
+
+
+def test_roles_and_dtypes_get_segments_of_their_own_in_a_fixed_order() -> None:
+    layout = plan_layout(
+        [
+            tensor("frozen", 4, role=Role.FROZEN),
+            tensor("half", 4, dtype="bfloat16"),
+            tensor("count", dtype="int64", role=Role.BUFFER),
+            tensor("weight", 4),
+            tensor("half2", 4, dtype="bfloat16"),
+        ]
+    )
+    assert [(s.role, s.dtype, [p.tensor for p in s.pieces]) for s in layout.shards] == [
+        (Role.TRAINED, "bfloat16", [1, 4]),
+        (Role.TRAINED, "float32", [3]),
+        (Role.BUFFER, "int64", [2]),
+        (Role.FROZEN, "float32", [0]),
+    ]
+    assert [s.index for s in layout.versioned] == [0, 1, 2]
+
+
+def test_a_tensor_without_elements_has_a_place_but_no_piece() -> None:
+    layout = plan_layout([tensor("empty", 0), tensor("full", 3), tensor("empty2", 2, 0)])
+    assert [[piece.tensor for piece in shard.pieces] for shard in layout.shards] == [[1]]
+    assert plan_layout([tensor("empty", 0)]).shards == ()
+
+
+@given(st.integers(0, 1 << 45))
+def test_default_shard_sizes_are_powers_of_two_within_limits(total_bytes: int) -> None:
+    size = default_shard_bytes(total_bytes)
+    assert size.bit_count() == 1
+    assert SHARD_BYTES_MIN <= size <= SHARD_BYTES_MAX
+    if SHARD_BYTES_MIN < size < SHARD_BYTES_MAX:
+        assert SHARDS_AIM / 2 < total_bytes / size <= SHARDS_AIM + 1
+
+
+def test_the_default_shard_size_follows_the_total_size() -> None:
+    assert plan_layout([tensor("w", 1000)]).shard_bytes == SHARD_BYTES_MIN
+    assert plan_layout([tensor("w", 256 << 18)]).shard_bytes == 4 << 20
+
+
+@pytest.mark.parametrize(
+    ("model", "shard_bytes", "words"),
+    [
+        ([], None, "no parameters"),
+        ([tensor("a", 1), tensor("a", 2)], None, "'a'"),
+        ([TensorSpec(("a", "b"), (1,), "float32", Role.TRAINED), tensor("b", 1)], None, "'b'"),
+        ([tensor("a", 1, dtype="complex64")], None, "complex64"),
+        ([tensor("a", 1, dtype="int64")], None, "cannot be trained"),
+        ([tensor("a", 1)], 0, "shard_bytes=0"),
+        ([tensor("a", 1)], -4096, "shard_bytes=-4096"),
+        ([tensor("a", 1)], 5000, "shard_bytes=5000"),
+    ],
+)
+def test_unusable_models_are_refused(model: list[TensorSpec], shard_bytes: int | None, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        plan_layout(model, shard_bytes)
+
+
+def _without(layout: Layout, key: str) -> str:
+    document = json.loads(layout.to_json())
+    del document[key]
+    return json.dumps(document)
+
+
+def test_damaged_json_is_told_apart_from_wrong_use() -> None:
+    layout = plan_layout(BASE)
+    text = layout.to_json()
+    for damaged in (
+        "",
+        "{",
+        "[]",
+        _without(layout, "tensors"),
+        text.replace("trained", "strained"),
+        text.replace("float32", "float31"),
+        text.replace('"shard_bytes":', '"shard_bytes":1'),
+    ):
+        with pytest.raises(DataIntegrity):
+            layout_from_json(damaged)

@@ -1,0 +1,502 @@
+"""Optimizers as data, and the kernels that apply them: torch.optim's results, in stable bits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from psa_store import optim
+from psa_store.errors import DataIntegrity, UsageError
+from psa_store.layout import ITEM_BYTES, PAGE_BYTES, Layout, Role, Shard, TensorSpec, plan_layout
+from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
+from psa_store.optim.reduce import clip_factor, squared_norm
+
+OPTIMIZERS: Mapping[str, optim.Optimizer] = {
+    "sgd": optim.SGD(0.1),
+    "sgd_decay": optim.SGD(0.1, weight_decay=0.1),
+    "sgd_momentum": optim.SGD(0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    "sgd_nesterov": optim.SGD(0.1, momentum=0.9, nesterov=True),
+    "adam": optim.Adam(1e-2, weight_decay=0.1),
+    "adamw": optim.AdamW(1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+    "adagrad": optim.Adagrad(0.1, lr_decay=0.01, weight_decay=0.1, initial_accumulator_value=0.5, eps=1e-8),
+    "rmsprop": optim.RMSprop(1e-2, weight_decay=0.1),
+    "rmsprop_full": optim.RMSprop(1e-2, alpha=0.9, momentum=0.9, centered=True, weight_decay=0.1, eps=1e-6),
+}
+SHAPES = {"0.weight": (67, 33), "0.bias": (33,), "1.gain": (), "1.weight": (5, 7, 9), "1.bias": (1001,)}
+EVERY_OPTIMIZER = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+
+
+class Model:
+    """Parameters spread over shards, driven as a server drives them."""
+
+    def __init__(self, optimizer: optim.Optimizer, dtype: str = "float32", seed: int = 0) -> None:
+        self.optimizer = optimizer
+        self.dtype = getattr(torch, dtype)
+        self.random = torch.Generator().manual_seed(seed)
+        self.layout = plan_layout(
+            [
+                TensorSpec((name,), shape, dtype, Role.TRAINED, optimizer.group_of(name, shape))
+                for name, shape in SHAPES.items()
+            ],
+            PAGE_BYTES,
+        )
+        self.initial = self.draw()
+        self.params = self.flatten(self.initial, self.dtype)
+        self.slots = [
+            init_slots(optimizer, param, shard, self.layout)
+            for param, shard in zip(self.params, self.layout.shards, strict=True)
+        ]
+        self.kernels = [
+            ShardKernel(optimizer, self.layout, shard, param, slots)
+            for shard, param, slots in zip(self.layout.shards, self.params, self.slots, strict=True)
+        ]
+
+    def draw(self) -> dict[str, Tensor]:
+        return {
+            name: torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.dtype)
+            for name, shape in SHAPES.items()
+        }
+
+    def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+        flat = [torch.zeros(shard.numel, dtype=dtype) for shard in self.layout.shards]
+        for place, name, start, end in self.places(flat):
+            place.copy_(tensors[name].flatten()[start:end])
+        return flat
+
+    def unflatten(self, flat: list[Tensor]) -> dict[str, Tensor]:
+        tensors = {name: torch.empty(shape, dtype=flat[0].dtype) for name, shape in SHAPES.items()}
+        for place, name, start, end in self.places(flat):
+            tensors[name].view(-1)[start:end] = place
+        return tensors
+
+    def places(self, flat: list[Tensor]) -> Iterator[tuple[Tensor, str, int, int]]:
+        for tensor, shard in zip(flat, self.layout.shards, strict=True):
+            for piece in shard.pieces:
+                place = tensor[piece.shard_start : piece.shard_start + piece.length]
+                name = self.layout.tensors[piece.tensor].name
+                yield place, name, piece.tensor_start, piece.tensor_start + piece.length
+
+    def update(self, grads: Mapping[str, Tensor], step: int, *, grad_scale: float = 1.0) -> None:
+        wide = self.dtype if ITEM_BYTES[str(self.dtype).removeprefix("torch.")] >= 4 else torch.float32
+        for kernel, grad in zip(self.kernels, self.flatten(grads, wide), strict=True):
+            kernel.apply(grad, step=step, opt_step=step, grad_scale=grad_scale)
+
+    def state(self) -> list[Tensor]:
+        return [*self.params, *(tensor for slots in self.slots for tensor in slots.values())]
+
+
+def torch_numbers(optimizer: optim.Optimizer, group: int) -> dict[str, Any]:
+    numbers = optimizer.in_group(group).to_dict()
+    return {key: numbers[key] for key in numbers.keys() - {"name", "lr", "clip_grad_norm", "groups"}}
+
+
+class Reference:
+    """The same model under torch.optim, tensor by tensor, without fused or foreach kernels."""
+
+    def __init__(self, optimizer: optim.Optimizer, initial: Mapping[str, Tensor]) -> None:
+        self.spec = optimizer
+        self.params = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in initial.items()}
+        members: dict[int, list[Tensor]] = {}
+        for name, param in self.params.items():
+            members.setdefault(optimizer.group_of(name, param.shape), []).append(param)
+        self.groups = sorted(members)
+        cls: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, type(optimizer).__name__)
+        self.optimizer = cls(
+            [{"params": members[group], **torch_numbers(optimizer, group)} for group in self.groups],
+            foreach=False,
+            **torch_numbers(optimizer, 0),
+        )
+
+    def update(self, grads: Mapping[str, Tensor], step: int) -> None:
+        for name, param in self.params.items():
+            param.grad = grads[name].clone()
+        if self.spec.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.params.values(), self.spec.clip_grad_norm)
+        for group, torch_group in zip(self.groups, self.optimizer.param_groups, strict=True):
+            torch_group["lr"] = self.spec.lr_at(step, group)
+        self.optimizer.step()
+
+    def slot(self, name: str, key: str) -> Tensor:
+        value = self.optimizer.state[self.params[name]][key]
+        assert isinstance(value, Tensor)
+        return value
+
+
+def train_both(optimizer: optim.Optimizer, dtype: str = "float32", steps: int = 25) -> tuple[Model, Reference]:
+    model = Model(optimizer, dtype)
+    reference = Reference(optimizer, model.initial)
+    for step in range(steps):
+        grads = model.draw()
+        flat = model.flatten(grads, model.dtype)
+        scale = clip_factor([squared_norm(grad) for grad in flat], optimizer.clip_grad_norm)
+        model.update(grads, step, grad_scale=scale)
+        reference.update(grads, step)
+    return model, reference
+
+
+def assert_agree(model: Model, reference: Reference, rtol: float, atol: float) -> None:
+    ours = model.unflatten(model.params)
+    for name, param in reference.params.items():
+        torch.testing.assert_close(ours[name], param.detach(), rtol=rtol, atol=atol)
+    dtype = str(model.dtype).removeprefix("torch.")
+    for key in slot_names(model.optimizer, dtype):
+        ours = model.unflatten([slots[key] for slots in model.slots])
+        for name in SHAPES:
+            torch.testing.assert_close(ours[name], reference.slot(name, key), rtol=rtol, atol=atol)
+
+
+@EVERY_OPTIMIZER
+def test_every_optimizer_gives_the_parameters_and_state_of_torch(optimizer: optim.Optimizer) -> None:
+    assert_agree(*train_both(optimizer), rtol=2e-6, atol=1e-6)
+
+
+@EVERY_OPTIMIZER
+def test_double_precision_parameters_have_double_precision_state(optimizer: optim.Optimizer) -> None:
+    assert set(slot_dtype(optimizer, "float64").values()) <= {"float64"}
+    assert_agree(*train_both(optimizer, "float64"), rtol=1e-12, atol=1e-12)
+
+
+def test_groups_schedules_and_clipping_give_the_results_of_torch() -> None:
+    schedule = optim.warmup_cosine(1e-2, warmup=5, total=20, final=1e-3)
+    optimizer = optim.AdamW(
+        schedule,
+        weight_decay=0.3,
+        clip_grad_norm=5.0,
+        groups=[
+            optim.group("*.bias", lr_scale=3.0, weight_decay=0.0),
+            optim.group("matrices", eps=1e-3),
+        ],
+    )
+    assert_agree(*train_both(optimizer, steps=30), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.RMSprop])
+def test_momentum_of_one_group_only(cls: type[optim.SGD] | type[optim.RMSprop]) -> None:
+    optimizer = cls(1e-2, groups=[optim.group("vectors", momentum=0.9)])
+    model, reference = train_both(optimizer)
+    ours = model.unflatten(model.params)
+    for name, param in reference.params.items():
+        torch.testing.assert_close(ours[name], param.detach(), rtol=2e-6, atol=1e-6)
+    buffers = model.unflatten([slots["momentum_buffer"] for slots in model.slots])
+    assert not buffers["0.weight"].any()
+    assert buffers["0.bias"].all()
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_parameters_follow_their_float32_master(optimizer: optim.Optimizer, dtype: str) -> None:
+    model = Model(optimizer, dtype)
+    wide = Reference(optimizer, {name: tensor.float() for name, tensor in model.initial.items()})
+    for step in range(25):
+        grads = model.draw()
+        model.update(grads, step)
+        wide.update({name: grad.float() for name, grad in grads.items()}, step)
+    assert slot_names(optimizer, dtype)[0] == "master"
+    assert set(slot_dtype(optimizer, dtype).values()) == {"float32"}
+    masters = model.unflatten([slots["master"] for slots in model.slots])
+    for name, wide_param in wide.params.items():
+        torch.testing.assert_close(masters[name], wide_param.detach(), rtol=2e-6, atol=1e-6)
+    for param, slots in zip(model.params, model.slots, strict=True):
+        assert torch.equal(param, slots["master"].to(model.dtype))
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_stays_zero(optimizer: optim.Optimizer, dtype: str) -> None:
+    model = Model(optimizer, dtype)
+    for step in range(5):
+        model.update(model.draw(), step, grad_scale=0.5)
+    arrays = [model.params, *([slots[key] for slots in model.slots] for key in model.slots[0])]
+    assert any(shard.numel - sum(p.length for p in shard.pieces) > 0 for shard in model.layout.shards)
+    for flat in arrays:
+        for place, _, _, _ in model.places(flat):
+            place.zero_()
+        assert not any(bool(tensor.any()) for tensor in flat)
+
+
+@EVERY_OPTIMIZER
+def test_a_gradient_scale_is_a_factor_of_the_gradient(optimizer: optim.Optimizer) -> None:
+    scaled, plain = Model(optimizer), Model(optimizer)
+    for step in range(3):
+        grads = scaled.draw()
+        scaled.update(grads, step, grad_scale=0.25)
+        plain.update({name: grad * 0.25 for name, grad in grads.items()}, step)
+    assert_same_bits(scaled.state(), plain.state())
+
+
+@EVERY_OPTIMIZER
+def test_state_that_was_stored_and_loaded_goes_on_with_the_same_bits(optimizer: optim.Optimizer) -> None:
+    undisturbed = Model(optimizer)
+    gradients = [undisturbed.draw() for _ in range(8)]
+    for step, grads in enumerate(gradients):
+        undisturbed.update(grads, step)
+
+    first, second = Model(optimizer), Model(optimizer)
+    for step, grads in enumerate(gradients[:4]):
+        first.update(grads, step)
+    for stored, place in zip(first.state(), second.state(), strict=True):
+        place.copy_(stored)
+    for step, grads in enumerate(gradients[4:], start=4):
+        second.update(grads, step)
+    assert_same_bits(second.state(), undisturbed.state())
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("intra_op_threads", [1, 2])
+def test_four_threads_on_four_shards_give_the_bits_of_one(
+    optimizer: optim.Optimizer, intra_op_threads: int, torch_threads: Callable[[int], None]
+) -> None:
+    layout = plan_layout([TensorSpec(("w",), (4 << 18,), "float32", Role.TRAINED)], 1 << 20)
+    torch_threads(1)
+    alone = _train_shards(optimizer, layout, map)
+    torch_threads(intra_op_threads)
+    with ThreadPoolExecutor(4) as pool:
+        together = _train_shards(optimizer, layout, pool.map)
+    assert len(layout.shards) == 4
+    assert_same_bits(together, alone)
+
+
+def _train_shards(optimizer: optim.Optimizer, layout: Layout, run: Callable[..., Any]) -> list[Tensor]:
+    def train(shard: Shard) -> list[Tensor]:
+        random = torch.Generator().manual_seed(shard.index)
+        param = torch.randn(shard.numel, generator=random)
+        slots = init_slots(optimizer, param, shard, layout)
+        kernel = ShardKernel(optimizer, layout, shard, param, slots)
+        for step in range(4):
+            grad = torch.randn(shard.numel, generator=random)
+            kernel.apply(grad, step=step, opt_step=step, grad_scale=0.7)
+        return [param, *slots.values()]
+
+    return [tensor for tensors in run(train, layout.shards) for tensor in tensors]
+
+
+def test_neighbours_of_one_group_are_updated_as_one_run() -> None:
+    specs = [TensorSpec((f"w{i}",), (33,), "float32", Role.TRAINED, group=i // 50) for i in range(100)]
+    optimizer = optim.SGD(0.1, groups=[optim.group("nothing", lr_scale=2.0)])
+    layout = plan_layout(specs, 1 << 20)
+    param = torch.zeros(layout.shards[0].numel)
+    kernel = ShardKernel(optimizer, layout, layout.shards[0], param, {})
+    assert kernel._lengths == [50 * 48, 50 * 48]
+
+
+def test_slots_have_the_names_of_torch_in_a_fixed_order() -> None:
+    assert slot_names(optim.SGD(0.1), "float32") == ()
+    assert slot_names(optim.SGD(0.1), "bfloat16") == ("master",)
+    assert slot_names(OPTIMIZERS["sgd_momentum"], "float32") == ("momentum_buffer",)
+    assert slot_names(optim.AdamW(), "float16") == ("master", "exp_avg", "exp_avg_sq")
+    assert slot_names(optim.Adagrad(), "float64") == ("sum",)
+    assert slot_names(OPTIMIZERS["rmsprop_full"], "float32") == ("square_avg", "grad_avg", "momentum_buffer")
+
+
+@given(st.integers(0, 100_000), st.integers(0, 99))
+def test_squared_norm_is_exact_to_float32(numel: int, seed: int) -> None:
+    flat = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+    assert squared_norm(flat) == pytest.approx(float(flat.double().square().sum()), rel=1e-5)
+    assert squared_norm(flat.double()) == pytest.approx(float(flat.double().square().sum()), rel=1e-12)
+
+
+def test_squared_norm_does_not_depend_on_threads(torch_threads: Callable[[int], None]) -> None:
+    flat = torch.randn(3_000_017, generator=torch.Generator().manual_seed(0))
+    torch_threads(1)
+    alone = squared_norm(flat)
+    torch_threads(2)
+    assert squared_norm(flat) == alone
+
+
+@pytest.mark.parametrize("place", [0, 20_000, 40_000])
+def test_squared_norm_shows_nan_and_infinity_wherever_they_are(place: int) -> None:
+    flat = torch.ones(40_001)
+    flat[place] = math.inf
+    assert squared_norm(flat) == math.inf
+    flat[place] = math.nan
+    assert math.isnan(squared_norm(flat))
+
+
+def test_squared_norm_of_large_finite_values_is_finite() -> None:
+    flat = torch.full((40_001,), torch.finfo(torch.float32).max)
+    assert squared_norm(flat) == pytest.approx(40_001 * float(flat[0]) ** 2, rel=1e-9)
+
+
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=5), st.floats(1e-3, 1e3))
+def test_clip_factor_is_that_of_torch(norms: list[float], max_norm: float) -> None:
+    params = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in norms]
+    for param, norm in zip(params, norms, strict=True):
+        param.grad = torch.tensor([norm], dtype=torch.float64)
+    torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=False)
+    factor = clip_factor([norm * norm for norm in norms], max_norm)
+    assert 0.0 < factor <= 1.0
+    for param, norm in zip(params, norms, strict=True):
+        assert param.grad is not None
+        assert norm * factor == pytest.approx(float(param.grad), rel=1e-12)
+
+
+def test_clip_factor_without_a_limit_still_reports_what_is_not_finite() -> None:
+    assert clip_factor([1e30, 4.0], None) == 1.0
+    for bad in (math.nan, math.inf):
+        assert math.isnan(clip_factor([1.0, bad], None))
+        assert math.isnan(clip_factor([1.0, bad], 1.0))
+
+
+@EVERY_OPTIMIZER
+def test_json_gives_back_an_equal_optimizer(optimizer: optim.Optimizer) -> None:
+    document = optimizer.to_dict()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert optim.from_dict(json.loads(json.dumps(document))) == optimizer
+
+
+def test_json_gives_back_schedules_groups_and_clipping() -> None:
+    optimizer = optim.AdamW(
+        optim.linear(0.1 + 0.2, total=10),
+        betas=[0.9, 1 / 3],
+        clip_grad_norm=1,
+        groups=[optim.group("*.bias", weight_decay=0), optim.group("matrices", lr_scale=1 / 3)],
+    )
+    again = optim.from_dict(json.loads(json.dumps(optimizer.to_dict())))
+    assert again == optimizer
+    assert hash(again) == hash(optimizer)
+    assert again.to_dict() == optimizer.to_dict()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"])
+def test_defaults_are_those_of_torch(name: str) -> None:
+    theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1))]).defaults
+    ours = getattr(optim, name)().to_dict()
+    for key in ours.keys() - {"name", "clip_grad_norm", "groups"}:
+        expected = list(theirs[key]) if key == "betas" else theirs[key]
+        assert ours[key] == expected, key
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: optim.SGD(-1.0), "lr=-1"),
+        (lambda: optim.SGD("fast"), "lr='fast'"),  # type: ignore[arg-type]
+        (lambda: optim.SGD(True), "lr=True"),
+        (lambda: optim.SGD(math.nan), "lr=nan"),
+        (lambda: optim.SGD(0.1, momentum=-0.1), "momentum=-0.1"),
+        (lambda: optim.SGD(0.1, nesterov=True), "nesterov=True"),
+        (lambda: optim.SGD(0.1, nesterov=1), "nesterov=1"),  # type: ignore[arg-type]
+        (lambda: optim.Adam(betas=(0.9, 1.0)), "betas=1.0"),
+        (lambda: optim.Adam(betas=(0.9,)), "betas="),
+        (lambda: optim.Adam(eps=0.0), "eps=0.0"),
+        (lambda: optim.Adam(weight_decay=math.inf), "weight_decay=inf"),
+        (lambda: optim.AdamW(clip_grad_norm=0), "clip_grad_norm=0"),
+        (lambda: optim.AdamW(clip_grad_norm=-1), "clip_grad_norm=-1"),
+        (lambda: optim.RMSprop(alpha=1.0), "alpha=1.0"),
+        (lambda: optim.RMSprop(centered=None), "centered=None"),  # type: ignore[arg-type]
+        (lambda: optim.Adagrad(lr_decay=-1), "lr_decay=-1"),
+        (lambda: optim.Optimizer(0.1), "not an optimizer"),
+        (lambda: optim.AdamW(groups=[{"select": "vectors"}]), "psa.optim.group"),  # type: ignore[list-item]
+        (
+            lambda: optim.AdamW(groups=[optim.group("vectors", momentum=0.9)]),
+            "AdamW cannot override 'momentum'",
+        ),
+        (
+            lambda: optim.SGD(0.1, momentum=0.9, nesterov=True, groups=[optim.group("*", momentum=0)]),
+            "nesterov",
+        ),
+        (lambda: optim.group("vectors"), "overrides nothing"),
+        (lambda: optim.group("", lr_scale=1.0), "select=''"),
+        (lambda: optim.group("vectors", lr_scale=-1.0), "lr_scale=-1"),
+        (lambda: optim.group("vectors", nesterov=True), "'nesterov'"),
+        (lambda: optim.warmup_cosine(1e-3, warmup=100, total=100), "total=100"),
+        (lambda: optim.warmup_cosine(1e-3, warmup=1.5), "warmup=1.5"),  # type: ignore[arg-type]
+        (lambda: optim.constant(-1.0), "peak=-1"),
+    ],
+)
+def test_unusable_arguments_are_refused_by_name(build: Callable[[], object], words: str) -> None:
+    with pytest.raises(UsageError, match=words.replace("(", r"\(")):
+        build()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "Lion"},
+        {"name": "Optimizer"},
+        {"name": ["SGD"]},
+        {"momentun": 0.9},
+        {"momentum": "0.9"},
+        {"lr": {"shape": "cubic", "peak": 1.0, "warmup": 0, "total": 1, "final": 1.0}},
+        {"lr": {"shape": "cosine"}},
+        {"groups": [{"weight_decay": 0.1}]},
+        {"groups": [{"select": "vectors", "weight_decoy": 0.1}]},
+        {"groups": 3},
+    ],
+)
+def test_a_damaged_document_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(DataIntegrity, match="cannot be read"):
+        optim.from_dict({**optim.SGD(0.1).to_dict(), **change})
+    with pytest.raises(DataIntegrity):
+        optim.from_dict({})
+
+
+def test_the_first_group_that_matches_wins() -> None:
+    optimizer = optim.SGD(
+        0.1,
+        groups=[
+            optim.group("head.*", lr_scale=0.1),
+            optim.group("vectors", weight_decay=0.0),
+            optim.group("*.Weight", weight_decay=0.1),
+            optim.group("matrices", weight_decay=0.2),
+        ],
+    )
+    assert optimizer.group_of("head.bias", (3,)) == 1
+    assert optimizer.group_of("body.bias", (3,)) == 2
+    assert optimizer.group_of("scale", ()) == 2
+    assert optimizer.group_of("body.weight", (3, 3)) == 4, "names are compared with their case"
+    assert optim.SGD(0.1, groups=[optim.group("a", lr_scale=2)]).group_of("b", (1,)) == 0
+    assert optimizer.lr_at(0, 1) == pytest.approx(0.01)
+    assert optimizer.in_group(4).weight_decay == 0.2
+    assert optimizer.in_group(0).weight_decay == 0.0
+
+
+def test_warmup_cosine_is_the_formula_of_nanogpt() -> None:
+    peak, warmup, total, final = 1e-3, 100, 2000, 1e-4
+
+    def nanogpt(it: int) -> float:
+        if it < warmup:
+            return peak * (it + 1) / (warmup + 1)
+        if it > total:
+            return final
+        ratio = (it - warmup) / (total - warmup)
+        return final + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (peak - final)
+
+    schedule = optim.warmup_cosine(peak)
+    assert [schedule.at(step) for step in range(2100)] == pytest.approx(
+        [nanogpt(step) for step in range(2100)], rel=1e-15
+    )
+    assert schedule.at(warmup) == peak
+    assert schedule.at(10**9) == final
+
+
+def test_linear_falls_on_a_straight_line() -> None:
+    schedule = optim.linear(1.0, warmup=1, total=5, final=0.2)
+    assert [schedule.at(step) for step in range(7)] == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+
+
+def test_a_constant_schedule_is_the_number() -> None:
+    assert {optim.constant(0.3).at(step) for step in (0, 1, 10**6)} == {0.3}
+    assert optim.SGD(optim.constant(0.3)).lr_at(7) == optim.SGD(0.3).lr_at(7)
+
+
+def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of intra-op threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
