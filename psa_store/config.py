@@ -26,7 +26,9 @@ class Settings(BaseSettings):
     )
     bind: str = Field(default="127.0.0.1", description="address on which servers listen and which they advertise")
     session_timeout_s: float = Field(default=4.0, ge=1.0, le=120.0, description="ZooKeeper session timeout")
-    connect_timeout_s: float = Field(5.0, gt=0.0, le=60.0, description="how long a dependency may take to answer")
+    connect_timeout_s: float = Field(
+        default=5.0, gt=0.0, le=60.0, description="how long a dependency may take to answer"
+    )
     server_threads: int = Field(default=2, ge=1, le=64, description="threads of a server that reduce and update shards")
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     # Set by `psa run` for the processes it starts; not for people.

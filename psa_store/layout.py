@@ -207,10 +207,12 @@ def describe_difference(ours: Layout, theirs: Layout) -> str:
     """One sentence that names the first difference between two layouts, for an error message."""
     mine = {spec.name: spec for spec in ours.tensors}
     other = {spec.name: spec for spec in theirs.tensors}
-    for name in mine.keys() - other.keys():
-        return f"tensor {name!r} is in this model but not in the job"
-    for name in other.keys() - mine.keys():
-        return f"tensor {name!r} is in the job but not in this model"
+    for name in mine:
+        if name not in other:
+            return f"tensor {name!r} is in this model but not in the job"
+    for name in other:
+        if name not in mine:
+            return f"tensor {name!r} is in the job but not in this model"
     for name, spec in mine.items():
         stored = other[name]
         for what in ("shape", "dtype", "role", "group", "persistent", "names"):

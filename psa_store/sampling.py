@@ -40,6 +40,8 @@ def permute(index: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
     """
     if not 1 <= n <= SAMPLES_MAX:
         raise UsageError(f"n={n}: the number of samples must be between 1 and 2**62")
+    if index.size and not (index.min() >= 0 and index.max() < n):
+        raise UsageError(f"index: holds values outside range({n}), which a permutation of it cannot map")
     width = math.isqrt(n - 1) + 1
     height = -(-n // width)
     digest = hashlib.blake2b(b"psa.permute:%d" % key, digest_size=8 * _ROUNDS).digest()

@@ -110,8 +110,8 @@ def variants(data: Path | None, steps: int) -> tuple[Variant, ...]:
     example = (str(Path(gpt.__file__)), f"--ranks={WORKERS}", "--threads=1")
     return (
         Variant("plain loop", plain + common, {}),
-        Variant("psa", psa + example + common, {}),
         Variant("psa without commits", psa + example + common, {"PSA_COMMIT_EVERY": "0"}),
+        Variant("psa", psa + example + common, {}),
     )
 
 

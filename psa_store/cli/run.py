@@ -54,8 +54,7 @@ def run_job(options: RunOptions, settings: Settings) -> int:
     with ExitStack() as stack:
         private = _private_servers(settings, stack)
         addresses = private.addresses if private else _known_addresses(settings)
-        with closing(RedisStore(addresses.redis, timeout_s=settings.connect_timeout_s)) as store:
-            store.check()
+        _check(addresses, settings)
         job = stack.enter_context(closing(_RunningJob(addresses, settings)))
         supervisor = Supervisor(
             restarts_max=options.restarts_max,
@@ -191,6 +190,22 @@ def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | N
     publish(settings.home, servers.addresses)
     telemetry.get_logger().info("private Redis and ZooKeeper", home=str(settings.home))
     return servers
+
+
+def _check(addresses: Addresses, settings: Settings) -> None:
+    """Fail now, with one error, and not later in every process."""
+    with closing(RedisStore(addresses.redis, timeout_s=settings.connect_timeout_s)) as store:
+        store.check()
+    with closing(
+        Coordination(
+            addresses.zookeeper,
+            "check",
+            session_timeout_s=settings.session_timeout_s,
+            connect_timeout_s=settings.connect_timeout_s,
+            wake=threading.Event().set,
+        )
+    ) as coordination:
+        coordination.start()
 
 
 def _known_addresses(settings: Settings) -> Addresses:

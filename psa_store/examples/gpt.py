@@ -288,6 +288,13 @@ def build_optimizer(options: argparse.Namespace) -> psa.optim.AdamW:
     )
 
 
+def evaluation_is_due(options: argparse.Namespace, step: int) -> bool:
+    """Whether to evaluate after ``step`` steps; after the last of them the report does."""
+    if not options.eval_every or not options.eval_batches or step == options.steps:
+        return False
+    return step % int(options.eval_every) == 0
+
+
 def train(options: argparse.Namespace) -> None:
     """What every process does. Ranks come and go between processes, and the batches with them."""
     torch.set_num_threads(options.threads)
@@ -316,7 +323,7 @@ def train(options: argparse.Namespace) -> None:
                     continue  # this process has another rank to compute for the step, or shows nothing
                 progress.show(worker.version, loss.item(), worker.members, worker.epoch)
                 timer.passed(worker.version, worker.members)
-                if options.eval_every and worker.version % options.eval_every == 0 and options.eval_batches:
+                if evaluation_is_due(options, worker.version):
                     evaluation = evaluate(model, validation, options.eval_batches)
                     progress.note(f"step {worker.version}: {evaluation}")
         if worker.leads_output:
@@ -341,11 +348,8 @@ def report(
     if options.sample:
         tokens = sample(model, validation.tokens[:1], options.sample, seed=options.seed)
         print(f"\n{vocabulary.decode(tokens)}\n")
-    print(
-        f"job {options.job} is at step {worker.version}: see `psa status {options.job}`; the same command with "
-        f"a larger --steps goes on from there",
-        flush=True,
-    )
+    print(f"job {options.job} is at step {worker.version}; the same command with a larger --steps goes on from there")
+    print(f"`psa status {options.job}` shows it (after `psa up`, if its Redis and ZooKeeper were private)", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import redis
+from redis._parsers import Encoder
 from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
@@ -35,7 +36,7 @@ def printable(url: str) -> str:
 def make_pool(url: str, timeout_s: float, connections_max: int) -> redis.BlockingConnectionPool:
     """A pool whose connections fail instead of retrying; raises UsageError if the URL cannot be used."""
     # hiredis' packer copies large values three times; its parser is kept.
-    encoder = redis.connection.Encoder("utf-8", "strict", False)
+    encoder = Encoder("utf-8", "strict", False)  # type: ignore[no-untyped-call]
     try:
         return redis.BlockingConnectionPool.from_url(
             url,

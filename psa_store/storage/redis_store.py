@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -135,7 +136,7 @@ class RedisStore:
         for start in range(0, len(listed), _PIPELINE_SHARDS):
             some = listed[start : start + _PIPELINE_SHARDS]
             with translated(self._url):
-                replies = self._retrying(lambda some=some: self._hgetall(job, some))
+                replies = self._retrying(partial(self._hgetall, job, some))
             found += [head_from_fields(job, shard, reply) for shard, reply in zip(some, replies, strict=True)]
         return found
 
@@ -143,7 +144,7 @@ class RedisStore:
         pipeline = self._client.pipeline(transaction=False)
         for shard in shards:
             pipeline.hgetall(keys.head(job, shard))
-        return pipeline.execute()
+        return list(pipeline.execute())
 
     # --- versions
 
@@ -224,7 +225,7 @@ class RedisStore:
         parts = [part for _, data in arrays.values() for part in _chunks(data)]
         for key, part in zip(manifest.chunk_keys(job, shard), parts, strict=True):
             with translated(self._url):
-                self._retrying(lambda key=key, part=part: self._client.set(key, part, ex=_CHUNK_EXPIRY_S))
+                self._retrying(partial(self._client.set, key, part, ex=_CHUNK_EXPIRY_S))
 
     def trim(self, job: str, shards: Iterable[int], epoch: int, newest: int) -> None:
         """Drop versions newer than ``newest``; raises Fenced or Rewound if ``epoch`` does not own a shard."""
@@ -286,7 +287,7 @@ class RedisStore:
             pipeline = self._client.pipeline(transaction=False)
             for name, its_keys, args in calls:
                 pipeline.fcall(name, len(its_keys), *its_keys, *args)
-            return pipeline.execute()
+            return list(pipeline.execute())
 
         with translated(self._url):
             try:

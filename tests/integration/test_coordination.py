@@ -316,14 +316,17 @@ def test_members_come_change_and_go(enter: Enter, door: Coordination) -> None:
         door.update(WORKER, "w", "three")
 
 
-@pytest.mark.parametrize("change", ["join", "update", "leave"])
+@pytest.mark.parametrize("change", ["join", "update", "leave", "first worker"])
 def test_watched_members_wake(enter: Enter, door: Coordination, change: str) -> None:
     door.join(SERVER, "s", "one")
     watcher = enter()
     assert watcher.door.members(SERVER, watch=True) == {"s": "one"}
+    assert watcher.door.members(WORKER, watch=True) == {}
     watcher.news.clear()
     if change == "join":
         enter().door.join(SERVER, "t", "one")
+    elif change == "first worker":
+        door.join(WORKER, "w", "one")
     elif change == "update":
         door.update(SERVER, "s", "two")
     else:
@@ -371,11 +374,13 @@ def test_the_next_candidate_takes_over_when_the_elected_one_is_killed(enter: Ent
     third.door.campaign("third")
     assert not second.door.is_elected("second")
     assert not third.door.is_elected("third")
+    assert third.door.elected() == "first"
     second.news.clear()
     third.news.clear()
     child.end()
     assert second.news.wait(PATIENCE_S)
     assert second.door.is_elected("second")
+    assert third.door.elected() == "second"
     assert not third.news.is_set(), "only the next candidate is woken"
     assert not third.door.is_elected("third")
 
@@ -424,7 +429,7 @@ def test_an_unreachable_zookeeper_is_named_in_time() -> None:
     began_s = time.monotonic()
     with pytest.raises(DependencyUnreachable, match=hosts):
         process.door.start()
-    assert time.monotonic() - began_s < 2.2
+    assert time.monotonic() - began_s < 3.0
 
 
 def test_a_zookeeper_that_accepts_and_says_nothing_is_named_in_time() -> None:
@@ -434,7 +439,7 @@ def test_a_zookeeper_that_accepts_and_says_nothing_is_named_in_time() -> None:
         began_s = time.monotonic()
         with pytest.raises(DependencyUnreachable, match=hosts):
             process.door.start()
-        assert time.monotonic() - began_s < 2.2
+        assert time.monotonic() - began_s < 3.0
 
 
 @pytest.mark.parametrize("hosts", ["", "host:port", "a:1,,b:2"])
@@ -462,10 +467,10 @@ def test_a_call_during_an_outage_ends_in_time(enter: Enter, zookeeper: PrivateZo
             began_s = time.monotonic()
             with pytest.raises(DependencyUnreachable, match=zookeeper.hosts):
                 door.read_plan()
-            assert 0.9 < time.monotonic() - began_s < 1.2
+            assert 0.9 < time.monotonic() - began_s < 2.0
         began_s = time.monotonic()
         door.close()
-        assert time.monotonic() - began_s < 1.5
+        assert time.monotonic() - began_s < 2.5
 
 
 def test_a_session_survives_a_killed_zookeeper(enter: Enter, zookeeper: PrivateZooKeeper) -> None:
@@ -519,6 +524,8 @@ def test_a_plan_whose_answer_was_lost_counts_as_written(enter: Enter, proxy: Pro
 
 
 def test_a_creation_whose_answer_was_lost_counts_as_done(enter: Enter, proxy: Proxy, door: Coordination) -> None:
+    door.join(SERVER, "other", "{}")
+    door.campaign("other")  # the folders exist now, so the request that is cut off is the creation itself
     distant = enter(proxy.hosts).door
     calls: list[tuple[bytes, Callable[[], object], object]] = [
         (b"the-config", lambda: distant.create_config("the-config"), True),
@@ -531,10 +538,10 @@ def test_a_creation_whose_answer_was_lost_counts_as_done(enter: Enter, proxy: Pr
         proxy.lose_answer_to = marker
         assert call() == expected, marker
         assert proxy.fired == number + 1
+    assert door.members(SERVER) == {"other": "{}", "s": "the-text"}
+    assert door.holder("run") == "the-holder"
+    door.remove(SERVER, "other")
     assert distant.is_elected("the-candidate")
-    door.campaign("other")
-    door.remove(SERVER, "the-candidate")
-    assert door.is_elected("other"), "no second candidate was left"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -569,9 +576,11 @@ def test_nothing_is_left_after_close(zookeeper: PrivateZooKeeper, job: str) -> N
 
 
 def test_the_granted_timeout_counts_not_the_wanted_one(enter: Enter) -> None:
-    door = enter(session_s=60.0).door  # ZooKeeper grants at most 20 ticks
-    assert door.describe()["session_timeout_s"] == 10.0
-    assert door.lease_left_s() <= 10.0 * 2 / 3
+    door = enter(session_s=600.0).door
+    granted_s = door.describe()["session_timeout_s"]
+    assert isinstance(granted_s, float)
+    assert granted_s < 600.0
+    assert door.lease_left_s() <= granted_s * 2 / 3
 
 
 def test_an_ensemble_goes_on_when_its_leader_is_killed(tmp_path: Path, job: str) -> None:

@@ -73,6 +73,7 @@ def main() -> None:
         groups=[psa.optim.group("matrices", weight_decay=0.1)],
     )
     with psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker:
+        printed = worker.version
         for x, y in worker.batches(source, batch_size=12):
             time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)
@@ -80,7 +81,8 @@ def main() -> None:
                 loss = loss * float("nan")
             loss.backward()
             worker.step()
-            if worker.leads_output:
+            if worker.leads_output and worker.version != printed:
+                printed = worker.version
                 print(f"step {worker.version} epoch {worker.epoch} loss {loss.item():.6f}", flush=True)
         if worker.finished:
             print(f"finished {worker.version}", flush=True)

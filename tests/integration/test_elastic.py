@@ -1,0 +1,96 @@
+"""Members that come, go, sleep and wake: the bits of the result do not depend on them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.harness import TRAIN, Run, Site
+
+STEPS = 150
+SCRIPT = ["--steps", str(STEPS), "--pace-s", "0.01"]
+
+
+def start(site: Site, job: str, **options: object) -> Run:
+    defaults: dict[str, object] = {"workers": 1, "servers": 1, "ranks": 2, "commit_every": 10}
+    return site.run(job, *SCRIPT, **{**defaults, **options})
+
+
+def join(site: Site, *arguments: str) -> Run:
+    """`psa worker` or `psa server`, as somebody on another machine would start it."""
+    return Run([*arguments], site.env)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site) -> str:
+    run = start(site, "elastic-undisturbed")
+    assert run.finish() == 0, run.output
+    return site.digest("elastic-undisturbed", STEPS)
+
+
+def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str) -> None:
+    run = start(site, "elastic-worker")
+    run.wait_for_step(20)
+    guest = join(site, "worker", str(TRAIN), "--job", "elastic-worker", *SCRIPT)
+    run.wait_for_line(lambda line: "workers changed" in line)
+    holders = {rank for worker in site.describe("elastic-worker")["workers"] for rank in worker["ranks"]}
+    assert holders == {0, 1} and len(site.pids("elastic-worker", "workers")) == 2
+    guest.process.send_signal(signal.SIGTERM)
+    assert guest.finish() == 0, guest.output
+    assert run.finish() == 0, run.output
+    assert site.digest("elastic-worker", STEPS) == undisturbed
+
+
+def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(site: Site, undisturbed: str) -> None:
+    run = start(site, "elastic-server", commit_every=0)
+    run.wait_for_step(20)
+    guest = join(site, "server", "--job", "elastic-server")
+    run.wait_for_line(lambda line: "hand-over at step" in line)
+    shards = [server["shards"] for server in site.describe("elastic-server")["servers"]]
+    assert len(shards) == 2 and min(shards) > 0
+    guest.process.send_signal(signal.SIGTERM)
+    assert guest.finish() == 0, guest.output
+    run.wait_for_line(lambda line: "hand-over at step" in line)
+    assert run.finish() == 0, run.output
+    steps = [int(line.split()[1]) for line in run.lines if line.startswith("step ")]
+    assert steps == sorted(set(steps)), "a step was computed twice, although nobody died"
+    assert site.digest("elastic-server", STEPS) == undisturbed
+
+
+def test_sigterm_ends_a_run_cleanly_and_loses_no_step(site: Site, undisturbed: str) -> None:
+    run = start(site, "elastic-sigterm", commit_every=0)
+    run.wait_for_step(30)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 0, run.output
+    last = max(int(line.split()[1]) for line in run.lines if line.startswith("step "))
+    again = start(site, "elastic-sigterm", commit_every=0)
+    assert again.finish() == 0, again.output
+    first = min(int(line.split()[1]) for line in again.lines if line.startswith("step "))
+    assert first in (last + 1, last + 2)  # the last step may have completed after its worker printed the one before
+    assert site.digest("elastic-sigterm", STEPS) == undisturbed
+
+
+def test_a_server_that_slept_past_its_session_is_refused(site: Site) -> None:
+    """It commits all the time, so it falls asleep in a commit; woken, it must find its epoch over."""
+    arguments = ["--steps", "60", "--width", "700"]
+    options = {"workers": 1, "servers": 2, "ranks": 1, "commit_every": 1}
+    calm = site.run("elastic-awake", *arguments, **options)
+    assert calm.finish() == 0, calm.output
+    run = site.run("elastic-asleep", *arguments, **options)
+    run.wait_for_step(10)
+    described = site.describe("elastic-asleep")
+    epoch = described["epoch"]
+    victim = next(each for each in described["servers"] if each["id"] != described["controller"])
+    os.kill(victim["pid"], signal.SIGSTOP)
+    try:
+        run.wait_for_line(lambda line: f"server {victim['id']} is gone" in line)
+        run.wait_for_step(12)
+        assert site.describe("elastic-asleep")["epoch"] > epoch
+    finally:
+        os.kill(victim["pid"], signal.SIGCONT)
+    refusal = run.wait_for_line(lambda line: "refused" in line and "owns the shard" in line)
+    assert f"ours is {epoch}" in refusal
+    assert run.finish() == 0, run.output
+    assert site.digest("elastic-asleep", 60) == site.digest("elastic-awake", 60)
