@@ -278,7 +278,7 @@ class RedisStore:
     # --- calling
 
     def _function(self, name: str, its_keys: list[str], args: Sequence[Any]) -> list[Any]:
-        return self._functions([(name, its_keys, args)])[0]
+        return list(self._functions([(name, its_keys, args)])[0])
 
     def _functions(self, calls: Sequence[tuple[str, list[str], Sequence[Any]]]) -> list[Any]:
         """Call functions in one round trip; loads the library first if somebody flushed it."""

@@ -29,7 +29,7 @@ def finished(site: Site) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
-        (["--width", "32"], {}, ["another model", "shape (64, 12)", "another job name"]),
+        (["--width", "32"], {}, ["another model", "shape (32, 12)", "(64, 12) in the job"]),
         (["--lr", "0.5"], {}, ["optimizer=", "0.5", "another job name"]),
         ([], {"ranks": 3}, ["ranks=2", "ranks=3"]),
         ([], {"commit_every": 7}, ["commit_every=10", "commit_every=7"]),
