@@ -9,7 +9,7 @@ Needs Redis only: no ZooKeeper, no server, no model. Example::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from psa_store.config import load_settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
-from psa_store.layout import ITEM_BYTES, Role, Shard, TensorSpec, layout_from_json
+from psa_store.layout import ITEM_BYTES, Role, TensorSpec, layout_from_json
 from psa_store.storage import Head, RedisStore
 
 _PARAM = "param"
@@ -66,7 +66,7 @@ class Store:
 
     def versions(self) -> list[int]:
         """The versions that can be read whole, ascending."""
-        return _common(self._heads(self._layout.versioned))
+        return self._common(self._heads())
 
     def version(self) -> int:
         """The newest version that can be read whole; raises DataIntegrity if there is none."""
@@ -105,36 +105,42 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _heads(self, shards: Iterable[Shard]) -> list[Head]:
-        return self._store.heads(self._job, [shard.index for shard in shards])
+    def _heads(self) -> dict[int, Head]:
+        heads = self._store.heads(self._job, [shard.index for shard in self._layout.shards])
+        return {head.shard: head for head in heads}
+
+    def _common(self, heads: Mapping[int, Head]) -> list[int]:
+        """Versions that every changing shard has; a job of frozen tensors only has version 0."""
+        shards = self._layout.versioned
+        versions = [{manifest.version for manifest in heads[shard.index].manifests} for shard in shards]
+        return sorted(set.intersection(*versions)) if versions else [0]
 
     def _read(self, wanted: list[int], version: int | None) -> dict[int, torch.Tensor]:
-        for attempt in range(_ATTEMPTS):
-            chosen = self.version() if version is None else version
+        """Choose a version and read it; while training goes on it may be dropped meanwhile, then choose again."""
+        attempt = 0
+        while True:
+            attempt += 1
+            heads = self._heads()
+            stored = self._common(heads)
+            if version is None and not stored:
+                raise DataIntegrity(f"job {self._job!r}: no version is common to all shards in Redis")
+            chosen = stored[-1] if version is None else version
+            if chosen not in stored:
+                raise UsageError(f"job {self._job!r} has no version {chosen}; stored versions: {stored}")
             try:
-                return self._read_version(wanted, chosen)
+                return self._read_version(wanted, chosen, heads)
             except DataIntegrity:
-                if chosen not in self.versions():  # collected while we read: not damage
-                    if version is not None:
-                        raise self._unknown(version) from None
-                    if attempt + 1 < _ATTEMPTS:
-                        continue
-                raise
-        raise AssertionError("unreachable")
+                if chosen in self.versions() or attempt == _ATTEMPTS:
+                    raise  # it is still there: damaged, not dropped
 
-    def _unknown(self, version: int) -> UsageError:
-        return UsageError(f"job {self._job!r} has no version {version}; stored versions: {self.versions()}")
-
-    def _read_version(self, wanted: list[int], version: int) -> dict[int, torch.Tensor]:
+    def _read_version(self, wanted: list[int], version: int, heads: Mapping[int, Head]) -> dict[int, torch.Tensor]:
         """Read the shards that hold ``wanted`` and cut the tensors out of them."""
         members = set(wanted)
         shards = [s for s in self._layout.shards if any(piece.tensor in members for piece in s.pieces)]
         specs = self._layout.tensors
         flat = {i: torch.empty(specs[i].numel, dtype=_dtype(specs[i])) for i in wanted}
-        if version not in self.versions():
-            raise self._unknown(version)
-        for shard, head in zip(shards, self._heads(shards), strict=True):
-            manifest = head.manifest(0 if shard.role is Role.FROZEN else version)
+        for shard in shards:
+            manifest = heads[shard.index].manifest(0 if shard.role is Role.FROZEN else version)
             if manifest is None:
                 raise DataIntegrity(f"job {self._job!r}: shard {shard.index} has no version {version}")
             whole = torch.empty(shard.size_bytes, dtype=torch.uint8)
@@ -146,11 +152,6 @@ class Store:
                     part = whole[low : low + piece.length * item].view(flat[piece.tensor].dtype)
                     flat[piece.tensor][piece.tensor_start : piece.tensor_start + piece.length] = part
         return {i: tensor.view(specs[i].shape) for i, tensor in flat.items()}
-
-
-def _common(heads: list[Head]) -> list[int]:
-    versions = [{manifest.version for manifest in head.manifests} for head in heads]
-    return sorted(set.intersection(*versions)) if versions else [0]
 
 
 def _dtype(spec: TensorSpec) -> torch.dtype:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from psa_store.local import PrivateRedis, PrivateZooKeeper
-from tests.harness import Site
+from tests.harness import LIVE, Site
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +21,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     finally:
         redis.stop()
         zookeeper.stop()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    for run in list(LIVE):
+        run.kill()

@@ -29,6 +29,10 @@ PSA = [sys.executable, "-m", "psa_store.cli"]
 _STEP = re.compile(r"^step (\d+)")
 
 
+LIVE: list[Run] = []
+"""Commands that a test has started; a fixture kills what a failed test left running."""
+
+
 @dataclass
 class Run:
     """A running `psa` command whose output is followed line by line."""
@@ -48,6 +52,7 @@ class Run:
             text=True,
             start_new_session=True,
         )
+        LIVE.append(self)
         self._reader = threading.Thread(target=self._read, name="test-reader")
         self._reader.start()
 
@@ -99,13 +104,15 @@ class Run:
         return "\n".join(self.lines)
 
     def kill(self) -> None:
-        """SIGKILL the command and everything in its session."""
+        """SIGKILL the command and everything in its session. Idempotent."""
         for pid in _session_pids(self.process.pid):
             with_suppress_kill(pid, signal.SIGKILL)
         self.process.wait(timeout=30)
         self._reader.join(timeout=30)
         assert self.process.stdout is not None
         self.process.stdout.close()
+        if self in LIVE:
+            LIVE.remove(self)
 
 
 def _session_pids(session: int) -> list[int]:

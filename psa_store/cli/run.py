@@ -57,6 +57,7 @@ def run_job(options: RunOptions, settings: Settings) -> int:
         _check(addresses, settings)
         job = stack.enter_context(closing(_RunningJob(addresses, settings)))
         supervisor = Supervisor(
+            preload=["psa_store.cli.preload"],
             restarts_max=options.restarts_max,
             env=_environment(options, addresses, job.run_id),
             on_exit=job.report_death,

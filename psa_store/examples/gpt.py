@@ -3,8 +3,9 @@
     psa run --workers 2 psa_store/examples/gpt.py --data shakespeare.txt
 
 The defaults are the CPU settings that nanoGPT publishes for character-level Shakespeare (4 layers, 4 heads, 128 wide,
-2,000 steps of 12 windows of 64 characters), which end near a validation loss of 1.88. Without ``--data`` the model
-learns from the source text of Python's standard library, so that nothing needs to be downloaded.
+2,000 steps of 12 windows of 64 characters), with rotary places instead of learned ones; they end near a validation
+loss of 1.79. Without ``--data`` the model learns from the source text of Python's standard library, so that nothing
+needs to be downloaded.
 
 In reading order: text, model, evaluation and sampling, training. Kill any process at any moment: the
 others go on, and the result has the same bits. Its parts can be imported; the benchmarks and tests do.
@@ -17,6 +18,7 @@ import math
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -116,6 +118,21 @@ class GPTConfig:
     dropout: float = 0.0
 
 
+@cache
+def rotation(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (length, size / 2), of the angles by which each place turns each pair of elements."""
+    frequencies = 10_000.0 ** -(torch.arange(0, size, 2, device=device) / size)
+    angles = torch.arange(length, device=device)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def turned(x: Tensor) -> Tensor:
+    """Rotary places (arXiv 2104.09864): (..., length, size), so that products tell how far two tokens are apart."""
+    cosines, sines = rotation(x.shape[-2], x.shape[-1], x.device)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
+
+
 class Attention(nn.Module):
     """Every token gathers from itself and the tokens before it, in several heads side by side."""
 
@@ -131,7 +148,7 @@ class Attention(nn.Module):
         per_head = self.project_in(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = per_head.permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        gathered = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        gathered = F.scaled_dot_product_attention(turned(query), turned(key), value, dropout_p=dropout, is_causal=True)
         projected: Tensor = self.project_out(gathered.transpose(1, 2).reshape(batch, length, width))
         return projected
 
@@ -166,7 +183,6 @@ class GPT(nn.Module):
             raise psa.errors.UsageError(f"--width {config.width} must be a multiple of --heads {config.heads}")
         self.config = config
         self.tokens = nn.Embedding(config.vocabulary, config.width)
-        self.places = nn.Embedding(config.block, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
@@ -184,7 +200,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, length <= block) int64 -> (batch, length, vocabulary)."""
-        x = self.dropout(self.tokens(tokens) + self.places.weight[: tokens.shape[1]])
+        x = self.dropout(self.tokens(tokens))
         for layer in self.layers:
             x = layer(x)
         logits: Tensor = self.head(self.norm(x))

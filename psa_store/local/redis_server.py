@@ -89,6 +89,6 @@ class PrivateRedis:
         try:
             with socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as sock:
                 sock.sendall(b"PING\r\n")
-                return sock.recv(64).startswith(b"+PONG")
+                return sock.recv(64).startswith((b"+PONG", b"-NOAUTH"))  # it serves, or would with a password
         except OSError:
             return False

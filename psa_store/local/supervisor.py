@@ -6,17 +6,15 @@ fork server ends when we end, and the kernel then ends its children, however we 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
 import secrets
 import signal
 import socket
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 from multiprocessing import connection
@@ -26,8 +24,8 @@ from types import FrameType
 from typing import Any
 
 from psa_store import telemetry
+from psa_store.local.guard import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _RETRYABLE_EXIT = 3
 _TICK_S = 0.2
 _MESSAGE_BYTES_MAX = 65536
@@ -76,6 +74,7 @@ class Supervisor:
     """Owns the children, from :meth:`spawn` to :meth:`close`. Not thread-safe: one thread, the one that made it.
 
     Args:
+        preload: modules that the fork server imports once, so that children do not.
         restarts_max: how often children may be started again, all together.
         env: environment of every child, besides our own.
         on_exit: called with a child as soon as it has ended, before anything else is done about it.
@@ -85,6 +84,7 @@ class Supervisor:
     def __init__(
         self,
         *,
+        preload: Sequence[str],
         restarts_max: int,
         env: Mapping[str, str],
         on_exit: Callable[[Child], None],
@@ -95,7 +95,7 @@ class Supervisor:
         self._on_message = on_message
         self._log = telemetry.get_logger()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["psa_store.local.preload"])
+        self._context.set_forkserver_preload(["psa_store.local.forkserver_guard", *preload])
         self._children: list[Child] = []
         self._stopping: set[Role] = set()
         self._signal: int | None = None
@@ -112,7 +112,7 @@ class Supervisor:
         """Start a process that calls ``target(*arguments)``, which must be importable."""
         member = f"{role.value}-{secrets.token_hex(4)}"
         env = {**self._env, "PSA_MEMBER": member}
-        process = self._context.Process(target=_child_main, args=(env, os.getpid(), target, arguments), name=member)
+        process = self._context.Process(target=_child_main, args=(env, target, arguments), name=member)
         process.start()
         child = Child(role, member, process, target, arguments)
         self._children.append(child)
@@ -202,15 +202,9 @@ class Supervisor:
         return None
 
 
-def _child_main(
-    env: Mapping[str, str], supervisor: int, target: Callable[..., None], arguments: tuple[Any, ...]
-) -> None:
+def _child_main(env: Mapping[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """In the child: die with the fork server (which dies with the supervisor), then do what we are for."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    try:
-        os.kill(supervisor, 0)
-    except ProcessLookupError:
-        sys.exit(0)  # it died before the line above could notice
+    die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     # Ctrl-C in a terminal reaches the whole group; the supervisor alone decides what it means.

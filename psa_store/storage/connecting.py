@@ -17,14 +17,13 @@ from redis.utils import str_if_bytes
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
 
 _PACK_COPY_BYTES_MAX = 6000
-_UNFIT = {
-    "OOM": "it is at its maxmemory limit: give it more memory, or drop jobs that are no longer needed",
-    "MISCONF": "it cannot write to its disk: make room, or look into its log",
-    "READONLY": "it is a replica: point PSA_REDIS at the master",
-    "NOPERM": "the user may not do this: allow it in the ACL",
-    "NOAUTH": "it wants a password: put it into the URL of PSA_REDIS",
-    "WRONGPASS": "the password is wrong: correct the URL of PSA_REDIS",
-}
+_UNFIT: tuple[tuple[type[Exception], str], ...] = (
+    (redis.exceptions.OutOfMemoryError, "it is at its maxmemory limit: raise it, or delete jobs that are done"),
+    (redis.exceptions.ReadOnlyError, "it is a replica: point PSA_REDIS at the master"),
+    (redis.exceptions.NoPermissionError, "its ACL does not allow this: allow it, or use another user"),
+    (redis.exceptions.AuthenticationError, "it wants a user and password: put them into the URL of PSA_REDIS"),
+)
+_CANNOT_PERSIST = "MISCONF"
 
 
 def printable(url: str) -> str:
@@ -58,18 +57,17 @@ def translated(url: str) -> Iterator[None]:
     """Turn redis-py's exceptions into ours, naming the address."""
     try:
         yield
-    except redis.exceptions.AuthenticationError as error:
-        raise DependencyUnfit(f"Redis at {printable(url)} refuses us: {error}") from error
+    except tuple(kind for kind, _ in _UNFIT) as error:
+        remedy = next(remedy for kind, remedy in _UNFIT if isinstance(error, kind))
+        raise DependencyUnfit(f"Redis at {printable(url)} refuses ({error}): {remedy}") from error
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
         raise DependencyUnreachable(
             f"Redis at {printable(url)} does not answer: {error}. Is it running, and is PSA_REDIS right?"
         ) from error
     except redis.exceptions.ResponseError as error:
-        word = str(error).split(" ", 1)[0]
-        if word in _UNFIT or "OOM" in str(error):
-            why = _UNFIT.get(word, _UNFIT["OOM"])
-            raise DependencyUnfit(f"Redis at {printable(url)} refuses to write ({error}): {why}") from error
-        raise
+        if not str(error).startswith(_CANNOT_PERSIST):
+            raise
+        raise DependencyUnfit(f"Redis at {printable(url)} cannot write to its disk: make room there") from error
 
 
 def text(reply: Any) -> str:

@@ -154,6 +154,21 @@ class TestDependencies:
         assert run.finish() == 0, run.output
         assert own.digest("zookeeper", STEPS) == undisturbed
 
+    def test_zookeeper_stays_away_longer_than_a_session(
+        self, own: Site, zookeeper: PrivateZooKeeper, undisturbed: str, rng: random.Random
+    ) -> None:
+        run = start(own, "long-outage")
+        step = rng.randrange(5, STEPS // 2)
+        run.wait_for_step(step)
+        os.kill(zookeeper.pids[0], signal.SIGSTOP)
+        try:
+            print(f"step {step}: ZooKeeper sleeps until the servers stop serving")
+            run.wait_for_line(lambda line: "not serving" in line)
+        finally:
+            os.kill(zookeeper.pids[0], signal.SIGCONT)
+        assert run.finish() == 0, run.output
+        assert own.digest("long-outage", STEPS) == undisturbed
+
     def test_the_whole_machine_reboots(
         self,
         own: Site,

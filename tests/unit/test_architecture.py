@@ -34,11 +34,10 @@ FLOORS = {
     "examples": 8,
     "bench": 9,
 }
-# `local` preloads the roles in the fork server, and `status` asks it where the private servers are.
 PURE = ("layout", "sampling", "consistency", "plan", "job")
 DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
-ALSO_SOCKETS = {"server/letters.py", "server/control.py", "server/engine.py", "local"}
-"""Places that hold or pass sockets which wire made, or look for a free port."""
+ALSO_SOCKETS = {"server/letters.py", "server/control.py", "server/engine.py", "local", "coordination/client.py"}
+"""Places that hold or pass sockets which wire made, look for a free port, or bound the sockets of their library."""
 
 
 def modules() -> list[Path]:

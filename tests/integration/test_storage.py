@@ -1,0 +1,266 @@
+"""The Redis door, against a real Redis: the fence, the flip, what a crash leaves, and what damage looks like."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import redis
+
+from psa_store.errors import DataIntegrity, DependencyUnfit, DependencyUnreachable, Fenced, JobMismatch, Rewound
+from psa_store.local import PrivateRedis
+from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore
+
+JOB = "job"
+LAYOUT = "f" * 64
+KEEP = 3
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
+    private = PrivateRedis(tmp_path_factory.mktemp("redis"), {"requirepass": "sesame"})
+    private.start(10)
+    yield private
+    private.stop()
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def url(server: PrivateRedis, request: pytest.FixtureRequest) -> str:
+    if request.param == "tcp":
+        return server.tcp_url.replace("redis://", "redis://:sesame@")
+    return server.url.replace("unix://", "unix://:sesame@")
+
+
+@pytest.fixture
+def raw(url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+        yield client
+
+
+@pytest.fixture
+def store(url: str, raw: redis.Redis) -> Iterator[RedisStore]:
+    with closing(RedisStore(url, timeout_s=5.0)) as store:
+        store.check()
+        yield store
+
+
+def data(size: int, fill: int) -> memoryview:
+    return memoryview(bytes([fill]) * size)
+
+
+def commit(
+    store: RedisStore, version: int, *, epoch: int = 1, expect: int | None = None, size: int = 100, shard: int = 0
+) -> Manifest:
+    arrays = {"param": ("float32", data(size, version)), "momentum": ("float32", data(size, version + 100))}
+    return store.commit(JOB, shard, epoch, version, arrays, {"opt_step": version}, keep=KEEP, expect=expect)
+
+
+def read(store: RedisStore, manifest: Manifest, size: int = 100) -> dict[str, bytearray]:
+    places = {"param": bytearray(size), "momentum": bytearray(size)}
+    store.load(JOB, 0, manifest, {name: memoryview(place) for name, place in places.items()})
+    return places
+
+
+@pytest.mark.parametrize("size", [4, CHUNK_BYTES, 2 * CHUNK_BYTES + 4])
+def test_what_is_committed_is_read_back(store: RedisStore, size: int) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    manifest = commit(store, 7, size=size)
+    (head,) = store.heads(JOB, [0])
+    assert head.manifest(7) == manifest and head.layout == LAYOUT and head.epoch == 1
+    assert read(store, manifest, size) == {"param": bytearray(data(size, 7)), "momentum": bytearray(data(size, 107))}
+    assert manifest.scalars == {"opt_step": 7}
+
+
+def test_an_old_epoch_is_refused_and_changes_nothing(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 4, LAYOUT)
+    commit(store, 1, epoch=4)
+    (sealed,) = store.seal(JOB, [0], 5, LAYOUT)
+    with pytest.raises(Fenced, match="epoch 5 owns the shard and ours is 4"):
+        commit(store, 2, epoch=4, expect=1)
+    with pytest.raises(Fenced):
+        store.seal(JOB, [0], 4, LAYOUT)
+    with pytest.raises(Fenced):
+        store.trim(JOB, [0], 4, 0)
+    assert store.heads(JOB, [0]) == [sealed]
+    assert commit(store, 2, epoch=5, expect=1).epoch == 5
+
+
+def test_epochs_beyond_the_precision_of_lua_numbers_are_told_apart(store: RedisStore) -> None:
+    store.seal(JOB, [0], 2**53 + 1, LAYOUT)
+    with pytest.raises(Fenced):
+        commit(store, 1, epoch=2**53)
+
+
+def test_of_two_owners_only_the_newer_one_gets_through(store: RedisStore) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+
+    def older() -> int:
+        done = 0
+        try:
+            for version in range(1, 200):
+                commit(store, version, epoch=1, size=4)
+                done = version
+        except Fenced:
+            pass
+        return done
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(older)
+        while not (seen := store.heads(JOB, [0])[0].manifests):
+            pass
+        (sealed,) = store.seal(JOB, [0], 2, LAYOUT)
+        last = running.result()
+    assert sealed.manifests[-1].version == last >= seen[-1].version
+    assert store.heads(JOB, [0]) == [sealed]
+
+
+def test_old_versions_and_their_chunks_are_dropped(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    last = None
+    for version in range(1, 8):
+        commit(store, version, expect=last)
+        last = version
+    (head,) = store.heads(JOB, [0])
+    assert [manifest.version for manifest in head.manifests] == [5, 6, 7]
+    assert len(raw.keys("psa:{job:0}:*")) == 1 + KEEP * 2
+    commit(store, 7, expect=7)  # the same version again replaces the former one
+    assert len(raw.keys("psa:{job:0}:*")) == 1 + KEEP * 2
+    store.trim(JOB, [0], 1, 5)
+    assert len(raw.keys("psa:{job:0}:*")) == 1 + 2
+    store.condemn(JOB, 0, 1, 5)
+    assert len(raw.keys("psa:{job:0}:*")) == 1
+
+
+def test_chunks_expire_until_a_commit_makes_them_permanent(
+    store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+
+    class Crash(Exception):
+        pass
+
+    def crash(*_: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_flip", crash)
+        with pytest.raises(Crash):
+            commit(store, 1)
+    orphans = raw.keys("psa:{job:0}:1:*")
+    assert len(orphans) == 2 and all(0 < raw.ttl(key) <= 3600 for key in orphans)
+    manifest = commit(store, 1)
+    assert all(raw.ttl(key) == -1 for key in manifest.chunk_keys(JOB, 0))
+
+
+def test_a_redis_that_went_back_in_time_is_noticed(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 3, LAYOUT)
+    commit(store, 1, epoch=3)
+    with pytest.raises(Rewound):
+        commit(store, 3, epoch=3, expect=2)
+    raw.delete("psa:{job:0}:head")
+    with pytest.raises(Rewound):
+        commit(store, 3, epoch=3, expect=1)
+    assert store.heads(JOB, [0])[0].manifests == ()
+
+
+def test_damage_is_named(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    manifest = commit(store, 1)
+    chunk = manifest.chunk_keys(JOB, 0)[1]
+    raw.setrange(chunk, 50, b"\0")
+    with pytest.raises(DataIntegrity, match="job 'job', shard 0, version 1, section momentum, chunk 0: damaged"):
+        read(store, manifest)
+    raw.append(chunk, b"x")
+    with pytest.raises(DataIntegrity, match="101 bytes stored, 100 expected"):
+        read(store, manifest)
+    raw.delete(chunk)
+    with pytest.raises(DataIntegrity, match="chunk 0: missing"):
+        read(store, manifest)
+    raw.hset("psa:{job:0}:head", "v:" + "0" * 19 + "9", "no manifest")
+    with pytest.raises(DataIntegrity, match="shard 0: the head in Redis cannot be read"):
+        store.heads(JOB, [0])
+
+
+def test_flushed_functions_are_loaded_again(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    raw.function_flush()
+    assert commit(store, 1).version == 1
+
+
+def test_a_lost_answer_does_not_commit_twice(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flip happens and its answer is lost: the next try finds its own nonce and is content."""
+    store.seal(JOB, [0], 1, LAYOUT)
+    flip, flips = store._flip, []
+
+    def lossy(*arguments: object) -> list[bytes]:
+        flips.append(flip(*arguments))  # type: ignore[arg-type]
+        return [b"changed"] if len(flips) == 1 else flips[-1]
+
+    monkeypatch.setattr(store, "_flip", lossy)
+    manifest = commit(store, 1)
+    assert len(flips) == 1 and store.heads(JOB, [0])[0].manifests == (manifest,)
+
+
+def test_the_first_creator_of_a_job_wins(store: RedisStore) -> None:
+    assert store.read_job(JOB) is None
+    store.create_job(JOB, "{}", "[]")
+    store.create_job(JOB, "{}", "[]")
+    with pytest.raises(JobMismatch):
+        store.create_job(JOB, '{"other": 1}', "[]")
+    assert store.read_job(JOB) == ("{}", "[]") and store.jobs() == [JOB]
+    store.seal(JOB, [0, 1], 1, LAYOUT)
+    commit(store, 1)
+    store.delete_job(JOB, 2)
+    assert store.jobs() == [] and store.read_job(JOB) is None
+
+
+def test_a_restarted_redis_is_found_again(server: PrivateRedis, store: RedisStore) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    commit(store, 1)
+    before = store.server_run_id()
+    server.kill()
+    server.start(10)
+    assert commit(store, 2, expect=1).version == 2
+    assert store.server_run_id() != before
+
+
+def test_an_unreachable_redis_is_named_in_time_and_without_its_password() -> None:
+    with closing(RedisStore("redis://user:hunter2@127.0.0.1:1/0", timeout_s=1.0)) as store:
+        started_s = time.monotonic()
+        with pytest.raises(DependencyUnreachable, match=r"127\.0\.0\.1:1") as caught:
+            store.check()
+    assert "hunter2" not in str(caught.value) and time.monotonic() - started_s < 3.0
+
+
+def test_an_evicting_redis_is_unfit(tmp_path: Path) -> None:
+    private = PrivateRedis(tmp_path, {"maxmemory": "100mb", "maxmemory-policy": "volatile-lru"})
+    private.start(10)
+    try:
+        with (
+            closing(RedisStore(private.url, timeout_s=5.0)) as store,
+            pytest.raises(DependencyUnfit, match="volatile-lru"),
+        ):
+            store.check()
+    finally:
+        private.stop()
+
+
+def test_a_full_redis_refuses_with_a_reason_and_keeps_what_it_has(tmp_path: Path) -> None:
+    private = PrivateRedis(tmp_path, {"maxmemory": "24mb"})
+    private.start(10)
+    try:
+        with closing(RedisStore(private.url, timeout_s=5.0)) as store:
+            store.check()
+            store.seal(JOB, [0], 1, LAYOUT)
+            manifest = commit(store, 1, size=CHUNK_BYTES)
+            with pytest.raises(DependencyUnfit, match="maxmemory"):
+                commit(store, 2, size=3 * CHUNK_BYTES, expect=1)
+            assert store.heads(JOB, [0])[0].manifests == (manifest,)
+            assert read(store, manifest, CHUNK_BYTES)["param"] == data(CHUNK_BYTES, 1)
+    finally:
+        private.stop()
