@@ -6,6 +6,7 @@ inside a watch: everything that happens sets one event, and each turn looks at t
 
 from __future__ import annotations
 
+import queue
 import secrets
 import socket
 import threading
@@ -86,6 +87,7 @@ class Control:
         self._woken = woken
         self._log = telemetry.get_logger()
         self._reports: deque[ToControl] = deque()
+        self._released: queue.SimpleQueue[Released] = queue.SimpleQueue()
         self._asked_to_leave = leaving
         self._leaving = False
         self._generation = -1
@@ -93,8 +95,11 @@ class Control:
 
     def report(self, report: ToControl) -> None:
         """Tell control something; it looks at it in its next turn."""
-        self._reports.append(report)
-        self._woken.set()
+        if isinstance(report, Released):
+            self._released.put(report)
+        else:
+            self._reports.append(report)
+            self._woken.set()
 
     # --- the loop
 
@@ -159,8 +164,8 @@ class Control:
                 for server in self._plan.servers:
                     if server.id == report.server:
                         self._rejoin(engine, server)
-            case PeerGone() | Released():
-                pass  # of an epoch that is over
+            case _:
+                pass  # about an epoch that is over
 
     def _rejoin(self, engine: Engine, server: Server) -> None:
         try:
@@ -201,16 +206,11 @@ class Control:
     def _release(self, engine: Engine, epoch: int) -> Released:
         """Make the engine let go of the old epoch; returns what it held."""
         engine.post(Release(epoch))
-        kept: list[ToControl] = []
         while engine.alive:
-            while self._reports:
-                report = self._reports.popleft()
-                if isinstance(report, Released):
-                    self._reports.extendleft(reversed(kept))
-                    return report
-                kept.append(report)
-            self._woken.wait(_LOOK_AGAIN_S)
-            self._woken.clear()
+            try:
+                return self._released.get(timeout=_LOOK_AGAIN_S)
+            except queue.Empty:
+                continue
         return Released(-1, {})
 
     def _reach(self, server: Server) -> socket.socket:
