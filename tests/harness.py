@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import queue
 import re
@@ -18,10 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from psa_store.bench.digest import state_digest
 from psa_store.cli.status import describe
 from psa_store.config import Settings
-from psa_store.job import job_config_from_json
-from psa_store.layout import Role, layout_from_json
 from psa_store.storage import RedisStore
 
 TRAIN = Path(__file__).parent / "kill" / "train.py"
@@ -175,22 +172,8 @@ class Site:
 
     def digest(self, job: str, version: int) -> str:
         """sha256 of all parameters and the whole optimizer state of one version, read from Redis."""
-        total = hashlib.sha256()
         with closing(self.store()) as store:
-            found = store.read_job(job)
-            assert found is not None
-            layout = layout_from_json(found[1])
-            job_config_from_json(found[0])
-            for head in store.heads(job, [shard.index for shard in layout.shards]):
-                frozen = layout.shards[head.shard].role is Role.FROZEN
-                manifest = head.manifest(0 if frozen else version)
-                assert manifest is not None, f"shard {head.shard} has no version {version}: {head}"
-                places = {section.name: bytearray(section.size_bytes) for section in manifest.sections}
-                store.load(job, head.shard, manifest, {name: memoryview(place) for name, place in places.items()})
-                for name in sorted(places):
-                    total.update(name.encode() + bytes(places[name]))
-                total.update(json.dumps(manifest.scalars, sort_keys=True).encode())
-        return total.hexdigest()
+            return state_digest(store, job, version)
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 from redis._parsers import Encoder
@@ -24,12 +24,14 @@ _UNFIT: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.AuthenticationError, "it wants a user and password: put them into the URL of PSA_REDIS"),
 )
 _CANNOT_PERSIST = "MISCONF"
+_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/@:]*):.*@|(?P<key>[?&]password=)[^&]*")
+"""Up to the last @, so that a password that should have been percent-encoded is hidden as well."""
+_PIPELINE_PREFIX = re.compile(r"^Command # \d+ \(.*?\) of pipeline caused error: ", re.DOTALL)
 
 
 def printable(url: str) -> str:
     """The URL without its password, for messages."""
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+    return _PASSWORD.sub(lambda found: f"{found['key']}***" if found["key"] else f"{found['user']}:***@", url)
 
 
 def make_pool(url: str, timeout_s: float, connections_max: int) -> redis.BlockingConnectionPool:
@@ -48,8 +50,12 @@ def make_pool(url: str, timeout_s: float, connections_max: int) -> redis.Blockin
             protocol=2,
             command_packer=PythonRespSerializer(_PACK_COPY_BYTES_MAX, encoder.encode),
         )
-    except ValueError as error:
-        raise UsageError(f"PSA_REDIS={printable(url)!r} is no URL of a Redis: {error}") from error
+    except ValueError:
+        # Its text quotes what stands where the port should be, which may be half of the password: no cause, no quote.
+        raise UsageError(
+            f"PSA_REDIS={printable(url)!r} is no URL of a Redis: use redis://user:password@host:port/0, rediss://… or "
+            "unix:///path, and percent-encode '/', '#', '?' and '@' in the password."
+        ) from None
 
 
 @contextmanager
@@ -59,15 +65,22 @@ def translated(url: str) -> Iterator[None]:
         yield
     except tuple(kind for kind, _ in _UNFIT) as error:
         remedy = next(remedy for kind, remedy in _UNFIT if isinstance(error, kind))
-        raise DependencyUnfit(f"Redis at {printable(url)} refuses ({error}): {remedy}") from error
+        raise DependencyUnfit(f"Redis at {printable(url)} refuses ({_reason(error)}): {remedy}") from error
     except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
         raise DependencyUnreachable(
             f"Redis at {printable(url)} does not answer: {error}. Is it running, and is PSA_REDIS right?"
         ) from error
-    except redis.exceptions.ResponseError as error:
-        if not str(error).startswith(_CANNOT_PERSIST):
-            raise
-        raise DependencyUnfit(f"Redis at {printable(url)} cannot write to its disk: make room there") from error
+    except redis.exceptions.RedisError as error:
+        if _reason(error).startswith(_CANNOT_PERSIST):
+            raise DependencyUnfit(f"Redis at {printable(url)} cannot write to its disk: make room there") from error
+        raise DependencyUnfit(
+            f"Redis at {printable(url)} refuses ({_reason(error)}): see its configuration, and what else uses it"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What Redis said, without the command that redis-py puts in front when it ran in a pipeline."""
+    return _PIPELINE_PREFIX.sub("", str(error))
 
 
 def text(reply: Any) -> str:

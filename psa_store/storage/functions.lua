@@ -22,11 +22,19 @@ local function stranger(head, epoch)
   return nil
 end
 
+-- Whether the head's version in this field is the one that the caller has read. The field alone does not tell: the
+-- same version may have been written again since, and a call whose connection broke may still arrive after that.
+local function holds(head, field, nonce)
+  local manifest = redis.call('HGET', head, field)
+  return manifest and cjson.decode(manifest).nonce == nonce
+end
+
 -- psa_commit: make one version of a shard the head's, and drop old ones, in one step.
 -- keys: head, then the new chunks, then the chunks to drop.
 -- args: epoch, version field, manifest, field that must be there ('' for none), number of new chunks,
---       their sizes (that many), number of fields in the head, those fields, then the fields to drop.
--- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', what}, {'missing', key} or {'changed'}.
+--       their sizes (that many), number of versions in the head, field and nonce of each, then the fields to drop.
+-- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', what}, {'missing', key} or {'changed'} if the head
+-- is not the one that the caller has read.
 local function commit(keys, args)
   local head, epoch, field, manifest, expect = keys[1], args[1], args[2], args[3], args[4]
   local refusal = stranger(head, epoch)
@@ -39,22 +47,28 @@ local function commit(keys, args)
   local seen = tonumber(args[6 + count])
   if redis.call('HLEN', head) ~= seen + 2 then return {'changed'} end
   for i = 1, seen do
-    if redis.call('HEXISTS', head, args[6 + count + i]) == 0 then return {'changed'} end
+    if not holds(head, args[5 + count + 2 * i], args[6 + count + 2 * i]) then return {'changed'} end
   end
   for i = 1, count do redis.call('PERSIST', keys[1 + i]) end
-  for i = 7 + count + seen, #args do redis.call('HDEL', head, args[i]) end
+  for i = 7 + count + 2 * seen, #args do redis.call('HDEL', head, args[i]) end
   redis.call('HSET', head, field, manifest)
   for i = 2 + count, #keys do redis.call('UNLINK', keys[i]) end
   return {'ok'}
 end
 
 -- psa_drop: take versions out of a head.
--- keys: head, then the chunks of those versions. args: epoch, then their fields.
--- returns {'ok'}; refuses with {'fenced', epoch} or {'rewound', epoch}. Idempotent.
+-- keys: head, then the chunks of those versions. args: epoch, then field and nonce of each.
+-- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', epoch}, or {'changed'} if one of them was written again.
+-- Idempotent: a version that is gone already is no reason to refuse.
 local function drop(keys, args)
   local refusal = stranger(keys[1], args[1])
   if refusal then return refusal end
-  for i = 2, #args do redis.call('HDEL', keys[1], args[i]) end
+  for i = 2, #args, 2 do
+    if redis.call('HEXISTS', keys[1], args[i]) == 1 and not holds(keys[1], args[i], args[i + 1]) then
+      return {'changed'}
+    end
+  end
+  for i = 2, #args, 2 do redis.call('HDEL', keys[1], args[i]) end
   for i = 2, #keys do redis.call('UNLINK', keys[i]) end
   return {'ok'}
 end

@@ -7,12 +7,16 @@ would belong to somebody else's command.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import redis
 
 # redis-py's connections are not typed, and their socket is private: this file alone reaches for it.
 _LINE_BYTES_MAX = 512
+_ASKED_MAX = 2
+"""GETs under way at once. Two hide the round trip; Redis holds a second copy of every value that was asked for and
+not yet received, and with more of them it is slower, because that memory is fresh each time."""
 
 
 def read_into(pool: redis.ConnectionPool, wanted: Sequence[tuple[str, memoryview]]) -> list[str]:
@@ -23,9 +27,14 @@ def read_into(pool: redis.ConnectionPool, wanted: Sequence[tuple[str, memoryview
     """
     connection: Any = pool.get_connection()
     try:
-        for key, _ in wanted:
+        unasked = iter(wanted)
+        for key, _ in islice(unasked, _ASKED_MAX):
             connection.send_command("GET", key)
-        problems = [_reply(connection, place) for _, place in wanted]
+        problems = []
+        for _, place in wanted:
+            problems.append(_reply(connection, place))
+            for key, _ in islice(unasked, 1):
+                connection.send_command("GET", key)
     except TimeoutError as error:
         connection.disconnect()
         raise redis.exceptions.TimeoutError("no answer in time while reading chunks") from error

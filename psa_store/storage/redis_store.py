@@ -17,7 +17,14 @@ import redis
 import tenacity
 from xxhash import xxh3_128_hexdigest
 
-from psa_store.errors import DataIntegrity, DependencyUnfit, Fenced, JobMismatch, Rewound
+from psa_store.errors import (
+    DataIntegrity,
+    DependencyUnfit,
+    DependencyUnreachable,
+    Fenced,
+    JobMismatch,
+    Rewound,
+)
 from psa_store.storage import keys
 from psa_store.storage.connecting import make_pool, printable, text, translated
 from psa_store.storage.reading import read_into
@@ -35,6 +42,8 @@ _CHUNK_EXPIRY_S = 3600
 """Chunks live this long until a commit makes them permanent: a writer that dies leaves nothing behind."""
 _RETRY_PAUSE_S = 0.05
 _PIPELINE_SHARDS = 256
+_TRIES_MAX = 5
+"""Looks at a head before a change is given up: each fails only if the head changed between look and change."""
 
 T = TypeVar("T")
 
@@ -84,11 +93,12 @@ class RedisStore:
 
     def create_job(self, job: str, config_json: str, layout_json: str) -> None:
         """Store a job's documents; raises JobMismatch if others are stored under this name."""
+        # Listed first: a job that is listed but does not exist is skipped by jobs(), the reverse could not be found.
+        with translated(self._url):
+            self._retrying(lambda: self._client.sadd(keys.JOBS, job))
         stored = self._function("psa_create", [keys.config(job), keys.layout(job)], [config_json, layout_json])
         if [text(each) for each in stored] != [config_json, layout_json]:
             raise JobMismatch(f"job {job!r} was created by another process at the same time: run again to join it")
-        with translated(self._url):
-            self._retrying(lambda: self._client.sadd(keys.JOBS, job))
 
     def read_job(self, job: str) -> tuple[str, str] | None:
         """The job's configuration and layout as they were created; None if there is no such job."""
@@ -99,17 +109,25 @@ class RedisStore:
     def jobs(self) -> list[str]:
         with translated(self._url):
             members: Iterable[Any] = self._retrying(lambda: self._client.smembers(keys.JOBS))
-        return sorted(text(member) for member in members)
+            names = sorted(text(member) for member in members)
+            exist = self._retrying(partial(self._exist, [keys.config(name) for name in names]))
+        return [name for name, there in zip(names, exist, strict=True) if there]
+
+    def _exist(self, its_keys: Sequence[str]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for key in its_keys:
+            pipeline.exists(key)
+        return list(pipeline.execute())
 
     def delete_job(self, job: str, n_shards: int) -> None:
         """Remove everything of a job. Nothing may be running on it."""
         for head in self.heads(job, range(n_shards)):
             gone = [key for manifest in head.manifests for key in manifest.chunk_keys(job, head.shard)]
             with translated(self._url):
-                self._client.unlink(keys.head(job, head.shard), *gone)
+                self._retrying(partial(self._client.unlink, keys.head(job, head.shard), *gone))
         with translated(self._url):
-            self._client.unlink(keys.config(job), keys.layout(job))
-            self._client.srem(keys.JOBS, job)
+            self._retrying(lambda: self._client.unlink(keys.config(job), keys.layout(job)))
+            self._retrying(lambda: self._client.srem(keys.JOBS, job))
 
     # --- the fence
 
@@ -170,14 +188,21 @@ class RedisStore:
         Raises:
             Fenced: a newer epoch owns the shard. Nothing was changed.
             Rewound: Redis does not know what we committed before: it went back in time. Nothing was changed.
+            DependencyUnreachable: Redis does not answer; whether the version is committed is unknown. Try again.
         """
         manifest = Manifest(version, epoch, secrets.token_hex(4), _digest(arrays), dict(scalars))
         self._write_chunks(job, shard, manifest, arrays)
-        while True:
+        for _ in range(_TRIES_MAX):
             (head,) = self.heads(job, [shard])
-            if head.manifest(version) == manifest:
+            stored = head.manifest(version)
+            if stored is not None and stored.nonce == manifest.nonce:
                 return manifest  # an earlier try did it, and only its answer was lost
-            reply = self._flip(job, head, manifest, keep, expect)
+            try:
+                reply = self._flip(job, head, manifest, keep, expect)
+            except DependencyUnfit:
+                raise
+            except DependencyUnreachable:
+                continue  # done or not? The head knows, and if Redis is still away, looking raises
             match reply[0]:
                 case b"ok":
                     return manifest
@@ -192,6 +217,13 @@ class RedisStore:
                     self._write_chunks(job, shard, manifest, arrays)
                 case _:  # changed since we read it: look again
                     continue
+        raise self._unsettled(job, shard, f"version {version} could not be committed")
+
+    def _unsettled(self, job: str, shard: int, what: str) -> DependencyUnreachable:
+        return DependencyUnreachable(
+            f"Redis at {printable(self._url)}: job {job!r}, shard {shard}: {what} in {_TRIES_MAX} tries, because its "
+            "head or its chunks changed every time. Try again, and see who else writes to the keys of this job."
+        )
 
     def _flip(self, job: str, head: Head, manifest: Manifest, keep: int, expect: int | None) -> list[Any]:
         others = [each for each in head.manifests if each.version != manifest.version]
@@ -214,7 +246,7 @@ class RedisStore:
                 len(chunks),
                 *sizes,
                 len(head.manifests),
-                *(each.field for each in head.manifests),
+                *_identities(head.manifests),
                 *(each.field for each in old),
             ],
         )
@@ -222,33 +254,46 @@ class RedisStore:
     def _write_chunks(
         self, job: str, shard: int, manifest: Manifest, arrays: Mapping[str, tuple[str, memoryview]]
     ) -> None:
+        """Write the chunks that are not there yet.
+
+        NX, because a SET whose connection broke may arrive after another try and the flip are done: it would give a
+        committed chunk its expiry back, and the version would vanish an hour later.
+        """
         parts = [part for _, data in arrays.values() for part in _chunks(data)]
         for key, part in zip(manifest.chunk_keys(job, shard), parts, strict=True):
             with translated(self._url):
-                self._retrying(partial(self._client.set, key, part, ex=_CHUNK_EXPIRY_S))
+                self._retrying(partial(self._client.set, key, part, ex=_CHUNK_EXPIRY_S, nx=True))
 
     def trim(self, job: str, shards: Iterable[int], epoch: int, newest: int) -> None:
         """Drop versions newer than ``newest``; raises Fenced or Rewound if ``epoch`` does not own a shard."""
         for head in self.heads(job, shards):
-            self._drop(job, head, epoch, [each for each in head.manifests if each.version > newest])
+            self._drop(job, head, epoch, lambda version: version > newest)
 
     def condemn(self, job: str, shard: int, epoch: int, version: int) -> None:
         """Drop one version that was found damaged; raises Fenced or Rewound if ``epoch`` does not own the shard."""
         (head,) = self.heads(job, [shard])
-        self._drop(job, head, epoch, [each for each in head.manifests if each.version == version])
+        self._drop(job, head, epoch, lambda each: each == version)
 
-    def _drop(self, job: str, head: Head, epoch: int, gone: Sequence[Manifest]) -> None:
-        if not gone:
-            return
-        reply = self._function(
-            "psa_drop",
-            [keys.head(job, head.shard), *(key for each in gone for key in each.chunk_keys(job, head.shard))],
-            [epoch_text(epoch), *(each.field for each in gone)],
-        )
-        if reply[0] == b"fenced":
-            raise Fenced(f"job {job!r}, shard {head.shard}: epoch {int(reply[1], 16)} owns it, ours is {epoch}")
-        if reply[0] == b"rewound":
-            raise Rewound(f"job {job!r}, shard {head.shard}: Redis lost the seal of epoch {epoch}")
+    def _drop(self, job: str, head: Head, epoch: int, unwanted: Callable[[int], bool]) -> None:
+        where = f"job {job!r}, shard {head.shard}"
+        for _ in range(_TRIES_MAX):
+            gone = [each for each in head.manifests if unwanted(each.version)]
+            if not gone:
+                return
+            reply = self._function(
+                "psa_drop",
+                [keys.head(job, head.shard), *(key for each in gone for key in each.chunk_keys(job, head.shard))],
+                [epoch_text(epoch), *_identities(gone)],
+            )
+            match reply[0]:
+                case b"ok":
+                    return
+                case b"fenced":
+                    raise Fenced(f"{where}: epoch {int(reply[1], 16)} owns it, ours is {epoch}")
+                case b"rewound":
+                    raise Rewound(f"{where}: Redis lost the seal of epoch {epoch}")
+            (head,) = self.heads(job, [head.shard])
+        raise self._unsettled(job, head.shard, f"versions {[each.version for each in gone]} could not be dropped")
 
     def load(self, job: str, shard: int, manifest: Manifest, into: Mapping[str, memoryview]) -> None:
         """Read sections straight into the given memory and check their digests.
@@ -325,6 +370,11 @@ class RedisStore:
             reraise=True,
         )
         return retrying(operation)
+
+
+def _identities(manifests: Iterable[Manifest]) -> list[str]:
+    """Field and nonce of each, by which a function recognises what the caller has read."""
+    return [part for each in manifests for part in (each.field, each.nonce)]
 
 
 def _chunk_sizes(size_bytes: int) -> list[int]:

@@ -26,6 +26,7 @@ from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.coordination import Coordination
 from psa_store.errors import Disconnected, NonFiniteGradient, Refused, UsageError
 from psa_store.identity import new_member_id
+from psa_store.job import check_job_name
 from psa_store.layout import Role, plan_layout
 from psa_store.optim import Optimizer
 from psa_store.plan import NOBODY, Plan
@@ -84,8 +85,9 @@ class Worker:
             raise UsageError(f"steps={steps}: must not be negative")
         self._settings = load_settings()
         name = job or self._settings.job
-        if name is None:
+        if not name:
             raise UsageError("the job has no name: give psa.Worker a name or set PSA_JOB")
+        check_job_name(name)
         self._steps = steps
         self._log = telemetry.get_logger()
         self._model = model
@@ -161,7 +163,6 @@ class Worker:
         if settings.redis is None or settings.zookeeper is None:
             raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: run the script with `psa run`, or set both")
         name, member = self._wanted.name, settings.member or new_member_id("worker")
-        self._opened = True
         with ExitStack() as stack:
             self._mailbox = stack.enter_context(closing(Mailbox[None]()))
             woken = threading.Event()
@@ -189,6 +190,7 @@ class Worker:
             )
             self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
             self._resources = stack.pop_all()
+        self._opened = True
         return self
 
     def __exit__(

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import redis
 
-from psa_store.errors import DataIntegrity, DependencyUnfit, DependencyUnreachable, Fenced, JobMismatch, Rewound
+from psa_store.errors import (
+    DataIntegrity,
+    DependencyUnfit,
+    DependencyUnreachable,
+    Fenced,
+    JobMismatch,
+    Rewound,
+    UsageError,
+)
 from psa_store.local import PrivateRedis
 from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore
 
@@ -58,6 +71,18 @@ def commit(
 ) -> Manifest:
     arrays = {"param": ("float32", data(size, version)), "momentum": ("float32", data(size, version + 100))}
     return store.commit(JOB, shard, epoch, version, arrays, {"opt_step": version}, keep=KEEP, expect=expect)
+
+
+def arrays_of(version: int) -> dict[str, tuple[str, memoryview]]:
+    return {"param": ("float32", data(100, version)), "momentum": ("float32", data(100, version + 100))}
+
+
+def assert_no_garbage(store: RedisStore, raw: redis.Redis) -> None:
+    """Every permanent key of the shard is its head or a chunk that the head names, and none of these is missing."""
+    (head,) = store.heads(JOB, [0])
+    named = {key for manifest in head.manifests for key in manifest.chunk_keys(JOB, 0)}
+    permanent = {key.decode() for key in raw.keys("psa:{job:0}:*") if raw.ttl(key) == -1}
+    assert permanent == named | {"psa:{job:0}:head"}
 
 
 def read(store: RedisStore, manifest: Manifest, size: int = 100) -> dict[str, bytearray]:
@@ -157,6 +182,40 @@ def test_chunks_expire_until_a_commit_makes_them_permanent(
     assert all(raw.ttl(key) == -1 for key in manifest.chunk_keys(JOB, 0))
 
 
+def test_a_write_that_arrives_late_does_not_make_a_committed_chunk_expire(store: RedisStore, raw: redis.Redis) -> None:
+    """A connection that broke may still deliver its SET after another one has repeated it and the commit is done."""
+    store.seal(JOB, [0], 1, LAYOUT)
+    manifest = commit(store, 1)
+    store._write_chunks(JOB, 0, manifest, arrays_of(1))
+    assert [raw.ttl(key) for key in manifest.chunk_keys(JOB, 0)] == [-1, -1]
+
+
+def test_a_flip_that_arrives_late_does_not_undo_a_newer_one(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    commit(store, 1)
+    (seen,) = store.heads(JOB, [0])
+    newer = commit(store, 1, expect=1)  # same version, so the same fields: only the nonce tells them apart
+    late = replace(newer, nonce=secrets.token_hex(4))
+    store._write_chunks(JOB, 0, late, arrays_of(1))
+    assert store._flip(JOB, seen, late, KEEP, 1) == [b"changed"]
+    assert store.heads(JOB, [0])[0].manifests == (newer,)
+    assert_no_garbage(store, raw)
+
+
+def test_dropping_a_version_that_was_replaced_meanwhile_leaves_no_garbage(
+    store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    commit(store, 1)
+    stale = store.heads(JOB, [0])
+    commit(store, 1, expect=1)
+    heads, answers = store.heads, [stale]
+    monkeypatch.setattr(store, "heads", lambda job, shards: answers.pop() if answers else heads(job, shards))
+    store.condemn(JOB, 0, 1, 1)
+    assert store.heads(JOB, [0])[0].manifests == () and not answers
+    assert_no_garbage(store, raw)
+
+
 def test_a_redis_that_went_back_in_time_is_noticed(store: RedisStore, raw: redis.Redis) -> None:
     store.seal(JOB, [0], 3, LAYOUT)
     commit(store, 1, epoch=3)
@@ -206,6 +265,62 @@ def test_a_lost_answer_does_not_commit_twice(store: RedisStore, monkeypatch: pyt
     assert len(flips) == 1 and store.heads(JOB, [0])[0].manifests == (manifest,)
 
 
+def test_a_flip_without_an_answer_in_time_is_looked_up(
+    server: PrivateRedis, url: str, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(RedisStore(url, timeout_s=0.5)) as store:
+        store.seal(JOB, [0], 1, LAYOUT)
+        flip = store._flip
+        wake = threading.Timer(0.7, os.kill, (server.pid, signal.SIGCONT))
+
+        def into_a_pause(*arguments: object) -> list[bytes]:
+            monkeypatch.undo()
+            os.kill(server.pid, signal.SIGSTOP)
+            wake.start()
+            return flip(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(store, "_flip", into_a_pause)
+        try:
+            manifest = commit(store, 1)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+            wake.join()
+        assert store.heads(JOB, [0])[0].manifests == (manifest,)
+    assert_no_garbage(store, raw)
+
+
+def test_a_commit_whose_chunks_keep_vanishing_gives_up(
+    store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sealed,) = store.seal(JOB, [0], 1, LAYOUT)
+    monkeypatch.setattr(store, "_write_chunks", lambda *_: None)
+    with pytest.raises(DependencyUnreachable, match="job 'job', shard 0: version 1"):
+        commit(store, 1)
+    assert store.heads(JOB, [0]) == [sealed]
+
+
+def test_a_load_does_not_make_redis_hold_a_second_copy(server: PrivateRedis, store: RedisStore) -> None:
+    size = 16 * CHUNK_BYTES
+    store.seal(JOB, [0], 1, LAYOUT)
+    manifest = commit(store, 1, size=size)
+    with closing(redis.Redis.from_url(server.tcp_url, password="sesame")) as watcher:
+        before = watcher.info("memory")["used_memory"]
+        watched = [before]
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.is_set():
+                watched.append(watcher.info("memory")["used_memory"])
+
+        thread = threading.Thread(target=watch, name="watch")
+        thread.start()
+        for _ in range(3):
+            read(store, manifest, size)
+        done.set()
+        thread.join()
+    assert len(watched) > 10 and max(watched) - before < 6 * CHUNK_BYTES
+
+
 def test_the_first_creator_of_a_job_wins(store: RedisStore) -> None:
     assert store.read_job(JOB) is None
     store.create_job(JOB, "{}", "[]")
@@ -217,6 +332,83 @@ def test_the_first_creator_of_a_job_wins(store: RedisStore) -> None:
     commit(store, 1)
     store.delete_job(JOB, 2)
     assert store.jobs() == [] and store.read_job(JOB) is None
+
+
+def test_a_job_half_created_or_half_deleted_is_not_listed(store: RedisStore, raw: redis.Redis) -> None:
+    store.create_job(JOB, "{}", "[]")
+    raw.delete("psa:{job}:config", "psa:{job}:layout")
+    assert store.jobs() == []
+    store.create_job(JOB, "{}", "[]")
+    assert store.jobs() == [JOB]
+
+
+def refuse_without_replicas(raw: redis.Redis) -> Callable[[], object]:
+    raw.config_set("min-replicas-to-write", 1)
+    return lambda: raw.config_set("min-replicas-to-write", 0)
+
+
+def become_a_replica(raw: redis.Redis) -> Callable[[], object]:
+    raw.replicaof("127.0.0.1", "1")
+    return lambda: raw.replicaof("NO", "ONE")
+
+
+@pytest.mark.parametrize(("refuse", "why"), [(refuse_without_replicas, "NOREPLICAS"), (become_a_replica, "replica")])
+def test_a_redis_that_refuses_writes_is_unfit_at_every_door(
+    store: RedisStore, raw: redis.Redis, refuse: Callable[[redis.Redis], Callable[[], object]], why: str
+) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    undo = refuse(raw)
+    try:
+        for write in (lambda: commit(store, 1), lambda: store.seal(JOB, [0], 2, LAYOUT)):
+            with pytest.raises(DependencyUnfit, match=why) as caught:
+                write()
+            assert "sesame" not in str(caught.value)
+    finally:
+        undo()
+    assert commit(store, 1).version == 1
+
+
+def test_a_foreign_key_in_place_of_a_head_is_no_full_redis(store: RedisStore, raw: redis.Redis) -> None:
+    raw.set("psa:{BLOOM:0}:head", "x")
+    for touch in (lambda: store.heads("BLOOM", [0]), lambda: store.seal("BLOOM", [0], 1, LAYOUT)):
+        with pytest.raises(DependencyUnfit, match="WRONGTYPE") as caught:
+            touch()
+        assert "maxmemory" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2@127.0.0.1:1",
+        "redis://:hun/ter2@127.0.0.1:1",
+        "redis://user:hun#ter2@127.0.0.1:1",
+        "redis://user:hun@ter2@127.0.0.1:1",
+        "redis://127.0.0.1:1/0?password=hunter2",
+        "unix://:hunter2@/nowhere.sock",
+    ],
+)
+def test_no_message_shows_a_password(url: str) -> None:
+    with (
+        pytest.raises((UsageError, DependencyUnreachable)) as caught,
+        closing(RedisStore(url, timeout_s=0.2)) as store,
+    ):
+        store.check()
+    shown = f"{caught.value}{caught.value.__cause__}"
+    assert "hun" not in shown and "ter2" not in shown
+    assert "127.0.0.1:1" in shown or "/nowhere.sock" in shown
+
+
+def test_a_redis_without_functions_is_unfit(tmp_path: Path) -> None:
+    private = PrivateRedis(tmp_path, {"rename-command": 'FUNCTION ""'})
+    private.start(10)
+    try:
+        with (
+            closing(RedisStore(private.url, timeout_s=5.0)) as store,
+            pytest.raises(DependencyUnfit, match="no functions"),
+        ):
+            store.check()
+    finally:
+        private.stop()
 
 
 def test_a_restarted_redis_is_found_again(server: PrivateRedis, store: RedisStore) -> None:
