@@ -48,7 +48,7 @@ def train(job: str) -> None:
     model = nn.Sequential(nn.Linear(512, 768), nn.Tanh(), nn.Linear(768, 512))
     data = [(torch.zeros(512), torch.ones(512)) for _ in range(64)]
     with psa.Worker(job, model, optimizer=psa.optim.AdamW(lr=1e-4), steps=_ENOUGH_STEPS) as worker:
-        for x, y in worker.batches(data, batch_size=4):
+        for x, y in worker.batches(data, batch_size=12):
             time.sleep(STEP_S)
             nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
             before = worker.version
@@ -120,7 +120,8 @@ def measure(kind: str, rounds: int, rng: random.Random, env: dict[str, str], sup
     script = str(Path(__file__).resolve())
     pauses = []
     with ExitStack() as stack:
-        options = ["--workers", "2", "--servers", "2", "--ranks", "2", "--max-restarts", str(2 * rounds)]
+        ranks = 2 if supervised else 3  # a guest must have something to do
+        options = ["--workers", "2", "--servers", "2", "--ranks", str(ranks), "--max-restarts", str(2 * rounds)]
         run = stack.enter_context(process(["run", *options, script, "--train", job], env))
         assert run.stdout is not None
         steps = Steps(run.stdout)

@@ -202,6 +202,17 @@ def test_a_flip_that_arrives_late_does_not_undo_a_newer_one(store: RedisStore, r
     assert_no_garbage(store, raw)
 
 
+def test_a_flip_decided_on_an_older_head_is_refused(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    (seen,) = store.heads(JOB, [0])
+    first = commit(store, 1)  # not in `seen`: a flip that does not know it could not drop it when its turn comes
+    late = replace(first, version=2, nonce=secrets.token_hex(4))
+    store._write_chunks(JOB, 0, late, arrays_of(1))
+    assert store._flip(JOB, seen, late, KEEP, None) == [b"changed"]
+    assert store.heads(JOB, [0])[0].manifests == (first,)
+    assert_no_garbage(store, raw)
+
+
 def test_dropping_a_version_that_was_replaced_meanwhile_leaves_no_garbage(
     store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
