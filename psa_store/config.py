@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     connect_timeout_s: float = Field(
         default=5.0, gt=0.0, le=60.0, description="how long a dependency may take to answer"
     )
+    leave_timeout_s: float = Field(
+        default=30.0, gt=0.0, le=600.0, description="how long a server that is told to leave may take to hand over"
+    )
     server_threads: int = Field(default=2, ge=1, le=64, description="threads of a server that reduce and update shards")
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     # Set by `psa run` for the processes it starts; not for people.

@@ -146,8 +146,10 @@ def _details(console: Console, document: dict[str, Any]) -> None:
         marks = [name for name, on in (("controller", each["id"] == document["controller"]),) if on]
         marks += ["leaving"] if each["leaving"] else []
         servers.add_row(each["id"], str(each["pid"]), each["address"], str(each["shards"]), ", ".join(marks))
-    console.print(servers)
+    if document["servers"]:
+        console.print(servers)
     workers = Table("worker", "pid", "ranks")
     for each in document["workers"]:
         workers.add_row(each["id"], str(each["pid"]), ", ".join(map(str, each["ranks"])) or "standby")
-    console.print(workers)
+    if document["workers"]:
+        console.print(workers)

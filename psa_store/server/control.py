@@ -6,10 +6,12 @@ inside a watch: everything that happens sets one event, and each turn looks at t
 
 from __future__ import annotations
 
+import math
 import queue
 import secrets
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +77,7 @@ class Control:
         coordination: Coordination,
         woken: threading.Event,
         leaving: Callable[[], bool],
+        leave_timeout_s: float,
     ) -> None:
         self._member = member
         self._announced = member
@@ -89,6 +92,7 @@ class Control:
         self._reports: deque[ToControl] = deque()
         self._released: queue.SimpleQueue[Released] = queue.SimpleQueue()
         self._asked_to_leave = leaving
+        self._leave_timeout_s = leave_timeout_s
         self._leaving = False
         self._generation = -1
         self._plan: Plan | None = None
@@ -104,8 +108,21 @@ class Control:
     # --- the loop
 
     def run(self, engine: Engine) -> None:
-        """Serve until told to leave. Raises DataIntegrity if the job's stored state cannot be served by anyone."""
+        """Serve until told to leave.
+
+        Raises:
+            DataIntegrity: the job's stored state cannot be served by anyone.
+            DependencyUnreachable: told to leave, but nothing could be handed over in ``leave_timeout_s``.
+        """
+        leave_by_s = math.inf
         while engine.alive:
+            if self._asked_to_leave():
+                leave_by_s = min(leave_by_s, time.monotonic() + self._leave_timeout_s)
+            if time.monotonic() > leave_by_s:
+                raise DependencyUnreachable(
+                    f"leaving without a hand-over, which did not succeed in {self._leave_timeout_s:g} s: "
+                    "the job goes back to its last commit"
+                )
             try:
                 if not self._turn(engine):
                     return

@@ -95,6 +95,7 @@ def serve(job: str, settings: Settings) -> None:
             coordination=coordination,
             woken=woken,
             leaving=lambda: leave.asked,
+            leave_timeout_s=settings.leave_timeout_s,
         )
         engine = Engine(
             member=member_id,

@@ -169,6 +169,17 @@ class TestDependencies:
         assert run.finish() == 0, run.output
         assert own.digest("long-outage", STEPS) == undisturbed
 
+    def test_what_is_told_to_leave_ends_even_if_redis_and_zookeeper_are_gone(
+        self, own: Site, redis: PrivateRedis, zookeeper: PrivateZooKeeper
+    ) -> None:
+        run = own.run("abandoned", "--steps", "100000", workers=1, servers=1, env={"PSA_LEAVE_TIMEOUT_S": "2"})
+        run.wait_for_step(5)
+        redis.kill()
+        zookeeper.kill()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.finish(timeout_s=40) == 3, run.output
+        assert "leaving without a hand-over" in run.output
+
     def test_the_whole_machine_reboots(
         self,
         own: Site,
