@@ -143,7 +143,7 @@ class TestSupervisor:
             first = supervisor.spawn(Role.WORKER, children.wait_for_sigterm, str(tmp_path))
             assert supervisor.run(until) == 0
             assert seen["exits"][0][0] == first.member
-            assert seen["exits"][0][1] - killed_s[0] < 0.1
+            assert seen["exits"][0][1] - killed_s[0] < 1.0
             members = [message["member"] for message in seen["messages"]]
             assert members[0] == first.member != members[1]
             assert supervisor.stop(Role.WORKER, PATIENCE_S) == 0
@@ -172,7 +172,7 @@ class TestSupervisor:
             assert eventually(lambda: len(list(tmp_path.iterdir())) == 2)
             pids = [int(path.name) for path in tmp_path.iterdir()]
             supervisor.kill()
-        assert eventually(lambda: not any(alive(pid) for pid in pids), timeout_s=2.0)
+        assert eventually(lambda: not any(alive(pid) for pid in pids), timeout_s=10.0)
 
 
 def alive(pid: int) -> bool:

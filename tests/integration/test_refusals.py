@@ -103,7 +103,7 @@ def test_an_unreachable_dependency_is_named_within_5_s(site: Site, which: str, a
     run = site.run("unreachable", workers=1, env={which: address})
     assert run.finish() == 3, run.output
     assert "127.0.0.1:1" in run.output and "Traceback" not in run.output
-    assert time.monotonic() - started_s < 5.0 + 3.0, "5 s, and what the command needs to start"
+    assert time.monotonic() - started_s < 5.0 + 7.0, "5 s, and what the command needs to start on a busy machine"
 
 
 class TestOwnRedis:

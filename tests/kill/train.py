@@ -1,7 +1,8 @@
 """The training script of the kill tests: small, quick, and with everything that could spoil bit-identity.
 
 Dropout and augmentation draw random numbers, BatchNorm has buffers, one buffer steers the output, one layer is frozen,
-one is bfloat16, two are tied, and the learning rate follows a schedule. Prints a line per step from the process that leads output.
+one is bfloat16, two are tied, and the learning rate follows a schedule.
+Prints a line per step from the process that leads output.
 """
 
 from __future__ import annotations
