@@ -20,7 +20,7 @@ from psa_store.config import load_settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
 from psa_store.layout import ITEM_BYTES, Role, TensorSpec, layout_from_json
-from psa_store.storage import Head, RedisStore
+from psa_store.storage import Head, RedisStore, printable
 
 _PARAM = "param"
 _ATTEMPTS = 5
@@ -50,7 +50,7 @@ class Store:
         if found is None:
             known = ", ".join(sorted(self._store.jobs())) or "none"
             self._store.close()
-            raise UnknownJob(f"no job {job!r} in {url}; known jobs: {known}")
+            raise UnknownJob(f"no job {job!r} in {printable(url)}; known jobs: {known}")
         self._config = job_config_from_json(found[0])
         self._layout = layout_from_json(found[1])
         self._by_name = {name: index for index, spec in enumerate(self._layout.tensors) for name in spec.names}

@@ -78,7 +78,6 @@ def main() -> None:
         groups=[psa.optim.group("matrices", weight_decay=0.1)],
     )
     with psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker:
-        printed = worker.version
         for x, y in worker.batches(source, batch_size=12):
             time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)
@@ -87,7 +86,6 @@ def main() -> None:
             loss.backward()
             worker.step()
             if worker.leads_output and worker.version != printed:
-                printed = worker.version
                 print(f"step {worker.version} epoch {worker.epoch} loss {loss.item():.6f}", flush=True)
         if worker.finished:
             print(f"finished {worker.version}", flush=True)
