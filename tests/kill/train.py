@@ -84,8 +84,9 @@ def main() -> None:
             if worker.version == args.poison_at and worker.rank == worker.ranks - 1:
                 loss = loss * float("nan")
             loss.backward()
+            before = worker.version
             worker.step()
-            if worker.leads_output and worker.version != printed:
+            if worker.leads_output and worker.version != before:
                 print(f"step {worker.version} epoch {worker.epoch} loss {loss.item():.6f}", flush=True)
         if worker.finished:
             print(f"finished {worker.version}", flush=True)
