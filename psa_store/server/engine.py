@@ -1,31 +1,29 @@
 """The event loop of a server: takes gradients in, hands new versions out.
 
-One thread owns all connections and the step's state machine; a pool of threads does the arithmetic; the committer
-writes to Redis; control (another thread) tells which shards to lead. They talk through mailboxes only, so nothing in
-here needs a lock. The life of a step can be read in :meth:`Engine._advance`.
+One thread owns the step's state machine and, through reception, all connections; the threads of arithmetic reduce and
+update; the committer writes to Redis; control (another thread) tells which shards to lead. They talk through mailboxes
+only, so nothing in here needs a lock. The life of a step can be read in :meth:`Engine._advance`.
 """
 
 from __future__ import annotations
 
-import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum, auto
 
 import numpy as np
-import torch
 
 from psa_store import telemetry
 from psa_store.consistency import Offer, SyncStep, Verdict
-from psa_store.errors import Disconnected, Refused
+from psa_store.errors import Refused
 from psa_store.job import JobConfig
 from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Phase, Plan
+from psa_store.server.arithmetic import Arithmetic
 from psa_store.server.committer import Committer, Work
 from psa_store.server.lead import Lead, as_bytes
 from psa_store.server.letters import (
@@ -47,6 +45,7 @@ from psa_store.server.letters import (
     ToControl,
     ToEngine,
 )
+from psa_store.server.reception import Reception
 from psa_store.wire import (
     PARK,
     PROTOCOL,
@@ -62,7 +61,6 @@ from psa_store.wire import (
 
 _TICK_S = 0.2
 _LAPSED_PAUSE_S = 0.02
-_CONNECTIONS_MAX = 10_000
 
 
 class Stage(Enum):
@@ -74,7 +72,7 @@ class Stage(Enum):
 
 
 class Engine:
-    """Owns the thread ``psa-engine`` and the pool ``psa-math``. Everybody else talks to it through :meth:`post`."""
+    """Owns the thread ``psa-engine``. Everybody else talks to it through :meth:`post`."""
 
     def __init__(
         self,
@@ -98,15 +96,8 @@ class Engine:
         self._log = telemetry.get_logger()
         self._mailbox: Mailbox[ToEngine] = Mailbox()
         self._committer = make_committer(self._mailbox.post)
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(
-            threads, thread_name_prefix="psa-math", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._futures: set[Future[None]] = set()
-        self._selector = selectors.DefaultSelector()
-        self._listeners = listeners
-        self._connections: set[Connection] = set()
-        self._watched: dict[Connection, int] = {}
+        self._arithmetic = Arithmetic(threads, self._mailbox.post)
+        self._reception = Reception(self, listeners, self._mailbox)
         self._workers: dict[str, Connection] = {}
         self._peers: dict[str, Connection] = {}
         self._scratch = memoryview(bytearray(max(shard.size_bytes for shard in layout.shards)))
@@ -140,7 +131,7 @@ class Engine:
         self.post(Quit())
         self._thread.join()
         self._committer.close()
-        self._pool.shutdown()
+        self._arithmetic.close()
         self._mailbox.close()
 
     @property
@@ -150,23 +141,16 @@ class Engine:
     # --- the loop
 
     def _run(self) -> None:
-        for listener in self._listeners:
-            self._selector.register(listener, selectors.EVENT_READ, listener)
-        self._selector.register(self._mailbox.fileno(), selectors.EVENT_READ, self._mailbox)
         try:
             while self._turn():
                 pass
         finally:
             self._drop_epoch()
-            for connection in list(self._connections):
-                self._close(connection)
-            for listener in self._listeners:
-                listener.close()
-            self._selector.close()
+            self._reception.close_all()
 
     def _turn(self) -> bool:
         """One turn of the loop; False at the end."""
-        events = self._selector.select(_TICK_S)
+        events = self._reception.wait(_TICK_S)
         lapsed = self._lease_left_s() <= 0
         if lapsed is not self._lapsed:
             # ZooKeeper may have declared us dead meanwhile: neither read nor answer until it is heard again.
@@ -175,11 +159,7 @@ class Engine:
         if lapsed:
             time.sleep(_LAPSED_PAUSE_S)
             events = []
-        for key, mask in events:
-            if isinstance(key.data, Connection):
-                self._serve_connection(key.data, mask)
-            elif key.data is not self._mailbox:
-                self._accept(key.data)
+        self._reception.serve(events)
         for letter in self._mailbox.drain():
             if isinstance(letter, Quit):
                 return False
@@ -228,19 +208,16 @@ class Engine:
 
     def _drop_epoch(self) -> None:
         """Back to IDLE; afterwards no thread touches the memory of the old epoch but an unfinished commit."""
-        wait(self._futures)
-        self._futures.clear()
+        self._arithmetic.settle()
         if self._stage is Stage.SNAPPING:
             self._committer.cancel()
         for (shard, rank), connection in self._receiving.items():
             self._log.debug("diverting a push of the old epoch", shard=shard, rank=rank)
             connection.divert(self._scratch)
             self._dropping[connection] = Reason.STALE
-        for connection in self._connections:
-            if connection.sending:
-                connection.detach()
+        self._reception.detach_all()
         for peer in list(self._peers.values()):
-            self._close(peer)
+            self._reception.close(peer)
         self._receiving.clear()
         self._pulls.clear()
         self._finishes.clear()
@@ -260,7 +237,7 @@ class Engine:
         for server, sock in letter.peers.items():
             self._add_peer(server, sock)
         self._log.info("serving", epoch=plan.epoch, version=plan.resume, shards=len(self._leads))
-        self._wake_parked()
+        self._reception.wake_parked()
 
     def _revise(self, plan: Plan) -> None:
         if self._plan is None or plan.epoch != self._plan.epoch:
@@ -272,7 +249,7 @@ class Engine:
                 connection.divert(self._scratch)
                 self._dropping[connection] = Reason.NOT_HOLDER
                 del self._receiving[shard, rank]
-        self._wake_parked()
+        self._reception.wake_parked()
 
     def _new_step(self, version: int, leads: Mapping[int, Lead]) -> SyncStep:
         return SyncStep(
@@ -302,7 +279,7 @@ class Engine:
             if self._committer.reserve():
                 self._committing = self._step.version
                 self._stage = Stage.SNAPPING
-                self._on_pool(plan.epoch, Lead.take_snapshot, Snapped(plan.epoch, self._step.version))
+                self._on_leads(plan, Lead.take_snapshot, Snapped(plan.epoch, self._step.version))
             return
         self._tell_norms(plan)
         if self._held(plan):
@@ -358,20 +335,17 @@ class Engine:
     def _send_norms(self, plan: Plan, connection: Connection, norms: Mapping[int, float]) -> None:
         payload = np.array(list(norms.items()), dtype="<f8").tobytes()
         header = Header(Kind.NORM, plan.epoch, plan.revision, self._step.version, length=len(payload))
-        self._send(connection, header, payload)
+        self._reception.send(connection, header, payload)
 
     def _apply(self, plan: Plan) -> None:
         step = self._step.version
         scale = clip_factor(self._step.norms_in_order(), self._optimizer.clip_grad_norm)
-        for connection in self._connections:
-            if connection.sending:
-                connection.detach()
+        self._reception.detach_all()
         self._stage = Stage.APPLYING
-        self._on_pool(
-            plan.epoch,
-            lambda lead: lead.apply(step=step, grad_scale=scale),
-            Applied(plan.epoch, step + 1),
-        )
+        self._on_leads(plan, lambda lead: lead.apply(step=step, grad_scale=scale), Applied(plan.epoch, step + 1))
+
+    def _on_leads(self, plan: Plan, work: Callable[[Lead], None], done: ToEngine) -> None:
+        self._arithmetic.on_all(plan.epoch, list(self._versioned_leads().values()), work, done)
 
     def _refuse_faulty(self, plan: Plan) -> None:
         """Own gradients hold NaN or Inf: drop the shard's pushes, blame who is to blame, ask the others again."""
@@ -391,52 +365,9 @@ class Engine:
                 self._refuse(connection, header, reason, text)
         self._told = -1
 
-    def _on_pool(self, epoch: int, work: Callable[[Lead], None], done: ToEngine) -> None:
-        """Run ``work`` on all versioned leads in the pool, then post ``done``."""
-        leads = list(self._versioned_leads().values())
-        parts = [leads[start :: self._threads] for start in range(min(self._threads, len(leads)))]
-        if not parts:
-            self.post(done)
-            return
-        latch = _Latch(len(parts), lambda: self.post(done))
-        for part in parts:
-            self._submit(epoch, _do_part, part, work, latch)
-
-    def _reduce(self, plan: Plan, shard: int) -> None:
-        self._submit(plan.epoch, _do_reduce, self._leads[shard], self._config.ranks, plan.epoch, self.post)
-
-    def _submit(self, epoch: int, function: Callable[..., None], *args: object) -> None:
-        future = self._pool.submit(function, *args)
-        self._futures.add(future)
-        future.add_done_callback(lambda done: self._check_future(epoch, done))
-        if len(self._futures) > 1024:
-            self._futures = {each for each in self._futures if not each.done()}
-
-    def _check_future(self, epoch: int, future: Future[None]) -> None:
-        error = future.exception()
-        if error is not None:
-            self.post(Lost(epoch, f"arithmetic failed: {error!r}"))
-
     # --- connections
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, address = listener.accept()
-        except OSError:
-            return  # the client is gone again, or we are out of descriptors: it will retry
-        if len(self._connections) >= _CONNECTIONS_MAX:
-            sock.close()
-            return
-        self._register(Connection(sock, str(address or "local client"), self._admit))
-
-    def _register(self, connection: Connection) -> None:
-        self._connections.add(connection)
-        self._watch(connection)
-
-    def _close(self, connection: Connection) -> None:
-        if connection not in self._connections:
-            return
-        self._connections.discard(connection)
+    def on_gone(self, connection: Connection) -> None:
         self._dropping.pop(connection, None)
         self._receiving = {k: v for k, v in self._receiving.items() if v is not connection}
         self._pulls = [each for each in self._pulls if each[0] is not connection]
@@ -448,51 +379,9 @@ class Engine:
                 del self._peers[server]
                 if self._plan is not None:
                     self._report(PeerGone(self._plan.epoch, server))
-        if self._watched.pop(connection, 0):
-            self._selector.unregister(connection)
-        connection.close()
 
-    def _serve_connection(self, connection: Connection, mask: int) -> None:
-        if connection not in self._connections:
-            return  # closed by an earlier event of this turn
-        try:
-            if mask & selectors.EVENT_READ:
-                for header, payload in connection.receive():
-                    self._on_frame(connection, header, payload)
-            connection.flush()
-            self._watch(connection)
-        except Disconnected as error:
-            self._log.debug("connection ended", member=connection.member, why=str(error))
-            self._close(connection)
-        except Refused as error:
-            self._log.warning("refused a peer", peer=connection.peer, member=connection.member, why=str(error))
-            self._refuse(connection, Header(Kind.HELLO), Reason.WRONG, str(error))
-            self._close(connection)
-
-    def _watch(self, connection: Connection) -> None:
-        """Wait for what the connection can do next; nothing while it is parked, until a plan wakes it."""
-        if connection not in self._connections:
-            return
-        mask = 0 if connection.parked else selectors.EVENT_READ
-        mask |= selectors.EVENT_WRITE if connection.sending else 0
-        before = self._watched.get(connection, 0)
-        if mask == before:
-            return
-        if not before:
-            self._selector.register(connection, mask, connection)
-        elif not mask:
-            self._selector.unregister(connection)
-        else:
-            self._selector.modify(connection, mask, connection)
-        self._watched[connection] = mask
-
-    def _send(self, connection: Connection, header: Header, payload: memoryview | bytes = b"") -> None:
-        connection.send(header, payload)
-        try:
-            connection.flush()
-            self._watch(connection)
-        except Disconnected:
-            self._close(connection)
+    def on_stranger(self, connection: Connection, why: str) -> None:
+        self._refuse(connection, Header(Kind.HELLO), Reason.WRONG, why)
 
     def _refuse(self, connection: Connection, header: Header, reason: Reason, text: str) -> None:
         payload = encode_text({"kind": header.kind.name, "why": text})
@@ -506,25 +395,14 @@ class Engine:
             len(payload),
             reason,
         )
-        self._send(connection, answer, payload)
-
-    def _wake_parked(self) -> None:
-        for connection in list(self._connections):
-            if connection.parked:
-                try:
-                    connection.resume()
-                    self._serve_connection(connection, selectors.EVENT_READ)
-                except Refused as error:
-                    self._refuse(connection, Header(Kind.HELLO), Reason.WRONG, str(error))
-                    self._close(connection)
+        self._reception.send(connection, answer, payload)
 
     def _add_peer(self, server: str, sock: socket.socket) -> None:
         if self._plan is None:
             sock.close()
             return
-        connection = Connection(sock, server, self._admit)
+        connection = self._reception.add(sock, server)
         connection.member = server
-        self._register(connection)
         self._peers[server] = connection
         hello = encode_text(
             {
@@ -534,14 +412,14 @@ class Engine:
                 "member": self._member,
             }
         )
-        self._send(connection, Header(Kind.HELLO, length=len(hello)), hello)
+        self._reception.send(connection, Header(Kind.HELLO, length=len(hello)), hello)
         norms = self._step.own_norms()
         if norms is not None and self._told == self._step.version:
             self._send_norms(self._plan, connection, norms)
 
     # --- frames
 
-    def _admit(self, connection: Connection, header: Header) -> memoryview | Park:
+    def admit(self, connection: Connection, header: Header) -> memoryview | Park:
         """Judge a frame by its header: where its payload goes, or that it must wait for a newer plan."""
         match header.kind:
             case Kind.HELLO | Kind.WELCOME | Kind.INSPECT | Kind.REFUSED:
@@ -589,7 +467,7 @@ class Engine:
             return Reason.NOT_HOLDER
         return None
 
-    def _on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:
+    def on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:
         match header.kind:
             case Kind.HELLO:
                 self._on_hello(connection, decode_text(payload))
@@ -604,7 +482,7 @@ class Engine:
                     self._step.hear(header.step, {int(shard): float(norm) for shard, norm in pairs})
             case Kind.INSPECT:
                 text = encode_text(self._inspect())
-                self._send(connection, Header(Kind.REPORT, length=len(text)), text)
+                self._reception.send(connection, Header(Kind.REPORT, length=len(text)), text)
             case Kind.REFUSED:
                 raise Refused(f"a peer refused us: {decode_text(payload).get('why')}")
             case _:
@@ -622,7 +500,7 @@ class Engine:
         connection.peer = connection.member
         self._workers[connection.member] = connection
         text = encode_text({"server": self._member})
-        self._send(connection, Header(Kind.WELCOME, length=len(text)), text)
+        self._reception.send(connection, Header(Kind.WELCOME, length=len(text)), text)
 
     def _on_push(self, connection: Connection, header: Header) -> None:
         reason = self._dropping.pop(connection, None)
@@ -633,7 +511,7 @@ class Engine:
         assert self._receiving.pop((header.shard, header.rank)) is connection
         assert self._plan is not None
         if self._step.accept(header.shard, header.rank):
-            self._reduce(self._plan, header.shard)
+            self._arithmetic.reduce(self._plan.epoch, self._leads[header.shard], self._config.ranks)
 
     def _on_request(self, connection: Connection, header: Header) -> None:
         assert self._plan is not None
@@ -664,13 +542,13 @@ class Engine:
                 shard=header.shard,
                 length=lead.shard.size_bytes,
             )
-            self._send(connection, answer, as_bytes(lead.param))
+            self._reception.send(connection, answer, as_bytes(lead.param))
 
     def _answer_finishes(self, plan: Plan) -> None:
         waiting, self._finishes = self._finishes, []
         for connection, header in waiting:
             if self._committed >= header.step:
-                self._send(connection, Header(Kind.DURABLE, plan.epoch, plan.revision, self._committed))
+                self._reception.send(connection, Header(Kind.DURABLE, plan.epoch, plan.revision, self._committed))
             else:
                 self._finishes.append((connection, header))
 
@@ -685,29 +563,3 @@ class Engine:
             "workers": sorted(self._workers),
             "steps_done": self._steps_done,
         }
-
-
-class _Latch:
-    """Calls ``done`` when the last of ``count`` parts has called :meth:`release`."""
-
-    def __init__(self, count: int, done: Callable[[], None]) -> None:
-        self._lock = threading.Lock()
-        self._count = count
-        self._done = done
-
-    def release(self) -> None:
-        with self._lock:
-            self._count -= 1
-            last = self._count == 0
-        if last:
-            self._done()
-
-
-def _do_part(part: Sequence[Lead], work: Callable[[Lead], None], latch: _Latch) -> None:
-    for lead in part:
-        work(lead)
-    latch.release()
-
-
-def _do_reduce(lead: Lead, ranks: int, epoch: int, post: Callable[[ToEngine], None]) -> None:
-    post(Reduced(epoch, lead.shard.index, lead.reduce(ranks)))

@@ -36,7 +36,7 @@ FLOORS = {
 }
 PURE = ("layout", "sampling", "consistency", "plan", "job")
 DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
-ALSO_SOCKETS = {"server/letters.py", "server/control.py", "server/engine.py", "local", "coordination/client.py"}
+ALSO_SOCKETS = {"server", "local", "coordination/client.py"}
 """Places that hold or pass sockets which wire made, look for a free port, or bound the sockets of their library."""
 
 
