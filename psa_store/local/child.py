@@ -1,23 +1,36 @@
-"""A server program as a child process: it dies with us, its log is kept, and its end is always waited for."""
+"""A server program as a child process: it dies with us, its log is kept, and its end is always waited for.
+
+One process per folder and name, ever: a start waits until the process of an earlier start is gone, even if whoever
+started it was killed and the old process is still writing its last bytes.
+"""
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from psa_store.errors import DependencyUnreachable
 
-_LOG_LINES = 8
+_LOG_LINES = 16  # a Java stack trace, and above it the reason
+_POLL_S = 0.01
+# Below the ports that Linux gives to outgoing connections: a client that keeps trying the address of a server that
+# is down would sooner or later be given that very port, connect to itself, and keep the server from coming back.
+_PORTS = range(16384, 32768)
+_PORT_ATTEMPTS = 200
 
 
 class ChildServer:
     """One process of another program, with its log in ``folder``. Start it from a thread that lives as long as it."""
 
     def __init__(self, name: str, folder: Path) -> None:
+        self._folder = folder
         self._log = folder / f"{name}.log"
+        self._pid_path = folder / f"{name}.pid"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -29,20 +42,38 @@ class ChildServer:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self, command: Sequence[str], folder: Path) -> None:
+    def start(self, command: Sequence[str], end_s: float) -> None:
+        """Run the program, as soon as the one of an earlier start has ended; ``end_s`` is a monotonic time."""
+        self._wait_for_predecessor(end_s)
         # The kernel ends the child when we die, however we die; setpriv is in util-linux.
         setpriv = shutil.which("setpriv")
         guarded = [setpriv, "--pdeathsig", "TERM", *command] if setpriv else list(command)
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                guarded, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                guarded, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+        self._pid_path.write_text(f"{self.pid} {_started_at(self.pid)}")
+
+    def wait_until(self, serves: Callable[[], bool], end_s: float, what: str) -> None:
+        """Wait until the program serves; raises DependencyUnreachable with the end of its log if it does not."""
+        while not serves():
+            if not self.running or time.monotonic() > end_s:
+                self.stop(1.0)
+                raise DependencyUnreachable(
+                    f"{what} in {self._folder} does not start; {self._log} ends with:\n{self._last_words()}"
+                )
+            time.sleep(_POLL_S)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        if self._process is not None:
+            self._process.terminate()
 
     def stop(self, deadline_s: float) -> None:
         """SIGTERM, and SIGKILL after the deadline."""
@@ -54,40 +85,65 @@ class ChildServer:
         except subprocess.TimeoutExpired:
             self.kill()
 
-    def last_words(self) -> str:
-        """The end of the log, for an error message."""
+    def _wait_for_predecessor(self, end_s: float) -> None:
+        words = self._pid_path.read_text().split() if self._pid_path.exists() else []
+        while len(words) == 2 and _started_at(int(words[0])) == words[1]:
+            if time.monotonic() > end_s:
+                raise DependencyUnreachable(
+                    f"process {words[0]} of an earlier start still uses {self._folder}: wait for it or end it"
+                )
+            time.sleep(_POLL_S)
+
+    def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
         return "\n".join(lines[-_LOG_LINES:])
 
 
-def find_program(names: Sequence[str], package: str) -> str:
+def find_program(names: Sequence[str], packages: str) -> str:
     """The path of the first program that is installed; raises DependencyUnreachable saying how to get one."""
     for name in names:
         found = shutil.which(name)
         if found:
             return found
-    raise DependencyUnreachable(
-        f"{names[0]} is not installed: `apt-get install {package}`, "
+    raise not_installed(names[0], packages)
+
+
+def not_installed(what: str, packages: str) -> DependencyUnreachable:
+    """The error that says how to get a missing program."""
+    return DependencyUnreachable(
+        f"{what} is not installed: `apt-get install {packages}`, "
         "or set PSA_REDIS and PSA_ZOOKEEPER to servers that run elsewhere"
     )
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody uses now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 def remembered_ports(path: Path, count: int) -> list[int]:
-    """The ports of an earlier start, so that addresses survive a restart; new ones the first time."""
-    if path.exists():
-        return [int(word) for word in path.read_text().split()]
-    ports: list[int] = []
-    while len(ports) < count:
-        port = free_port()
-        if port not in ports:
-            ports.append(port)
-    path.write_text(" ".join(map(str, ports)))
+    """The ports of an earlier start, so that addresses survive a restart; free ones the first time."""
+    ports = [int(word) for word in path.read_text().split()] if path.exists() else []
+    if len(ports) != count:
+        ports = _free_ports(count)
+        path.write_text(" ".join(map(str, ports)))
     return ports
+
+
+def _free_ports(count: int) -> list[int]:
+    found: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, _PORT_ATTEMPTS):
+        if len(found) == count:
+            return found
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+    raise DependencyUnreachable(f"no {count} free ports from {_PORTS.start} to {_PORTS.stop} on 127.0.0.1")
+
+
+def _started_at(pid: int) -> str | None:
+    """When a living process started, in clock ticks since boot; with the pid it names a process for good."""
+    try:
+        # The name of the program comes before, in parentheses, and may contain anything.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]

@@ -16,6 +16,7 @@ from psa_store.local.up import PrivateServers, hold_home, publish
 _POLL_S = 0.1
 _RESTARTS_MAX = 10
 _RESTARTS_WINDOW_S = 60.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Stop(Exception):
@@ -23,6 +24,8 @@ class _Stop(Exception):
 
 
 def _on_signal(_number: int, _frame: FrameType | None) -> None:
+    for number in _SIGNALS:  # once is enough: a second one must not interrupt the stopping
+        signal.signal(number, signal.SIG_IGN)
     raise _Stop
 
 
@@ -33,11 +36,11 @@ def main(home: Path, ensemble: int) -> int:
     let_go = hold_home(home)
     if let_go is None:
         return 0  # another one was faster, and that is as good
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _on_signal)
     servers = PrivateServers(home, ensemble)
     restarts: deque[float] = deque(maxlen=_RESTARTS_MAX)
     try:
+        for number in _SIGNALS:
+            signal.signal(number, _on_signal)
         servers.start()
         publish(home, servers.addresses)
         while True:
@@ -49,7 +52,10 @@ def main(home: Path, ensemble: int) -> int:
                 return 3
             restarts.append(time.monotonic())
             log.warning("a private server died: starting it again")
-            servers.start()
+            try:
+                servers.start()
+            except DependencyUnreachable as error:
+                log.warning("it died again while it started", error=str(error))
     except _Stop:
         return 0
     except DependencyUnreachable as error:

@@ -9,7 +9,10 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the one that started it is gone (Linux; elsewhere nothing)."""
+def die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the one that started it is gone (Linux; elsewhere nothing).
+
+    More precisely: when the *thread* that started it is gone, from now on. Look afterwards whether it still is there.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)

@@ -6,12 +6,11 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
-from psa_store.errors import DependencyUnreachable
 from psa_store.local.child import ChildServer, find_program, remembered_ports
 
 _SOCKET_PATH_MAX = 100
-_POLL_S = 0.01
 _OPTIONS = {
     "bind": "127.0.0.1",
     "save": '""',
@@ -28,17 +27,17 @@ class PrivateRedis:
     """One redis-server (or valkey-server) whose data, port and socket live in ``folder`` and survive restarts."""
 
     def __init__(self, folder: Path, options: Mapping[str, str] | None = None) -> None:
-        self._folder = folder
+        self._folder = folder.absolute()
         self._options = {**_OPTIONS, **(options or {})}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._child = ChildServer("redis", folder)
-        (self._port,) = remembered_ports(folder / "port", 1)
-        self._socket = folder / "redis.sock"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._child = ChildServer("redis", self._folder)
+        (self._port,) = remembered_ports(self._folder / "port", 1)
+        self._socket = self._folder / "redis.sock"
 
     @property
     def url(self) -> str:
         """The Unix socket, unless its path is too long for the kernel."""
-        return f"unix://{self._socket}" if self._has_socket else self.tcp_url
+        return f"unix://{quote(str(self._socket))}" if self._has_socket else self.tcp_url
 
     @property
     def tcp_url(self) -> str:
@@ -57,27 +56,16 @@ class PrivateRedis:
         return len(str(self._socket)) < _SOCKET_PATH_MAX
 
     def start(self, deadline_s: float) -> None:
-        """Start it unless it runs; returns when it answers.
+        """Start it unless it runs; returns when it answers, with all its data loaded.
 
         Raises:
             DependencyUnreachable: it is not installed, or does not answer in time; with the end of its log.
         """
+        end_s = time.monotonic() + deadline_s
         if not self.running:
             program = find_program(["redis-server", "valkey-server"], "redis-server")
-            options = {**self._options, "port": str(self._port), "dir": str(self._folder)}
-            if self._has_socket:
-                options["unixsocket"] = str(self._socket)
-            config = self._folder / "redis.conf"
-            config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
-            self._child.start([program, str(config)], self._folder)
-        end_s = time.monotonic() + deadline_s
-        while not self._answers():
-            if not self.running or time.monotonic() > end_s:
-                self._child.stop(1.0)
-                raise DependencyUnreachable(
-                    f"the private Redis in {self._folder} does not start:\n{self._child.last_words()}"
-                )
-            time.sleep(_POLL_S)
+            self._child.start([program, str(self._write_config())], end_s)
+        self._child.wait_until(self._answers, end_s, "the private Redis")
 
     def kill(self) -> None:
         self._child.kill()
@@ -85,10 +73,22 @@ class PrivateRedis:
     def stop(self, deadline_s: float = 10.0) -> None:
         self._child.stop(deadline_s)
 
+    def _write_config(self) -> Path:
+        options = {**self._options, "port": str(self._port), "dir": f'"{self._folder}"'}
+        if self._has_socket:
+            options["unixsocket"] = f'"{self._socket}"'
+        path = self._folder / "redis.conf"
+        path.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
+        return path
+
     def _answers(self) -> bool:
+        """It answers PING, and it is ours: another program may have taken the port while we were down."""
         try:
             with socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as sock:
-                sock.sendall(b"PING\r\n")
-                return sock.recv(64).startswith((b"+PONG", b"-NOAUTH"))  # it serves, or would with a password
+                sock.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")
+                reply = b"".join(iter(lambda: sock.recv(8192), b""))
         except OSError:
             return False
+        if reply.startswith(b"-NOAUTH"):  # with a password it says no more than that
+            return self.running
+        return reply.startswith(b"+PONG") and f"process_id:{self.pid}\r\n".encode() in reply

@@ -1,7 +1,7 @@
 """Starts the processes of one machine, watches them, and starts them again when they die.
 
-Children are forked from a *fork server* that has imported everything already, so a restart takes milliseconds. The
-fork server ends when we end, and the kernel then ends its children, however we ended.
+Children are forked from a *fork server* that has imported everything already, so a restart takes milliseconds. When
+we end, however that is, the kernel kills the fork server (``forkserver_guard``) and sends SIGTERM to its children.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,10 +25,14 @@ from types import FrameType
 from typing import Any
 
 from psa_store import telemetry
+from psa_store.errors import UserCodeFailed
 from psa_store.local.guard import die_with_parent
 
 _RETRYABLE_EXIT = 3
+_LOST_EXIT = 255  # what multiprocessing reports when the fork server was killed, and its children with it
 _TICK_S = 0.2
+_START_S = 30.0
+_START_AGAIN_S = 0.01
 _MESSAGE_BYTES_MAX = 65536
 
 
@@ -49,8 +54,15 @@ def after_exit(exit_code: int, restarts_left: int, stopping: bool) -> Verdict:
     """
     if exit_code == 0 or stopping:
         return Verdict.DONE
-    passing = exit_code < 0 or exit_code == _RETRYABLE_EXIT
+    passing = exit_code < 0 or exit_code in (_RETRYABLE_EXIT, _LOST_EXIT)
     return Verdict.RESTART if passing and restarts_left > 0 else Verdict.FAIL
+
+
+def reported_code(exit_code: int, stopping: bool) -> int:
+    """The code by which the command reports a child that ended: a documented one, never a signal's number. Pure."""
+    if stopping and exit_code == -signal.SIGTERM:
+        return 0  # it was asked to leave before it had set up anything to clean up
+    return 1 if exit_code < 0 or exit_code == _LOST_EXIT else exit_code
 
 
 @dataclass(eq=False, slots=True)
@@ -71,7 +83,9 @@ class Child:
 
 
 class Supervisor:
-    """Owns the children, from :meth:`spawn` to :meth:`close`. Not thread-safe: one thread, the one that made it.
+    """Owns the children, from :meth:`spawn` to :meth:`close`, and meanwhile SIGTERM and SIGINT.
+
+    Not thread-safe: use it in the main thread, which must live as long as the children shall.
 
     Args:
         preload: modules that the fork server imports once, so that children do not.
@@ -107,13 +121,16 @@ class Supervisor:
         self._wake_receiver, self._wake_sender = socket.socketpair()
         for sock in (self._socket, self._wake_receiver, self._wake_sender):
             sock.setblocking(False)
+        # Until close(), not just until run() returns: a second SIGTERM (`timeout` always sends two) must not interrupt
+        # an orderly stop, which would take Redis and ZooKeeper from those who are still leaving.
+        self._former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def spawn(self, role: Role, target: Callable[..., None], *arguments: Any) -> Child:
         """Start a process that calls ``target(*arguments)``, which must be importable."""
         member = f"{role.value}-{secrets.token_hex(4)}"
         env = {**self._env, "PSA_MEMBER": member}
         process = self._context.Process(target=_child_main, args=(env, target, arguments), name=member)
-        process.start()
+        _start(process)
         child = Child(role, member, process, target, arguments)
         self._children.append(child)
         return child
@@ -126,16 +143,11 @@ class Supervisor:
 
         Returns 0, or the exit code of the child that failed (1 if a signal killed it), or 128 + the signal.
         """
-        former = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            while self._signal is None and not until():
-                failed = self._wait(_TICK_S)
-                if failed is not None:
-                    return failed
-            return 0 if self._signal is None else 128 + self._signal
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        while self._signal is None and not until():
+            failed = self._wait(_TICK_S)
+            if failed is not None:
+                return failed
+        return 0 if self._signal is None else 128 + self._signal
 
     def stop(self, role: Role, deadline_s: float) -> int:
         """Ask the children of a role to leave, wait for it, SIGKILL them after the deadline; returns the worst code."""
@@ -152,7 +164,7 @@ class Supervisor:
                     child.process.kill()
                 left_s = 1.0
             self._wait(left_s)
-        return max((abs(child.exit_code) for child in leaving), default=0)
+        return max((reported_code(child.exit_code, stopping=True) for child in leaving), default=0)
 
     def close(self) -> None:
         """Kill what is left and release everything."""
@@ -160,11 +172,17 @@ class Supervisor:
             child.process.kill()
             child.process.join()
         self._children.clear()
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
         for sock in (self._socket, self._wake_receiver, self._wake_sender):
             sock.close()
         self._folder.cleanup()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._signal == number == signal.SIGINT:
+            raise KeyboardInterrupt  # a person asked twice, and does not want to wait for anybody
+        if self._signal is not None:
+            return
         self._signal = number
         self._wake_sender.send(b"\0")
 
@@ -184,8 +202,8 @@ class Supervisor:
         return failed
 
     def _reap(self, child: Child) -> int | None:
-        self._on_exit(child)
         child.process.join()
+        self._on_exit(child)
         self._children.remove(child)
         match after_exit(child.exit_code, self._restarts_left, child.role in self._stopping):
             case Verdict.RESTART:
@@ -196,18 +214,43 @@ class Supervisor:
                 )
             case Verdict.FAIL:
                 self._log.error("a process failed", member=child.member, code=child.exit_code)
-                return child.exit_code if child.exit_code > 0 else 1
+                return reported_code(child.exit_code, stopping=False)
             case Verdict.DONE:
                 pass
         return None
 
 
+def _start(process: BaseProcess) -> None:
+    """Have the fork server fork; a new fork server, if it was killed."""
+    end_s = time.monotonic() + _START_S
+    while True:
+        try:
+            return process.start()
+        except (ConnectionError, EOFError) as error:
+            # Its sockets are closed a moment before multiprocessing can see that it is dead, and replace it.
+            if time.monotonic() > end_s:
+                raise UserCodeFailed(
+                    f"process {process.name} cannot be started: the process that forks it ends at once ({error}); "
+                    "what it printed stands above"
+                ) from error
+            time.sleep(_START_AGAIN_S)
+
+
 def _child_main(env: Mapping[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """In the child: die with the fork server (which dies with the supervisor), then do what we are for."""
-    die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    die_with_parent(signal.SIGTERM)
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None or not supervisor.is_alive():
+        sys.exit(0)  # it died before the first line could notice
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see forkserver_guard
     # Ctrl-C in a terminal reaches the whole group; the supervisor alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(env)
-    target(*arguments)
+    try:
+        target(*arguments)
+    except SystemExit as left:
+        # sys.exit(-1) would look like the loss of the fork server, and be tried again and again.
+        if isinstance(left.code, int) and left.code & 0xFF == _LOST_EXIT:
+            sys.exit(1)
+        raise

@@ -24,6 +24,7 @@ from psa_store.local.zookeeper_server import PrivateZooKeeper
 START_S = 60.0
 _STOP_S = 30.0
 _POLL_S = 0.05
+_GLANCE_S = 0.1
 _LOG_LINES = 12
 
 
@@ -80,14 +81,12 @@ def up(home: Path, ensemble: int) -> Addresses:
             start_new_session=True,
         )
     end_s = time.monotonic() + START_S
-    while time.monotonic() < end_s and daemon.poll() is None:
+    # Another `psa up` may have been faster: then our daemon ends at once, and we wait for the other one's.
+    while time.monotonic() < end_s and (daemon.poll() is None or _holder(home) is not None):
         found = running(home)
         if found is not None:
             return found
         time.sleep(_POLL_S)
-    found = running(home)  # another `psa up` may have been faster; then ours has ended
-    if found is not None:
-        return found
     lines = log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
     raise DependencyUnreachable(f"the private servers in {home} do not start:\n" + "\n".join(lines))
 
@@ -120,15 +119,26 @@ def hold_home(home: Path) -> Callable[[], None] | None:
     """Become the one process that runs private servers in ``home``; None if another is. Call the result to let go."""
     home.mkdir(parents=True, exist_ok=True)
     file = os.open(home / "up.pid", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _lock(file):
         os.close(file)
         return None
     _addresses_path(home).unlink(missing_ok=True)
     os.ftruncate(file, 0)
     os.write(file, str(os.getpid()).encode())
     return lambda: os.close(file)
+
+
+def _lock(file: int) -> bool:
+    # Whoever looks for a holder takes the lock for an instant: only one that lasts is a holder.
+    end_s = time.monotonic() + _GLANCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(_POLL_S / 10)
 
 
 def publish(home: Path, addresses: Addresses) -> None:

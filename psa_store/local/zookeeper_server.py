@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
-from psa_store.errors import DependencyUnreachable
-from psa_store.local.child import ChildServer, find_program, remembered_ports
+from psa_store.local.child import ChildServer, find_program, not_installed, remembered_ports
 
-_JARS = (Path("/usr/share/java/zookeeper.jar"), Path("/opt/zookeeper/lib"))
-_INSTALL = "zookeeper default-jre-headless"
+# Debian's jar names what it needs in its manifest, except for a logger, without which failures leave no word.
+_CLASSPATHS = {
+    Path("/usr/share/java/zookeeper.jar"): "/usr/share/java/zookeeper.jar:/usr/share/java/slf4j-simple.jar",
+    Path("/opt/zookeeper/lib"): "/opt/zookeeper/lib/*",
+}
+_PACKAGES = "zookeeper default-jre-headless"
+_MAIN = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
 _JAVA_OPTIONS = (
     "-Xmx128m",
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",
+    "-XX:-UsePerfData",
     "-Xshare:auto",
     "-Dzookeeper.admin.enableServer=false",
-    "-Dzookeeper.4lw.commands.whitelist=ruok,srvr",
+    "-Dzookeeper.4lw.commands.whitelist=ruok,srvr,conf",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Djava.net.preferIPv4Stack=true",
 )
-_POLL_S = 0.02
 _PORTS_PER_NODE = 3  # clients, followers, elections
 
 
@@ -28,10 +35,10 @@ class PrivateZooKeeper:
     """ZooKeeper nodes whose data and ports live in ``folder`` and survive restarts."""
 
     def __init__(self, folder: Path, nodes: int = 1) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._ports = remembered_ports(folder / "ports", nodes * _PORTS_PER_NODE)
-        self._nodes = [ChildServer(f"node{index}", folder) for index in range(nodes)]
+        self._folder = folder.absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._ports = remembered_ports(self._folder / "ports", nodes * _PORTS_PER_NODE)
+        self._nodes = [ChildServer(f"node{index}", self._folder) for index in range(nodes)]
 
     @property
     def hosts(self) -> str:
@@ -51,34 +58,38 @@ class PrivateZooKeeper:
         Raises:
             DependencyUnreachable: Java or ZooKeeper is not installed, or a node does not serve in time.
         """
-        java = find_program(["java"], _INSTALL)
-        jars = next((path for path in _JARS if path.exists()), None)
-        if jars is None:
-            raise DependencyUnreachable(f"ZooKeeper is not installed: `apt-get install {_INSTALL}`")
-        for index, node in enumerate(self._nodes):
-            if not node.running:
-                node.start(self._command(java, jars, index), self._folder)
         end_s = time.monotonic() + deadline_s
         for index, node in enumerate(self._nodes):
-            while not self._serves(index):
-                if not node.running or time.monotonic() > end_s:
-                    words = node.last_words()
-                    self.stop(1.0)
-                    raise DependencyUnreachable(f"the private ZooKeeper in {self._folder} does not start:\n{words}")
-                time.sleep(_POLL_S)
+            if not node.running:
+                node.start(self._command(index), end_s)
+        for index, node in enumerate(self._nodes):
+            node.wait_until(partial(self._serves, index), end_s, "the private ZooKeeper")
 
     def kill(self, node: int = 0) -> None:
         self._nodes[node].kill()
 
     def stop(self, deadline_s: float = 10.0) -> None:
         for node in self._nodes:
-            node.stop(deadline_s)
+            node.terminate()
+        end_s = time.monotonic() + deadline_s
+        for node in self._nodes:
+            node.stop(max(0.0, end_s - time.monotonic()))
 
     def _client_port(self, index: int) -> int:
         return self._ports[index * _PORTS_PER_NODE]
 
-    def _command(self, java: str, jars: Path, index: int) -> list[str]:
-        data = self._folder / f"data{index}"
+    def _data(self, index: int) -> Path:
+        return self._folder / f"data{index}"
+
+    def _command(self, index: int) -> list[str]:
+        java = find_program(["java"], _PACKAGES)
+        classpath = next((value for path, value in _CLASSPATHS.items() if path.exists()), None)
+        if classpath is None:
+            raise not_installed("ZooKeeper", _PACKAGES)
+        return [java, *_JAVA_OPTIONS, "-cp", classpath, _MAIN, str(self._write_config(index))]
+
+    def _write_config(self, index: int) -> Path:
+        data = self._data(index)
         data.mkdir(exist_ok=True)
         lines = [
             "tickTime=500",
@@ -97,20 +108,16 @@ class PrivateZooKeeper:
             for other in range(len(self._nodes)):
                 _, follow, elect = self._ports[other * _PORTS_PER_NODE : (other + 1) * _PORTS_PER_NODE]
                 lines.append(f"server.{other + 1}=127.0.0.1:{follow}:{elect}")
-        config = self._folder / f"node{index}.cfg"
-        config.write_text("\n".join(lines) + "\n")
-        classpath = str(jars) if jars.suffix == ".jar" else f"{jars}/*"
-        main = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
-        return [java, *_JAVA_OPTIONS, "-cp", classpath, main, str(config)]
+        path = self._folder / f"node{index}.cfg"
+        path.write_text("\n".join(lines) + "\n")
+        return path
 
     def _serves(self, index: int) -> bool:
-        """A node answers `srvr` with its mode once it is standalone, or in a quorum."""
+        """A node that serves (alone, or in a quorum) tells its configuration, which shows that it is ours."""
         try:
             with socket.create_connection(("127.0.0.1", self._client_port(index)), timeout=1.0) as sock:
-                sock.sendall(b"srvr")
-                reply = b""
-                while part := sock.recv(4096):
-                    reply += part
-                return b"Mode:" in reply
+                sock.sendall(b"conf")
+                reply = b"".join(iter(lambda: sock.recv(4096), b""))
         except OSError:
             return False
+        return f"dataDir={self._data(index)}/".encode() in reply

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from psa_store import telemetry
-from psa_store.errors import DependencyUnreachable, Fenced, Rewound
+from psa_store.errors import DependencyUnreachable, PsaError, Rewound
 from psa_store.job import SHARD_VERSIONS_KEPT
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Committed, Lost
@@ -131,8 +131,9 @@ class Committer:
                     self._log.warning("commit delayed, trying again", shard=index, error=str(error))
                     with self._changed:
                         self._changed.wait(_RETRY_PAUSE_S)
-                except Fenced as error:
-                    return Lost(work.epoch, str(error))
+                except Exception as error:
+                    # Fenced, mostly. Whatever it is, this epoch cannot be committed: a take-over starts from Redis.
+                    return Lost(work.epoch, str(error) if isinstance(error, PsaError) else repr(error))
         self._remember_redis()
         return Committed(work.epoch, work.version, manifests)
 
@@ -188,5 +189,5 @@ class Committer:
             self._run_id = run_id
         except DependencyUnreachable:
             return
-        except Fenced as error:
+        except PsaError as error:
             self._post(Lost(last.epoch, str(error)))

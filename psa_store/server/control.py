@@ -133,6 +133,8 @@ class Control:
                 self._log.info("our place in ZooKeeper is gone", why=str(error))
             else:
                 self._woken.wait(_LOOK_AGAIN_S)
+        if engine.failure is not None:
+            raise engine.failure
 
     def _turn(self, engine: Engine) -> bool:
         """Look at everything once; False when we have left."""

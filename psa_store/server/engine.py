@@ -116,6 +116,7 @@ class Engine:
         self._dropping: dict[Connection, Reason] = {}
         self._steps_done = 0
         self._lapsed = False
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="psa-engine")
 
     # --- for the other threads
@@ -144,6 +145,8 @@ class Engine:
         try:
             while self._turn():
                 pass
+        except BaseException as error:
+            self.failure = error  # a bug: control raises it, so that the process ends and is seen to have failed
         finally:
             self._drop_epoch()
             self._reception.close_all()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from psa_store import telemetry
 from psa_store.coordination import Coordination, MemberKind
-from psa_store.errors import DependencyUnreachable
+from psa_store.errors import DependencyUnreachable, PsaError
 from psa_store.identity import new_member_id
 from psa_store.plan import Member, Plan, plan_from_json
 from psa_store.wire import Mailbox, host_identity
@@ -26,7 +26,7 @@ class Standing:
 
 
 class Membership:
-    """Owns the thread ``psa-plan``. :attr:`standing` is replaced as a whole, so any thread may read it.
+    """Owns the thread ``psa-plan``. The standing is replaced as a whole, so any thread may read it.
 
     ``woken`` is set by ZooKeeper's watches; every change of the standing is posted to ``mailbox``.
     """
@@ -38,10 +38,18 @@ class Membership:
         self._log = telemetry.get_logger()
         self._generation = coordination.session_generation()
         self._closing = False
-        self.standing = Standing(member, None)
+        self._standing = Standing(member, None)
+        self._failure: PsaError | None = None
         self._join(member)
         self._thread = threading.Thread(target=self._run, name="psa-plan")
         self._thread.start()
+
+    @property
+    def standing(self) -> Standing:
+        """What is known now; raises what made it impossible to know more (an unreadable plan)."""
+        if self._failure is not None:
+            raise self._failure
+        return self._standing
 
     def refresh(self) -> None:
         """Somebody has seen a newer plan: read it again."""
@@ -60,15 +68,19 @@ class Membership:
                 pause_s = _LOOK_AGAIN_S
             except DependencyUnreachable as error:
                 self._log.debug("going on with the last known plan", why=str(error))
-                standing, pause_s = self.standing, _RETRY_S
-            if standing != self.standing:
-                self.standing = standing
+                standing, pause_s = self._standing, _RETRY_S
+            except PsaError as error:
+                self._failure = error
+                self._mailbox.post(None)
+                return
+            if standing != self._standing:
+                self._standing = standing
                 self._mailbox.post(None)
             self._woken.wait(pause_s)
             self._woken.clear()
 
     def _look(self) -> Standing:
-        member = self.standing.member
+        member = self._standing.member
         generation = self._coordination.session_generation()
         if generation != self._generation:
             # Our session expired, so others may have been told that we are dead: come back as somebody else.
