@@ -12,12 +12,15 @@ from rich.table import Table
 
 from psa_store.config import Settings
 from psa_store.coordination import Coordination, MemberKind
-from psa_store.errors import UnknownJob
+from psa_store.errors import Disconnected, UnknownJob
 from psa_store.job import job_config_from_json
 from psa_store.layout import layout_from_json
 from psa_store.local import fill_addresses
-from psa_store.plan import Plan, member_from_json, newest_common, plan_from_json
+from psa_store.plan import Member, Plan, member_from_json, newest_common, plan_from_json
 from psa_store.storage import RedisStore
+from psa_store.wire import inspect
+
+_ANSWER_S = 1.0
 
 
 def show(job: str | None, as_json: bool, settings: Settings) -> None:
@@ -88,6 +91,7 @@ def describe(job: str, settings: Settings, store: RedisStore) -> dict[str, Any]:
                 "address": member.address,
                 "leaving": member.leaving,
                 "shards": len(plan.shards_of(member.id)) if plan else 0,
+                **_ask(member),
             }
             for member in sorted(servers, key=lambda each: each.id)
         ],
@@ -102,6 +106,15 @@ def describe(job: str, settings: Settings, store: RedisStore) -> dict[str, Any]:
         ],
         "missing": _missing(plan, {member.id for member in (*servers, *workers)}),
     }
+
+
+def _ask(member: Member) -> dict[str, Any]:
+    """What a server says of itself; ``sick`` says why, if it says nothing."""
+    try:
+        found = inspect(member.address, member.local, member.host, _ANSWER_S)
+    except Disconnected as error:
+        return {"version": None, "committed": None, "stage": None, "sick": str(error)}
+    return {"version": found["version"], "committed": found["committed"], "stage": found["stage"], "sick": ""}
 
 
 def _missing(plan: Plan | None, alive: set[str]) -> list[str]:
@@ -141,11 +154,14 @@ def _details(console: Console, document: dict[str, Any]) -> None:
     )
     for gone in document["missing"]:
         console.print(f"[red]gone[/]: {gone} (the controller is replacing it)")
-    servers = Table("server", "pid", "address", "shards", "")
-    for each in document["servers"]:
-        marks = [name for name, on in (("controller", each["id"] == document["controller"]),) if on]
+    servers = Table("server", "pid", "address", "shards", "version", "not yet committed", "")
+    for each in sorted(document["servers"], key=lambda server: not server["sick"]):
+        marks = [f"[red]{each['sick']}[/]"] if each["sick"] else []
+        marks += ["controller"] if each["id"] == document["controller"] else []
         marks += ["leaving"] if each["leaving"] else []
-        servers.add_row(each["id"], str(each["pid"]), each["address"], str(each["shards"]), ", ".join(marks))
+        lag = "-" if each["version"] is None else f"{each['version'] - each['committed']} steps"
+        cells = (each["id"], each["pid"], each["address"], each["shards"], each["version"], lag, ", ".join(marks))
+        servers.add_row(*map(str, cells))
     if document["servers"]:
         console.print(servers)
     workers = Table("worker", "pid", "ranks")

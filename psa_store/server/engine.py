@@ -114,7 +114,6 @@ class Engine:
         self._finishes: list[tuple[Connection, Header]] = []
         self._receiving: dict[tuple[int, int], Connection] = {}
         self._dropping: dict[Connection, Reason] = {}
-        self._steps_done = 0
         self._lapsed = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="psa-engine")
@@ -187,7 +186,6 @@ class Engine:
                 self._step.reduced(letter.shard, letter.squared_norm)
             case Applied():
                 self._step.advance()
-                self._steps_done += 1
                 self._stage = Stage.COLLECTING
             case Snapped():
                 self._committer.submit(Work(letter.epoch, letter.version, self._versioned_leads()))
@@ -563,6 +561,4 @@ class Engine:
             "version": self._step.version if self._plan else None,
             "committed": self._committed if self._plan else None,
             "shards": len(self._leads),
-            "workers": sorted(self._workers),
-            "steps_done": self._steps_done,
         }

@@ -4,6 +4,7 @@ from psa_store.wire.address import connect, host_identity, listen_local, listen_
 from psa_store.wire.announce import announce
 from psa_store.wire.connection import PARK, Admit, Connection, Park
 from psa_store.wire.frames import PROTOCOL, Header, Kind, Reason, decode_text, encode_text
+from psa_store.wire.inspect import inspect
 from psa_store.wire.mailbox import Mailbox
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "decode_text",
     "encode_text",
     "host_identity",
+    "inspect",
     "listen_local",
     "listen_tcp",
 ]

@@ -45,14 +45,6 @@ class Peer:
         self.place: memoryview | Park = memoryview(bytearray())
         self.connection = Connection(sock, "peer", lambda _connection, _header: self.place)
 
-    def frames(self, count: int) -> list[tuple[Header, bytes]]:
-        found: list[tuple[Header, bytes]] = []
-        for _ in range(10_000):
-            found += [(header, bytes(payload)) for header, payload in self.connection.receive()]
-            if len(found) >= count:
-                return found
-        raise AssertionError("frames did not arrive")
-
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Connection, Peer]]:

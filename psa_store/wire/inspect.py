@@ -1,0 +1,39 @@
+"""One question to a server, and its answer: what it does now. For people and dashboards, not for training."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from psa_store.errors import Disconnected
+from psa_store.wire.address import connect
+from psa_store.wire.frames import HEADER_BYTES, Header, Kind, decode_text, unpack
+
+
+def inspect(address: str, local: str, host: str, timeout_s: float) -> dict[str, Any]:
+    """Ask the server at this address.
+
+    Raises:
+        Disconnected: it does not answer within ``timeout_s``, or not with a report.
+    """
+    with connect(address, local, host, timeout_s) as sock:
+        try:
+            sock.settimeout(timeout_s)
+            sock.sendall(Header(Kind.INSPECT).pack())
+            header = unpack(_exactly(sock, HEADER_BYTES))
+            payload = _exactly(sock, header.length)
+        except OSError as error:
+            raise Disconnected(f"the server at {address} does not answer: {error}") from error
+    if header.kind is not Kind.REPORT:
+        raise Disconnected(f"the server at {address} answered {header.kind.name}")
+    return decode_text(payload)
+
+
+def _exactly(sock: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        part = sock.recv(count - len(data))
+        if not part:
+            raise ConnectionResetError("it closed the connection")
+        data += part
+    return bytes(data)
