@@ -8,9 +8,9 @@ Theory of operation. A server leads some of the shards. Per shard::
 
 and for the step as a whole, :meth:`SyncStep.verdict`:
 
-* WAIT until *every* trained shard of the job, here and at the other servers, is reduced. Servers tell each other the
-  squared norm of each shard that they reduced; it serves the global clipping norm, the check for NaN and Inf, and
-  the proof that the shard is complete.
+* WAIT until *every* shard of the job, here and at the other servers, is reduced. Servers tell each other the
+  squared norm of each shard that they reduced (0 for buffers); it serves the global clipping norm, the check for NaN
+  and Inf, and the proof that the shard is complete.
 * APPLY then, all shards alike; or SKIP, if a norm is not finite and the job's policy is to skip; or REFUSE the
   gradients of own shards that are not finite.
 
@@ -64,7 +64,7 @@ class SyncStep:
         ranks: world size of the job.
         trained: the trained shards that this server leads.
         buffers: the buffer shards that it leads: only :data:`RANK_OF_BUFFERS` pushes them, nothing is reduced.
-        all_trained: the trained shards of the whole job.
+        all_shards: the trained and buffer shards of the whole job.
         skip_nonfinite: the job's policy for NaN and Inf.
     """
 
@@ -75,14 +75,14 @@ class SyncStep:
         ranks: int,
         trained: Iterable[int],
         buffers: Iterable[int],
-        all_trained: Iterable[int],
+        all_shards: Iterable[int],
         skip_nonfinite: bool,
     ) -> None:
         self.version = version
         self._ranks = ranks
         self._trained = tuple(trained)
         self._buffers = frozenset(buffers)
-        self._all_trained = tuple(sorted(all_trained))
+        self._all_shards = tuple(sorted(all_shards))
         self._skip_nonfinite = skip_nonfinite
         self._norms: dict[int, float] = {}
         self._early_norms: dict[int, float] = {}
@@ -107,8 +107,11 @@ class SyncStep:
         arrived.add(rank)
         if len(arrived) < (1 if shard in self._buffers else self._ranks):
             return False
-        self._stage[shard] = ShardStage.REDUCED if shard in self._buffers else ShardStage.REDUCING
-        return shard not in self._buffers
+        self._stage[shard] = ShardStage.REDUCING
+        if shard not in self._buffers:
+            return True
+        self.reduced(shard, 0.0)
+        return False
 
     def reduced(self, shard: int, squared_norm: float) -> None:
         """Record that a complete shard has been reduced."""
@@ -117,10 +120,14 @@ class SyncStep:
         self._norms[shard] = squared_norm
 
     def own_norms(self) -> dict[int, float] | None:
-        """The norms to tell the other servers, once all own shards are reduced; None before."""
-        if any(self._stage[shard] is not ShardStage.REDUCED for shard in self._trained):
+        """The norms to tell the other servers, once all own shards are reduced; None before.
+
+        Buffers count: a server that went ahead without those of another would leave it behind for good, if the only
+        worker that had them died.
+        """
+        if any(stage is not ShardStage.REDUCED for stage in self._stage.values()):
             return None
-        return {shard: self._norms[shard] for shard in self._trained}
+        return {shard: self._norms[shard] for shard in self._stage}
 
     def hear(self, step: int, norms: Mapping[int, float]) -> None:
         """Record what another server says of its shards. It may be one step ahead of us, never more."""
@@ -133,7 +140,7 @@ class SyncStep:
         """What the step as a whole allows now."""
         if any(stage is not ShardStage.REDUCED for stage in self._stage.values()):
             return Verdict.WAIT
-        if any(shard not in self._norms for shard in self._all_trained):
+        if any(shard not in self._norms for shard in self._all_shards):
             return Verdict.WAIT
         if math.isfinite(sum(self._norms.values())):
             return Verdict.APPLY
@@ -142,8 +149,8 @@ class SyncStep:
         return Verdict.REFUSE if self.faulty() else Verdict.WAIT
 
     def norms_in_order(self) -> list[float]:
-        """Squared norms of all trained shards in the order of shards, which is the order in which they are added."""
-        return [self._norms[shard] for shard in self._all_trained]
+        """Squared norms of all shards in the order of shards, which is the order in which they are added."""
+        return [self._norms[shard] for shard in self._all_shards]
 
     def faulty(self) -> list[int]:
         """Own shards whose reduced gradient is not finite."""

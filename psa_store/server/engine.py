@@ -258,7 +258,7 @@ class Engine:
             ranks=self._config.ranks,
             trained=[i for i, lead in leads.items() if lead.shard.role is Role.TRAINED],
             buffers=[i for i, lead in leads.items() if lead.shard.role is Role.BUFFER],
-            all_trained=[shard.index for shard in self._layout.shards_of(Role.TRAINED)],
+            all_shards=[shard.index for shard in self._layout.versioned],
             skip_nonfinite=self._config.skip_nonfinite,
         )
 

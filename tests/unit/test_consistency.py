@@ -17,7 +17,10 @@ BUFFERS = (4,)
 
 
 def make(trained: tuple[int, ...] = TRAINED, buffers: tuple[int, ...] = BUFFERS, skip: bool = False) -> SyncStep:
-    return SyncStep(version=10, ranks=RANKS, trained=trained, buffers=buffers, all_trained=TRAINED, skip_nonfinite=skip)
+    """A server that leads these shards of a job with four trained shards and one of buffers."""
+    return SyncStep(
+        version=10, ranks=RANKS, trained=trained, buffers=buffers, all_shards=(*TRAINED, *BUFFERS), skip_nonfinite=skip
+    )
 
 
 def push(step: SyncStep, shard: int, rank: int, norm: float = 1.0) -> None:
@@ -60,24 +63,39 @@ def test_a_server_waits_for_the_shards_of_the_others() -> None:
     assert norms is not None
     here.hear(10, norms)
     assert here.verdict() is Verdict.APPLY
-    assert here.norms_in_order() == [1.0] * 4
+    assert here.norms_in_order() == [1.0] * 4 + [0.0]
+
+
+def test_a_server_does_not_go_ahead_without_the_buffers_of_another() -> None:
+    """Found by killing all workers: rank 0 died after its gradients and before its buffers had left."""
+    here, there = make(trained=(0, 1), buffers=()), make(trained=(2, 3))
+    push_all(here, (0, 1))
+    push_all(there, (2, 3))
+    assert there.own_norms() is None
+    here.hear(10, there.own_norms() or {})
+    assert here.verdict() is Verdict.WAIT
+    push(there, 4, 0)
+    here.hear(10, there.own_norms() or {})
+    there.hear(10, here.own_norms() or {})
+    assert here.verdict() is there.verdict() is Verdict.APPLY
 
 
 def test_norms_of_the_next_step_may_come_early_but_count_only_then() -> None:
     here = make(trained=(0, 1), buffers=())
-    here.hear(11, {2: 5.0, 3: 5.0})
+    here.hear(11, {2: 5.0, 3: 5.0, 4: 0.0})
     push_all(here, (0, 1))
     assert here.verdict() is Verdict.WAIT
-    here.hear(10, {2: 1.0, 3: 1.0})
+    here.hear(10, {2: 1.0, 3: 1.0, 4: 0.0})
     assert here.verdict() is Verdict.APPLY
     here.advance()
     push_all(here, (0, 1))
-    assert here.verdict() is Verdict.APPLY and here.norms_in_order() == [1.0, 1.0, 5.0, 5.0]
+    assert here.verdict() is Verdict.APPLY and here.norms_in_order() == [1.0, 1.0, 5.0, 5.0, 0.0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nonfinite_is_refused_and_then_computed_again(bad: float) -> None:
-    here, there = make(trained=(0, 1), buffers=()), make(trained=(2, 3), buffers=())
+    here, there = make(trained=(0, 1), buffers=()), make(trained=(2, 3))
+    push(there, 4, 0)
     push_all(here, (0,))
     push_all(here, (1,), norm=bad)
     push_all(there, (2, 3))
@@ -93,7 +111,8 @@ def test_nonfinite_is_refused_and_then_computed_again(bad: float) -> None:
 
 
 def test_nonfinite_is_skipped_by_all_alike_if_the_job_says_so() -> None:
-    here, there = make(trained=(0, 1), buffers=(), skip=True), make(trained=(2, 3), buffers=(), skip=True)
+    here, there = make(trained=(0, 1), buffers=(), skip=True), make(trained=(2, 3), skip=True)
+    push(there, 4, 0)
     push_all(here, (0, 1), norm=math.nan)
     push_all(there, (2, 3))
     here.hear(10, there.own_norms() or {})
