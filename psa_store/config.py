@@ -32,6 +32,11 @@ class Settings(BaseSettings):
     leave_timeout_s: float = Field(
         default=30.0, gt=0.0, le=600.0, description="how long a server that is told to leave may take to hand over"
     )
+    carrier: str = Field(
+        default="auto",
+        pattern="^(auto|tcp)$",
+        description="how a worker reaches the servers of its own host: auto shares memory with them, tcp does not",
+    )
     server_threads: int = Field(default=2, ge=1, le=64, description="threads of a server that reduce and update shards")
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
     # Set by `psa run` for the processes it starts; not for people.

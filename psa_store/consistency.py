@@ -2,17 +2,15 @@
 
 Theory of operation. A server leads some of the shards. Per shard::
 
-    COLLECTING ──all ranks in──▶ REDUCING ──▶ REDUCED ──▶ (applied: next step, COLLECTING)
-        ▲                                        │
-        └───────────── refused ──────────────────┘
+    COLLECTING ──all ranks in──▶ MEASURING ──▶ COMPLETE ──▶ (applied: next step, COLLECTING)
 
 and for the step as a whole, :meth:`SyncStep.verdict`:
 
-* WAIT until *every* shard of the job, here and at the other servers, is reduced. Servers tell each other the
-  squared norm of each shard that they reduced (0 for buffers); it serves the global clipping norm, the check for NaN
-  and Inf, and the proof that the shard is complete.
-* APPLY then, all shards alike; or SKIP, if a norm is not finite and the job's policy is to skip; or REFUSE the
-  gradients of own shards that are not finite.
+* WAIT until *every* shard of the job, here and at the other servers, is complete. Servers tell each other the squared
+  norm of each complete shard's mean gradient (0 for buffers, and where nothing is clipped; NaN if a rank said that its
+  gradient is not finite). It serves the global clipping norm, and it is the proof that the shard is complete.
+* APPLY then, all shards alike; or SKIP, all shards alike, if a norm is not finite. (In a job that does not skip, the
+  worker that computed such a gradient fails, and does not push it.)
 
 Invariant: a version t+1 of any shard exists only if all gradients of step t, of all shards, have arrived. So when a
 worker dies, whoever computes its ranks again needs version t only while version t is everywhere, and nobody ever
@@ -47,13 +45,12 @@ class Verdict(Enum):
     WAIT = auto()
     APPLY = auto()
     SKIP = auto()
-    REFUSE = auto()
 
 
 class ShardStage(Enum):
     COLLECTING = auto()
-    REDUCING = auto()
-    REDUCED = auto()
+    MEASURING = auto()
+    COMPLETE = auto()
 
 
 class SyncStep:
@@ -65,7 +62,7 @@ class SyncStep:
         trained: the trained shards that this server leads.
         buffers: the buffer shards that it leads: only :data:`RANK_OF_BUFFERS` pushes them, nothing is reduced.
         all_shards: the trained and buffer shards of the whole job.
-        skip_nonfinite: the job's policy for NaN and Inf.
+        needs_norms: whether the norms of gradients matter, because they are clipped.
     """
 
     def __init__(
@@ -76,14 +73,14 @@ class SyncStep:
         trained: Iterable[int],
         buffers: Iterable[int],
         all_shards: Iterable[int],
-        skip_nonfinite: bool,
+        needs_norms: bool,
     ) -> None:
         self.version = version
         self._ranks = ranks
         self._trained = tuple(trained)
         self._buffers = frozenset(buffers)
         self._all_shards = tuple(sorted(all_shards))
-        self._skip_nonfinite = skip_nonfinite
+        self._needs_norms = needs_norms
         self._norms: dict[int, float] = {}
         self._early_norms: dict[int, float] = {}
         self._arrived: dict[int, set[int]] = {}
@@ -100,32 +97,34 @@ class SyncStep:
             return Offer.DUPLICATE
         return Offer.NEW
 
-    def accept(self, shard: int, rank: int) -> bool:
-        """Record a gradient that has arrived whole. True: the shard is complete and must be reduced now."""
+    def accept(self, shard: int, rank: int, *, finite: bool = True) -> bool:
+        """Record a gradient that has arrived whole. True: now measure the shard, and call :meth:`measured`."""
         arrived = self._arrived[shard]
         assert self._stage[shard] is ShardStage.COLLECTING and rank not in arrived
         arrived.add(rank)
+        if not finite:
+            self._not_finite.add(shard)
         if len(arrived) < (1 if shard in self._buffers else self._ranks):
             return False
-        self._stage[shard] = ShardStage.REDUCING
-        if shard not in self._buffers:
+        self._stage[shard] = ShardStage.MEASURING
+        if self._needs_norms and shard not in self._buffers:
             return True
-        self.reduced(shard, 0.0)
+        self.measured(shard, 0.0)
         return False
 
-    def reduced(self, shard: int, squared_norm: float) -> None:
-        """Record that a complete shard has been reduced."""
-        assert self._stage[shard] is ShardStage.REDUCING
-        self._stage[shard] = ShardStage.REDUCED
-        self._norms[shard] = squared_norm
+    def measured(self, shard: int, squared_norm: float) -> None:
+        """Record the squared norm of a shard that all ranks have pushed."""
+        assert self._stage[shard] is ShardStage.MEASURING
+        self._stage[shard] = ShardStage.COMPLETE
+        self._norms[shard] = math.nan if shard in self._not_finite else squared_norm
 
     def own_norms(self) -> dict[int, float] | None:
-        """The norms to tell the other servers, once all own shards are reduced; None before.
+        """The norms to tell the other servers, once all own shards are complete; None before.
 
         Buffers count: a server that went ahead without those of another would leave it behind for good, if the only
         worker that had them died.
         """
-        if any(stage is not ShardStage.REDUCED for stage in self._stage.values()):
+        if any(stage is not ShardStage.COMPLETE for stage in self._stage.values()):
             return None
         return {shard: self._norms[shard] for shard in self._stage}
 
@@ -138,31 +137,15 @@ class SyncStep:
 
     def verdict(self) -> Verdict:
         """What the step as a whole allows now."""
-        if any(stage is not ShardStage.REDUCED for stage in self._stage.values()):
+        if any(stage is not ShardStage.COMPLETE for stage in self._stage.values()):
             return Verdict.WAIT
         if any(shard not in self._norms for shard in self._all_shards):
             return Verdict.WAIT
-        if math.isfinite(sum(self._norms.values())):
-            return Verdict.APPLY
-        if self._skip_nonfinite:
-            return Verdict.SKIP
-        return Verdict.REFUSE if self.faulty() else Verdict.WAIT
+        return Verdict.APPLY if math.isfinite(sum(self._norms.values())) else Verdict.SKIP
 
     def norms_in_order(self) -> list[float]:
         """Squared norms of all shards in the order of shards, which is the order in which they are added."""
         return [self._norms[shard] for shard in self._all_shards]
-
-    def faulty(self) -> list[int]:
-        """Own shards whose reduced gradient is not finite."""
-        return [s for s in self._trained if s in self._norms and not math.isfinite(self._norms[s])]
-
-    def forget(self, shard: int) -> frozenset[int]:
-        """Drop all gradients of a shard that was refused; returns the ranks that must push again."""
-        dropped = frozenset(self._arrived[shard])
-        self._arrived[shard] = set()
-        self._stage[shard] = ShardStage.COLLECTING
-        self._norms.pop(shard, None)
-        return dropped
 
     def advance(self) -> None:
         """The step was applied or skipped: begin the next one."""
@@ -172,5 +155,6 @@ class SyncStep:
     def _start(self, version: int) -> None:
         self.version = version
         self._norms, self._early_norms = self._early_norms, {}
+        self._not_finite: set[int] = set()
         self._arrived = {shard: set() for shard in (*self._trained, *self._buffers)}
         self._stage = dict.fromkeys(self._arrived, ShardStage.COLLECTING)

@@ -1,12 +1,18 @@
-"""Applying an optimizer to one shard: flat tensors in, the same tensors updated in place. Used by servers.
+"""Reducing gradients and applying an optimizer to one shard, fused. Used by servers.
+
+A shard is worked on block by block. The sum of a block's gradients is made in scratch memory that stays in the cache,
+and used there: for the norm of the shard, or for the update. So memory is read once per rank, and no reduced gradient
+is ever stored. With clipping the sum is made twice, once for the norm, which must be known before anything is updated;
+reading two gradients again costs less than writing their sum and reading it.
 
 Promises:
 
+* Gradients are added in the order of ranks, in float32 at least, so that bits do not depend on arrival.
 * The semantics of ``torch.optim``, parameter by parameter, with no loop over parameters: neighbours of one
   group are updated as one run, the padding between them included. Padding is zero and stays zero under every
   optimizer here, because a zero gradient on a zero parameter gives a zero update (``eps`` is never 0, see
   ``spec.EPS_MIN``).
-* The same bits on every run. An element's bits depend on the element, its state and the step only: every run
+* The same bits on every run. An element's bits depend on the element, its state and the step only: every run and block
   starts and ends on a multiple of 64 bytes, so that no element is ever left to the scalar tail of a vector
   loop. Servers call ``torch.set_num_threads(1)`` and work on several shards at a time instead; kernels of
   different shards share nothing.
@@ -24,11 +30,13 @@ import torch
 from torch import Tensor
 
 from psa_store.layout import Layout, Shard
+from psa_store.optim.reduce import squared_norm, sum_in_order
 from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 MASTER = "master"
-BLOCK_ELEMENTS = 1 << 16
-"""Updates of several passes go block by block, so that all but the first pass read from the cache."""
+BLOCK_ELEMENTS = 1 << 18
+"""1 MiB of float32: small enough for the second-level cache to hold most of it, and large enough that memory is read in
+long runs and that the calls (a few microseconds each, with Python's lock held) do not count."""
 
 _HALF = frozenset({"bfloat16", "float16"})
 
@@ -61,10 +69,17 @@ def init_slots(optimizer: Optimizer, param: Tensor, shard: Shard, layout: Layout
     return slots
 
 
+def make_scratch() -> Tensor:
+    """Memory that one thread needs to work on any shard, one at a time."""
+    return torch.empty(BLOCK_ELEMENTS, dtype=torch.float64)
+
+
 class ShardKernel:
-    """Updates one shard in place. One thread at a time per shard; different shards are independent.
+    """Reduces and updates one shard. One thread at a time per shard; different shards are independent.
 
     ``param`` and ``slots`` are contiguous 1-D tensors of ``shard.numel`` elements, and stay the caller's.
+    ``parts``, everywhere: the gradient of each rank, in the order of ranks, like ``param``, zero in the padding.
+    ``scratch``: of the calling thread, from :func:`make_scratch`.
     """
 
     def __init__(
@@ -75,45 +90,65 @@ class ShardKernel:
         assert all(str(slots[name].dtype) == f"torch.{dtype}" for name, dtype in dtypes.items())
         assert all(t.is_contiguous() and t.shape == (shard.numel,) for t in (param, *slots.values()))
         self._optimizer = optimizer
-        self._param = param
-        self._master = slots.get(MASTER, param)
-        groups, self._lengths = _runs(layout, shard)
-        state = {name: slots[name].split_with_sizes(self._lengths) for name in _state_names(optimizer)}
-        params = self._master.split_with_sizes(self._lengths)
-        self._parts = [
-            _Part.of(optimizer, group, [i for i, g in enumerate(groups) if g == group], params, state)
-            for group in sorted(set(groups))
+        wide = slots.get(MASTER, param)
+        self._wide_dtype = wide.dtype
+        state = {name: slots[name] for name in _state_names(optimizer)}
+        runs = _runs(layout, shard)
+        self._blocks = [
+            _Block.of(optimizer, low, min(low + BLOCK_ELEMENTS, shard.numel), runs, param, wide, state)
+            for low in range(0, shard.numel, BLOCK_ELEMENTS)
         ]
 
-    def apply(self, grad: Tensor, *, step: int, opt_step: int, grad_scale: float) -> None:
-        """Apply one update.
+    def squared_norm(self, parts: Sequence[Tensor], scratch: Tensor) -> float:
+        """|mean of parts|²; inf or nan if an element of it is."""
+        place = scratch.view(self._wide_dtype)
+        total = 0.0
+        for block in self._blocks:
+            total += squared_norm(sum_in_order(parts, block.low, block.high, place))
+        return total / len(parts) ** 2
+
+    def apply(self, parts: Sequence[Tensor], scratch: Tensor, *, step: int, opt_step: int, grad_scale: float) -> None:
+        """Apply one update with the mean of ``parts``.
 
         Args:
-            grad: the shard's mean gradient, 1-D, zero in the padding, float64 for float64 shards and float32
-                for all others. Its contents are used up.
             step: the step, for the learning-rate schedule.
             opt_step: updates applied before this one, for Adam's bias correction and SGD's first step.
             grad_scale: multiplies the gradient; the factor of ``clip_grad_norm``, or 1.0.
         """
-        assert grad.dtype is self._master.dtype and grad.shape == self._master.shape
-        if grad_scale != 1.0:
-            # Not the fused kernels' own grad_scale: it divides, and saves 1 ms of 17 for 25 M floats.
-            grad.mul_(grad_scale)
-        grads = grad.split_with_sizes(self._lengths)
-        for part in self._parts:
-            lr = self._optimizer.lr_at(step, part.group)
-            part.rule(part.optimizer, lr, opt_step, part.params, [grads[i] for i in part.runs], part.state)
-        if self._master is not self._param:
-            self._param.copy_(self._master)
+        place = scratch.view(self._wide_dtype)
+        divisor = len(parts) / grad_scale
+        in_passing = self._wide_dtype is torch.float32 and isinstance(self._optimizer, _DIVIDING)
+        moments = {
+            group: Moment(self._optimizer.lr_at(step, group), opt_step, divisor if in_passing else 1.0)
+            for group in {part.group for block in self._blocks for part in block.parts}
+        }
+        for block in self._blocks:
+            total = sum_in_order(parts, block.low, block.high, place)
+            if divisor != 1.0 and not in_passing:
+                total.div_(divisor)
+            grads = total.split_with_sizes(block.lengths)
+            for part in block.parts:
+                part.rule(part.optimizer, moments[part.group], part.params, [grads[i] for i in part.runs], part.state)
+            if block.narrow is not None:
+                block.narrow.copy_(block.wide)
 
 
-Rule = Callable[[Optimizer, float, int, list[Tensor], list[Tensor], State], None]
-"""(optimizer with a group's overrides, lr, opt_step, parameters, gradients, state), updates in place."""
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What changes from one update to the next. ``divisor``: of the gradient, still to be applied."""
+
+    lr: float
+    opt_step: int
+    divisor: float
+
+
+Rule = Callable[[Optimizer, Moment, list[Tensor], list[Tensor], State], None]
+"""(optimizer with a group's overrides, moment, parameters, gradients, state), updates in place."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """All runs of one group in one shard, ready to be updated by one call."""
+    """All runs of one group in one block, ready to be updated by one call."""
 
     group: int
     optimizer: Optimizer
@@ -122,30 +157,69 @@ class _Part:
     params: list[Tensor]
     state: State
 
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Elements [low, high) of a shard: the runs that tile it, grouped."""
+
+    low: int
+    high: int
+    lengths: list[int]
+    parts: list[_Part]
+    wide: Tensor
+    narrow: Tensor | None
+    """Half-precision parameters, which follow their master."""
+
     @classmethod
     def of(
         cls,
         optimizer: Optimizer,
-        group: int,
-        runs: Sequence[int],
-        params: Sequence[Tensor],
-        state: Mapping[str, Sequence[Tensor]],
-    ) -> _Part:
-        own = {name: [tensors[i] for i in runs] for name, tensors in state.items()}
-        rule = _RULES[type(optimizer)]
-        return cls(group, optimizer.in_group(group), rule, runs, [params[i] for i in runs], own)
+        low: int,
+        high: int,
+        runs: Sequence[_Run],
+        param: Tensor,
+        wide: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> _Block:
+        inside = [
+            _Run(run.group, max(low, run.low), min(high, run.high)) for run in runs if run.low < high and low < run.high
+        ]
+        lengths = [run.high - run.low for run in inside]
+        parts = []
+        for group in sorted({run.group for run in inside}):
+            own = [i for i, run in enumerate(inside) if run.group == group]
+            spans = [(inside[i].low, inside[i].high) for i in own]
+            parts.append(
+                _Part(
+                    group,
+                    optimizer.in_group(group),
+                    _RULES[type(optimizer)],
+                    own,
+                    [wide[start:end] for start, end in spans],
+                    {name: [tensor[start:end] for start, end in spans] for name, tensor in state.items()},
+                )
+            )
+        narrow = None if wide is param else param[low:high]
+        return cls(low, high, lengths, parts, wide[low:high], narrow)
 
 
-def _runs(layout: Layout, shard: Shard) -> tuple[list[int], list[int]]:
-    """Groups and lengths of the runs that tile a shard; a run ends where a piece of another group starts."""
-    groups: list[int] = []
-    starts: list[int] = []
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring elements of one group."""
+
+    group: int
+    low: int
+    high: int
+
+
+def _runs(layout: Layout, shard: Shard) -> list[_Run]:
+    """The runs that tile a shard; a run ends where a piece of another group starts."""
+    starts = []
     for group, pieces in groupby(shard.pieces, key=lambda piece: layout.tensors[piece.tensor].group):
-        groups.append(group)
-        starts.append(next(pieces).shard_start)
-    assert starts[0] == 0, "a shard starts with a tensor: padding ends where the next 64 bytes begin"
-    ends = [*starts[1:], shard.numel]
-    return groups, [end - start for start, end in zip(starts, ends, strict=True)]
+        starts.append((group, next(pieces).shard_start))
+    assert starts[0][1] == 0, "a shard starts with a tensor: padding ends where the next 64 bytes begin"
+    ends = [*(start for _, start in starts[1:]), shard.numel]
+    return [_Run(group, start, end) for (group, start), end in zip(starts, ends, strict=True)]
 
 
 def _state_names(optimizer: Optimizer) -> tuple[str, ...]:
@@ -168,7 +242,7 @@ def _has_momentum(optimizer: SGD | RMSprop) -> bool:
     return any(optimizer.in_group(group).momentum > 0.0 for group in range(len(optimizer.groups) + 1))
 
 
-def _sgd(o: Optimizer, lr: float, opt_step: int, params: list[Tensor], grads: list[Tensor], state: State) -> None:
+def _sgd(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
     assert isinstance(o, SGD)
     torch._fused_sgd_(
         params,
@@ -176,15 +250,16 @@ def _sgd(o: Optimizer, lr: float, opt_step: int, params: list[Tensor], grads: li
         state["momentum_buffer"] if o.momentum > 0.0 else [],
         weight_decay=o.weight_decay,
         momentum=o.momentum,
-        lr=lr,
+        lr=now.lr,
         dampening=o.dampening,
         nesterov=o.nesterov,
         maximize=False,
-        is_first_step=opt_step == 0,
+        is_first_step=now.opt_step == 0,
+        grad_scale=_divisor(now),
     )
 
 
-def _adam(o: Optimizer, lr: float, opt_step: int, params: list[Tensor], grads: list[Tensor], state: State) -> None:
+def _adam(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
     assert isinstance(o, Adam)
     fused = torch._fused_adamw_ if isinstance(o, AdamW) else torch._fused_adam_
     fused(
@@ -193,53 +268,53 @@ def _adam(o: Optimizer, lr: float, opt_step: int, params: list[Tensor], grads: l
         state["exp_avg"],
         state["exp_avg_sq"],
         [],
-        _steps(opt_step, params),
-        lr=lr,
+        _steps(now, params),
+        lr=now.lr,
         beta1=o.betas[0],
         beta2=o.betas[1],
         weight_decay=o.weight_decay,
         eps=o.eps,
         amsgrad=False,
         maximize=False,
+        grad_scale=_divisor(now),
     )
 
 
-def _adagrad(o: Optimizer, lr: float, opt_step: int, params: list[Tensor], grads: list[Tensor], state: State) -> None:
+def _adagrad(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
     assert isinstance(o, Adagrad)
     torch._fused_adagrad_(
         params,
         grads,
         state["sum"],
-        _steps(opt_step, params),
-        lr=lr,
+        _steps(now, params),
+        lr=now.lr,
         lr_decay=o.lr_decay,
         weight_decay=o.weight_decay,
         eps=o.eps,
         maximize=False,
+        grad_scale=_divisor(now),
     )
 
 
-def _steps(opt_step: int, params: list[Tensor]) -> list[Tensor]:
+def _steps(now: Moment, params: list[Tensor]) -> list[Tensor]:
     """The number of this update as the fused kernels want it: one tensor per run, counted from 1."""
-    return [torch.tensor(float(opt_step + 1))] * len(params)
+    return [torch.tensor(float(now.opt_step + 1))] * len(params)
 
 
-def _rmsprop(o: Optimizer, lr: float, opt_step: int, params: list[Tensor], grads: list[Tensor], state: State) -> None:
-    """Block by block, as torch has no fused kernel for it."""
-    assert isinstance(o, RMSprop)
-    names = _state_names(o)
-    scratch = torch.empty(BLOCK_ELEMENTS, dtype=params[0].dtype)
-    for param, grad, *arrays in zip(params, grads, *(state[name] for name in names), strict=True):
-        for low in range(0, param.numel(), BLOCK_ELEMENTS):
-            block = slice(low, low + BLOCK_ELEMENTS)
-            own = {name: array[block] for name, array in zip(names, arrays, strict=True)}
-            _rmsprop_block(o, lr, param[block], grad[block], own, scratch)
+def _divisor(now: Moment) -> Tensor | None:
+    """What the fused kernels divide the gradient by, in the same pass."""
+    return None if now.divisor == 1.0 else torch.tensor(now.divisor)
 
 
-def _rmsprop_block(
-    o: RMSprop, lr: float, param: Tensor, grad: Tensor, state: Mapping[str, Tensor], scratch: Tensor
-) -> None:
-    square_avg, avg = state["square_avg"], scratch[: param.numel()]
+def _rmsprop(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
+    """In several passes, as torch has no fused kernel for it."""
+    assert isinstance(o, RMSprop) and now.divisor == 1.0
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        _rmsprop_run(o, now.lr, param, grad, {name: runs[i] for name, runs in state.items()})
+
+
+def _rmsprop_run(o: RMSprop, lr: float, param: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
+    square_avg, avg = state["square_avg"], torch.empty_like(param)
     if o.weight_decay != 0.0:
         grad.add_(param, alpha=o.weight_decay)
     square_avg.mul_(o.alpha).addcmul_(grad, grad, value=1.0 - o.alpha)
@@ -254,6 +329,9 @@ def _rmsprop_block(
     else:
         param.addcdiv_(grad, avg, value=-lr)
 
+
+_DIVIDING = (SGD, Adam, Adagrad)
+"""Optimizers whose kernel can divide the gradient in passing, in float32."""
 
 _RULES: Mapping[type[Optimizer], Rule] = {
     SGD: _sgd,

@@ -1,4 +1,4 @@
-"""Norms of gradients that do not depend on where, by how many threads, or in which order they were computed.
+"""Sums and norms of gradients that do not depend on where, by how many threads, or in which order they were computed.
 
 Used by servers. Pure.
 """
@@ -15,6 +15,21 @@ _ROW_ELEMENTS = 1 << 12
 """vector_norm adds up in float32: over 67 M equal elements at once it is wrong by 1%, over rows of this length by
 5e-6, at the same speed. A row is also far below what torch would split among threads, and so is the number of rows of
 the largest shard: every sum here is made by one thread, in one order."""
+
+
+def sum_in_order(parts: Sequence[Tensor], low: int, high: int, place: Tensor) -> Tensor:
+    """Add up elements [low, high) of all parts, first to last, in the dtype of ``place`` and at its start."""
+    total = place[: high - low]
+    blocks = [part[low:high] for part in parts]
+    if len(blocks) > 1 and blocks[0].dtype is place.dtype:
+        torch.add(blocks[0], blocks[1], out=total)
+        rest = blocks[2:]
+    else:
+        total.copy_(blocks[0])
+        rest = blocks[1:]
+    for block in rest:
+        total.add_(block)
+    return total
 
 
 def squared_norm(flat: Tensor) -> float:

@@ -11,10 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
+from torch import Tensor
 
+from psa_store.optim.kernels import make_scratch
 from psa_store.server.lead import Lead
-from psa_store.server.letters import Lost, Reduced, ToEngine
+from psa_store.server.letters import Lost, Measured, ToEngine
 
+ShardWork = Callable[[Lead, Tensor], None]
+"""What to do with one shard; the tensor is the thread's scratch memory."""
 _FORGET_DONE_AT = 1024
 
 
@@ -24,17 +28,23 @@ class Arithmetic:
     def __init__(self, threads: int, post: Callable[[ToEngine], None]) -> None:
         self._threads = threads
         self._post = post
-        self._pool = ThreadPoolExecutor(
-            threads, thread_name_prefix="psa-math", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="psa-math", initializer=self._begin_thread)
         self._futures: set[Future[None]] = set()
 
-    def reduce(self, epoch: int, lead: Lead, ranks: int) -> None:
-        """Reduce the gradients of one shard, then post Reduced."""
-        self._submit(epoch, lambda: self._post(Reduced(epoch, lead.shard.index, lead.reduce(ranks))))
+    def _begin_thread(self) -> None:
+        torch.set_num_threads(1)
+        self._own.scratch = make_scratch()
 
-    def on_all(self, epoch: int, leads: Sequence[Lead], work: Callable[[Lead], None], done: ToEngine) -> None:
-        """Do ``work`` on every shard, then post ``done``."""
+    def measure(self, epoch: int, lead: Lead, ranks: int) -> None:
+        """Compute the norm of one shard's gradient, then post Measured."""
+        self._submit(
+            epoch,
+            lambda scratch: self._post(Measured(epoch, lead.shard.index, lead.squared_norm(ranks, scratch))),
+        )
+
+    def on_all(self, epoch: int, leads: Sequence[Lead], work: ShardWork, done: ToEngine) -> None:
+        """Do ``work(lead, scratch)`` on every shard, then post ``done``."""
         parts = [leads[start :: self._threads] for start in range(min(self._threads, len(leads)))]
         if not parts:
             self._post(done)
@@ -51,10 +61,10 @@ class Arithmetic:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _submit(self, epoch: int, function: Callable[[], None]) -> None:
+    def _submit(self, epoch: int, function: Callable[[Tensor], None]) -> None:
         if len(self._futures) >= _FORGET_DONE_AT:
             self._futures = {each for each in self._futures if not each.done()}
-        future = self._pool.submit(function)
+        future = self._pool.submit(lambda: function(self._own.scratch))
         self._futures.add(future)
         future.add_done_callback(lambda done: self._check(epoch, done))
 
@@ -80,10 +90,10 @@ class _Latch:
             self._done()
 
 
-def _on_part(part: Sequence[Lead], work: Callable[[Lead], None], latch: _Latch) -> Callable[[], None]:
-    def run() -> None:
+def _on_part(part: Sequence[Lead], work: ShardWork, latch: _Latch) -> Callable[[Tensor], None]:
+    def run(scratch: Tensor) -> None:
         for lead in part:
-            work(lead)
+            work(lead, scratch)
         latch.release()
 
     return run

@@ -50,7 +50,7 @@ from psa_store.server.letters import (
 )
 from psa_store.server.takeover import take_over
 from psa_store.storage import Head, RedisStore
-from psa_store.wire import connect
+from psa_store.wire import SharedMemory, connect
 
 _LOOK_AGAIN_S = 1.0
 _RETRY_S = 0.1
@@ -206,7 +206,8 @@ class Control:
             return
         held = self._release(engine, plan.epoch)
         mine = plan.shards_of(self._member.id)
-        leads = self._load(plan, mine, held)
+        memory = SharedMemory.create(self._member.id, self._layout.arena_bytes)
+        leads = self._load(plan, mine, held, memory)
         if leads is None:
             self._announce()
             self._plan = plan
@@ -219,7 +220,7 @@ class Control:
             except Disconnected as error:
                 self._log.info("a peer cannot be reached yet", peer=server.id, why=str(error))
                 self.report(PeerGone(plan.epoch, server.id))
-        engine.post(Serve(plan, leads, peers))
+        engine.post(Serve(plan, leads, memory, peers))
         self._plan = plan
 
     def _release(self, engine: Engine, epoch: int) -> Released:
@@ -235,7 +236,7 @@ class Control:
     def _reach(self, server: Server) -> socket.socket:
         return connect(server.address, server.local, server.host, _PEER_TIMEOUT_S)
 
-    def _load(self, plan: Plan, mine: tuple[int, ...], held: Released) -> dict[int, Lead] | None:
+    def _load(self, plan: Plan, mine: tuple[int, ...], held: Released, memory: SharedMemory) -> dict[int, Lead] | None:
         """Read the shards at the version where the epoch begins; None if that needs another epoch first."""
         heads = {head.shard: head for head in self._store.heads(self._job, mine)}
         wanted = {i: 0 if self._layout.shards[i].role is Role.FROZEN else plan.resume for i in mine}
@@ -246,14 +247,14 @@ class Control:
             leads = dict(
                 zip(
                     mine,
-                    loaders.map(lambda i: self._load_one(heads[i], wanted[i], plan, held), mine),
+                    loaders.map(lambda i: self._load_one(heads[i], wanted[i], plan, held, memory), mine),
                     strict=True,
                 )
             )
         whole = {index: lead for index, lead in leads.items() if lead is not None}
         return whole if len(whole) == len(mine) else None
 
-    def _load_one(self, head: Head, version: int, plan: Plan, held: Released) -> Lead | None:
+    def _load_one(self, head: Head, version: int, plan: Plan, held: Released, memory: SharedMemory) -> Lead | None:
         """Read one shard; None if it is damaged and was put aside for an older version.
 
         Raises:
@@ -264,8 +265,9 @@ class Control:
         assert manifest is not None
         kept = held.leads.get(head.shard)
         if kept is not None and kept.committed == manifest and held.version in (plan.resume, 0):
+            kept.move_to(memory)  # not in place: workers may still be reading the old epoch's
             return kept  # a hand-over: we stand where the epoch begins, with what Redis holds
-        lead = Lead(shard, self._layout, self._optimizer)
+        lead = Lead(shard, self._layout, self._optimizer, memory)
         try:
             self._store.load(self._job, head.shard, manifest, lead.places(manifest))
         except DataIntegrity as error:

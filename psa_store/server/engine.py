@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 
 import numpy as np
+from torch import Tensor
 
 from psa_store import telemetry
 from psa_store.consistency import Offer, SyncStep, Verdict
@@ -23,7 +24,8 @@ from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Phase, Plan
-from psa_store.server.arithmetic import Arithmetic
+from psa_store.server.arithmetic import Arithmetic, ShardWork
+from psa_store.server.client import Client
 from psa_store.server.committer import Committer, Work
 from psa_store.server.lead import Lead, as_bytes
 from psa_store.server.letters import (
@@ -33,9 +35,10 @@ from psa_store.server.letters import (
     Frozen,
     Join,
     Lost,
+    Measured,
+    Moved,
     PeerGone,
     Quit,
-    Reduced,
     Release,
     Released,
     Revise,
@@ -50,16 +53,19 @@ from psa_store.wire import (
     PARK,
     PROTOCOL,
     Connection,
+    Flag,
     Header,
     Kind,
     Mailbox,
     Park,
     Reason,
+    SharedMemory,
     decode_text,
     encode_text,
 )
 
 _TICK_S = 0.2
+_NOTHING = memoryview(b"")
 _LAPSED_PAUSE_S = 0.02
 
 
@@ -67,6 +73,8 @@ class Stage(Enum):
     IDLE = auto()
     """No epoch to serve: everything that belongs to one is parked."""
     COLLECTING = auto()
+    MOVING = auto()
+    """Parameters are being copied to other memory, because somebody may still read the present version in the old."""
     APPLYING = auto()
     SNAPPING = auto()
 
@@ -98,19 +106,22 @@ class Engine:
         self._committer = make_committer(self._mailbox.post)
         self._arithmetic = Arithmetic(threads, self._mailbox.post)
         self._reception = Reception(self, listeners, self._mailbox)
-        self._workers: dict[str, Connection] = {}
+        self._clients: dict[Connection, Client] = {}
         self._peers: dict[str, Connection] = {}
         self._scratch = memoryview(bytearray(max(shard.size_bytes for shard in layout.shards)))
 
         self._stage = Stage.IDLE
         self._plan: Plan | None = None
         self._leads: dict[int, Lead] = {}
+        self._memory = SharedMemory.create(member, 0)
+        self._generation = 0
         self._step = self._new_step(0, {})
         self._committed = -1
         self._committing = -1
         self._told = -1
         self._reported: ToControl | None = None
         self._pulls: list[tuple[Connection, Header]] = []
+        self._awaits: dict[Connection, Header] = {}
         self._finishes: list[tuple[Connection, Header]] = []
         self._receiving: dict[tuple[int, int], Connection] = {}
         self._dropping: dict[Connection, Reason] = {}
@@ -182,8 +193,10 @@ class Engine:
                 self._add_peer(letter.server, letter.sock)
             case _ if self._plan is None or letter.epoch != self._plan.epoch:  # type: ignore[union-attr]
                 pass  # an answer from the pool or the committer that comes after its epoch
-            case Reduced():
-                self._step.reduced(letter.shard, letter.squared_norm)
+            case Measured():
+                self._step.measured(letter.shard, letter.squared_norm)
+            case Moved():
+                self._stage = Stage.COLLECTING
             case Applied():
                 self._step.advance()
                 self._stage = Stage.COLLECTING
@@ -221,6 +234,7 @@ class Engine:
             self._reception.close(peer)
         self._receiving.clear()
         self._pulls.clear()
+        self._awaits.clear()
         self._finishes.clear()
         self._stage = Stage.IDLE
         self._plan = None
@@ -230,6 +244,7 @@ class Engine:
         plan = letter.plan
         self._plan = plan
         self._leads = dict(letter.leads)
+        self._publish_in(letter.memory)
         self._step = self._new_step(plan.resume, self._leads)
         self._committed = self._committing = plan.resume
         self._told = -1
@@ -252,6 +267,13 @@ class Engine:
                 del self._receiving[shard, rank]
         self._reception.wake_parked()
 
+    def _publish_in(self, memory: SharedMemory) -> None:
+        """Nobody has this memory yet, and what was shown before will not change any more."""
+        self._memory = memory
+        self._generation += 1
+        for client in self._clients.values():
+            client.reading = None
+
     def _new_step(self, version: int, leads: Mapping[int, Lead]) -> SyncStep:
         return SyncStep(
             version=version,
@@ -259,7 +281,7 @@ class Engine:
             trained=[i for i, lead in leads.items() if lead.shard.role is Role.TRAINED],
             buffers=[i for i, lead in leads.items() if lead.shard.role is Role.BUFFER],
             all_shards=[shard.index for shard in self._layout.versioned],
-            skip_nonfinite=self._config.skip_nonfinite,
+            needs_norms=self._optimizer.clip_grad_norm is not None,
         )
 
     def _versioned_leads(self) -> dict[int, Lead]:
@@ -273,6 +295,7 @@ class Engine:
         if self._stage is not Stage.COLLECTING or plan is None:
             return
         self._answer_pulls(plan)
+        self._answer_awaits(plan)
         self._answer_finishes(plan)
         if self._commit_is_due(plan):
             # The state of this version must be copied before it may change: if storage is slower than training,
@@ -280,7 +303,7 @@ class Engine:
             if self._committer.reserve():
                 self._committing = self._step.version
                 self._stage = Stage.SNAPPING
-                self._on_leads(plan, Lead.take_snapshot, Snapped(plan.epoch, self._step.version))
+                self._on_leads(plan, lambda lead, _: lead.take_snapshot(), Snapped(plan.epoch, self._step.version))
             return
         self._tell_norms(plan)
         if self._held(plan):
@@ -292,8 +315,6 @@ class Engine:
                 self._log.warning("skipping a step with NaN or Inf gradients", step=self._step.version)
                 self._step.advance()
                 self._advance()
-            case Verdict.REFUSE:
-                self._refuse_faulty(plan)
             case Verdict.WAIT:
                 pass
 
@@ -339,32 +360,35 @@ class Engine:
         self._reception.send(connection, header, payload)
 
     def _apply(self, plan: Plan) -> None:
-        step = self._step.version
+        """Update all shards in place, once nobody reads the present version in our memory any more.
+
+        A worker that holds a rank will be done with it soon, or lose the rank, or die. One that holds none (it was
+        paused, or its ranks went to another) may read on for as long as it likes: we leave it the memory, and go on in
+        a copy.
+        """
+        readers = [client for client in self._clients.values() if client.reading is not None]
+        if any(client.member in plan.ranks for client in readers):
+            return
+        if readers:
+            self._log.info("leaving memory to workers that still read it", workers=[each.member for each in readers])
+            memory = SharedMemory.create(self._member, self._layout.arena_bytes)
+            self._stage = Stage.MOVING
+            self._publish_in(memory)
+            leads = list(self._leads.values())
+            self._arithmetic.on_all(plan.epoch, leads, lambda lead, _: lead.move_to(memory), Moved(plan.epoch))
+            return
+        step, ranks = self._step.version, self._config.ranks
         scale = clip_factor(self._step.norms_in_order(), self._optimizer.clip_grad_norm)
         self._reception.detach_all()
         self._stage = Stage.APPLYING
-        self._on_leads(plan, lambda lead: lead.apply(step=step, grad_scale=scale), Applied(plan.epoch, step + 1))
+        self._on_leads(
+            plan,
+            lambda lead, scratch: lead.apply(ranks, scratch, step=step, grad_scale=scale),
+            Applied(plan.epoch, step + 1),
+        )
 
-    def _on_leads(self, plan: Plan, work: Callable[[Lead], None], done: ToEngine) -> None:
+    def _on_leads(self, plan: Plan, work: ShardWork, done: ToEngine) -> None:
         self._arithmetic.on_all(plan.epoch, list(self._versioned_leads().values()), work, done)
-
-    def _refuse_faulty(self, plan: Plan) -> None:
-        """Own gradients hold NaN or Inf: drop the shard's pushes, blame who is to blame, ask the others again."""
-        for shard in self._step.faulty():
-            blamed = self._leads[shard].nonfinite(self._config.ranks)
-            for rank in self._step.forget(shard):
-                connection = self._workers.get(plan.ranks[rank])
-                if connection is None:
-                    continue
-                text = (
-                    f"rank {rank} pushed NaN or Inf at step {self._step.version} in {blamed[rank]}"
-                    if rank in blamed
-                    else "computed in vain: another rank's gradient was refused"
-                )
-                reason = Reason.NONFINITE if rank in blamed else Reason.AGAIN
-                header = Header(Kind.PUSH, plan.epoch, plan.revision, self._step.version, rank=rank, shard=shard)
-                self._refuse(connection, header, reason, text)
-        self._told = -1
 
     # --- connections
 
@@ -373,8 +397,8 @@ class Engine:
         self._receiving = {k: v for k, v in self._receiving.items() if v is not connection}
         self._pulls = [each for each in self._pulls if each[0] is not connection]
         self._finishes = [each for each in self._finishes if each[0] is not connection]
-        if self._workers.get(connection.member) is connection:
-            del self._workers[connection.member]
+        self._clients.pop(connection, None)
+        self._awaits.pop(connection, None)
         for server, peer in list(self._peers.items()):
             if peer is connection:
                 del self._peers[server]
@@ -425,34 +449,30 @@ class Engine:
         match header.kind:
             case Kind.HELLO | Kind.WELCOME | Kind.INSPECT | Kind.REFUSED:
                 return memoryview(bytearray(header.length))
-            case Kind.PUSH | Kind.PULL | Kind.NORM | Kind.FINISH if not connection.member:
+            case Kind.SHARE | Kind.PUSH | Kind.PULL | Kind.AWAIT | Kind.NORM | Kind.FINISH if not connection.member:
                 raise Refused(f"{header.kind.name} before HELLO")
-            case Kind.PUSH | Kind.PULL | Kind.NORM | Kind.FINISH:
+            case Kind.SHARE:
+                return _NOTHING
+            case Kind.PUSH | Kind.PULL | Kind.AWAIT | Kind.NORM | Kind.FINISH:
                 plan = self._plan
                 if plan is None or (header.epoch, header.revision) > (plan.epoch, plan.revision):
                     return PARK
-                if header.kind is Kind.PUSH:
+                if header.kind is Kind.PUSH and not header.flags & Flag.BY_REFERENCE:
                     return self._admit_push(plan, connection, header)
                 return memoryview(bytearray(header.length))
         raise Refused(f"a server takes no {header.kind.name}")
 
     def _admit_push(self, plan: Plan, connection: Connection, header: Header) -> memoryview:
+        """Judge a gradient that comes by value: its place, or scratch memory if it is not wanted."""
         reason = self._reason_against(plan, connection, header)
         if reason is None:
             lead = self._leads[header.shard]
             if header.length != lead.shard.size_bytes:
                 raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {lead.shard.size_bytes}")
-            offer = self._step.offer(header.step, header.shard, header.rank)
-            if offer is Offer.AHEAD:
-                raise Refused(f"PUSH for step {header.step} while version {self._step.version} is the newest")
-            if offer is Offer.NEW:
-                key = header.shard, header.rank
-                former = self._receiving.get(key)
-                if former is not None:
-                    former.divert(self._scratch)
-                    self._dropping[former] = Reason.NONE
-                self._receiving[key] = connection
-                return as_bytes(lead.gradient(header.rank))
+            if self._is_new(header, header.shard):
+                self._divert_former(header.shard, header.rank)
+                self._receiving[header.shard, header.rank] = connection
+                return as_bytes(lead.own_place(header.rank))
             reason = Reason.NONE
         if header.length > len(self._scratch):
             raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {len(self._scratch)}")
@@ -460,25 +480,44 @@ class Engine:
         return self._scratch[: header.length]
 
     def _reason_against(self, plan: Plan, connection: Connection, header: Header) -> Reason | None:
+        if header.flags & Flag.NONFINITE and not self._config.skip_nonfinite:
+            raise Refused("PUSH of a gradient with NaN or Inf, which this job does not skip")
         if header.epoch < plan.epoch:
             return Reason.STALE
-        if header.shard not in self._leads:
+        if any(shard not in self._leads for shard in range(header.shard, header.shard + header.count)):
             return Reason.NOT_OWNER
         if header.rank >= self._config.ranks or plan.ranks[header.rank] != connection.member:
             return Reason.NOT_HOLDER
         return None
 
+    def _is_new(self, header: Header, shard: int) -> bool:
+        """Whether a gradient is wanted; False if we have it or its step is over."""
+        offer = self._step.offer(header.step, shard, header.rank)
+        if offer is Offer.AHEAD:
+            raise Refused(f"PUSH for step {header.step} while version {self._step.version} is the newest")
+        return offer is Offer.NEW
+
+    def _divert_former(self, shard: int, rank: int) -> None:
+        """The same gradient is being received from somebody else: what is still to come of it is not wanted."""
+        former = self._receiving.pop((shard, rank), None)
+        if former is not None:
+            former.divert(self._scratch)
+            self._dropping[former] = Reason.NONE
+
     def on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:
         match header.kind:
             case Kind.HELLO:
                 self._on_hello(connection, decode_text(payload))
+            case Kind.SHARE:
+                self._client_of(connection).share(header.slot, self._layout, self._config.ranks)
+            case Kind.PUSH if header.flags & Flag.BY_REFERENCE:
+                self._on_push_by_reference(connection, header)
             case Kind.PUSH:
                 self._on_push(connection, header)
-            case Kind.PULL | Kind.FINISH:
+            case Kind.PULL | Kind.AWAIT | Kind.FINISH:
                 self._on_request(connection, header)
             case Kind.NORM:
-                assert self._plan is not None
-                if header.epoch == self._plan.epoch:
+                if self._plan is not None and header.epoch == self._plan.epoch:
                     pairs = np.frombuffer(payload, dtype="<f8").reshape(-1, 2)
                     self._step.hear(header.step, {int(shard): float(norm) for shard, norm in pairs})
             case Kind.INSPECT:
@@ -497,9 +536,11 @@ class Engine:
         ):
             if hello.get(what) != mine:
                 raise Refused(f"{what} is {mine!r} here and {hello.get(what)!r} there")
-        connection.member = str(hello.get("member", ""))
-        connection.peer = connection.member
-        self._workers[connection.member] = connection
+        member = str(hello.get("member", ""))
+        for other in [each.connection for each in self._clients.values() if each.member == member]:
+            self._reception.close(other)  # its owner has left it: one member has one connection
+        connection.member = connection.peer = member
+        self._clients[connection] = Client(connection, member, connection.is_local and bool(hello.get("by_reference")))
         text = encode_text({"server": self._member})
         self._reception.send(connection, Header(Kind.WELCOME, length=len(text)), text)
 
@@ -510,9 +551,38 @@ class Engine:
                 self._refuse(connection, header, reason, f"push refused: {reason.name}")
             return
         assert self._receiving.pop((header.shard, header.rank)) is connection
+        self._accept(header, header.shard, self._leads[header.shard].own_place(header.rank))
+
+    def _on_push_by_reference(self, connection: Connection, header: Header) -> None:
         assert self._plan is not None
-        if self._step.accept(header.shard, header.rank):
-            self._arithmetic.reduce(self._plan.epoch, self._leads[header.shard], self._config.ranks)
+        if not 0 < header.count <= len(self._layout.shards) - header.shard:
+            raise Refused(f"PUSH of {header.count} shards from shard {header.shard}: there are not so many")
+        reason = self._reason_against(self._plan, connection, header)
+        if reason is not None:
+            self._refuse(connection, header, reason, f"push refused: {reason.name}")
+            return
+        client = self._client_of(connection)
+        for index in range(header.shard, header.shard + header.count):
+            shard = self._layout.shards[index]
+            if shard.role is not Role.TRAINED:
+                raise Refused(f"PUSH of shard {index} by reference: only gradients are pushed so")
+            if self._is_new(header, index):
+                self._divert_former(index, header.rank)
+                self._accept(header, index, client.gradient(header.slot, shard))
+
+    def _accept(self, header: Header, shard: int, gradient: Tensor) -> None:
+        """A gradient is here, whole, and the first of its kind."""
+        assert self._plan is not None
+        lead = self._leads[shard]
+        lead.take_gradient(header.rank, gradient)
+        if self._step.accept(shard, header.rank, finite=not header.flags & Flag.NONFINITE):
+            self._arithmetic.measure(self._plan.epoch, lead, self._config.ranks)
+
+    def _client_of(self, connection: Connection) -> Client:
+        client = self._clients.get(connection)
+        if client is None:
+            raise Refused("only a worker that said HELLO may do that")
+        return client
 
     def _on_request(self, connection: Connection, header: Header) -> None:
         assert self._plan is not None
@@ -520,6 +590,11 @@ class Engine:
             self._refuse(connection, header, Reason.STALE, "the epoch is over")
         elif header.kind is Kind.FINISH:
             self._finishes.append((connection, header))
+        elif header.kind is Kind.AWAIT:
+            client = self._client_of(connection)
+            if client.reading is not None and client.reading < header.step:
+                client.reading = None
+            self._awaits[connection] = header
         elif header.shard not in self._leads:
             self._refuse(connection, header, Reason.NOT_OWNER, f"shard {header.shard} is led elsewhere")
         else:
@@ -535,15 +610,33 @@ class Engine:
             if has < header.step and lead.shard.role is not Role.FROZEN:
                 self._pulls.append((connection, header))
                 continue
-            answer = Header(
-                Kind.PARAMS,
-                plan.epoch,
-                plan.revision,
-                has,
-                shard=header.shard,
-                length=lead.shard.size_bytes,
-            )
-            self._reception.send(connection, answer, as_bytes(lead.param))
+            self._send_params(plan, connection, lead, has)
+
+    def _send_params(self, plan: Plan, connection: Connection, lead: Lead, version: int) -> None:
+        shard = lead.shard
+        header = Header(Kind.PARAMS, plan.epoch, plan.revision, version, shard=shard.index, length=shard.size_bytes)
+        self._reception.send(connection, header, as_bytes(lead.param))
+
+    def _answer_awaits(self, plan: Plan) -> None:
+        """Bring the present version to the workers that wait for it."""
+        version = self._step.version
+        for connection, header in list(self._awaits.items()):
+            if version < header.step:
+                continue
+            del self._awaits[connection]
+            client = self._clients[connection]
+            by_value = [Role.BUFFER] if client.by_reference else [Role.TRAINED, Role.BUFFER]
+            for lead in self._leads.values():
+                if lead.shard.role in by_value:
+                    self._send_params(plan, connection, lead, version)
+            memory = None
+            if client.by_reference:
+                client.reading = version
+                memory = self._memory if client.generation != self._generation else None
+                client.generation = self._generation
+            flags = Flag.BY_REFERENCE if client.by_reference else Flag.NONE
+            header = Header(Kind.VERSION, plan.epoch, plan.revision, version, flags=flags, slot=self._generation)
+            self._reception.send(connection, header, memory=memory)
 
     def _answer_finishes(self, plan: Plan) -> None:
         waiting, self._finishes = self._finishes, []

@@ -12,14 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from psa_store.layout import ITEM_BYTES, Layout, Role, Shard
+from psa_store.consistency import RANK_OF_BUFFERS
+from psa_store.layout import Layout, Role, Shard
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
-from psa_store.optim.reduce import squared_norm
 from psa_store.storage import Manifest
-
-BLOCK_ELEMENTS = 1 << 16
-"""Gradients are summed in blocks that stay in the cache: 256 KiB of float32."""
+from psa_store.wire import SharedMemory
 
 PARAM = "param"
 OPT_STEP = "opt_step"
@@ -36,16 +34,25 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-class Lead:
-    """One shard: parameters, optimizer slots, the gradients of the current step, and the snapshot being committed."""
+def tensor_in(memory: SharedMemory, shard: Shard) -> Tensor:
+    """A shard's place in memory that is laid out as the arena."""
+    flat = torch.frombuffer(memory.buffer, dtype=torch.uint8, offset=shard.offset_bytes, count=shard.size_bytes)
+    return flat.view(torch_dtype(shard.dtype))
 
-    def __init__(self, shard: Shard, layout: Layout, optimizer: Optimizer) -> None:
+
+class Lead:
+    """One shard: parameters, optimizer slots, the gradients of the current step, and the snapshot being committed.
+
+    ``memory``: where parameters are published, laid out as the arena.
+    """
+
+    def __init__(self, shard: Shard, layout: Layout, optimizer: Optimizer, memory: SharedMemory) -> None:
         self.shard = shard
         self._layout = layout
         self._optimizer = optimizer
         self.opt_step = 0
         self.committed: Manifest | None = None
-        self.param = torch.zeros(shard.numel, dtype=torch_dtype(shard.dtype))
+        self.param = tensor_in(memory, shard)
         trained = shard.role is Role.TRAINED
         self.slots: dict[str, Tensor] = {}
         if trained:
@@ -55,8 +62,8 @@ class Lead:
                 for name in slot_names(optimizer, shard.dtype)
             }
         self._kernel: ShardKernel | None = None
+        self._own_places: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
-        self._wide: Tensor | None = None
         self._snapshot: dict[str, Tensor] = {}
         self._snapshot_opt_step = 0
 
@@ -72,68 +79,49 @@ class Lead:
 
         Version 0 comes from a worker and holds parameters only; the optimizer's state starts from them.
         """
-        if self.shard.role is Role.TRAINED:
-            if not any(section.name in self.slots for section in manifest.sections):
-                self.slots = init_slots(self._optimizer, self.param, self.shard, self._layout)
-            self._kernel = ShardKernel(self._optimizer, self._layout, self.shard, self.param, self.slots)
+        slots_are_new = not any(section.name in self.slots for section in manifest.sections)
+        if self.shard.role is Role.TRAINED and slots_are_new:
+            self.slots = init_slots(self._optimizer, self.param, self.shard, self._layout)
+        self._make_kernel()
         self.opt_step = int(manifest.scalars.get(OPT_STEP, 0))
         self.committed = manifest
 
+    def move_to(self, memory: SharedMemory) -> None:
+        """Publish parameters in other memory from now on; the old one keeps the present version."""
+        place = tensor_in(memory, self.shard)
+        place.copy_(self.param)
+        self.param = place
+        self._make_kernel()
+
+    def _make_kernel(self) -> None:
+        if self.shard.role is Role.TRAINED:
+            self._kernel = ShardKernel(self._optimizer, self._layout, self.shard, self.param, self.slots)
+
     # --- one step
 
-    def gradient(self, rank: int) -> Tensor:
-        """The place for the gradient (or, for buffers, the value) that a rank pushes."""
-        if rank not in self._gradients:
-            self._gradients[rank] = torch.empty_like(self.param)
-        return self._gradients[rank]
+    def own_place(self, rank: int) -> Tensor:
+        """Memory of our own for the gradient (or, for buffers, the value) of a rank that sends it by value."""
+        if rank not in self._own_places:
+            self._own_places[rank] = torch.empty_like(self.param)
+        return self._own_places[rank]
 
-    def reduce(self, ranks: int) -> float:
-        """Average the gradients in the order of ranks, so that bits do not depend on arrival; returns |mean|²."""
-        total = self._sum_place()
-        parts = [self._gradients[rank] for rank in range(ranks)]
-        for low in range(0, len(total), BLOCK_ELEMENTS):
-            block = total[low : low + BLOCK_ELEMENTS]
-            if total is not parts[0]:
-                block.copy_(parts[0][low : low + BLOCK_ELEMENTS])
-            for part in parts[1:]:
-                block.add_(part[low : low + BLOCK_ELEMENTS])
-            if ranks > 1:
-                block.mul_(1.0 / ranks)
-        return squared_norm(total)
+    def take_gradient(self, rank: int, gradient: Tensor) -> None:
+        """The gradient of a rank has arrived, and lies there until the step is over."""
+        self._gradients[rank] = gradient
 
-    def apply(self, *, step: int, grad_scale: float) -> None:
-        """Update parameters and state in place with the reduced gradient, or take over rank 0's buffers."""
+    def squared_norm(self, ranks: int, scratch: Tensor) -> float:
+        """|mean gradient|², before it is clipped."""
+        assert self._kernel is not None
+        return self._kernel.squared_norm([self._gradients[rank] for rank in range(ranks)], scratch)
+
+    def apply(self, ranks: int, scratch: Tensor, *, step: int, grad_scale: float) -> None:
+        """Update parameters and state in place with the mean gradient, or take over rank 0's buffers."""
         if self._kernel is None:
-            self.param.copy_(self._gradients[0])
+            self.param.copy_(self._gradients[RANK_OF_BUFFERS])
             return
-        self._kernel.apply(self._sum_place(), step=step, opt_step=self.opt_step, grad_scale=grad_scale)
+        parts = [self._gradients[rank] for rank in range(ranks)]
+        self._kernel.apply(parts, scratch, step=step, opt_step=self.opt_step, grad_scale=grad_scale)
         self.opt_step += 1
-
-    def nonfinite(self, ranks: int) -> dict[int, str]:
-        """After a refusal: which ranks pushed NaN or Inf, and in which parameter first.
-
-        The sum was built in rank 0's place, so rank 0 is blamed where the sum is not finite and all others are.
-        """
-        blamed: dict[int, str] = {}
-        others = torch.ones(self.shard.numel, dtype=torch.bool)
-        for rank in range(1, ranks):
-            finite = torch.isfinite(self._gradients[rank])
-            others &= finite
-            if not bool(finite.all()):
-                blamed[rank] = self._layout.tensor_at(self.shard, int((~finite).nonzero()[0]))
-        first = self._gradients[0] if self._wide is not None else self._sum_place()
-        bad = ~torch.isfinite(first) & others
-        if bool(bad.any()):
-            blamed[0] = self._layout.tensor_at(self.shard, int(bad.nonzero()[0]))
-        return blamed
-
-    def _sum_place(self) -> Tensor:
-        """Rank 0's own gradient is the accumulator, unless it is too narrow to add in."""
-        if ITEM_BYTES[self.shard.dtype] >= 4:
-            return self._gradients[0]
-        if self._wide is None:
-            self._wide = torch.empty(self.shard.numel, dtype=torch.float32)
-        return self._wide
 
     # --- committing
 

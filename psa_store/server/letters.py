@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from psa_store.plan import Plan
 from psa_store.server.lead import Lead
 from psa_store.storage import Manifest
+from psa_store.wire import SharedMemory
 
 # --- to the engine
 
@@ -22,10 +23,12 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Serve these shards under this plan. ``peers``: connections to the other servers of the plan."""
+    """Serve these shards under this plan. ``memory``: where their parameters are published; ``peers``: connections to
+    the other servers of the plan."""
 
     plan: Plan
     leads: Mapping[int, Lead]
+    memory: SharedMemory
     peers: Mapping[str, socket.socket]
 
 
@@ -45,8 +48,8 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
-class Reduced:
-    """A pool thread reduced a shard."""
+class Measured:
+    """A pool thread computed the norm of a shard's mean gradient."""
 
     epoch: int
     shard: int
@@ -59,6 +62,13 @@ class Applied:
 
     epoch: int
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The pool has copied all parameters to other memory."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +101,7 @@ class Quit:
     """End the event loop."""
 
 
-ToEngine = Release | Serve | Revise | Join | Reduced | Applied | Snapped | Committed | Lost | Quit
+ToEngine = Release | Serve | Revise | Join | Measured | Applied | Moved | Snapped | Committed | Lost | Quit
 
 # --- to control
 

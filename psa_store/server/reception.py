@@ -9,7 +9,7 @@ from typing import Protocol
 
 from psa_store import telemetry
 from psa_store.errors import Disconnected, Refused
-from psa_store.wire import Connection, Header, Park
+from psa_store.wire import Connection, Header, Park, SharedMemory
 
 _CONNECTIONS_MAX = 10_000
 
@@ -65,9 +65,15 @@ class Reception:
             elif isinstance(key.data, socket.socket):
                 self._accept(key.data)
 
-    def send(self, connection: Connection, header: Header, payload: memoryview | bytes = b"") -> None:
+    def send(
+        self,
+        connection: Connection,
+        header: Header,
+        payload: memoryview | bytes = b"",
+        memory: SharedMemory | None = None,
+    ) -> None:
         """Send what the socket takes now, and the rest when it takes more. A dead peer is closed."""
-        connection.send(header, payload)
+        connection.send(header, payload, memory)
         try:
             connection.flush()
             self._watch(connection)

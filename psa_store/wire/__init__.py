@@ -3,21 +3,26 @@
 from psa_store.wire.address import connect, host_identity, listen_local, listen_tcp
 from psa_store.wire.announce import announce
 from psa_store.wire.connection import PARK, Admit, Connection, Park
-from psa_store.wire.frames import PROTOCOL, Header, Kind, Reason, decode_text, encode_text
+from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason, decode_text, encode_text
 from psa_store.wire.inspect import inspect
 from psa_store.wire.mailbox import Mailbox
+from psa_store.wire.memory import SharedMemory, Window, can_show
 
 __all__ = [
     "PARK",
     "PROTOCOL",
     "Admit",
     "Connection",
+    "Flag",
     "Header",
     "Kind",
     "Mailbox",
     "Park",
     "Reason",
+    "SharedMemory",
+    "Window",
     "announce",
+    "can_show",
     "connect",
     "decode_text",
     "encode_text",

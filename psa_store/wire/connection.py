@@ -5,25 +5,35 @@ is read, where the payload belongs. It answers with memory of exactly ``header.l
 :data:`PARK` (not now: nothing more is read until :meth:`Connection.resume`, which is back-pressure), or it raises
 ``Refused`` (the peer is broken: the connection cannot go on).
 
+Over a Unix socket a frame may bring a descriptor (:data:`~psa_store.wire.frames.WITH_DESCRIPTOR`). It comes with the
+first byte of the frame's header, so only headers are read in the way that takes descriptors.
+
 Not thread-safe: one thread, the one of the event loop, calls everything.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import enum
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice, takewhile
 from typing import Final
 
 from psa_store.errors import Disconnected, Refused
-from psa_store.wire.frames import HEADER_BYTES, Header, unpack
+from psa_store.wire.frames import HEADER_BYTES, WITH_DESCRIPTOR, Header, unpack
+from psa_store.wire.memory import SharedMemory
 
 _GATHER_MAX = 64
 _SOCKET_BUFFER_BYTES = 4 << 20
 _READ_ROUNDS_MAX = 16
 """Socket reads per call of :meth:`Connection.receive`, so that one fast peer cannot starve the others."""
+_DESCRIPTOR_BYTES = array.array("i").itemsize
+_ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)
+"""Room for one descriptor more than can rightly come, to notice it."""
 
 
 class Park(enum.Enum):
@@ -41,15 +51,17 @@ class Connection:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _keep_alive(sock)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            _keep_alive(sock)  # its buffers are the kernel's to tune: setting them turns that off
+        else:
             with contextlib.suppress(OSError):
-                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         self._sock = sock
         self._admit = admit
         self.peer = peer
         self.member = ""
-        self._outgoing: deque[memoryview] = deque()
+        self.is_local = sock.family == socket.AF_UNIX
+        self._outgoing: deque[tuple[memoryview, SharedMemory | None]] = deque()
+        self._descriptor: int | None = None
         self._header_bytes = bytearray(HEADER_BYTES)
         self._filled = 0
         self._header: Header | None = None
@@ -61,6 +73,9 @@ class Connection:
 
     def close(self) -> None:
         self._outgoing.clear()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         self._sock.close()
 
     # --- sending
@@ -70,33 +85,47 @@ class Connection:
         """True while bytes wait for the socket to take them."""
         return bool(self._outgoing)
 
-    def send(self, header: Header, payload: memoryview | bytes = b"") -> None:
-        """Queue a frame. ``payload`` must not change until it is sent: see :meth:`detach`."""
-        self._outgoing.append(memoryview(header.pack()))
+    def send(self, header: Header, payload: memoryview | bytes = b"", memory: SharedMemory | None = None) -> None:
+        """Queue a frame. ``payload`` must not change until it is sent: see :meth:`detach`.
+
+        ``memory``: pass its descriptor along; only where :attr:`is_local`.
+        """
+        assert memory is None or (self.is_local and header.kind in WITH_DESCRIPTOR)
+        self._outgoing.append((memoryview(header.pack()), memory))
         if header.length:
-            self._outgoing.append(memoryview(payload).cast("B"))
+            self._outgoing.append((memoryview(payload).cast("B"), None))
 
     def flush(self) -> None:
         """Send as much as the socket takes now; raises Disconnected if the peer is gone."""
         while self._outgoing:
-            views = [view for view, _ in zip(self._outgoing, range(_GATHER_MAX), strict=False)]
             try:
-                sent = self._sock.sendmsg(views)
+                sent = self._send_some()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 raise Disconnected(f"lost {self.peer} while sending: {error}") from error
             while sent:
-                first = self._outgoing[0]
+                first, _ = self._outgoing[0]
                 if sent < len(first):
-                    self._outgoing[0] = first[sent:]
+                    self._outgoing[0] = first[sent:], None
                     break
                 sent -= len(first)
                 self._outgoing.popleft()
 
+    def _send_some(self) -> int:
+        """One call of sendmsg: up to the next header that brings a descriptor, or that one alone."""
+        first, memory = self._outgoing[0]
+        if memory is not None:
+            rights = array.array("i", [memory.fd])
+            return self._sock.sendmsg([first], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        ready = takewhile(lambda part: part[1] is None, islice(self._outgoing, _GATHER_MAX))
+        return self._sock.sendmsg([view for view, _ in ready])
+
     def detach(self) -> None:
         """Copy what is still unsent, so that the memory it came from may change."""
-        self._outgoing = deque(memoryview(bytes(view)) for view in self._outgoing)
+        self._outgoing = deque(
+            (view if view.readonly else memoryview(bytes(view)), memory) for view, memory in self._outgoing
+        )
 
     # --- receiving
 
@@ -135,7 +164,7 @@ class Connection:
             target = self._payload[self._filled :]
         if len(target):
             try:
-                count = self._sock.recv_into(target)
+                count = self._receive_header(target) if self._header is None else self._sock.recv_into(target)
             except (BlockingIOError, InterruptedError):
                 return None
             except OSError as error:
@@ -147,9 +176,34 @@ class Connection:
                 return False
         if self._header is None:
             self._header = unpack(self._header_bytes)
+            if self._descriptor is not None and self._header.kind not in WITH_DESCRIPTOR:
+                raise Refused(f"{self.peer} passed a descriptor with {self._header.kind.name}")
             self._place(self._header)
             return not self.parked and self._header.length == 0
         return True
+
+    def take_descriptor(self) -> int | None:
+        """The descriptor that came with the frame at hand; the caller owns it now."""
+        descriptor, self._descriptor = self._descriptor, None
+        return descriptor
+
+    def _receive_header(self, target: memoryview) -> int:
+        if not self.is_local:
+            return self._sock.recv_into(target)
+        count, ancillary, flags, _ = self._sock.recvmsg_into([target], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        descriptors = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(data[: len(data) - len(data) % _DESCRIPTOR_BYTES])
+        if descriptors:
+            if self._descriptor is not None or len(descriptors) > 1:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                raise Refused(f"{self.peer} passed more than one descriptor with a frame")
+            self._descriptor = descriptors[0]
+        if flags & socket.MSG_CTRUNC:
+            raise Refused(f"a descriptor that {self.peer} passed was lost: too many open files, see `ulimit -n`")
+        return count
 
     def _place(self, header: Header) -> None:
         place = self._admit(self, header)

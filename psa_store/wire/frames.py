@@ -2,13 +2,23 @@
 
     worker -> server            server -> worker            server -> server
     HELLO   who I am            WELCOME  who you reached    HELLO, WELCOME
-    PUSH    gradient of (step, rank, shard)                 NORM  squared norms of reduced shards
+    SHARE   memory for gradients, its descriptor passed     NORM  squared norms of reduced shards
+    PUSH    gradient of (step, rank, shards)
     PULL    shard at >= step    PARAMS   shard at step
+    AWAIT   all, at >= step     PARAMS ..., then VERSION    all of it is with you
     FINISH  make step durable   DURABLE  step is durable
     INSPECT                     REPORT   what the server does, as JSON
                                 REFUSED  which frame, and why
 
-PUSH is answered only if it is refused: PARAMS of a later version is its acknowledgement.
+PUSH is answered only if it is refused: VERSION of a later step is its acknowledgement.
+
+A tensor travels in one of two ways. By value: its bytes follow the header. By reference, between processes of one
+host that have agreed on it in HELLO: the header tells where in shared memory it lies. A worker's PUSH then names the
+``slot`` whose memory it gave with SHARE; a server's VERSION names the ``slot`` (generation) of the memory in which its
+parameters are visible, and passes the descriptor when it is new to the connection. Buffers always travel by value.
+
+AWAIT also says: I have done with all versions below ``step``. Until then a server leaves the memory that it has shown
+to a worker as it is.
 
 Pure: no socket. :mod:`psa_store.wire.connection` moves the bytes.
 """
@@ -18,14 +28,14 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import STRICT, IntEnum, IntFlag
 from typing import Any
 
 from psa_store.errors import Refused
 
-PROTOCOL = 1
-MAGIC = b"PSA\x01"
-_HEADER = struct.Struct("<4sBBHIIQQqQQ8x")
+PROTOCOL = 2
+MAGIC = b"PSA\x02"
+_HEADER = struct.Struct("<4sBBHIIQQqQII8x")
 HEADER_BYTES = _HEADER.size
 PAYLOAD_BYTES_MAX = 1 << 32
 TEXT_BYTES_MAX = 1 << 20
@@ -44,6 +54,22 @@ class Kind(IntEnum):
     INSPECT = 9
     REPORT = 10
     REFUSED = 11
+    SHARE = 12
+    AWAIT = 13
+    VERSION = 14
+
+
+_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT})
+"""Kinds whose header says everything."""
+WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.VERSION})
+"""Kinds that may come with a descriptor."""
+
+
+class Flag(IntFlag, boundary=STRICT):
+    NONE = 0
+    BY_REFERENCE = 1
+    NONFINITE = 2
+    """The gradient holds NaN or Inf; the job skips such steps."""
 
 
 class Reason(IntEnum):
@@ -53,14 +79,15 @@ class Reason(IntEnum):
     STALE = 1  # the epoch is over: read the plan
     NOT_HOLDER = 2  # the plan gives this rank to another worker: read the plan
     NOT_OWNER = 3  # this server does not lead the shard: read the plan
-    NONFINITE = 4  # the gradient holds NaN or Inf: the text names the parameter
-    AGAIN = 5  # the push was dropped through no fault of its own: compute it again
-    WRONG = 6  # the frame contradicts the layout or the protocol: a bug or a stranger
+    WRONG = 4  # the frame contradicts the layout or the protocol: a bug or a stranger
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """``step``: the step of a gradient, or the version of parameters. ``reason`` is set in REFUSED only."""
+    """``step``: the step of a gradient, or the version of parameters. ``reason`` is set in REFUSED only.
+
+    ``count``: how many shards a PUSH by reference is about, ``shard`` being the first.
+    """
 
     kind: Kind
     epoch: int = 0
@@ -70,12 +97,15 @@ class Header:
     shard: int = 0
     length: int = 0
     reason: Reason = Reason.NONE
+    flags: Flag = Flag.NONE
+    slot: int = 0
+    count: int = 1
 
     def pack(self) -> bytes:
         return _HEADER.pack(
             MAGIC,
             self.kind,
-            0,
+            self.flags,
             self.reason,
             self.rank,
             self.shard,
@@ -83,7 +113,8 @@ class Header:
             self.revision,
             self.step,
             self.length,
-            0,
+            self.slot,
+            self.count,
         )
 
 
@@ -93,14 +124,18 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         Refused: wrong magic, unknown kind, or a length beyond the limits; the connection cannot be used further.
     """
-    magic, kind, _flags, reason, rank, shard, epoch, revision, step, length, _ = _HEADER.unpack(data)
+    magic, kind, flags, reason, rank, shard, epoch, revision, step, length, slot, count = _HEADER.unpack(data)
     if magic != MAGIC:
         raise Refused(f"not a psa frame: starts with {bytes(magic)!r}")
     try:
-        header = Header(Kind(kind), epoch, revision, step, rank, shard, length, Reason(reason))
+        header = Header(
+            Kind(kind), epoch, revision, step, rank, shard, length, Reason(reason), Flag(flags), slot, count
+        )
     except ValueError as error:
         raise Refused(f"frame of another protocol version: {error}") from error
     limit = PAYLOAD_BYTES_MAX if header.kind in (Kind.PUSH, Kind.PARAMS) else TEXT_BYTES_MAX
+    if header.flags & Flag.BY_REFERENCE or header.kind in _BARE:
+        limit = 0
     if length > limit:
         raise Refused(f"{header.kind.name} announces {length} bytes; at most {limit} are possible")
     return header

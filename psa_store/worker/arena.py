@@ -1,23 +1,28 @@
-"""A model's tensors as views of one flat memory, laid out as the job's arena.
+"""A model's tensors as views of one flat range of memory, laid out as the job's arena.
 
-Parameters that a server sends are received straight into the model, and a gradient is copied once, from where
-autograd left it into the flat gradient memory that is sent. Models on an accelerator keep their own memory; theirs
-is copied to and from the arena, which is on the host.
+Parameters that a server sends are received straight into the model; parameters that a server of this host publishes
+are mapped where the model has them, and need not be moved at all. A gradient is copied once, while it is in the cache,
+from where autograd left it into the flat memory that is sent or that servers read. Models on an accelerator keep their
+own memory; theirs is copied to and from the arena, which is on the host.
 
 Used by the worker, in the thread that runs the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from psa_store import telemetry
 from psa_store.errors import UsageError
 from psa_store.layout import Layout, Role, Shard, TensorSpec
+from psa_store.wire import Window
+from psa_store.worker.gradients import GradientMemory
 
 
 def describe_model(model: nn.Module, group_of: Callable[[str, tuple[int, ...]], int]) -> list[TensorSpec]:
@@ -62,25 +67,27 @@ def _role_of_buffer(_tensor: Tensor) -> Role:
 class _Slot:
     """One tensor of the model and its places in the flat memory."""
 
+    index: int
     spec: TensorSpec
-    owner: nn.Module
-    attribute: str
+    holder: dict[str, Tensor | None]
+    """Where the module keeps it: looked up each time, because tensors may be reassigned."""
+    name: str
     view: Tensor
-    gradient: Tensor | None
     shards: tuple[int, ...]
     ready: bool = False
 
 
 class ModelArena:
-    """Binds ``model`` to flat memory; calls ``on_ready(shard)``, during backward, when a shard's gradient is whole."""
+    """Binds ``model`` to flat memory; calls ``on_ready(shards)``, during backward, when their gradients are whole."""
 
-    def __init__(self, model: nn.Module, layout: Layout, on_ready: Callable[[int], None]) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, on_ready: Callable[[list[int]], None]) -> None:
         self._model = model
         self._layout = layout
         self._on_ready = on_ready
-        self._memory = torch.zeros(layout.arena_bytes, dtype=torch.uint8)
-        trained = layout.shards_of(Role.TRAINED)
-        self._gradient_memory = torch.zeros(_end(trained), dtype=torch.uint8)
+        self._window = Window(layout.arena_bytes)
+        self._memory = torch.frombuffer(self._window.buffer, dtype=torch.uint8)
+        self._gradients: GradientMemory | None = None
+        self._log = telemetry.get_logger()
         self._buffers_low, self._buffers_high = _range(layout.shards_of(Role.BUFFER))
         self._buffers_kept = torch.zeros(self._buffers_high - self._buffers_low, dtype=torch.uint8)
         self._slots = [self._make_slot(index) for index in range(len(layout.tensors))]
@@ -96,10 +103,11 @@ class ModelArena:
                 self._hooks.append(hook)
 
     def close(self) -> None:
-        """Take the hooks off; the model keeps its values."""
+        """Take the hooks off; the model keeps its values, in memory of its own."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._window.close()
 
     # --- memory of shards
 
@@ -107,14 +115,37 @@ class ModelArena:
         """The bytes of a shard's parameters or buffers, to receive into or to send from."""
         return _bytes(self._memory, shard)
 
-    def gradients(self, shard: Shard) -> memoryview:
-        """The bytes of a trained shard's gradient."""
-        return _bytes(self._gradient_memory, shard)
+    def show(self, server: str, descriptor: int, shards: Sequence[int]) -> None:
+        """Let the model have these trained shards where a server of this host publishes them.
+
+        Raises:
+            Refused: the descriptor's memory is not what the layout needs.
+        """
+        ranges: list[tuple[int, int]] = []
+        for index in shards:
+            shard = self._layout.shards[index]
+            low, high = shard.offset_bytes, shard.offset_bytes + shard.size_bytes
+            if ranges and ranges[-1][1] == low:
+                ranges[-1] = ranges[-1][0], high
+            else:
+                ranges.append((low, high))
+        self._window.show(server, descriptor, ranges)
+
+    def hide(self) -> None:
+        """Own memory for everything again, with undefined contents: parameters are about to be received."""
+        self._window.hide()
+
+    @property
+    def shows(self) -> bool:
+        """Whether the model has parameters in a server's memory."""
+        return self._window.shows
 
     # --- versions
 
     def version_arrived(self) -> None:
-        """All shards have been received: bring them into tensors that are not views, and keep the buffers."""
+        """All shards are here: bring them into tensors that are not views, and keep the buffers."""
+        if self._window.shows and self._window.refresh():
+            self._log.debug("the script wrote to parameters: undone, as with every new version")
         self._buffers_kept.copy_(self._memory[self._buffers_low : self._buffers_high])
         for slot, tensor in self._each():
             self._bind(slot, tensor)
@@ -127,13 +158,14 @@ class ModelArena:
 
     # --- gradients
 
-    def begin(self) -> None:
+    def begin(self, gradients: GradientMemory) -> None:
         """Get ready for the forward and backward pass of one rank: buffers of the version, no gradients."""
+        self._gradients = gradients
         self._memory[self._buffers_low : self._buffers_high].copy_(self._buffers_kept)
         for slot, tensor in self._each():
             if slot.spec.role is Role.BUFFER:
                 self._bind(slot, tensor)
-            elif slot.gradient is not None:
+            elif slot.spec.role is Role.TRAINED:
                 tensor.grad = None
                 slot.ready = False
         self._left = {}
@@ -144,14 +176,13 @@ class ModelArena:
 
     def end(self) -> None:
         """Backward is over: parameters that got no gradient count as zero, so that every shard becomes ready."""
+        complete: list[int] = []
         for slot, tensor in self._each():
-            if slot.gradient is not None and not slot.ready:
-                if tensor.grad is not None:
-                    self._take(slot, tensor)
-                else:
-                    slot.gradient.zero_()
-                    self._mark(slot)
+            if slot.spec.role is Role.TRAINED and not slot.ready:
+                complete += self._take(slot, tensor)
         self._open = False
+        if complete:
+            self._on_ready(sorted(complete))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -169,32 +200,38 @@ class ModelArena:
                     raise UsageError(
                         "backward() ran twice for one batch: wrap all but the last in `with worker.accumulate():`"
                     )
-                self._take(slot, tensor)
+                complete = self._take(slot, tensor)
+                if complete:
+                    self._on_ready(complete)
 
         return hook
 
-    def _take(self, slot: _Slot, tensor: Tensor) -> None:
-        assert slot.gradient is not None and tensor.grad is not None
-        gradient = tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad
-        slot.gradient.copy_(gradient)
-        if tensor.device == slot.gradient.device:
-            tensor.grad = slot.gradient
-        self._mark(slot)
-
-    def _mark(self, slot: _Slot) -> None:
+    def _take(self, slot: _Slot, tensor: Tensor) -> list[int]:
+        """Bring a tensor's gradient into the flat memory; returns the shards that are complete with it."""
+        assert self._gradients is not None
+        place = self._gradients.views[slot.index]
+        assert place is not None
+        if tensor.grad is None:
+            place.zero_()
+        elif tensor.grad.data_ptr() != place.data_ptr():
+            place.copy_(tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad)
+            if tensor.device == place.device:
+                tensor.grad = place
         slot.ready = True
+        complete = []
         for shard in slot.shards:
             self._left[shard] -= 1
             if self._left[shard] == 0:
-                self._on_ready(shard)
+                complete.append(shard)
+        return complete
 
     # --- binding
 
     def _each(self) -> Iterator[tuple[_Slot, Tensor]]:
-        """Every slot with the model's present tensor; looked up each time, because buffers may be reassigned."""
+        """Every slot with the model's present tensor."""
         for slot in self._slots:
-            tensor = getattr(slot.owner, slot.attribute)
-            assert isinstance(tensor, Tensor)
+            tensor = slot.holder[slot.name]
+            assert tensor is not None
             yield slot, tensor
 
     def _bind(self, slot: _Slot, tensor: Tensor) -> None:
@@ -215,9 +252,10 @@ class ModelArena:
             for shard in self._layout.shards_of(Role.TRAINED)
             if trained and shard.offset_bytes < low + spec.size_bytes and low < shard.offset_bytes + shard.size_bytes
         )
-        owner, _, attribute = spec.name.rpartition(".")
-        gradient = _shaped(self._gradient_memory, low, spec) if trained else None
-        return _Slot(spec, self._model.get_submodule(owner), attribute, view, gradient, shards)
+        path, _, name = spec.name.rpartition(".")
+        owner = self._model.get_submodule(path)
+        holder = owner._buffers if spec.role is Role.BUFFER else cast("dict[str, Tensor | None]", owner._parameters)
+        return _Slot(index, spec, holder, name, view, shards)
 
 
 def _shaped(memory: Tensor, low: int, spec: TensorSpec) -> Tensor:

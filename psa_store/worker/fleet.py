@@ -1,21 +1,36 @@
-"""A worker's connections to the servers of the plan: three verbs (push, pull, finish) and one wait (pump).
+"""A worker's connections to the servers of the plan: four verbs (push, pull, wait_for, finish) and one wait (pump).
 
-Not thread-safe: the thread that runs the model calls everything. Payloads go straight from and to the memory that
-the caller names; what a push sends must not change until :attr:`Fleet.sending` is false.
+The carrier is chosen here, per server, and nobody above asks which it is: memory that both map if the server is on
+this host, TCP if not. Not thread-safe: the thread that runs the model calls everything.
 """
 
 from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from psa_store import telemetry
 from psa_store.errors import Disconnected, Refused
+from psa_store.layout import Layout
 from psa_store.plan import Plan, Server
-from psa_store.wire import PROTOCOL, Connection, Header, Kind, Mailbox, Park, Reason, decode_text, encode_text
+from psa_store.wire import (
+    PROTOCOL,
+    Connection,
+    Flag,
+    Header,
+    Kind,
+    Mailbox,
+    Park,
+    Reason,
+    SharedMemory,
+    can_show,
+    decode_text,
+    encode_text,
+)
 from psa_store.wire import connect as wire_connect
+from psa_store.worker.gradients import GradientMemory
 
 _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
@@ -32,18 +47,30 @@ class Greeting:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A frame from a server: PARAMS whose payload is in place, DURABLE, or REFUSED with its text."""
+    """A frame from a server: PARAMS whose payload is in place, VERSION, DURABLE, or REFUSED with its text."""
 
     header: Header
+    server: str
     text: str = ""
+    descriptor: int | None = None
+    """With VERSION: memory in which the server publishes parameters from now on. The receiver owns it."""
 
 
 class Fleet:
-    """``place(header)`` names the memory for PARAMS; ``mailbox`` wakes :meth:`pump` from other threads."""
+    """``place(header)`` names the memory for PARAMS; ``mailbox`` wakes :meth:`pump` from other threads.
 
-    def __init__(self, place: Callable[[Header], memoryview], mailbox: Mailbox[None]) -> None:
+    ``carrier``: "auto", or "tcp" to share no memory.
+    """
+
+    def __init__(
+        self, layout: Layout, place: Callable[[Header], memoryview], mailbox: Mailbox[None], carrier: str
+    ) -> None:
+        self._layout = layout
         self._place = place
         self._mailbox = mailbox
+        self._share = carrier == "auto" and can_show()
+        self._shared: dict[str, dict[GradientMemory, int]] = {}
+        """Memory that each server of this host has the descriptor of, and its slot there."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(mailbox.fileno(), selectors.EVENT_READ, None)
         self._connections: dict[str, Connection] = {}
@@ -67,6 +94,7 @@ class Fleet:
                 "job": greeting.job,
                 "layout": greeting.layout,
                 "member": greeting.member,
+                "by_reference": self._share,
             }
         )
         for server in plan.servers:
@@ -82,19 +110,63 @@ class Fleet:
             self._send(server.id, Header(Kind.HELLO, length=len(hello)), hello)
         return True
 
-    def push(self, plan: Plan, step: int, rank: int, shard: int, payload: memoryview) -> None:
-        """Queue one shard's gradient; sends what the socket takes at once. A dead peer shows in :meth:`pump`."""
-        header = Header(Kind.PUSH, plan.epoch, plan.revision, step, rank, shard, len(payload))
+    def push(
+        self, plan: Plan, step: int, rank: int, shards: Sequence[int], gradients: GradientMemory, finite: bool
+    ) -> None:
+        """Push the gradients of some shards. A dead peer shows in :meth:`pump`.
+
+        By value, ``gradients`` must not change until :attr:`sending` is false; by reference, not before the next
+        version is here.
+        """
+        flags = Flag.NONE if finite else Flag.NONFINITE
+        for owner, first, count in _runs(plan, shards):
+            server = plan.servers[owner].id
+            if server in self._shared:
+                slot = self._slot(server, gradients)
+                flags |= Flag.BY_REFERENCE
+                header = Header(
+                    Kind.PUSH, plan.epoch, plan.revision, step, rank, first, flags=flags, slot=slot, count=count
+                )
+                self._queue(server, header)
+            else:
+                for shard in range(first, first + count):
+                    self.push_value(plan, step, rank, shard, gradients.bytes_of(self._layout.shards[shard]), flags)
+            self._flush(server)
+
+    def push_value(
+        self, plan: Plan, step: int, rank: int, shard: int, payload: memoryview, flags: Flag = Flag.NONE
+    ) -> None:
+        """Push one shard by value, whatever the carrier; ``payload`` must not change until it is sent."""
+        header = Header(Kind.PUSH, plan.epoch, plan.revision, step, rank, shard, len(payload), flags=flags)
         self._send(plan.owner_of(shard).id, header, payload)
+
+    def _slot(self, server: str, gradients: GradientMemory) -> int:
+        """The number under which a server of this host knows this memory; passes it on the first time."""
+        slots = self._shared[server]
+        if gradients not in slots:
+            slots[gradients] = len(slots)
+            gradients.passed = True
+            self._queue(server, Header(Kind.SHARE, slot=slots[gradients]), memory=gradients.shared)
+        return slots[gradients]
 
     def pull(self, plan: Plan, shard: int, at_least: int) -> None:
         """Ask for a shard as soon as its version is ``at_least``."""
         self._send(plan.owner_of(shard).id, Header(Kind.PULL, plan.epoch, plan.revision, at_least, shard=shard))
 
+    def wait_for(self, plan: Plan, servers: Iterable[str], version: int) -> None:
+        """Have done with all versions below; each server brings this one when it is there, and says VERSION."""
+        for server in servers:
+            self._send(server, Header(Kind.AWAIT, plan.epoch, plan.revision, version))
+
     def finish(self, plan: Plan, step: int) -> None:
         """Ask every server to make ``step`` durable; each answers DURABLE."""
         for server in plan.servers:
             self._send(server.id, Header(Kind.FINISH, plan.epoch, plan.revision, step))
+
+    @property
+    def shares(self) -> bool:
+        """Whether some server reads gradients where they lie."""
+        return bool(self._shared)
 
     @property
     def sending(self) -> bool:
@@ -120,36 +192,54 @@ class Fleet:
                     connection.flush()
                 if mask & selectors.EVENT_READ:
                     for header, payload in connection.receive():
-                        answers += self._answer(header, payload)
+                        answers += self._answer(key.data, connection, header, payload)
                 self._watch(key.data)
             except (Disconnected, Refused) as error:
                 self.disconnect()
                 raise Disconnected(str(error)) from error
         return answers
 
-    def _answer(self, header: Header, payload: memoryview) -> list[Answer]:
+    def _answer(self, server: str, connection: Connection, header: Header, payload: memoryview) -> list[Answer]:
         if header.kind is Kind.WELCOME:
             return []
         if header.kind is Kind.REFUSED:
-            return [Answer(header, str(decode_text(payload).get("why", "")))]
-        return [Answer(header)]
+            return [Answer(header, server, str(decode_text(payload).get("why", "")))]
+        return [Answer(header, server, descriptor=connection.take_descriptor())]
 
     def _open(self, server: Server) -> Connection:
-        sock = wire_connect(server.address, server.local, server.host, _CONNECT_TIMEOUT_S)
-        return Connection(sock, server.id, self._admit)
+        local = server.local if self._share else ""
+        sock = wire_connect(server.address, local, server.host, _CONNECT_TIMEOUT_S)
+        connection = Connection(sock, server.id, self._admit)
+        if connection.is_local:
+            self._shared[server.id] = {}
+        return connection
 
     def _admit(self, _connection: Connection, header: Header) -> memoryview | Park:
         if header.kind is Kind.PARAMS:
             return self._place(header)
-        if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.DURABLE):
+        if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE):
             return memoryview(bytearray(header.length))
         raise Refused(f"a worker takes no {header.kind.name}")
 
     def _send(self, server: str, header: Header, payload: memoryview | bytes = b"") -> None:
+        self._queue(server, header, payload)
+        self._flush(server)
+
+    def _queue(
+        self,
+        server: str,
+        header: Header,
+        payload: memoryview | bytes = b"",
+        memory: SharedMemory | None = None,
+    ) -> None:
+        connection = self._connections.get(server)
+        if connection is not None:  # lost since the last pump, which will have told the caller
+            connection.send(header, payload, memory)
+
+    def _flush(self, server: str) -> None:
         connection = self._connections.get(server)
         if connection is None:
-            return  # lost since the last pump, which will have told the caller
-        connection.send(header, payload)
+            return
         try:
             connection.flush()
         except Disconnected:
@@ -169,9 +259,25 @@ class Fleet:
 
     def _drop(self, server: str) -> None:
         connection = self._connections.pop(server)
+        self._shared.pop(server, None)
         if self._masks.pop(server, 0):
             self._selector.unregister(connection)
         connection.close()
+
+
+def _runs(plan: Plan, shards: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Neighbouring shards of one owner: (owner, first shard, how many)."""
+    run: tuple[int, int, int] | None = None
+    for shard in shards:
+        owner = plan.owners[shard]
+        if run is not None and run[0] == owner and run[1] + run[2] == shard:
+            run = owner, run[1], run[2] + 1
+        else:
+            if run is not None:
+                yield run
+            run = owner, shard, 1
+    if run is not None:
+        yield run
 
 
 def is_about_plan(reason: Reason) -> bool:

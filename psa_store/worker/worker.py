@@ -31,11 +31,12 @@ from psa_store.layout import Role, plan_layout
 from psa_store.optim import Optimizer
 from psa_store.plan import NOBODY, Plan
 from psa_store.storage import RedisStore
-from psa_store.wire import Header, Kind, Mailbox, Reason, announce
+from psa_store.wire import Header, Kind, Mailbox, announce
 from psa_store.worker.arena import ModelArena, describe_model
 from psa_store.worker.creation import Wanted, join_or_create
 from psa_store.worker.feed import Draw, Feed, seed_everything
 from psa_store.worker.fleet import Answer, Fleet, Greeting, is_about_plan
+from psa_store.worker.gradients import GradientPool
 from psa_store.worker.membership import Membership
 
 _WAIT_S = 0.5
@@ -105,8 +106,15 @@ class Worker:
         """Epoch whose parameters the model has; _NONE: what we have and what the servers have must be compared."""
         self._plan_needed = _NONE
         self._pushed: set[int] = set()
+        self._gradient_pool = GradientPool(self._layout)
+        self._gradients = self._gradient_pool.take()
+        self._flaw = ""
+        """A parameter whose gradient is not finite, in a job that does not skip such steps."""
         self._awaited = _NONE
+        self._brought: dict[str, int] = {}
+        """The version that each server has brought since we wait for one."""
         self._arrived: dict[int, int] = {}
+        """The version in which each shard has arrived since we began to load."""
         self._frozen_loaded = False
         self._durable_answers = 0
         self._current: Draw | None = None
@@ -178,8 +186,11 @@ class Worker:
                     )
                 )
             )
-            self._arena = stack.enter_context(closing(ModelArena(self._model, self._layout, self._on_shard_ready)))
-            self._fleet = stack.enter_context(closing(Fleet(self._place, self._mailbox)))
+            self._fleet = stack.enter_context(
+                closing(Fleet(self._layout, self._place, self._mailbox, settings.carrier))
+            )
+            # Closed before the connections are: servers leave alone what we read until we are gone.
+            self._arena = stack.enter_context(closing(ModelArena(self._model, self._layout, self._on_shards_ready)))
             stack.enter_context(_sigterm_calls(self._on_sigterm))
             store.check()
             coordination.start()
@@ -224,7 +235,8 @@ class Worker:
                 if draw is None:
                     return
                 batch = feed.get(draw, self._holding())
-                self._arena.begin()
+                self._flaw = ""
+                self._arena.begin(self._gradients)
                 seed_everything(self._config.seed, draw, "compute")
                 self._current = draw
                 yield batch
@@ -241,10 +253,15 @@ class Worker:
             raise UsageError("worker.step() without a batch from worker.batches()")
         draw = self._current
         self._arena.end()
+        if self._flaw:
+            raise NonFiniteGradient(
+                f"rank {draw.rank} computed NaN or Inf at step {draw.step} in the gradient of {self._flaw}. "
+                "Lower the learning rate, clip, or skip such steps (--skip-nonfinite on a new job)."
+            )
         if draw.rank == RANK_OF_BUFFERS:
             self._arena.collect_buffers()
             for shard in self._layout.shards_of(Role.BUFFER):
-                self._fleet.push(self._plan, draw.step, draw.rank, shard.index, self._arena.parameters(shard))
+                self._fleet.push_value(self._plan, draw.step, draw.rank, shard.index, self._arena.parameters(shard))
         self._current = None
         self._pushed.add(draw.rank)
         if self._pushed.issuperset(self._holding()):
@@ -274,7 +291,10 @@ class Worker:
                 self._membership.refresh()  # a ZooKeeper server that is behind gave us an old plan
                 self._wait()
             elif todo := [rank for rank in self._holding() if rank not in self._pushed]:
-                if self._gradient_memory_is_free():
+                if self._awaited != _NONE:
+                    # We told the servers that we have done with this version, so it may change where the model has it.
+                    self._out_of_sync("more ranks came in the middle of a step")
+                elif self._take_gradient_memory():
                     return Draw(self._version, todo[0])
             elif self._holding():
                 self._await(self._version + 1)
@@ -310,14 +330,14 @@ class Worker:
         """Wait until the model has ``version``; come back early when there is something else to do."""
         idle = not self._holding()
         try:
+            owners = {self._plan.owner_of(shard.index).id for shard in self._layout.versioned}
             if self._awaited != version:
                 self._awaited = version
-                self._arrived = {}
-                for shard in self._layout.versioned:
-                    self._fleet.pull(self._plan, shard.index, version)
+                self._brought = {}
+                self._fleet.wait_for(self._plan, owners, version)
             while not self._disturbed():
-                if len(self._arrived) == len(self._layout.versioned):
-                    if set(self._arrived.values()) == {version}:
+                if len(self._brought) == len(owners):
+                    if set(self._brought.values()) == {version}:
                         self._version_arrived(version)
                     else:  # the job went on without us while our ranks were with others
                         self._synced_epoch = _NONE
@@ -331,20 +351,29 @@ class Worker:
     def _version_arrived(self, version: int) -> None:
         self._version = version
         self._pushed.clear()
-        self._arrived = {}
         self._awaited = _NONE
+        self._gradient_pool.release()
         self._arena.version_arrived()
 
-    def _gradient_memory_is_free(self) -> bool:
-        """Wait until the last gradient has left; False if something came in between."""
+    def _take_gradient_memory(self) -> bool:
+        """Have memory that nobody reads for the next gradient; False if something came in between.
+
+        Where servers read gradients in place, each rank of a step needs its own. Where they are sent, one is enough,
+        once it has left.
+        """
         try:
-            while self._fleet.sending:
+            while not self._fleet.shares and self._fleet.sending:
                 self._take(self._fleet.pump(_WAIT_S))
                 if self._membership.standing.plan is not self._plan or self._leaving:
                     return False
         except Disconnected as error:
             self._out_of_sync(str(error))
-        return self._synced_epoch != _NONE
+        if self._synced_epoch == _NONE:
+            return False
+        if not self._fleet.shares:
+            self._gradient_pool.release()
+        self._gradients = self._gradient_pool.take()
+        return True
 
     # --- loading
 
@@ -383,7 +412,9 @@ class Worker:
     def _out_of_sync(self, why: str) -> None:
         """What was in flight is unknown: load again, compute again. Servers recognise what they already have."""
         self._log.debug("connecting anew", why=why)
+        self._gradient_pool.give_up()
         self._fleet.disconnect()
+        self._arena.hide()
         self._synced_epoch = _NONE
         self._awaited = _NONE
         self._arrived = {}
@@ -404,6 +435,10 @@ class Worker:
             match header.kind:
                 case Kind.PARAMS:
                     self._arrived[header.shard] = header.step
+                case Kind.VERSION:
+                    self._brought[answer.server] = header.step
+                    if answer.descriptor is not None:
+                        self._arena.show(answer.server, answer.descriptor, self._trained_shards_of(answer.server))
                 case Kind.DURABLE:
                     self._durable_answers += 1
                 case Kind.REFUSED:
@@ -411,17 +446,15 @@ class Worker:
                 case _:
                     pass
 
+    def _trained_shards_of(self, server: str) -> list[int]:
+        return [i for i in self._plan.shards_of(server) if self._layout.shards[i].role is Role.TRAINED]
+
     def _on_refusal(self, header: Header, text: str) -> None:
-        if header.reason is Reason.NONFINITE:
-            raise NonFiniteGradient(
-                f"{text}. Lower the learning rate, clip, or skip such steps (--skip-nonfinite on a new job)."
-            )
-        if header.reason is Reason.AGAIN or is_about_plan(header.reason):
+        if is_about_plan(header.reason):
             if header.step == self._version:
                 self._pushed.discard(header.rank)
-            if is_about_plan(header.reason):
-                self._plan_needed = max(self._plan_needed, header.revision)
-                self._membership.refresh()
+            self._plan_needed = max(self._plan_needed, header.revision)
+            self._membership.refresh()
             return
         raise Refused(f"a server refused this worker: {text}")
 
@@ -455,11 +488,15 @@ class Worker:
         self._leaving = True
         self._mailbox.nudge()
 
-    def _on_shard_ready(self, shard: int) -> None:
-        """A shard's gradient is whole, in the middle of backward: start sending it."""
+    def _on_shards_ready(self, shards: list[int]) -> None:
+        """The gradients of some shards are whole, in the middle of backward: start pushing them."""
         assert self._current is not None
-        payload = self._arena.gradients(self._layout.shards[shard])
-        self._fleet.push(self._plan, self._current.step, self._current.rank, shard, payload)
+        flaws = [self._gradients.flaw(self._layout.shards[shard]) for shard in shards]
+        flaw = next((each for each in flaws if each), "")
+        if flaw and not self._config.skip_nonfinite:
+            self._flaw = self._flaw or flaw
+            return
+        self._fleet.push(self._plan, self._current.step, self._current.rank, shards, self._gradients, not flaw)
 
 
 @contextmanager

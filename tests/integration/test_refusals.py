@@ -58,7 +58,7 @@ def test_a_nan_gradient_is_refused_by_name_and_harms_nothing(site: Site, finishe
     job = "poisoned"
     run = site.run(job, "--steps", str(STEPS), "--poison-at", "15", workers=2, servers=2, ranks=2, commit_every=10)
     assert run.finish() == 1, run.output
-    assert "rank 1 pushed NaN or Inf at step 15 in " in run.output, run.output
+    assert "rank 1 computed NaN or Inf at step 15 in the gradient of " in run.output, run.output
     cured = site.run(job, "--steps", str(STEPS), workers=2, servers=2, ranks=2, commit_every=10)
     assert cured.finish() == 0, cured.output
     assert site.digest(job, STEPS) == finished[1]

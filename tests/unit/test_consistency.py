@@ -16,16 +16,16 @@ TRAINED = (0, 1, 2, 3)
 BUFFERS = (4,)
 
 
-def make(trained: tuple[int, ...] = TRAINED, buffers: tuple[int, ...] = BUFFERS, skip: bool = False) -> SyncStep:
+def make(trained: tuple[int, ...] = TRAINED, buffers: tuple[int, ...] = BUFFERS, clip: bool = True) -> SyncStep:
     """A server that leads these shards of a job with four trained shards and one of buffers."""
     return SyncStep(
-        version=10, ranks=RANKS, trained=trained, buffers=buffers, all_shards=(*TRAINED, *BUFFERS), skip_nonfinite=skip
+        version=10, ranks=RANKS, trained=trained, buffers=buffers, all_shards=(*TRAINED, *BUFFERS), needs_norms=clip
     )
 
 
-def push(step: SyncStep, shard: int, rank: int, norm: float = 1.0) -> None:
-    if step.offer(step.version, shard, rank) is Offer.NEW and step.accept(shard, rank):
-        step.reduced(shard, norm)
+def push(step: SyncStep, shard: int, rank: int, norm: float = 1.0, finite: bool = True) -> None:
+    if step.offer(step.version, shard, rank) is Offer.NEW and step.accept(shard, rank, finite=finite):
+        step.measured(shard, norm)
 
 
 def push_all(step: SyncStep, shards: tuple[int, ...], norm: float = 1.0) -> None:
@@ -93,7 +93,7 @@ def test_norms_of_the_next_step_may_come_early_but_count_only_then() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nonfinite_is_refused_and_then_computed_again(bad: float) -> None:
+def test_a_norm_that_is_not_finite_is_skipped_by_all_alike(bad: float) -> None:
     here, there = make(trained=(0, 1), buffers=()), make(trained=(2, 3))
     push(there, 4, 0)
     push_all(here, (0,))
@@ -101,20 +101,32 @@ def test_nonfinite_is_refused_and_then_computed_again(bad: float) -> None:
     push_all(there, (2, 3))
     here.hear(10, there.own_norms() or {})
     there.hear(10, here.own_norms() or {})
-    assert there.verdict() is Verdict.WAIT
-    assert here.verdict() is Verdict.REFUSE and here.faulty() == [1]
-    assert here.forget(1) == {0, 1, 2}
-    assert here.verdict() is Verdict.WAIT and here.own_norms() is None
-    push_all(here, (1,))
-    there.hear(10, here.own_norms() or {})
-    assert here.verdict() is there.verdict() is Verdict.APPLY
+    assert here.verdict() is there.verdict() is Verdict.SKIP
 
 
-def test_nonfinite_is_skipped_by_all_alike_if_the_job_says_so() -> None:
-    here, there = make(trained=(0, 1), buffers=(), skip=True), make(trained=(2, 3), skip=True)
+@pytest.mark.parametrize("clip", [True, False])
+def test_one_gradient_that_is_not_finite_makes_all_skip_with_and_without_clipping(clip: bool) -> None:
+    here, there = make(trained=(0, 1), buffers=(), clip=clip), make(trained=(2, 3), clip=clip)
     push(there, 4, 0)
-    push_all(here, (0, 1), norm=math.nan)
+    push(here, 1, 2, finite=False)
+    push_all(here, (0, 1))
     push_all(there, (2, 3))
     here.hear(10, there.own_norms() or {})
     there.hear(10, here.own_norms() or {})
     assert here.verdict() is there.verdict() is Verdict.SKIP
+    here.advance()
+    push_all(here, (0, 1))
+    there.advance()
+    push(there, 4, 0)
+    push_all(there, (2, 3))
+    here.hear(11, there.own_norms() or {})
+    assert here.verdict() is Verdict.APPLY
+
+
+def test_without_clipping_a_shard_is_complete_with_its_last_gradient() -> None:
+    step = make(clip=False)
+    for shard in TRAINED:
+        for rank in range(RANKS):
+            assert not step.accept(shard, rank)
+    step.accept(4, 0)
+    assert step.verdict() is Verdict.APPLY and step.norms_in_order() == [0.0] * 5

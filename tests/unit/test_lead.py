@@ -6,21 +6,21 @@ import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_store import optim
 from psa_store.layout import Layout, Role, TensorSpec, plan_layout
-from psa_store.server import lead as lead_module
+from psa_store.optim.kernels import make_scratch
 from psa_store.server.lead import Lead, as_bytes
 from psa_store.storage import Manifest
+from psa_store.wire import SharedMemory
 
 
 def make(dtype: str = "float32", numel: int = 5000, role: Role = Role.TRAINED) -> tuple[Lead, Layout]:
     layout = plan_layout([TensorSpec(("w",), (numel - 7,), dtype, role), TensorSpec(("b",), (7,), dtype, role)])
-    lead = Lead(layout.shards[0], layout, optim.SGD(lr=0.5))
+    lead = Lead(layout.shards[0], layout, optim.SGD(lr=0.5), SharedMemory.create("test", layout.arena_bytes))
     lead.loaded(Manifest(0, 1, "", (), {}))
     return lead, layout
 
@@ -44,26 +44,18 @@ def test_gradients_are_added_in_the_order_of_ranks_whoever_came_first(ranks: int
     arrival = list(range(ranks))
     random.Random(seed).shuffle(arrival)
     for rank in arrival:
-        as_bytes(lead.gradient(rank))[:] = as_bytes(parts[rank])
+        as_bytes(lead.own_place(rank))[:] = as_bytes(parts[rank])
+        lead.take_gradient(rank, lead.own_place(rank))
     wide = torch.float64 if dtype == "float64" else torch.float32
-    expected = parts[0].to(wide)
+    total = parts[0].to(wide)
     for part in parts[1:]:
-        expected += part
-    expected *= 1.0 / ranks
-    norm = lead.reduce(ranks)
-    assert torch.equal(lead._sum_place(), expected)
-    assert math.isclose(norm, float(expected.double().square().sum()), rel_tol=1e-5)
-
-
-def test_the_size_of_blocks_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    for block in (64, 1000, 1 << 16):
-        monkeypatch.setattr(lead_module, "BLOCK_ELEMENTS", block)
-        lead, _ = make()
-        for rank, part in enumerate(gradients(lead, 3, 1)):
-            lead.gradient(rank).copy_(part)
-        results.append((lead.reduce(3), lead._sum_place().clone()))
-    assert all(norm == results[0][0] and torch.equal(total, results[0][1]) for norm, total in results)
+        total += part
+    expected = (-0.5 * total.double() / ranks).to(lead.param.dtype)
+    scratch = make_scratch()
+    norm = lead.squared_norm(ranks, scratch)
+    lead.apply(ranks, scratch, step=0, grad_scale=1.0)
+    torch.testing.assert_close(lead.param, expected, rtol=1e-6 if wide is torch.float32 else 1e-14, atol=0.0)
+    assert math.isclose(norm, float((total.double() / ranks).square().sum()), rel_tol=1e-5)
 
 
 def test_shards_updated_by_many_threads_have_the_bits_of_one() -> None:
@@ -71,9 +63,8 @@ def test_shards_updated_by_many_threads_have_the_bits_of_one() -> None:
         torch.set_num_threads(1)
         lead, _ = make(numel=40_000)
         for rank, part in enumerate(gradients(lead, 2, seed)):
-            lead.gradient(rank).copy_(part)
-        lead.reduce(2)
-        lead.apply(step=0, grad_scale=0.3)
+            lead.take_gradient(rank, part)
+        lead.apply(2, make_scratch(), step=0, grad_scale=0.3)
         return lead.param
 
     alone = [update(seed) for seed in range(8)]
@@ -82,26 +73,23 @@ def test_shards_updated_by_many_threads_have_the_bits_of_one() -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("culprit", [0, 1, 2])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_the_rank_and_the_parameter_of_a_nan_are_found(dtype: str, culprit: int, bad: float) -> None:
-    lead, layout = make(dtype)
-    for rank, part in enumerate(gradients(lead, 3, 5)):
-        lead.gradient(rank).copy_(part)
-    element = next(piece.shard_start for piece in lead.shard.pieces if layout.tensors[piece.tensor].name == "b")
-    lead.gradient(culprit)[element + 3] = bad
-    assert not math.isfinite(lead.reduce(3))
-    assert lead.nonfinite(3) == {culprit: "b"}
+def test_memory_that_is_left_keeps_its_version_and_training_goes_on_in_the_other() -> None:
+    lead, layout = make()
+    other = SharedMemory.create("other", layout.arena_bytes)
+    lead.take_gradient(0, torch.ones_like(lead.param))
+    lead.apply(1, make_scratch(), step=0, grad_scale=1.0)
+    left = lead.param
+    lead.move_to(other)
+    lead.apply(1, make_scratch(), step=1, grad_scale=1.0)
+    assert bool((left == -0.5).all()) and bool((lead.param == -1.0).all())
 
 
 def test_a_snapshot_does_not_follow_the_next_step() -> None:
     lead, _ = make()
     lead.take_snapshot()
     before = bytes(lead.snapshot()[0]["param"][1])
-    lead.gradient(0).fill_(1.0)
-    lead.reduce(1)
-    lead.apply(step=0, grad_scale=1.0)
+    lead.take_gradient(0, torch.ones_like(lead.param))
+    lead.apply(1, make_scratch(), step=0, grad_scale=1.0)
     arrays, scalars = lead.snapshot()
     assert bytes(arrays["param"][1]) == before != bytes(as_bytes(lead.param))
     assert scalars == {"opt_step": 0} and lead.opt_step == 1
@@ -109,6 +97,6 @@ def test_a_snapshot_does_not_follow_the_next_step() -> None:
 
 def test_buffers_are_taken_over_from_rank_0() -> None:
     lead, _ = make(role=Role.BUFFER)
-    lead.gradient(0).fill_(3.0)
-    lead.apply(step=0, grad_scale=1.0)
+    lead.take_gradient(0, torch.full_like(lead.param, 3.0))
+    lead.apply(1, make_scratch(), step=0, grad_scale=1.0)
     assert bool((lead.param == 3.0).all())

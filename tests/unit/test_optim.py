@@ -17,7 +17,8 @@ from torch import Tensor
 from psa_store import optim
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.layout import ITEM_BYTES, PAGE_BYTES, Layout, Role, Shard, TensorSpec, plan_layout
-from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
+from psa_store.optim import kernels as kernels_module
+from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch, slot_dtype, slot_names
 from psa_store.optim.reduce import clip_factor, squared_norm
 
 OPTIMIZERS: Mapping[str, optim.Optimizer] = {
@@ -88,7 +89,7 @@ class Model:
     def update(self, grads: Mapping[str, Tensor], step: int, *, grad_scale: float = 1.0) -> None:
         wide = self.dtype if ITEM_BYTES[str(self.dtype).removeprefix("torch.")] >= 4 else torch.float32
         for kernel, grad in zip(self.kernels, self.flatten(grads, wide), strict=True):
-            kernel.apply(grad, step=step, opt_step=step, grad_scale=grad_scale)
+            kernel.apply([grad], make_scratch(), step=step, opt_step=step, grad_scale=grad_scale)
 
     def state(self) -> list[Tensor]:
         return [*self.params, *(tensor for slots in self.slots for tensor in slots.values())]
@@ -273,7 +274,7 @@ def _train_shards(optimizer: optim.Optimizer, layout: Layout, run: Callable[...,
         kernel = ShardKernel(optimizer, layout, shard, param, slots)
         for step in range(4):
             grad = torch.randn(shard.numel, generator=random)
-            kernel.apply(grad, step=step, opt_step=step, grad_scale=0.7)
+            kernel.apply([grad], make_scratch(), step=step, opt_step=step, grad_scale=0.7)
         return [param, *slots.values()]
 
     return [tensor for tensors in run(train, layout.shards) for tensor in tensors]
@@ -285,7 +286,23 @@ def test_neighbours_of_one_group_are_updated_as_one_run() -> None:
     layout = plan_layout(specs, 1 << 20)
     param = torch.zeros(layout.shards[0].numel)
     kernel = ShardKernel(optimizer, layout, layout.shards[0], param, {})
-    assert kernel._lengths == [50 * 48, 50 * 48]
+    assert [block.lengths for block in kernel._blocks] == [[50 * 48, 50 * 48]]
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_size_of_blocks_does_not_show(
+    optimizer: optim.Optimizer, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    for block in (64, 512, 1 << 18):
+        monkeypatch.setattr(kernels_module, "BLOCK_ELEMENTS", block)
+        model = Model(optimizer, dtype)
+        for step in range(3):
+            model.update(model.draw(), step, grad_scale=0.3)
+        states.append(model.state())
+    assert_same_bits(states[1], states[0])
+    assert_same_bits(states[2], states[0])
 
 
 def test_slots_have_the_names_of_torch_in_a_fixed_order() -> None:

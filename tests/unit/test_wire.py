@@ -10,17 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import Disconnected, Refused
-from psa_store.wire import PARK, Connection, Header, Kind, Park, Reason
+from psa_store.wire import PARK, Connection, Flag, Header, Kind, Park, Reason
 from psa_store.wire.frames import HEADER_BYTES, MAGIC, unpack
 
 numbers = st.integers(0, 2**32 - 1)
 
 
-@given(st.sampled_from(Kind), numbers, numbers, st.integers(-1, 2**62), numbers, numbers, st.sampled_from(Reason))
-def test_headers_survive(
-    kind: Kind, epoch: int, revision: int, step: int, rank: int, shard: int, reason: Reason
-) -> None:
-    header = Header(kind, epoch, revision, step, rank, shard, 512, reason)
+@given(
+    st.builds(
+        Header,
+        kind=st.sampled_from(Kind),
+        epoch=numbers,
+        revision=numbers,
+        step=st.integers(-1, 2**62),
+        rank=numbers,
+        shard=numbers,
+        reason=st.sampled_from(Reason),
+        flags=st.sampled_from(Flag),
+        slot=numbers,
+        count=numbers,
+    )
+)
+def test_headers_survive(header: Header) -> None:
     assert len(header.pack()) == HEADER_BYTES
     assert unpack(header.pack()) == header
 
@@ -30,7 +41,10 @@ def test_headers_survive(
     [
         (lambda data: b"HTTP" + data[4:], "not a psa frame"),
         (lambda data: data[:4] + b"\xff" + data[5:], "another protocol version"),
+        (lambda data: data[:5] + b"\xff" + data[6:], "another protocol version"),
         (lambda data: Header(Kind.HELLO, length=1 << 40).pack(), "at most"),
+        (lambda data: Header(Kind.PUSH, flags=Flag.BY_REFERENCE, length=1).pack(), "at most 0"),
+        (lambda data: Header(Kind.AWAIT, length=1).pack(), "at most 0"),
     ],
 )
 def test_strange_headers_are_refused(damage: object, what: str) -> None:

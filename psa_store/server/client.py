@@ -1,0 +1,48 @@
+"""What a server knows of one worker that is connected to it. Used by the engine's thread only."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from psa_store.errors import Refused
+from psa_store.layout import Layout, Shard
+from psa_store.server.lead import tensor_in
+from psa_store.wire import Connection, SharedMemory
+
+
+class Client:
+    """``by_reference``: the worker is on this host and shares memory with us, in both directions."""
+
+    def __init__(self, connection: Connection, member: str, by_reference: bool) -> None:
+        self.connection = connection
+        self.member = member
+        self.by_reference = by_reference
+        self.reading: int | None = None
+        """The version that its model shows right now, in our memory."""
+        self.generation = 0
+        """Which of our memories it has the descriptor of; 0: none yet."""
+        self._slots: dict[int, SharedMemory] = {}
+        self._views: dict[tuple[int, int], Tensor] = {}
+
+    def share(self, slot: int, layout: Layout, slots_max: int) -> None:
+        """Take the memory for gradients that came with a SHARE.
+
+        Raises:
+            Refused: there is none, it is too small or may shrink, or there are more than the job has ranks.
+        """
+        descriptor = self.connection.take_descriptor()
+        if descriptor is None:
+            raise Refused("SHARE without a descriptor")
+        memory = SharedMemory.attach(descriptor, layout.trained_bytes)
+        if not self.by_reference or slot >= slots_max or slot in self._slots:
+            raise Refused(f"SHARE of slot {slot}, which is out of order here")
+        self._slots[slot] = memory
+
+    def gradient(self, slot: int, shard: Shard) -> Tensor:
+        """A shard's gradient in the worker's memory; raises Refused if the slot was never shared."""
+        view = self._views.get((slot, shard.index))
+        if view is None:
+            if slot not in self._slots:
+                raise Refused(f"PUSH from slot {slot}, which was not shared")
+            view = self._views[slot, shard.index] = tensor_in(self._slots[slot], shard)
+        return view

@@ -1,0 +1,229 @@
+"""Memory that processes of one host share, so that a push or a pull between them moves a header and no tensor.
+
+Two kinds, both of the kernel's making and freed with the last process that has them, however it dies:
+
+* :class:`SharedMemory`, a memfd. Whoever fills it makes it, sealed against shrinking, and passes its descriptor once
+  over a Unix socket; whoever reads it attaches to it copy-on-write, so a reader cannot change what it reads.
+* :class:`Window`, one range of addresses whose parts show other processes' memory or memory of our own. What a part
+  shows can change at any time; the addresses stay, so tensors that lie in it never have to be moved.
+
+The only file that knows mmap's flags. Linux only where it says so; not thread-safe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from psa_store.errors import Refused
+from psa_store.layout import PAGE_BYTES as LAYOUT_PAGE_BYTES
+
+PAGE_BYTES = mmap.PAGESIZE
+_MAP_FIXED = 0x10
+_PAGEMAP_PATH = "/proc/self/pagemap"
+_PAGEMAP_ENTRY_BYTES = 8
+_PRESENT = np.uint64(1 << 63)
+_SWAPPED = np.uint64(1 << 62)
+_OF_FILE = np.uint64(1 << 61)
+
+
+class SharedMemory:
+    """``size_bytes`` of zeros that can be passed to other processes of this host, or memory that was passed to us."""
+
+    def __init__(self, fd: int | None, mapping: mmap.mmap) -> None:
+        self._fd = fd
+        self._mapping = mapping
+
+    @classmethod
+    def create(cls, name: str, size_bytes: int) -> SharedMemory:
+        """Memory of our own. Where there is no memfd (not Linux) it works, but cannot be passed."""
+        size_bytes = max(PAGE_BYTES, size_bytes)
+        if sys.platform != "linux":
+            return cls(None, mmap.mmap(-1, size_bytes))
+        fd = os.memfd_create(f"psa-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, size_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            return cls(fd, mmap.mmap(fd, size_bytes))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, size_bytes: int) -> SharedMemory:
+        """Map what a peer passed, for reading; takes over ``fd``.
+
+        Raises:
+            Refused: it is smaller than ``size_bytes``, or could shrink under us.
+        """
+        try:
+            _check_passed(fd, size_bytes)
+            return cls(None, mmap.mmap(fd, max(PAGE_BYTES, size_bytes), access=mmap.ACCESS_COPY))
+        finally:
+            os.close(fd)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to pass."""
+        assert self._fd is not None
+        return self._fd
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """For ``torch.frombuffer``. The memory lives as long as anything that was made from it."""
+        return self._mapping
+
+    def __del__(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+class Window:
+    """A range of private memory, some parts of which may show memory of other processes (Linux only).
+
+    What is written to a shown part stays private and hides the original page by page; :meth:`refresh` undoes it.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = _round_up(max(size_bytes, 1))
+        if sys.platform == "linux":
+            self._mapping = mmap.mmap(-1, self._size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._mapping = mmap.mmap(-1, self._size_bytes)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        self._shown: dict[str, _Shown] = {}
+        self._pagemap = os.open(_PAGEMAP_PATH, os.O_RDONLY | os.O_CLOEXEC) if can_show() else -1
+
+    def close(self) -> None:
+        """Own memory everywhere, as it looks now; it stays for as long as tensors use it. Idempotent."""
+        for name in list(self._shown):
+            shown = self._shown.pop(name)
+            for low, high in shown.ranges:
+                kept = self._mapping[low:high]
+                self._map(low, high, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+                self._mapping[low:high] = kept
+            os.close(shown.fd)
+        if self._pagemap >= 0:
+            os.close(self._pagemap)
+            self._pagemap = -1
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """For ``torch.frombuffer``. The range lives as long as anything that was made from it."""
+        return self._mapping
+
+    @property
+    def shows(self) -> bool:
+        """Whether any part shows memory of another process."""
+        return bool(self._shown)
+
+    def show(self, name: str, fd: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """Show the same ranges (in bytes from the start of both) of a descriptor's memory; takes over ``fd``.
+
+        ``name``: whose memory it is; what was shown of the same before is closed, and must have had the same ranges.
+
+        Raises:
+            Refused: the descriptor's memory ends too early, or could shrink under us.
+        """
+        try:
+            _check_passed(fd, max((high for _, high in ranges), default=0))
+        except Refused:
+            os.close(fd)
+            raise
+        former = self._shown.pop(name, None)
+        if former is not None:
+            os.close(former.fd)
+        self._shown[name] = _Shown(fd, ranges)
+        for low, high in ranges:
+            self._map(low, high, mmap.MAP_PRIVATE, fd)
+
+    def hide(self) -> None:
+        """Own memory everywhere again, with zeros where something was shown."""
+        for name in list(self._shown):
+            shown = self._shown.pop(name)
+            for low, high in shown.ranges:
+                self._map(low, high, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+            os.close(shown.fd)
+
+    def refresh(self) -> bool:
+        """Show the originals again where this process wrote to them; True if it had.
+
+        Source: the kernel's ``admin-guide/mm/pagemap``: bit 61 is clear in private copies of a file's pages.
+        """
+        written = False
+        for shown in self._shown.values():
+            for low, high in shown.ranges:
+                if self._is_written(low, high):
+                    written = True
+                    self._map(low, high, mmap.MAP_PRIVATE, shown.fd)
+        return written
+
+    def _is_written(self, low: int, high: int) -> bool:
+        pages = np.empty((_round_up(high) - low) // PAGE_BYTES, dtype=np.uint64)
+        place = (self._address + low) // PAGE_BYTES * _PAGEMAP_ENTRY_BYTES
+        if os.preadv(self._pagemap, [pages.data.cast("B")], place) != pages.nbytes:
+            return True
+        if np.bitwise_and.reduce(pages) & _OF_FILE:
+            return False  # the usual case, cheaply: every page is there and is the original
+        here = pages & (_PRESENT | _SWAPPED) != 0
+        return bool(np.any(here & (pages & _OF_FILE == 0)))
+
+    def _map(self, low: int, high: int, flags: int, fd: int) -> None:
+        assert low % PAGE_BYTES == 0 and 0 <= low < high <= self._size_bytes
+        address, length = self._address + low, _round_up(high) - low
+        offset = 0 if fd < 0 else low
+        got = _libc().mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags | _MAP_FIXED, fd, offset)
+        if got != address:
+            raise MemoryError(f"mmap of {length} bytes: {os.strerror(ctypes.get_errno())}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    fd: int
+    ranges: Sequence[tuple[int, int]]
+
+
+def can_show() -> bool:
+    """Whether :class:`Window` can show memory here, and can tell when it was written to."""
+    return sys.platform == "linux" and PAGE_BYTES <= LAYOUT_PAGE_BYTES and os.access(_PAGEMAP_PATH, os.R_OK)
+
+
+def _check_passed(fd: int, size_bytes: int) -> None:
+    """Refuse a descriptor whose memory is smaller than promised or may become so."""
+    try:
+        size = os.fstat(fd).st_size
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise Refused(f"a descriptor was passed that is no sealed memory: {error}") from error
+    if size < size_bytes:
+        raise Refused(f"memory of {size} bytes was passed where {size_bytes} are needed")
+    if not seals & fcntl.F_SEAL_SHRINK:
+        raise Refused("memory was passed that may shrink: it is not sealed")
+
+
+def _round_up(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+@cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    return libc

@@ -1,0 +1,78 @@
+"""The memory that gradients are written to and sent from: one for each rank that is computed in a step.
+
+A server of this host reads a gradient where it lies, until the step is over. So memory of which a push has been
+announced is not written again before the next version is here, and is given up, not used again, when the connections
+were lost meanwhile: a server may still hold what was pushed from it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psa_store.layout import Layout, Role, Shard
+from psa_store.wire import SharedMemory
+
+_NORM_SURELY_FINITE = 1e18
+"""Above it, the float32 sum of squares may overflow although every element is finite."""
+_ELEMENT_MAX = 1e33
+"""A larger element counts as not finite: the sum over 65536 ranks must not overflow float32."""
+
+
+class GradientMemory:
+    """One rank's gradient, laid out as the trained part of the arena."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.shared = SharedMemory.create("gradient", layout.trained_bytes)
+        self.passed = False
+        """Whether a server has its descriptor."""
+        self._layout = layout
+        self._flat = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
+        self.views = [
+            self._shaped(index) if spec.role is Role.TRAINED else None for index, spec in enumerate(layout.tensors)
+        ]
+        """By tensor of the layout; None for those that are not trained."""
+
+    def bytes_of(self, shard: Shard) -> memoryview:
+        """The bytes of a shard's gradient, to send."""
+        return self._slice(shard).numpy().data
+
+    def flaw(self, shard: Shard) -> str:
+        """The name of the first parameter in this shard whose gradient is not finite; empty if all is well."""
+        flat = self._slice(shard).view(getattr(torch, shard.dtype))
+        if float(torch.linalg.vector_norm(flat)) < _NORM_SURELY_FINITE:
+            return ""
+        bad = ~(flat.abs() < _ELEMENT_MAX)  # true for NaN
+        return self._layout.tensor_at(shard, int(bad.nonzero()[0])) if bool(bad.any()) else ""
+
+    def _slice(self, shard: Shard) -> Tensor:
+        return self._flat[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
+
+    def _shaped(self, index: int) -> Tensor:
+        spec, low = self._layout.tensors[index], self._layout.offsets_bytes[index]
+        return self._flat[low : low + spec.size_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+
+
+class GradientPool:
+    """All gradient memory of a worker."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._free: list[GradientMemory] = []
+        self._taken: list[GradientMemory] = []
+
+    def take(self) -> GradientMemory:
+        """Memory that nobody reads."""
+        memory = self._free.pop() if self._free else GradientMemory(self._layout)
+        self._taken.append(memory)
+        return memory
+
+    def release(self) -> None:
+        """Nobody reads any of it any more."""
+        self._free += self._taken
+        self._taken.clear()
+
+    def give_up(self) -> None:
+        """The connections are gone, and servers may go on reading what was passed to them: never use that again."""
+        self._free += [memory for memory in self._taken if not memory.passed]
+        self._taken.clear()
