@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 from psa_store import telemetry
-from psa_store.errors import DependencyUnreachable, PsaError, Rewound
+from psa_store.errors import DependencyUnreachable, Fenced, PsaError, Rewound
 from psa_store.job import SHARD_VERSIONS_KEPT
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Committed, Lost
-from psa_store.storage import Manifest, RedisStore
+from psa_store.storage import Manifest, RedisStore, ShardState
 
 _RETRY_PAUSE_S = 0.2
 _WATCH_S = 1.0
@@ -121,51 +122,48 @@ class Committer:
     def _commit(self, work: Work) -> Committed | Lost | None:
         """Write all shards of ``work``; None if the epoch ended meanwhile."""
         manifests: dict[int, Manifest] = {}
-        for index, lead in work.leads.items():
-            while index not in manifests:
-                if not self._wanted(work):
-                    return None
-                try:
-                    manifests[index] = self._commit_shard(work, index, lead)
-                except DependencyUnreachable as error:
-                    self._log.warning("commit delayed, trying again", shard=index, error=str(error))
-                    with self._changed:
-                        self._changed.wait(_RETRY_PAUSE_S)
-                except Exception as error:
-                    # Fenced, mostly. Whatever it is, this epoch cannot be committed: a take-over starts from Redis.
-                    return Lost(work.epoch, str(error) if isinstance(error, PsaError) else repr(error))
+        while len(manifests) < len(work.leads):
+            if not self._wanted(work):
+                return None
+            try:
+                self._write(work, manifests)
+            except DependencyUnreachable as error:
+                left = len(work.leads) - len(manifests)
+                self._log.warning("commit delayed, trying again", shards_left=left, error=str(error))
+                with self._changed:
+                    self._changed.wait(_RETRY_PAUSE_S)
+            except Exception as error:
+                # Fenced, mostly. Whatever it is, this epoch cannot be committed: a take-over starts from Redis.
+                return Lost(work.epoch, str(error) if isinstance(error, PsaError) else repr(error))
         self._remember_redis()
         return Committed(work.epoch, work.version, manifests)
 
-    def _commit_shard(self, work: Work, index: int, lead: Lead) -> Manifest:
-        arrays, scalars = lead.snapshot()
-        expect = lead.committed.version if lead.committed else None
-        try:
-            manifest = self._store.commit(
-                self._job,
-                index,
-                work.epoch,
-                work.version,
-                arrays,
-                scalars,
-                keep=SHARD_VERSIONS_KEPT,
-                expect=expect,
-            )
-        except Rewound as error:
-            self._log.warning("Redis went back in time: writing again from memory", error=str(error))
-            self._store.seal(self._job, [index], work.epoch, self._layout)
-            manifest = self._store.commit(
-                self._job,
-                index,
-                work.epoch,
-                work.version,
-                arrays,
-                scalars,
-                keep=SHARD_VERSIONS_KEPT,
-                expect=None,
-            )
-        lead.committed = manifest
-        return manifest
+    def _write(self, work: Work, manifests: dict[int, Manifest]) -> None:
+        """Commit the shards that ``manifests`` lacks, and put theirs into it; stops early if the epoch ends."""
+        states = []
+        for index, lead in work.leads.items():
+            if index not in manifests:
+                expect = lead.committed.version if lead.committed else None
+                states.append(ShardState(index, *lead.snapshot(), expect))
+        keep = SHARD_VERSIONS_KEPT
+        with closing(self._store.commit_each(self._job, work.epoch, work.version, states, keep=keep)) as outcomes:
+            for index, outcome in outcomes:
+                lead = work.leads[index]
+                if isinstance(outcome, Rewound):
+                    outcome = self._write_over(work, index, lead, outcome)
+                if isinstance(outcome, Fenced):
+                    raise outcome
+                lead.committed = manifests[index] = outcome
+                if not self._wanted(work):
+                    return
+
+    def _write_over(self, work: Work, index: int, lead: Lead, error: Rewound) -> Manifest:
+        """Commit to a Redis that went back in time: under a new seal, and whatever it holds."""
+        self._log.warning("Redis went back in time: writing again from memory", error=str(error))
+        self._store.seal(self._job, [index], work.epoch, self._layout)
+        return self._store.commit(
+            self._job, index, work.epoch, work.version, *lead.snapshot(), keep=SHARD_VERSIONS_KEPT, expect=None
+        )
 
     def _remember_redis(self) -> None:
         try:
@@ -180,12 +178,12 @@ class Committer:
             if run_id == self._run_id:
                 return
             heads = self._store.seal(self._job, last.leads, last.epoch, self._layout)
-            for head in heads:
-                if head.manifest(last.version) is None:
-                    self._log.warning("Redis lost a committed version: writing it again", shard=head.shard)
-                    lead = last.leads[head.shard]
-                    lead.committed = None
-                    self._commit_shard(last, head.shard, lead)
+            lost = {head.shard: last.leads[head.shard] for head in heads if head.manifest(last.version) is None}
+            if lost:
+                self._log.warning("Redis lost a committed version: writing it again", shards=list(lost))
+            for lead in lost.values():
+                lead.committed = None
+            self._write(replace(last, leads=lost), {})
             self._run_id = run_id
         except DependencyUnreachable:
             return

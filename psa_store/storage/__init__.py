@@ -1,7 +1,8 @@
 """Versioned shards in Redis. The only room that knows redis-py."""
 
+from psa_store.storage.committing import ShardState
 from psa_store.storage.connecting import printable
 from psa_store.storage.records import CHUNK_BYTES, Head, Manifest, Section
 from psa_store.storage.redis_store import RedisStore
 
-__all__ = ["CHUNK_BYTES", "Head", "Manifest", "RedisStore", "Section", "printable"]
+__all__ = ["CHUNK_BYTES", "Head", "Manifest", "RedisStore", "Section", "ShardState", "printable"]

@@ -3,6 +3,8 @@
 -- The fence and the flip. Functions check everything first and write last, because Redis isolates them but does not
 -- roll them back. They move small values only: tensors are plain keys. Epochs are fixed-width hex, compared as text.
 
+local DROPPED_EXPIRY_S = 3600
+
 -- psa_seal: raise the epoch of a shard, so that commits of lower epochs are refused from now on.
 -- keys: head. args: epoch, layout fingerprint.
 -- returns {'ok', fields of the head} or refuses with {'fenced', higher epoch}. Idempotent.
@@ -29,7 +31,8 @@ local function holds(head, field, nonce)
   return manifest and cjson.decode(manifest).nonce == nonce
 end
 
--- psa_commit: make one version of a shard the head's, and drop old ones, in one step.
+-- psa_commit: make one version of a shard the head's, and drop old ones, in one step. Their chunks expire; whoever
+-- has the time removes them earlier with psa_sweep.
 -- keys: head, then the new chunks, then the chunks to drop.
 -- args: epoch, version field, manifest, field that must be there ('' for none), number of new chunks,
 --       their sizes (that many), number of versions in the head, field and nonce of each, then the fields to drop.
@@ -52,8 +55,18 @@ local function commit(keys, args)
   for i = 1, count do redis.call('PERSIST', keys[1 + i]) end
   for i = 7 + count + 2 * seen, #args do redis.call('HDEL', head, args[i]) end
   redis.call('HSET', head, field, manifest)
-  for i = 2 + count, #keys do redis.call('UNLINK', keys[i]) end
+  for i = 2 + count, #keys do redis.call('EXPIRE', keys[i], DROPPED_EXPIRY_S) end
   return {'ok'}
+end
+
+-- psa_sweep: remove chunks before they expire. keys: the chunks. returns how many it removed. Idempotent.
+-- What a head names does not expire: so a Redis that went back in time keeps what its older head still needs.
+local function sweep(keys)
+  local gone = 0
+  for _, key in ipairs(keys) do
+    if redis.call('PTTL', key) >= 0 then gone = gone + redis.call('UNLINK', key) end
+  end
+  return gone
 end
 
 -- psa_drop: take versions out of a head.
@@ -85,5 +98,6 @@ end
 
 redis.register_function('psa_seal', seal)
 redis.register_function('psa_commit', commit)
+redis.register_function{function_name = 'psa_sweep', callback = sweep, flags = {'allow-oom'}}
 redis.register_function('psa_drop', drop)
 redis.register_function('psa_create', create)

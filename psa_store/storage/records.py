@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from psa_store.errors import DataIntegrity
@@ -72,6 +72,21 @@ def version_field(version: int) -> str:
 def epoch_text(epoch: int) -> str:
     """Fixed width, so that Lua compares text: its numbers lose the last bits of large integers."""
     return f"{epoch:016x}"
+
+
+def identities(manifests: Iterable[Manifest]) -> list[str]:
+    """Field and nonce of each, by which a function recognises what the caller has read."""
+    return [part for each in manifests for part in (each.field, each.nonce)]
+
+
+def chunk_sizes(size_bytes: int) -> list[int]:
+    return [min(CHUNK_BYTES, size_bytes - low) for low in range(0, size_bytes, CHUNK_BYTES)]
+
+
+def split_chunks(data: memoryview) -> list[memoryview]:
+    """The chunks of an array, without a copy."""
+    flat = data.cast("B")
+    return [flat[low : low + CHUNK_BYTES] for low in range(0, len(flat), CHUNK_BYTES)]
 
 
 def head_from_fields(job: str, shard: int, fields: Mapping[bytes, bytes]) -> Head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -26,7 +28,9 @@ from psa_store.errors import (
     UsageError,
 )
 from psa_store.local import PrivateRedis
-from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore
+from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore, ShardState, committing
+from psa_store.storage.writing import Command
+from tests.integration.proxy import Proxy
 
 JOB = "job"
 LAYOUT = "f" * 64
@@ -62,6 +66,20 @@ def store(url: str, raw: redis.Redis) -> Iterator[RedisStore]:
         yield store
 
 
+@pytest.fixture
+def proxy(server: PrivateRedis) -> Iterator[Proxy]:
+    """A link to Redis that can be cut."""
+    with closing(Proxy(int(server.tcp_url.rsplit(":", 1)[1]))) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def distant(proxy: Proxy) -> Iterator[RedisStore]:
+    """A store at the other end of ``proxy``."""
+    with closing(RedisStore(f"redis://:sesame@127.0.0.1:{proxy.port}", timeout_s=1.0)) as store:
+        yield store
+
+
 def data(size: int, fill: int) -> memoryview:
     return memoryview(bytes([fill]) * size)
 
@@ -73,8 +91,13 @@ def commit(
     return store.commit(JOB, shard, epoch, version, arrays, {"opt_step": version}, keep=KEEP, expect=expect)
 
 
-def arrays_of(version: int) -> dict[str, tuple[str, memoryview]]:
-    return {"param": ("float32", data(100, version)), "momentum": ("float32", data(100, version + 100))}
+def state_of(shard: int, version: int, *, expect: int | None = None, size: int = 100) -> ShardState:
+    arrays = {"param": ("float32", data(size, version)), "momentum": ("float32", data(size, version + 100))}
+    return ShardState(shard, arrays, {"opt_step": version}, expect)
+
+
+def write_chunks(store: RedisStore, manifest: Manifest) -> None:
+    committing.write_chunks(store._caller, JOB, manifest, state_of(0, 1))
 
 
 def assert_no_garbage(store: RedisStore, raw: redis.Redis) -> None:
@@ -162,20 +185,12 @@ def test_old_versions_and_their_chunks_are_dropped(store: RedisStore, raw: redis
 
 
 def test_chunks_expire_until_a_commit_makes_them_permanent(
-    store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    proxy: Proxy, distant: RedisStore, store: RedisStore, raw: redis.Redis
 ) -> None:
     store.seal(JOB, [0], 1, LAYOUT)
-
-    class Crash(Exception):
-        pass
-
-    def crash(*_: object) -> None:
-        raise Crash
-
-    with monkeypatch.context() as patched:
-        patched.setattr(store, "_flip", crash)
-        with pytest.raises(Crash):
-            commit(store, 1)
+    proxy.cut_before(b"psa_commit", forever=True)
+    with pytest.raises(DependencyUnreachable):
+        commit(distant, 1)
     orphans = raw.keys("psa:{job:0}:1:*")
     assert len(orphans) == 2 and all(0 < raw.ttl(key) <= 3600 for key in orphans)
     manifest = commit(store, 1)
@@ -186,7 +201,7 @@ def test_a_write_that_arrives_late_does_not_make_a_committed_chunk_expire(store:
     """A connection that broke may still deliver its SET after another one has repeated it and the commit is done."""
     store.seal(JOB, [0], 1, LAYOUT)
     manifest = commit(store, 1)
-    store._write_chunks(JOB, 0, manifest, arrays_of(1))
+    write_chunks(store, manifest)
     assert [raw.ttl(key) for key in manifest.chunk_keys(JOB, 0)] == [-1, -1]
 
 
@@ -196,8 +211,8 @@ def test_a_flip_that_arrives_late_does_not_undo_a_newer_one(store: RedisStore, r
     (seen,) = store.heads(JOB, [0])
     newer = commit(store, 1, expect=1)  # same version, so the same fields: only the nonce tells them apart
     late = replace(newer, nonce=secrets.token_hex(4))
-    store._write_chunks(JOB, 0, late, arrays_of(1))
-    assert store._flip(JOB, seen, late, KEEP, 1) == [b"changed"]
+    write_chunks(store, late)
+    assert store._caller.functions([committing.flip(JOB, seen, late, KEEP, 1)]) == [[b"changed"]]
     assert store.heads(JOB, [0])[0].manifests == (newer,)
     assert_no_garbage(store, raw)
 
@@ -207,8 +222,8 @@ def test_a_flip_decided_on_an_older_head_is_refused(store: RedisStore, raw: redi
     (seen,) = store.heads(JOB, [0])
     first = commit(store, 1)  # not in `seen`: a flip that does not know it could not drop it when its turn comes
     late = replace(first, version=2, nonce=secrets.token_hex(4))
-    store._write_chunks(JOB, 0, late, arrays_of(1))
-    assert store._flip(JOB, seen, late, KEEP, None) == [b"changed"]
+    write_chunks(store, late)
+    assert store._caller.functions([committing.flip(JOB, seen, late, KEEP, None)]) == [[b"changed"]]
     assert store.heads(JOB, [0])[0].manifests == (first,)
     assert_no_garbage(store, raw)
 
@@ -262,35 +277,22 @@ def test_flushed_functions_are_loaded_again(store: RedisStore, raw: redis.Redis)
     assert commit(store, 1).version == 1
 
 
-def test_a_lost_answer_does_not_commit_twice(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The flip happens and its answer is lost: the next try finds its own nonce and is content."""
-    store.seal(JOB, [0], 1, LAYOUT)
-    flip, flips = store._flip, []
-
-    def lossy(*arguments: object) -> list[bytes]:
-        flips.append(flip(*arguments))  # type: ignore[arg-type]
-        return [b"changed"] if len(flips) == 1 else flips[-1]
-
-    monkeypatch.setattr(store, "_flip", lossy)
-    manifest = commit(store, 1)
-    assert len(flips) == 1 and store.heads(JOB, [0])[0].manifests == (manifest,)
-
-
 def test_a_flip_without_an_answer_in_time_is_looked_up(
     server: PrivateRedis, url: str, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(RedisStore(url, timeout_s=0.5)) as store:
         store.seal(JOB, [0], 1, LAYOUT)
-        flip = store._flip
+        flip, flips = committing.flip, []
         wake = threading.Timer(0.7, os.kill, (server.pid, signal.SIGCONT))
 
-        def into_a_pause(*arguments: object) -> list[bytes]:
-            monkeypatch.undo()
-            os.kill(server.pid, signal.SIGSTOP)
-            wake.start()
-            return flip(*arguments)  # type: ignore[arg-type]
+        def into_a_pause(*arguments: Any) -> Any:
+            flips.append(arguments)
+            if len(flips) == 1:
+                os.kill(server.pid, signal.SIGSTOP)
+                wake.start()
+            return flip(*arguments)
 
-        monkeypatch.setattr(store, "_flip", into_a_pause)
+        monkeypatch.setattr(committing, "flip", into_a_pause)
         try:
             manifest = commit(store, 1)
         finally:
@@ -304,7 +306,7 @@ def test_a_commit_whose_chunks_keep_vanishing_gives_up(
     store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (sealed,) = store.seal(JOB, [0], 1, LAYOUT)
-    monkeypatch.setattr(store, "_write_chunks", lambda *_: None)
+    monkeypatch.setattr(committing, "_set", lambda key, part: Command(("ECHO", key)))
     with pytest.raises(DependencyUnreachable, match="job 'job', shard 0: version 1"):
         commit(store, 1)
     assert store.heads(JOB, [0]) == [sealed]
@@ -465,5 +467,216 @@ def test_a_full_redis_refuses_with_a_reason_and_keeps_what_it_has(tmp_path: Path
                 commit(store, 2, size=3 * CHUNK_BYTES, expect=1)
             assert store.heads(JOB, [0])[0].manifests == (manifest,)
             assert read(store, manifest, CHUNK_BYTES)["param"] == data(CHUNK_BYTES, 1)
+    finally:
+        private.stop()
+
+
+# --- many shards in one stream
+
+
+def commit_all(
+    store: RedisStore, version: int, shards: int = 3, *, epoch: int = 1, expect: int | None = None, size: int = 100
+) -> dict[int, Manifest | Fenced | Rewound]:
+    states = [state_of(shard, version, expect=expect, size=size) for shard in range(shards)]
+    return dict(store.commit_each(JOB, epoch, version, states, keep=KEEP))
+
+
+def assert_committed_once(store: RedisStore, raw: redis.Redis, version: int, size: int, outcomes: object) -> None:
+    """All heads hold this version and no other, with these manifests and bytes; nothing else is permanent."""
+    heads = store.heads(JOB, range(3))
+    assert {head.shard: head.manifests for head in heads} == {s: (m,) for s, m in outcomes.items()}  # type: ignore[attr-defined]
+    named = {f"psa:{{job:{shard}}}:head" for shard in range(3)}
+    for head in heads:
+        places = {"param": bytearray(size), "momentum": bytearray(size)}
+        store.load(JOB, head.shard, head.manifests[0], {name: memoryview(place) for name, place in places.items()})
+        assert places == {"param": bytearray(data(size, version)), "momentum": bytearray(data(size, version + 100))}
+        named |= set(head.manifests[0].chunk_keys(JOB, head.shard))
+    assert {key.decode() for key in raw.keys("psa:{job:*") if raw.ttl(key) == -1} == named
+
+
+def test_many_shards_are_committed_in_one_stream(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, range(3), 1, LAYOUT)
+    for version in range(1, 6):
+        manifests = commit_all(store, version, expect=version - 1 or None)
+        assert [head.manifest(version) for head in store.heads(JOB, range(3))] == list(manifests.values())
+    assert [[m.version for m in head.manifests] for head in store.heads(JOB, range(3))] == [[3, 4, 5]] * 3
+    assert len(raw.keys("psa:{job:*")) == 3 * (1 + KEEP * 2)
+
+
+@pytest.mark.parametrize("size", [100, 300_000])
+def test_a_commit_survives_a_cut_anywhere(
+    proxy: Proxy, distant: RedisStore, store: RedisStore, raw: redis.Redis, size: int
+) -> None:
+    """In the middle of a value, of a flip, or of an answer: each shard is committed exactly once, and whole."""
+    cuts = [(proxy.cut_requests_after, max(97, size // 3)), (proxy.cut_answers_after, 13)]
+    for cut, stride in cuts:
+        for count in itertools.count(1, stride):
+            raw.flushdb()
+            store.seal(JOB, range(3), 1, LAYOUT)
+            distant.heads(JOB, range(3))
+            proxy.fired = 0
+            cut(count)
+            outcomes = commit_all(distant, 7, size=size)
+            if not proxy.fired:
+                break
+            assert_committed_once(store, raw, 7, size, outcomes)
+        assert count > 5 * stride
+
+
+def test_a_commit_over_a_link_that_stays_cut_is_unreachable(
+    proxy: Proxy, distant: RedisStore, store: RedisStore, raw: redis.Redis
+) -> None:
+    store.seal(JOB, range(3), 1, LAYOUT)
+    distant.heads(JOB, [0])
+    proxy.cut_before(b"$3\r\nSET\r\n", forever=True)
+    with pytest.raises(DependencyUnreachable, match=str(proxy.port)):
+        commit_all(distant, 1)
+    assert proxy.fired and not raw.keys("psa:{job:*}:1:*")
+
+
+def test_a_fenced_shard_does_not_stop_the_others(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, range(3), 1, LAYOUT)
+    (sealed,) = store.seal(JOB, [1], 2, LAYOUT)
+    outcomes = commit_all(store, 1)
+    assert isinstance(outcomes[1], Fenced) and "epoch 2 owns the shard and ours is 1" in str(outcomes[1])
+    assert store.heads(JOB, range(3)) == [
+        replace(sealed, shard=0, epoch=1, manifests=(outcomes[0],)),
+        sealed,
+        replace(sealed, shard=2, epoch=1, manifests=(outcomes[2],)),
+    ]
+    assert raw.keys("psa:{job:1}:*") == [b"psa:{job:1}:head"]
+
+
+def test_a_rewound_shard_does_not_stop_the_others(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, range(3), 1, LAYOUT)
+    commit_all(store, 1)
+    raw.delete("psa:{job:1}:head")
+    outcomes = commit_all(store, 2, expect=1)
+    assert isinstance(outcomes[1], Rewound)
+    assert [len(head.manifests) for head in store.heads(JOB, range(3))] == [2, 0, 2]
+
+
+def test_a_flip_without_its_chunks_writes_them_again(
+    store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.seal(JOB, range(3), 1, LAYOUT)
+    flip, lost = committing.flip, []
+
+    def lose_a_chunk(job: str, head: Any, manifest: Manifest, *others: Any) -> Any:
+        if head.shard == 1 and not lost:
+            lost.append(manifest.chunk_keys(job, 1)[0])
+            while not raw.delete(lost[0]):
+                pass
+        return flip(job, head, manifest, *others)
+
+    monkeypatch.setattr(committing, "flip", lose_a_chunk)
+    assert_committed_once(store, raw, 1, 100, commit_all(store, 1))
+    assert lost
+
+
+def test_functions_that_are_flushed_in_the_middle_of_a_commit_are_loaded_again(
+    store: RedisStore, raw: redis.Redis
+) -> None:
+    store.seal(JOB, range(8), 1, LAYOUT)
+    done = []
+    for shard, _ in store.commit_each(JOB, 1, 1, [state_of(shard, 1) for shard in range(8)], keep=KEEP):
+        done.append(shard)
+        raw.function_flush()
+    assert sorted(done) == list(range(8)) and all(head.manifest(1) for head in store.heads(JOB, range(8)))
+
+
+def test_whoever_stops_a_commit_leaves_connections_that_can_be_used(url: str, raw: redis.Redis) -> None:
+    with closing(RedisStore(url, timeout_s=1.0, connections_max=2)) as store:
+        store.seal(JOB, range(9), 1, LAYOUT)
+        for version in range(1, 6):
+            states = [state_of(shard, version, size=200_000) for shard in range(9)]
+            with closing(store.commit_each(JOB, 1, version, states, keep=KEEP)) as outcomes:
+                shard, manifest = next(outcomes)
+            assert store.heads(JOB, [0])[0].manifest(version) == manifest and shard == 0
+        for head in store.heads(JOB, range(9)):
+            for each in head.manifests:
+                places = {"param": memoryview(bytearray(200_000))}
+                store.load(JOB, head.shard, each, places)
+                assert places["param"] == data(200_000, each.version)
+
+
+def test_what_a_flip_dropped_expires_if_the_writer_dies(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, range(9), 1, LAYOUT)
+    for version in range(1, 4):
+        last = commit_all(store, version, 9)
+    oldest = [store.heads(JOB, [0])[0].manifests[0].chunk_keys(JOB, 0)][0]
+    assert [raw.ttl(key) for key in oldest] == [-1, -1] and last
+    with closing(store.commit_each(JOB, 1, 4, [state_of(s, 4, expect=3) for s in range(9)], keep=KEEP)) as outcomes:
+        next(outcomes)
+    assert all(0 < raw.ttl(key) <= 3600 for key in oldest)
+
+
+def test_a_sweep_spares_what_a_head_names(store: RedisStore, raw: redis.Redis) -> None:
+    """A Redis that went back in time names old chunks again: a sweep that comes afterwards must not take them."""
+    store.seal(JOB, [0], 1, LAYOUT)
+    manifest = commit(store, 1)
+    raw.set("psa:{job:0}:orphan", "x", ex=100)
+    swept = [*manifest.chunk_keys(JOB, 0), "psa:{job:0}:orphan", "psa:{job:0}:nothing"]
+    raw.config_set("maxmemory", 1)  # it frees memory, so it must not be refused for want of it
+    try:
+        assert store._caller.functions([("psa_sweep", swept, [])]) == [1]
+    finally:
+        raw.config_set("maxmemory", 0)
+    assert_no_garbage(store, raw)
+    read(store, manifest)
+
+
+def test_a_commit_frees_as_fast_as_it_writes(server: PrivateRedis, store: RedisStore, raw: redis.Redis) -> None:
+    shards, size = 8, 2 * CHUNK_BYTES
+    store.seal(JOB, range(shards), 1, LAYOUT)
+    for version in range(1, KEEP + 1):
+        commit_all(store, version, shards, size=size)
+    with closing(redis.Redis.from_url(server.tcp_url, password="sesame")) as watcher:
+        before = watcher.info("memory")["used_memory"]
+        held = []
+        states = [state_of(shard, 9, expect=KEEP, size=size) for shard in range(shards)]
+        for _ in store.commit_each(JOB, 1, 9, states, keep=KEEP):
+            held.append(watcher.info("memory")["used_memory"] - before)
+    one_shard = 2 * size
+    assert len(held) == shards and max(held) < 3 * one_shard
+    assert raw.info("memory")["used_memory"] - before < one_shard
+
+
+@pytest.mark.parametrize(("refuse", "why"), [(refuse_without_replicas, "NOREPLICAS"), (become_a_replica, "replica")])
+def test_a_redis_that_begins_to_refuse_in_the_middle_of_a_commit_is_unfit(
+    store: RedisStore, raw: redis.Redis, refuse: Callable[[redis.Redis], Callable[[], object]], why: str
+) -> None:
+    store.seal(JOB, range(20), 1, LAYOUT)
+    undo: Callable[[], object] = int
+    done = []
+    try:
+        with pytest.raises(DependencyUnfit, match=why):
+            for shard, _ in store.commit_each(JOB, 1, 1, [state_of(s, 1) for s in range(20)], keep=KEEP):
+                if not done:
+                    undo = refuse(raw)
+                done.append(shard)
+    finally:
+        undo()
+    assert 0 < len(done) < 20 and all(head.manifest(1) for head in store.heads(JOB, done))
+    left = [shard for shard in range(20) if shard not in done]
+    again = dict(store.commit_each(JOB, 1, 1, [state_of(shard, 1) for shard in left], keep=KEEP))
+    assert list(again) == left and all(head.manifest(1) for head in store.heads(JOB, range(20)))
+
+
+def test_a_redis_that_runs_full_in_the_middle_of_a_commit_keeps_no_rest_of_it(tmp_path: Path) -> None:
+    private = PrivateRedis(tmp_path, {"maxmemory": "60mb"})
+    private.start(10)
+    try:
+        with closing(RedisStore(private.url, timeout_s=5.0)) as store, redis.Redis.from_url(private.url) as raw:
+            store.check()
+            store.seal(JOB, range(4), 1, LAYOUT)
+            done = {}
+            states = [state_of(shard, 1, size=2 * CHUNK_BYTES) for shard in range(4)]
+            with pytest.raises(DependencyUnfit, match="maxmemory"):
+                for shard, manifest in store.commit_each(JOB, 1, 1, states, keep=KEEP):
+                    done[shard] = manifest
+            assert 0 < len(done) < 4
+            assert [head.manifest(1) for head in store.heads(JOB, list(done))] == list(done.values())
+            assert [key for key in raw.keys("psa:{job:*") if raw.ttl(key) != -1] == []
     finally:
         private.stop()

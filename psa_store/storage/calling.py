@@ -1,0 +1,105 @@
+"""Calls to one Redis: tried again while it is away, its errors translated, our functions loaded when they are missing.
+
+Whatever is called here must be idempotent, because an answer may get lost: each caller says why his call is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import redis
+import tenacity
+
+from psa_store.errors import DependencyUnfit
+from psa_store.storage.connecting import make_pool, printable, translated
+
+FunctionCall = tuple[str, list[str], Sequence[Any]]
+"""Name, keys, arguments."""
+
+_RETRY_PAUSE_S = 0.05
+T = TypeVar("T")
+
+
+class Caller:
+    """The pool of connections to one Redis, and the one place of retries. Thread-safe."""
+
+    def __init__(self, url: str, timeout_s: float, connections_max: int) -> None:
+        self.where = printable(url)
+        self.pool = make_pool(url, timeout_s, connections_max)
+        self.client = redis.Redis(connection_pool=self.pool)
+        self._url = url
+        self._timeout_s = timeout_s
+        self._library = (files("psa_store.storage") / "functions.lua").read_text()
+
+    def close(self) -> None:
+        self.pool.disconnect()
+
+    def retrying(self, operation: Callable[[], T]) -> T:
+        """Try an idempotent operation again while Redis is away or loading, until ``timeout_s`` is over.
+
+        Raises:
+            DependencyUnreachable: it is away still.
+            DependencyUnfit: it refuses.
+        """
+        with translated(self._url):
+            return self._retried(operation)
+
+    def with_functions(self, operation: Callable[[], T]) -> T:
+        """The same for an operation that calls our functions; loads them first if somebody flushed them."""
+        with translated(self._url):
+            try:
+                return self._retried(operation)
+            except redis.exceptions.ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise
+            self.load_library()
+            return self._retried(operation)
+
+    def functions(self, calls: Sequence[FunctionCall]) -> list[Any]:
+        """Call functions in one round trip; returns their replies."""
+
+        def attempt() -> list[Any]:
+            pipeline = self.client.pipeline(transaction=False)
+            for name, its_keys, args in calls:
+                pipeline.fcall(name, len(its_keys), *its_keys, *args)
+            return list(pipeline.execute())
+
+        return self.with_functions(attempt)
+
+    def load_library(self) -> None:
+        """Load our functions, unless exactly these are loaded."""
+        marked = self._library + f"-- {hashlib.sha256(self._library.encode()).hexdigest()}\n"
+        with translated(self._url):
+            try:
+                listed = self._retried(lambda: self.client.function_list(library="psa_store", withcode=True))
+                if marked.encode() not in _flatten(listed):
+                    self._retried(lambda: self.client.function_load(marked, replace=True))
+            except redis.exceptions.ResponseError as error:
+                if "unknown command" not in str(error).lower():
+                    raise
+                raise DependencyUnfit(
+                    f"Redis at {self.where} has no functions: use Redis 7.0 or newer, or Valkey"
+                ) from error
+
+    def _retried(self, operation: Callable[[], T]) -> T:
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(self._timeout_s),
+            wait=tenacity.wait_fixed(_RETRY_PAUSE_S),
+            retry=tenacity.retry_if_exception_type(
+                (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError)
+            )
+            & tenacity.retry_if_not_exception_type(redis.exceptions.AuthenticationError),
+            reraise=True,
+        )
+        return retrying(operation)
+
+
+def _flatten(reply: Any) -> list[Any]:
+    if isinstance(reply, dict):
+        return [leaf for pair in reply.items() for item in pair for leaf in _flatten(item)]
+    if isinstance(reply, (list, tuple)):
+        return [leaf for item in reply for leaf in _flatten(item)]
+    return [reply]

@@ -1,0 +1,244 @@
+"""Making one version of many shards durable: chunks and flips in one stream, and one old chunk freed for each new one.
+
+Per shard the order is: write the new chunks, flip the head, free the chunks that the flip dropped. The flip checks
+that its chunks are whole, so nobody waits for their replies before it is sent.
+
+Freed and written memory keep pace because Redis' allocator soon gives what is free back to the kernel, and fetching
+it again page by page costs Redis more than receiving the data (with shards of 48 MiB: half of the speed). The flip
+therefore only lets the dropped chunks expire, and each later SET is preceded by the removal of one of them, whose
+memory it gets. A writer that dies in between leaves keys that expire.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from xxhash import xxh3_128_hexdigest
+
+from psa_store.errors import DependencyUnfit, DependencyUnreachable, Fenced, Rewound
+from psa_store.storage import keys
+from psa_store.storage.calling import Caller, FunctionCall
+from psa_store.storage.connecting import text
+from psa_store.storage.records import (
+    Head,
+    Manifest,
+    Section,
+    chunk_sizes,
+    epoch_text,
+    identities,
+    split_chunks,
+    version_field,
+)
+from psa_store.storage.writing import Command, Stream
+
+CHUNK_EXPIRY_S = 3600
+"""Chunks live this long until a commit makes them permanent: a writer that dies leaves nothing behind."""
+TRIES_MAX = 5
+"""Looks at a head before a change is given up: each fails only if the head changed between look and change."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardState:
+    """What one shard is to be in the new version."""
+
+    shard: int
+    arrays: Mapping[str, tuple[str, memoryview]]
+    """Section name -> (dtype, bytes). The memory must not change until the commit is over."""
+    scalars: Mapping[str, float | int]
+    expect: int | None
+    """The version that the caller committed last, None if he does not know of one."""
+
+
+Outcomes: TypeAlias = Generator[tuple[int, Manifest | Fenced | Rewound], None, None]
+
+
+class Commit:
+    """Version ``version`` of some shards under ``epoch``. For one use.
+
+    Args:
+        heads: reads the heads of these shards.
+        keep: how many versions a head keeps; older ones are dropped in the same flip.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        heads: Callable[[Iterable[int]], list[Head]],
+        job: str,
+        epoch: int,
+        version: int,
+        keep: int,
+    ) -> None:
+        self._caller = caller
+        self._heads = heads
+        self._job = job
+        self._epoch = epoch
+        self._version = version
+        self._keep = keep
+        self._in_doubt: dict[int, Manifest] = {}
+        """Shards whose flip may be under way, or was answered with a head that somebody has changed."""
+        self._unflipped: set[str] = set()
+        """Chunks that were written and that no head is known to name."""
+        self._dropped: deque[str] = deque()
+        """Chunks that no head names any more."""
+
+    def outcomes(self, states: Sequence[ShardState]) -> Outcomes:
+        """Commit the shards one after the other; yields each with its manifest, or why it was refused."""
+        left = {state.shard: state for state in states}
+        heads = {head.shard: head for head in self._heads(left)}
+        broken: DependencyUnreachable | None = None
+        with Stream(self._caller.pool, self._commands(states, heads)) as stream:
+            try:
+                while (answer := self._caller.with_functions(stream.next_answer)) is not None:
+                    shard, reply = answer
+                    outcome = self._judged(heads[shard], self._in_doubt[shard], reply)
+                    if outcome is not None:
+                        del self._in_doubt[shard], left[shard]
+                        yield shard, outcome
+            except DependencyUnfit:
+                self._clean_up()  # what it lacks may be memory
+                raise
+            except DependencyUnreachable as error:
+                broken = error
+        # Flips that were under way: done or not? The heads know, and if Redis is still away, looking raises.
+        for shard, manifest in self._in_doubt.items():
+            yield shard, self._settled(left.pop(shard), manifest)
+        if broken is not None and left:
+            raise broken
+        self._clean_up()
+
+    def _commands(self, states: Sequence[ShardState], heads: Mapping[int, Head]) -> Iterator[Command]:
+        """The stream. Digests are taken just before the bytes are sent, while they are on their way to the cache."""
+        for state in states:
+            nonce = secrets.token_hex(4)
+            sections = []
+            for name, (dtype, data) in state.arrays.items():
+                digests = []
+                for index, part in enumerate(split_chunks(data)):
+                    digests.append(xxh3_128_hexdigest(part))
+                    if self._dropped:
+                        yield _call(_sweep(self._dropped.popleft()))
+                    key = keys.chunk(self._job, state.shard, self._version, self._epoch, nonce, name, index)
+                    self._unflipped.add(key)
+                    yield _set(key, part)
+                sections.append(Section(name, dtype, data.nbytes, tuple(digests)))
+            manifest = Manifest(self._version, self._epoch, nonce, tuple(sections), dict(state.scalars))
+            self._in_doubt[state.shard] = manifest
+            yield _call(flip(self._job, heads[state.shard], manifest, self._keep, state.expect), awaited=state.shard)
+
+    def _clean_up(self) -> None:
+        """Remove what this commit wrote or dropped and no head names, rather now than when it expires."""
+        with suppress(DependencyUnreachable):
+            self._caller.functions([_sweep(key) for key in (*self._unflipped, *self._dropped)])
+
+    def _judged(self, head: Head, manifest: Manifest, reply: Sequence[Any]) -> Manifest | Fenced | Rewound | None:
+        """What a flip that was decided on ``head`` has come to; None if that must be looked up."""
+        where = f"job {self._job!r}, shard {head.shard}"
+        match reply[0]:
+            case b"ok":
+                self._unflipped.difference_update(manifest.chunk_keys(self._job, head.shard))
+                for old in _old(head, manifest, self._keep):
+                    self._dropped += old.chunk_keys(self._job, head.shard)
+                return manifest
+            case b"fenced":
+                return Fenced(
+                    f"{where}: commit of version {self._version} refused, epoch "
+                    f"{int(reply[1], 16)} owns the shard and ours is {self._epoch}"
+                )
+            case b"rewound":
+                return Rewound(f"{where}: Redis lost {text(reply[1])!r}, which we wrote")
+        return None
+
+    def _settled(self, state: ShardState, manifest: Manifest) -> Manifest | Fenced | Rewound:
+        """After a flip that found another head, or not its chunks: look, and flip again, until it is done or refused.
+
+        Raises:
+            DependencyUnreachable: the head, or the chunks, change every time.
+        """
+        for _ in range(TRIES_MAX):
+            (head,) = self._heads([state.shard])
+            stored = head.manifest(self._version)
+            if stored is not None and stored.nonce == manifest.nonce:
+                return manifest  # an earlier try did it, and only its answer was lost
+            try:
+                (reply,) = self._caller.functions([flip(self._job, head, manifest, self._keep, state.expect)])
+            except DependencyUnfit:
+                raise
+            except DependencyUnreachable:
+                continue  # done or not? The head knows, and if Redis is still away, looking raises
+            outcome = self._judged(head, manifest, reply)
+            if outcome is not None:
+                return outcome
+            if reply[0] == b"missing":
+                write_chunks(self._caller, self._job, manifest, state)
+        raise DependencyUnreachable(
+            unsettled(self._caller, self._job, state.shard, f"version {self._version} could not be committed")
+        )
+
+
+def flip(job: str, head: Head, manifest: Manifest, keep: int, expect: int | None) -> FunctionCall:
+    """The call that makes ``manifest`` one of the ``keep`` versions of ``head``, as long as that is still the head."""
+    old = _old(head, manifest, keep)
+    chunks = manifest.chunk_keys(job, head.shard)
+    sizes = [size for section in manifest.sections for size in chunk_sizes(section.size_bytes)]
+    return (
+        "psa_commit",
+        [
+            keys.head(job, head.shard),
+            *chunks,
+            *(key for each in old for key in each.chunk_keys(job, head.shard)),
+        ],
+        [
+            epoch_text(manifest.epoch),
+            manifest.field,
+            manifest.to_json(),
+            "" if expect is None else version_field(expect),
+            len(chunks),
+            *sizes,
+            len(head.manifests),
+            *identities(head.manifests),
+            *(each.field for each in old),
+        ],
+    )
+
+
+def write_chunks(caller: Caller, job: str, manifest: Manifest, state: ShardState) -> None:
+    """Write the chunks of a manifest that are not there."""
+    parts = [part for _, data in state.arrays.values() for part in split_chunks(data)]
+    chunks = zip(manifest.chunk_keys(job, state.shard), parts, strict=True)
+    with Stream(caller.pool, (_set(key, part) for key, part in chunks)) as stream:
+        caller.retrying(stream.next_answer)
+
+
+def _old(head: Head, manifest: Manifest, keep: int) -> list[Manifest]:
+    """The versions of ``head`` that make room for ``manifest``."""
+    others = [each.version for each in head.manifests if each.version != manifest.version]
+    kept = sorted([*others, manifest.version])[-keep:]
+    return [each for each in head.manifests if each.version == manifest.version or each.version not in kept]
+
+
+def unsettled(caller: Caller, job: str, shard: int, what: str) -> str:
+    return (
+        f"Redis at {caller.where}: job {job!r}, shard {shard}: {what} in {TRIES_MAX} tries, because "
+        "its head or its chunks changed every time. Try again, and see who else writes to the keys of this job."
+    )
+
+
+def _sweep(key: str) -> FunctionCall:
+    return "psa_sweep", [key], []
+
+
+def _call(call: FunctionCall, awaited: int | None = None) -> Command:
+    name, its_keys, args = call
+    return Command(("FCALL", name, len(its_keys), *its_keys, *args), awaited)
+
+
+def _set(key: str, part: memoryview) -> Command:
+    """NX, because a SET whose connection broke may arrive after another try and the flip are done: it would give a
+    committed chunk its expiry back, and the version would vanish an hour later."""
+    return Command(("SET", key, part, "EX", CHUNK_EXPIRY_S, "NX"))
