@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     ranks: int | None = Field(default=None, ge=1, le=65536, description="world size of a new job")
     default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nobody says otherwise")
     commit_every: int | None = Field(default=None, ge=0, description="steps between commits of a new job; 0: never")
+    transport: str | None = Field(
+        default=None, pattern="^(exact|bf16)$", description="rounding between workers and servers (new jobs)"
+    )
     skip_nonfinite: bool | None = Field(default=None, description="skip steps with NaN or Inf gradients (new jobs)")
 
 

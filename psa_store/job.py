@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from typing import Any
 
 from psa_store.errors import DataIntegrity, JobMismatch, UsageError
+from psa_store.transport import Transport
 
 COMMIT_EVERY_DEFAULT = 50
 SHARD_VERSIONS_KEPT = 3
@@ -27,7 +29,8 @@ class JobConfig:
 
     ``ranks``: logical data-parallel world size. ``optimizer``: as ``psa.optim`` writes it (names and numbers, no
     code). ``commit_every``: steps between commits, 0 for none but those at hand-over and at the end.
-    ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of refusing the push.
+    ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of failing.
+    ``transport``: how gradients and parameters are rounded between workers and servers.
     """
 
     name: str
@@ -38,6 +41,7 @@ class JobConfig:
     """Fingerprint of the layout."""
     commit_every: int = COMMIT_EVERY_DEFAULT
     skip_nonfinite: bool = False
+    transport: Transport = Transport.EXACT
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
@@ -55,9 +59,11 @@ class JobConfig:
         Raises:
             JobMismatch: naming the first fact that differs, both values, and the way out.
         """
-        for what in ("ranks", "seed", "optimizer", "commit_every", "skip_nonfinite"):
+        for what in ("ranks", "seed", "optimizer", "commit_every", "skip_nonfinite", "transport"):
             mine, theirs = getattr(self, what), getattr(stored, what)
             if mine != theirs:
+                if isinstance(theirs, StrEnum):
+                    mine, theirs = str(mine), str(theirs)
                 raise JobMismatch(
                     f"job {self.name!r} exists with {what}={theirs!r}, this process has {what}={mine!r}. "
                     f"Use the stored value, or another job name to start over."
@@ -67,7 +73,8 @@ class JobConfig:
 def job_config_from_json(text: str) -> JobConfig:
     """Rebuild a job's facts from :meth:`JobConfig.to_json`; raises DataIntegrity if the text is not such."""
     try:
-        return JobConfig(**json.loads(text))
+        facts = json.loads(text)
+        return JobConfig(**{**facts, "transport": Transport(facts.get("transport", Transport.EXACT))})
     except (ValueError, TypeError, UsageError) as error:
         raise DataIntegrity(f"the stored job configuration cannot be read: {error}") from error
 

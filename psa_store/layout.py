@@ -131,11 +131,6 @@ class Layout:
         """The shards that change with every step; frozen ones stay at version 0."""
         return self.shards_of(Role.TRAINED, Role.BUFFER)
 
-    @property
-    def trained_bytes(self) -> int:
-        """Bytes from the start of the arena to the end of its last trained shard; no other shard lies before it."""
-        return max((shard.offset_bytes + shard.size_bytes for shard in self.shards_of(Role.TRAINED)), default=0)
-
     def tensor_at(self, shard: Shard, element: int) -> str:
         """Name of the tensor that holds ``element`` of ``shard``, for error messages."""
         for piece in shard.pieces:

@@ -11,6 +11,7 @@ import typer
 from psa_store import telemetry
 from psa_store.config import Settings, load_settings
 from psa_store.errors import PsaError, UsageError
+from psa_store.transport import Transport
 
 EXIT_CODES = """
 Exit codes: 0 done (or left cleanly on SIGTERM) · 1 user code failed, or restarts used up · 2 bad usage, or the job
@@ -41,6 +42,9 @@ def run(
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="new job: skip steps with NaN or Inf gradients")
     ] = False,
+    transport: Annotated[
+        Transport | None, typer.Option(help="new job: send float32 as it is, or rounded to bfloat16 [default: exact]")
+    ] = None,
 ) -> None:
     """Train: start workers and servers on this machine, watch them, restart what dies. Running it again resumes.
 
@@ -61,6 +65,7 @@ def run(
         restarts_max=max_restarts,
         commit_every=commit_every,
         skip_nonfinite=skip_nonfinite,
+        transport=transport,
     )
     raise typer.Exit(run_job(options, settings))
 

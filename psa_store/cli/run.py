@@ -23,6 +23,7 @@ from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageErro
 from psa_store.job import RUN_NODE
 from psa_store.local import Addresses, Child, PrivateServers, Role, Supervisor, hold_home, publish, running
 from psa_store.storage import RedisStore
+from psa_store.transport import Transport
 
 _LEAVE_S = 60.0
 _HOLD_POLL_S = 0.1
@@ -42,6 +43,7 @@ class RunOptions:
     restarts_max: int
     commit_every: int | None
     skip_nonfinite: bool
+    transport: Transport | None
 
 
 def run_job(options: RunOptions, settings: Settings) -> int:
@@ -227,4 +229,6 @@ def _environment(options: RunOptions, addresses: Addresses, run_id: str) -> dict
         env["PSA_COMMIT_EVERY"] = str(options.commit_every)
     if options.skip_nonfinite:
         env["PSA_SKIP_NONFINITE"] = "1"
+    if options.transport is not None:
+        env["PSA_TRANSPORT"] = options.transport.value
     return env

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -77,13 +77,20 @@ def make_scratch() -> Tensor:
 class ShardKernel:
     """Reduces and updates one shard. One thread at a time per shard; different shards are independent.
 
-    ``param`` and ``slots`` are contiguous 1-D tensors of ``shard.numel`` elements, and stay the caller's.
+    ``param`` and ``slots`` are contiguous 1-D tensors of ``shard.numel`` elements, and stay the caller's; so is
+    ``rounded``, if there is one, which follows ``param`` in another dtype.
     ``parts``, everywhere: the gradient of each rank, in the order of ranks, like ``param``, zero in the padding.
     ``scratch``: of the calling thread, from :func:`make_scratch`.
     """
 
     def __init__(
-        self, optimizer: Optimizer, layout: Layout, shard: Shard, param: Tensor, slots: Mapping[str, Tensor]
+        self,
+        optimizer: Optimizer,
+        layout: Layout,
+        shard: Shard,
+        param: Tensor,
+        slots: Mapping[str, Tensor],
+        rounded: Tensor | None = None,
     ) -> None:
         dtypes = slot_dtype(optimizer, shard.dtype)
         assert slots.keys() == dtypes.keys()
@@ -94,8 +101,9 @@ class ShardKernel:
         self._wide_dtype = wide.dtype
         state = {name: slots[name] for name in _state_names(optimizer)}
         runs = _runs(layout, shard)
+        chain = [tensor for tensor in (wide if wide is not param else None, param, rounded) if tensor is not None]
         self._blocks = [
-            _Block.of(optimizer, low, min(low + BLOCK_ELEMENTS, shard.numel), runs, param, wide, state)
+            _Block.of(optimizer, low, min(low + BLOCK_ELEMENTS, shard.numel), runs, chain, state)
             for low in range(0, shard.numel, BLOCK_ELEMENTS)
         ]
 
@@ -129,8 +137,8 @@ class ShardKernel:
             grads = total.split_with_sizes(block.lengths)
             for part in block.parts:
                 part.rule(part.optimizer, moments[part.group], part.params, [grads[i] for i in part.runs], part.state)
-            if block.narrow is not None:
-                block.narrow.copy_(block.wide)
+            for source, follower in pairwise(block.chain):
+                follower.copy_(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +174,8 @@ class _Block:
     high: int
     lengths: list[int]
     parts: list[_Part]
-    wide: Tensor
-    narrow: Tensor | None
-    """Half-precision parameters, which follow their master."""
+    chain: list[Tensor]
+    """What is updated (parameters, or their float32 master), and what follows it, each a rounding of the one before."""
 
     @classmethod
     def of(
@@ -177,8 +184,7 @@ class _Block:
         low: int,
         high: int,
         runs: Sequence[_Run],
-        param: Tensor,
-        wide: Tensor,
+        chain: Sequence[Tensor],
         state: Mapping[str, Tensor],
     ) -> _Block:
         inside = [
@@ -195,12 +201,11 @@ class _Block:
                     optimizer.in_group(group),
                     _RULES[type(optimizer)],
                     own,
-                    [wide[start:end] for start, end in spans],
+                    [chain[0][start:end] for start, end in spans],
                     {name: [tensor[start:end] for start, end in spans] for name, tensor in state.items()},
                 )
             )
-        narrow = None if wide is param else param[low:high]
-        return cls(low, high, lengths, parts, wide[low:high], narrow)
+        return cls(low, high, lengths, parts, [tensor[low:high] for tensor in chain])
 
 
 @dataclass(frozen=True, slots=True)

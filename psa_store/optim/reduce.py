@@ -28,7 +28,7 @@ def sum_in_order(parts: Sequence[Tensor], low: int, high: int, place: Tensor) ->
         total.copy_(blocks[0])
         rest = blocks[1:]
     for block in rest:
-        total.add_(block)
+        total.add_(block.to(place.dtype))  # adding across dtypes is several times slower than converting first
     return total
 
 

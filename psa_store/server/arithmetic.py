@@ -1,7 +1,10 @@
-"""The threads of a server that reduce gradients and update shards.
+"""The threads of a server that measure gradients and update shards.
 
 torch runs single-threaded in each of them and the parallelism is over shards, so that no bit depends on their number.
 What they have done arrives at the engine as a letter; what went wrong, as :class:`Lost`.
+
+A server that leads little does its arithmetic in the thread that asks for it: below :data:`INLINE_BYTES` waking other
+threads takes longer than the work.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +23,9 @@ from psa_store.server.letters import Lost, Measured, ToEngine
 
 ShardWork = Callable[[Lead, Tensor], None]
 """What to do with one shard; the tensor is the thread's scratch memory."""
+
+INLINE_BYTES = 4 << 20
+"""Parameters of a job's server that are updated in about a millisecond."""
 _FORGET_DONE_AT = 1024
 
 
@@ -29,29 +36,42 @@ class Arithmetic:
         self._threads = threads
         self._post = post
         self._own = threading.local()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="psa-math", initializer=self._begin_thread)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="psa-math")
         self._futures: set[Future[None]] = set()
 
-    def _begin_thread(self) -> None:
-        torch.set_num_threads(1)
-        self._own.scratch = make_scratch()
+    def measure(self, epoch: int, leads: Sequence[Lead], ranks: int, *, inline: bool) -> None:
+        """Compute the norms of the shards' gradients, then post Measured, in several letters perhaps."""
 
-    def measure(self, epoch: int, lead: Lead, ranks: int) -> None:
-        """Compute the norm of one shard's gradient, then post Measured."""
-        self._submit(
-            epoch,
-            lambda scratch: self._post(Measured(epoch, lead.shard.index, lead.squared_norm(ranks, scratch))),
-        )
+        def measure(part: Sequence[Lead]) -> None:
+            norms = {lead.shard.index: lead.squared_norm(ranks, self._scratch()) for lead in part}
+            self._post(Measured(epoch, norms))
 
-    def on_all(self, epoch: int, leads: Sequence[Lead], work: ShardWork, done: ToEngine) -> None:
-        """Do ``work(lead, scratch)`` on every shard, then post ``done``."""
-        parts = [leads[start :: self._threads] for start in range(min(self._threads, len(leads)))]
-        if not parts:
-            self._post(done)
-            return
-        latch = _Latch(len(parts), lambda: self._post(done))
-        for part in parts:
-            self._submit(epoch, _on_part(part, work, latch))
+        for part in self._shares(leads, inline):
+            self._do(epoch, partial(measure, part), inline)
+
+    def on_all(
+        self,
+        epoch: int,
+        leads: Sequence[Lead],
+        work: ShardWork,
+        done: ToEngine,
+        *,
+        inline: bool,
+        each: Callable[[Lead], None] | None = None,
+    ) -> None:
+        """Do ``work(lead, scratch)`` on every shard, then post ``done``; ``each`` is called after every single one."""
+
+        def run(part: Sequence[Lead]) -> None:
+            for lead in part:
+                work(lead, self._scratch())
+                if each is not None:
+                    each(lead)
+            latch.release()
+
+        shares = self._shares(leads, inline)
+        latch = _Latch(len(shares), lambda: self._post(done))
+        for part in shares:
+            self._do(epoch, partial(run, part), inline)
 
     def settle(self) -> None:
         """Wait until no thread touches the memory of any shard."""
@@ -61,12 +81,28 @@ class Arithmetic:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _submit(self, epoch: int, function: Callable[[Tensor], None]) -> None:
+    def _shares(self, leads: Sequence[Lead], inline: bool) -> list[Sequence[Lead]]:
+        """The shards that each thread does, all from front to back; one share, perhaps empty, at least."""
+        threads = 1 if inline else max(1, min(self._threads, len(leads)))
+        return [leads[start::threads] for start in range(threads)]
+
+    def _do(self, epoch: int, function: Callable[[], None], inline: bool) -> None:
+        if inline:
+            function()
+            return
         if len(self._futures) >= _FORGET_DONE_AT:
             self._futures = {each for each in self._futures if not each.done()}
-        future = self._pool.submit(lambda: function(self._own.scratch))
+        future = self._pool.submit(function)
         self._futures.add(future)
         future.add_done_callback(lambda done: self._check(epoch, done))
+
+    def _scratch(self) -> Tensor:
+        """The scratch memory of the calling thread."""
+        scratch: Tensor | None = getattr(self._own, "scratch", None)
+        if scratch is None:
+            torch.set_num_threads(1)
+            scratch = self._own.scratch = make_scratch()
+        return scratch
 
     def _check(self, epoch: int, future: Future[None]) -> None:
         error = future.exception()
@@ -88,12 +124,3 @@ class _Latch:
             last = self._count == 0
         if last:
             self._done()
-
-
-def _on_part(part: Sequence[Lead], work: ShardWork, latch: _Latch) -> Callable[[Tensor], None]:
-    def run(scratch: Tensor) -> None:
-        for lead in part:
-            work(lead, scratch)
-        latch.release()
-
-    return run

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from psa_store.errors import Refused
-from psa_store.layout import Layout, Shard
+from psa_store.layout import Shard
 from psa_store.server.lead import tensor_in
+from psa_store.transport import WireLayout
 from psa_store.wire import Connection, SharedMemory
 
 
@@ -24,7 +25,7 @@ class Client:
         self._slots: dict[int, SharedMemory] = {}
         self._views: dict[tuple[int, int], Tensor] = {}
 
-    def share(self, slot: int, layout: Layout, slots_max: int) -> None:
+    def share(self, slot: int, wire: WireLayout, slots_max: int) -> None:
         """Take the memory for gradients that came with a SHARE.
 
         Raises:
@@ -33,16 +34,16 @@ class Client:
         descriptor = self.connection.take_descriptor()
         if descriptor is None:
             raise Refused("SHARE without a descriptor")
-        memory = SharedMemory.attach(descriptor, layout.trained_bytes)
+        memory = SharedMemory.attach(descriptor, wire.gradient_bytes)
         if not self.by_reference or slot >= slots_max or slot in self._slots:
             raise Refused(f"SHARE of slot {slot}, which is out of order here")
         self._slots[slot] = memory
 
-    def gradient(self, slot: int, shard: Shard) -> Tensor:
+    def gradient(self, slot: int, shard: Shard, wire: WireLayout) -> Tensor:
         """A shard's gradient in the worker's memory; raises Refused if the slot was never shared."""
         view = self._views.get((slot, shard.index))
         if view is None:
             if slot not in self._slots:
                 raise Refused(f"PUSH from slot {slot}, which was not shared")
-            view = self._views[slot, shard.index] = tensor_in(self._slots[slot], shard)
+            view = self._views[slot, shard.index] = tensor_in(self._slots[slot], shard, wire)
         return view

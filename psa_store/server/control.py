@@ -50,6 +50,7 @@ from psa_store.server.letters import (
 )
 from psa_store.server.takeover import take_over
 from psa_store.storage import Head, RedisStore
+from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory, connect
 
 _LOOK_AGAIN_S = 1.0
@@ -72,6 +73,7 @@ class Control:
         job: str,
         ranks: int,
         layout: Layout,
+        wire: WireLayout,
         optimizer: Optimizer,
         store: RedisStore,
         coordination: Coordination,
@@ -84,6 +86,7 @@ class Control:
         self._job = job
         self._ranks = ranks
         self._layout = layout
+        self._wire = wire
         self._optimizer = optimizer
         self._store = store
         self._coordination = coordination
@@ -267,7 +270,7 @@ class Control:
         if kept is not None and kept.committed == manifest and held.version in (plan.resume, 0):
             kept.move_to(memory)  # not in place: workers may still be reading the old epoch's
             return kept  # a hand-over: we stand where the epoch begins, with what Redis holds
-        lead = Lead(shard, self._layout, self._optimizer, memory)
+        lead = Lead(shard, self._layout, self._wire, self._optimizer, memory)
         try:
             self._store.load(self._job, head.shard, manifest, lead.places(manifest))
         except DataIntegrity as error:

@@ -24,7 +24,7 @@ from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Phase, Plan
-from psa_store.server.arithmetic import Arithmetic, ShardWork
+from psa_store.server.arithmetic import INLINE_BYTES, Arithmetic, ShardWork
 from psa_store.server.client import Client
 from psa_store.server.committer import Committer, Work
 from psa_store.server.lead import Lead, as_bytes
@@ -47,8 +47,10 @@ from psa_store.server.letters import (
     Stopped,
     ToControl,
     ToEngine,
+    Updated,
 )
 from psa_store.server.reception import Reception
+from psa_store.transport import WireLayout
 from psa_store.wire import (
     PARK,
     PROTOCOL,
@@ -98,6 +100,7 @@ class Engine:
         self._member = member
         self._config = config
         self._layout = layout
+        self._wire = WireLayout(layout, config.transport)
         self._optimizer = optimizer
         self._lease_left_s = lease_left_s
         self._report = report
@@ -122,6 +125,10 @@ class Engine:
         self._reported: ToControl | None = None
         self._pulls: list[tuple[Connection, Header]] = []
         self._awaits: dict[Connection, Header] = {}
+        self._streaming: set[Connection] = set()
+        """Workers that get the shards of the next version by value, one by one, while it is being made."""
+        self._to_measure: list[Lead] = []
+        self._inline = True
         self._finishes: list[tuple[Connection, Header]] = []
         self._receiving: dict[tuple[int, int], Connection] = {}
         self._dropping: dict[Connection, Reason] = {}
@@ -194,7 +201,10 @@ class Engine:
             case _ if self._plan is None or letter.epoch != self._plan.epoch:  # type: ignore[union-attr]
                 pass  # an answer from the pool or the committer that comes after its epoch
             case Measured():
-                self._step.measured(letter.shard, letter.squared_norm)
+                for shard, squared_norm in letter.squared_norms.items():
+                    self._step.measured(shard, squared_norm)
+            case Updated():
+                self._stream(letter.shard, letter.version)
             case Moved():
                 self._stage = Stage.COLLECTING
             case Applied():
@@ -235,6 +245,8 @@ class Engine:
         self._receiving.clear()
         self._pulls.clear()
         self._awaits.clear()
+        self._streaming.clear()
+        self._to_measure.clear()
         self._finishes.clear()
         self._stage = Stage.IDLE
         self._plan = None
@@ -244,6 +256,7 @@ class Engine:
         plan = letter.plan
         self._plan = plan
         self._leads = dict(letter.leads)
+        self._inline = sum(lead.shard.size_bytes for lead in self._leads.values()) < INLINE_BYTES
         self._publish_in(letter.memory)
         self._step = self._new_step(plan.resume, self._leads)
         self._committed = self._committing = plan.resume
@@ -297,6 +310,9 @@ class Engine:
         self._answer_pulls(plan)
         self._answer_awaits(plan)
         self._answer_finishes(plan)
+        if self._to_measure:
+            leads, self._to_measure = self._to_measure, []
+            self._arithmetic.measure(plan.epoch, leads, self._config.ranks, inline=self._inline)
         if self._commit_is_due(plan):
             # The state of this version must be copied before it may change: if storage is slower than training,
             # training waits here.
@@ -375,20 +391,34 @@ class Engine:
             self._stage = Stage.MOVING
             self._publish_in(memory)
             leads = list(self._leads.values())
-            self._arithmetic.on_all(plan.epoch, leads, lambda lead, _: lead.move_to(memory), Moved(plan.epoch))
+            self._arithmetic.on_all(
+                plan.epoch, leads, lambda lead, _: lead.move_to(memory), Moved(plan.epoch), inline=self._inline
+            )
             return
         step, ranks = self._step.version, self._config.ranks
         scale = clip_factor(self._step.norms_in_order(), self._optimizer.clip_grad_norm)
         self._reception.detach_all()
         self._stage = Stage.APPLYING
+        self._streaming = {
+            connection
+            for connection, header in self._awaits.items()
+            if header.step <= step + 1 and not self._clients[connection].by_reference
+        }
         self._on_leads(
             plan,
             lambda lead, scratch: lead.apply(ranks, scratch, step=step, grad_scale=scale),
             Applied(plan.epoch, step + 1),
+            each=self._say_updated(plan.epoch, step + 1) if self._streaming else None,
         )
 
-    def _on_leads(self, plan: Plan, work: ShardWork, done: ToEngine) -> None:
-        self._arithmetic.on_all(plan.epoch, list(self._versioned_leads().values()), work, done)
+    def _say_updated(self, epoch: int, version: int) -> Callable[[Lead], None]:
+        return lambda lead: self._mailbox.post(Updated(epoch, lead.shard.index, version))
+
+    def _on_leads(
+        self, plan: Plan, work: ShardWork, done: ToEngine, each: Callable[[Lead], None] | None = None
+    ) -> None:
+        leads = list(self._versioned_leads().values())
+        self._arithmetic.on_all(plan.epoch, leads, work, done, inline=self._inline, each=each)
 
     # --- connections
 
@@ -399,6 +429,7 @@ class Engine:
         self._finishes = [each for each in self._finishes if each[0] is not connection]
         self._clients.pop(connection, None)
         self._awaits.pop(connection, None)
+        self._streaming.discard(connection)
         for server, peer in list(self._peers.items()):
             if peer is connection:
                 del self._peers[server]
@@ -467,8 +498,9 @@ class Engine:
         reason = self._reason_against(plan, connection, header)
         if reason is None:
             lead = self._leads[header.shard]
-            if header.length != lead.shard.size_bytes:
-                raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {lead.shard.size_bytes}")
+            size_bytes = self._wire.size_bytes(lead.shard)
+            if header.length != size_bytes:
+                raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {size_bytes}")
             if self._is_new(header, header.shard):
                 self._divert_former(header.shard, header.rank)
                 self._receiving[header.shard, header.rank] = connection
@@ -509,7 +541,7 @@ class Engine:
             case Kind.HELLO:
                 self._on_hello(connection, decode_text(payload))
             case Kind.SHARE:
-                self._client_of(connection).share(header.slot, self._layout, self._config.ranks)
+                self._client_of(connection).share(header.slot, self._wire, self._config.ranks)
             case Kind.PUSH if header.flags & Flag.BY_REFERENCE:
                 self._on_push_by_reference(connection, header)
             case Kind.PUSH:
@@ -568,7 +600,7 @@ class Engine:
                 raise Refused(f"PUSH of shard {index} by reference: only gradients are pushed so")
             if self._is_new(header, index):
                 self._divert_former(index, header.rank)
-                self._accept(header, index, client.gradient(header.slot, shard))
+                self._accept(header, index, client.gradient(header.slot, shard, self._wire))
 
     def _accept(self, header: Header, shard: int, gradient: Tensor) -> None:
         """A gradient is here, whole, and the first of its kind."""
@@ -576,7 +608,7 @@ class Engine:
         lead = self._leads[shard]
         lead.take_gradient(header.rank, gradient)
         if self._step.accept(shard, header.rank, finite=not header.flags & Flag.NONFINITE):
-            self._arithmetic.measure(self._plan.epoch, lead, self._config.ranks)
+            self._to_measure.append(lead)
 
     def _client_of(self, connection: Connection) -> Client:
         client = self._clients.get(connection)
@@ -614,8 +646,10 @@ class Engine:
 
     def _send_params(self, plan: Plan, connection: Connection, lead: Lead, version: int) -> None:
         shard = lead.shard
-        header = Header(Kind.PARAMS, plan.epoch, plan.revision, version, shard=shard.index, length=shard.size_bytes)
-        self._reception.send(connection, header, as_bytes(lead.param))
+        header = Header(
+            Kind.PARAMS, plan.epoch, plan.revision, version, shard=shard.index, length=self._wire.size_bytes(shard)
+        )
+        self._reception.send(connection, header, as_bytes(lead.published))
 
     def _answer_awaits(self, plan: Plan) -> None:
         """Bring the present version to the workers that wait for it."""
@@ -625,10 +659,11 @@ class Engine:
                 continue
             del self._awaits[connection]
             client = self._clients[connection]
-            by_value = [Role.BUFFER] if client.by_reference else [Role.TRAINED, Role.BUFFER]
-            for lead in self._leads.values():
-                if lead.shard.role in by_value:
-                    self._send_params(plan, connection, lead, version)
+            if connection not in self._streaming:
+                by_value = [Role.BUFFER] if client.by_reference else [Role.TRAINED, Role.BUFFER]
+                for lead in self._leads.values():
+                    if lead.shard.role in by_value:
+                        self._send_params(plan, connection, lead, version)
             memory = None
             if client.by_reference:
                 client.reading = version
@@ -637,6 +672,12 @@ class Engine:
             flags = Flag.BY_REFERENCE if client.by_reference else Flag.NONE
             header = Header(Kind.VERSION, plan.epoch, plan.revision, version, flags=flags, slot=self._generation)
             self._reception.send(connection, header, memory=memory)
+        self._streaming.clear()
+
+    def _stream(self, shard: int, version: int) -> None:
+        assert self._plan is not None
+        for connection in list(self._streaming):
+            self._send_params(self._plan, connection, self._leads[shard], version)
 
     def _answer_finishes(self, plan: Plan) -> None:
         waiting, self._finishes = self._finishes, []

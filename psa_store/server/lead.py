@@ -17,6 +17,7 @@ from psa_store.layout import Layout, Role, Shard
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
 from psa_store.storage import Manifest
+from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory
 
 PARAM = "param"
@@ -34,25 +35,32 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-def tensor_in(memory: SharedMemory, shard: Shard) -> Tensor:
-    """A shard's place in memory that is laid out as the arena."""
-    flat = torch.frombuffer(memory.buffer, dtype=torch.uint8, offset=shard.offset_bytes, count=shard.size_bytes)
-    return flat.view(torch_dtype(shard.dtype))
+def tensor_in(memory: SharedMemory, shard: Shard, wire: WireLayout) -> Tensor:
+    """A shard's place in memory that is shared."""
+    return torch.frombuffer(
+        memory.buffer, dtype=torch_dtype(wire.dtype(shard)), offset=wire.offset_bytes(shard), count=shard.numel
+    )
 
 
 class Lead:
     """One shard: parameters, optimizer slots, the gradients of the current step, and the snapshot being committed.
 
-    ``memory``: where parameters are published, laid out as the arena.
+    ``memory``: where parameters are published, in the places of ``wire``.
     """
 
-    def __init__(self, shard: Shard, layout: Layout, optimizer: Optimizer, memory: SharedMemory) -> None:
+    def __init__(
+        self, shard: Shard, layout: Layout, wire: WireLayout, optimizer: Optimizer, memory: SharedMemory
+    ) -> None:
         self.shard = shard
         self._layout = layout
+        self._wire = wire
         self._optimizer = optimizer
         self.opt_step = 0
         self.committed: Manifest | None = None
-        self.param = tensor_in(memory, shard)
+        self.published = tensor_in(memory, shard, wire)
+        """What workers see: the parameters themselves, or a rounding of them."""
+        exact = wire.dtype(shard) == shard.dtype
+        self.param = self.published if exact else torch.zeros(shard.numel, dtype=torch_dtype(shard.dtype))
         trained = shard.role is Role.TRAINED
         self.slots: dict[str, Tensor] = {}
         if trained:
@@ -82,27 +90,32 @@ class Lead:
         slots_are_new = not any(section.name in self.slots for section in manifest.sections)
         if self.shard.role is Role.TRAINED and slots_are_new:
             self.slots = init_slots(self._optimizer, self.param, self.shard, self._layout)
+        if self.published is not self.param:
+            self.published.copy_(self.param)
         self._make_kernel()
         self.opt_step = int(manifest.scalars.get(OPT_STEP, 0))
         self.committed = manifest
 
     def move_to(self, memory: SharedMemory) -> None:
         """Publish parameters in other memory from now on; the old one keeps the present version."""
-        place = tensor_in(memory, self.shard)
-        place.copy_(self.param)
-        self.param = place
+        place = tensor_in(memory, self.shard, self._wire)
+        place.copy_(self.published)
+        if self.param is self.published:
+            self.param = place
+        self.published = place
         self._make_kernel()
 
     def _make_kernel(self) -> None:
         if self.shard.role is Role.TRAINED:
-            self._kernel = ShardKernel(self._optimizer, self._layout, self.shard, self.param, self.slots)
+            rounded = None if self.published is self.param else self.published
+            self._kernel = ShardKernel(self._optimizer, self._layout, self.shard, self.param, self.slots, rounded)
 
     # --- one step
 
     def own_place(self, rank: int) -> Tensor:
         """Memory of our own for the gradient (or, for buffers, the value) of a rank that sends it by value."""
         if rank not in self._own_places:
-            self._own_places[rank] = torch.empty_like(self.param)
+            self._own_places[rank] = torch.empty_like(self.published)
         return self._own_places[rank]
 
     def take_gradient(self, rank: int, gradient: Tensor) -> None:

@@ -49,11 +49,19 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A pool thread computed the norm of a shard's mean gradient."""
+    """The squared norms of some shards' mean gradients."""
+
+    epoch: int
+    squared_norms: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """One shard stands at ``version``; not all may."""
 
     epoch: int
     shard: int
-    squared_norm: float
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +109,7 @@ class Quit:
     """End the event loop."""
 
 
-ToEngine = Release | Serve | Revise | Join | Measured | Applied | Moved | Snapped | Committed | Lost | Quit
+ToEngine = Release | Serve | Revise | Join | Measured | Updated | Applied | Moved | Snapped | Committed | Lost | Quit
 
 # --- to control
 

@@ -22,6 +22,7 @@ from psa_store.server.committer import Committer
 from psa_store.server.control import Control
 from psa_store.server.engine import Engine
 from psa_store.storage import RedisStore
+from psa_store.transport import WireLayout
 from psa_store.wire import host_identity, listen_local, listen_tcp
 
 _POLL_S = 0.05
@@ -90,6 +91,7 @@ def serve(job: str, settings: Settings) -> None:
             job=job,
             ranks=config.ranks,
             layout=layout,
+            wire=WireLayout(layout, config.transport),
             optimizer=optimizer,
             store=store,
             coordination=coordination,

@@ -66,8 +66,11 @@ class SharedMemory:
             Refused: it is smaller than ``size_bytes``, or could shrink under us.
         """
         try:
+            size_bytes = max(PAGE_BYTES, size_bytes)
             _check_passed(fd, size_bytes)
-            return cls(None, mmap.mmap(fd, max(PAGE_BYTES, size_bytes), access=mmap.ACCESS_COPY))
+            return cls(None, mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY))
+        except OSError as error:
+            raise Refused(f"memory was passed that cannot be mapped: {error}") from error
         finally:
             os.close(fd)
 

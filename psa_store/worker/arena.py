@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from psa_store import telemetry
 from psa_store.errors import UsageError
 from psa_store.layout import Layout, Role, Shard, TensorSpec
-from psa_store.wire import Window
+from psa_store.transport import Transport, WireLayout
+from psa_store.wire import SharedMemory, Window
 from psa_store.worker.gradients import GradientMemory
 
 
@@ -86,6 +87,9 @@ class ModelArena:
         self._on_ready = on_ready
         self._window = Window(layout.arena_bytes)
         self._memory = torch.frombuffer(self._window.buffer, dtype=torch.uint8)
+        self._wire = WireLayout(layout, Transport.EXACT)
+        self._rounded: dict[int, Tensor] = {}
+        """Shards that are rounded on their way: received here, or shown here by a server of this host."""
         self._gradients: GradientMemory | None = None
         self._log = telemetry.get_logger()
         self._buffers_low, self._buffers_high = _range(layout.shards_of(Role.BUFFER))
@@ -112,8 +116,20 @@ class ModelArena:
     # --- memory of shards
 
     def parameters(self, shard: Shard) -> memoryview:
-        """The bytes of a shard's parameters or buffers, to receive into or to send from."""
+        """The bytes of a shard's parameters or buffers as the model has them."""
         return _bytes(self._memory, shard)
+
+    def carry(self, wire: WireLayout) -> None:
+        """Parameters will come in the places of ``wire``. Called once, before any comes."""
+        self._wire = wire
+
+    def place(self, shard: Shard) -> memoryview:
+        """Where a shard that comes by value is to be received."""
+        if self._wire.dtype(shard) == shard.dtype:
+            return self.parameters(shard)
+        if shard.index not in self._rounded:
+            self._rounded[shard.index] = torch.empty(shard.numel, dtype=getattr(torch, self._wire.dtype(shard)))
+        return self._rounded[shard.index].view(torch.uint8).numpy().data
 
     def show(self, server: str, descriptor: int, shards: Sequence[int]) -> None:
         """Let the model have these trained shards where a server of this host publishes them.
@@ -121,6 +137,16 @@ class ModelArena:
         Raises:
             Refused: the descriptor's memory is not what the layout needs.
         """
+        if not self._wire.is_exact:
+            memory = SharedMemory.attach(descriptor, self._wire.gradient_bytes)
+            for shard in (self._layout.shards[index] for index in shards):
+                self._rounded[shard.index] = torch.frombuffer(
+                    memory.buffer,
+                    dtype=getattr(torch, self._wire.dtype(shard)),
+                    offset=self._wire.offset_bytes(shard),
+                    count=shard.numel,
+                )
+            return
         ranges: list[tuple[int, int]] = []
         for index in shards:
             shard = self._layout.shards[index]
@@ -134,11 +160,7 @@ class ModelArena:
     def hide(self) -> None:
         """Own memory for everything again, with undefined contents: parameters are about to be received."""
         self._window.hide()
-
-    @property
-    def shows(self) -> bool:
-        """Whether the model has parameters in a server's memory."""
-        return self._window.shows
+        self._rounded.clear()
 
     # --- versions
 
@@ -146,6 +168,10 @@ class ModelArena:
         """All shards are here: bring them into tensors that are not views, and keep the buffers."""
         if self._window.shows and self._window.refresh():
             self._log.debug("the script wrote to parameters: undone, as with every new version")
+        for index, rounded in self._rounded.items():
+            shard = self._layout.shards[index]
+            whole = self._memory[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
+            whole.view(getattr(torch, shard.dtype)).copy_(rounded)
         self._buffers_kept.copy_(self._memory[self._buffers_low : self._buffers_high])
         for slot, tensor in self._each():
             self._bind(slot, tensor)
@@ -215,7 +241,7 @@ class ModelArena:
             place.zero_()
         elif tensor.grad.data_ptr() != place.data_ptr():
             place.copy_(tensor.grad.to_dense() if tensor.grad.is_sparse else tensor.grad)
-            if tensor.device == place.device:
+            if tensor.device == place.device and tensor.dtype is place.dtype:
                 tensor.grad = place
         slot.ready = True
         complete = []

@@ -25,6 +25,7 @@ from psa_store.job import (
 )
 from psa_store.layout import Layout, describe_difference, layout_from_json
 from psa_store.storage import RedisStore
+from psa_store.transport import Transport
 from psa_store.worker.arena import ModelArena
 
 CREATOR = "creator"
@@ -110,6 +111,7 @@ def _create(
         layout=wanted.layout,
         commit_every=COMMIT_EVERY_DEFAULT if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=bool(settings.skip_nonfinite),
+        transport=Transport(settings.transport or Transport.EXACT),
     )
     store.create_job(wanted.name, config.to_json(), layout.to_json())
 
@@ -130,6 +132,7 @@ def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str,
         layout=wanted.layout,
         commit_every=stored.commit_every if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=stored.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
+        transport=Transport(settings.transport or stored.transport),
     )
     asked.must_agree_with(stored)
     return stored

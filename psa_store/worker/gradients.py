@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psa_store.layout import Layout, Role, Shard
+from psa_store.layout import ITEM_BYTES, Layout, Role, Shard
+from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory
 
 _NORM_SURELY_FINITE = 1e18
@@ -20,13 +21,14 @@ _ELEMENT_MAX = 1e33
 
 
 class GradientMemory:
-    """One rank's gradient, laid out as the trained part of the arena."""
+    """One rank's gradient, in the places of ``wire``."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.shared = SharedMemory.create("gradient", layout.trained_bytes)
+    def __init__(self, layout: Layout, wire: WireLayout) -> None:
+        self.shared = SharedMemory.create("gradient", wire.gradient_bytes)
         self.passed = False
         """Whether a server has its descriptor."""
         self._layout = layout
+        self._wire = wire
         self._flat = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
         self.views = [
             self._shaped(index) if spec.role is Role.TRAINED else None for index, spec in enumerate(layout.tensors)
@@ -39,31 +41,36 @@ class GradientMemory:
 
     def flaw(self, shard: Shard) -> str:
         """The name of the first parameter in this shard whose gradient is not finite; empty if all is well."""
-        flat = self._slice(shard).view(getattr(torch, shard.dtype))
+        flat = self._slice(shard).view(getattr(torch, self._wire.dtype(shard)))
         if float(torch.linalg.vector_norm(flat)) < _NORM_SURELY_FINITE:
             return ""
         bad = ~(flat.abs() < _ELEMENT_MAX)  # true for NaN
         return self._layout.tensor_at(shard, int(bad.nonzero()[0])) if bool(bad.any()) else ""
 
     def _slice(self, shard: Shard) -> Tensor:
-        return self._flat[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
+        low = self._wire.offset_bytes(shard)
+        return self._flat[low : low + self._wire.size_bytes(shard)]
 
     def _shaped(self, index: int) -> Tensor:
-        spec, low = self._layout.tensors[index], self._layout.offsets_bytes[index]
-        return self._flat[low : low + spec.size_bytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+        spec = self._layout.tensors[index]
+        dtype = self._wire.tensor_dtype(index)
+        low = self._wire.tensor_offset_bytes(index)
+        flat = self._flat[low : low + spec.numel * ITEM_BYTES[dtype]]
+        return flat.view(getattr(torch, dtype)).view(spec.shape)
 
 
 class GradientPool:
     """All gradient memory of a worker."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, wire: WireLayout) -> None:
         self._layout = layout
+        self._wire = wire
         self._free: list[GradientMemory] = []
         self._taken: list[GradientMemory] = []
 
     def take(self) -> GradientMemory:
         """Memory that nobody reads."""
-        memory = self._free.pop() if self._free else GradientMemory(self._layout)
+        memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire)
         self._taken.append(memory)
         return memory
 

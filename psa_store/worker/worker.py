@@ -31,6 +31,7 @@ from psa_store.layout import Role, plan_layout
 from psa_store.optim import Optimizer
 from psa_store.plan import NOBODY, Plan
 from psa_store.storage import RedisStore
+from psa_store.transport import WireLayout
 from psa_store.wire import Header, Kind, Mailbox, announce
 from psa_store.worker.arena import ModelArena, describe_model
 from psa_store.worker.creation import Wanted, join_or_create
@@ -41,6 +42,8 @@ from psa_store.worker.membership import Membership
 
 _WAIT_S = 0.5
 """How long one wait lasts at most before everything is looked at again; nothing depends on it but signals."""
+_PUSH_SHARDS = 16
+"""Shards that are checked and then pushed together, where many are ready at once: the first travel meanwhile."""
 _NONE = -1
 _NEVER = 1 << 62
 """A version that no job reaches: waiting for it is waiting for something else."""
@@ -106,8 +109,6 @@ class Worker:
         """Epoch whose parameters the model has; _NONE: what we have and what the servers have must be compared."""
         self._plan_needed = _NONE
         self._pushed: set[int] = set()
-        self._gradient_pool = GradientPool(self._layout)
-        self._gradients = self._gradient_pool.take()
         self._flaw = ""
         """A parameter whose gradient is not finite, in a job that does not skip such steps."""
         self._awaited = _NONE
@@ -199,6 +200,10 @@ class Worker:
             self._config = join_or_create(
                 self._wanted, self._arena, self._layout, settings, member, store, coordination
             )
+            wire = WireLayout(self._layout, self._config.transport)
+            self._arena.carry(wire)
+            self._gradient_pool = GradientPool(self._layout, wire)
+            self._gradients = self._gradient_pool.take()
             self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
             self._resources = stack.pop_all()
         self._opened = True
@@ -427,7 +432,7 @@ class Worker:
         """Where PARAMS go: straight into the model."""
         if header.shard >= len(self._layout.shards):
             raise Refused(f"PARAMS of shard {header.shard}, which does not exist")
-        return self._arena.parameters(self._layout.shards[header.shard])
+        return self._arena.place(self._layout.shards[header.shard])
 
     def _take(self, answers: list[Answer]) -> None:
         for answer in answers:
@@ -491,12 +496,14 @@ class Worker:
     def _on_shards_ready(self, shards: list[int]) -> None:
         """The gradients of some shards are whole, in the middle of backward: start pushing them."""
         assert self._current is not None
-        flaws = [self._gradients.flaw(self._layout.shards[shard]) for shard in shards]
-        flaw = next((each for each in flaws if each), "")
-        if flaw and not self._config.skip_nonfinite:
-            self._flaw = self._flaw or flaw
-            return
-        self._fleet.push(self._plan, self._current.step, self._current.rank, shards, self._gradients, not flaw)
+        for start in range(0, len(shards), _PUSH_SHARDS):
+            some = shards[start : start + _PUSH_SHARDS]
+            flaws = [self._gradients.flaw(self._layout.shards[shard]) for shard in some]
+            flaw = next((each for each in flaws if each), "")
+            if flaw and not self._config.skip_nonfinite:
+                self._flaw = self._flaw or flaw
+                return
+            self._fleet.push(self._plan, self._current.step, self._current.rank, some, self._gradients, not flaw)
 
 
 @contextmanager

@@ -17,11 +17,12 @@ FLOORS = {
     "config": 1,
     "telemetry": 1,
     "identity": 1,
-    "layout": 2,
+    "layout": 1,
+    "transport": 2,
     "sampling": 2,
     "consistency": 2,
     "plan": 2,
-    "job": 2,
+    "job": 3,
     "optim": 3,
     "storage": 4,
     "coordination": 4,
@@ -34,7 +35,7 @@ FLOORS = {
     "examples": 8,
     "bench": 9,
 }
-PURE = ("layout", "sampling", "consistency", "plan", "job")
+PURE = ("layout", "transport", "sampling", "consistency", "plan", "job")
 DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
 ALSO_SOCKETS = {"server", "local", "coordination/client.py"}
 """Places that hold or pass sockets which wire made, look for a free port, or bound the sockets of their library."""

@@ -15,12 +15,24 @@ from psa_store.layout import Layout, Role, TensorSpec, plan_layout
 from psa_store.optim.kernels import make_scratch
 from psa_store.server.lead import Lead, as_bytes
 from psa_store.storage import Manifest
+from psa_store.transport import Transport, WireLayout
 from psa_store.wire import SharedMemory
 
 
-def make(dtype: str = "float32", numel: int = 5000, role: Role = Role.TRAINED) -> tuple[Lead, Layout]:
+def make(
+    dtype: str = "float32",
+    numel: int = 5000,
+    role: Role = Role.TRAINED,
+    transport: Transport = Transport.EXACT,
+) -> tuple[Lead, Layout]:
     layout = plan_layout([TensorSpec(("w",), (numel - 7,), dtype, role), TensorSpec(("b",), (7,), dtype, role)])
-    lead = Lead(layout.shards[0], layout, optim.SGD(lr=0.5), SharedMemory.create("test", layout.arena_bytes))
+    lead = Lead(
+        layout.shards[0],
+        layout,
+        WireLayout(layout, transport),
+        optim.SGD(lr=0.5),
+        SharedMemory.create("test", layout.arena_bytes),
+    )
     lead.loaded(Manifest(0, 1, "", (), {}))
     return lead, layout
 
@@ -100,3 +112,21 @@ def test_buffers_are_taken_over_from_rank_0() -> None:
     lead.take_gradient(0, torch.full_like(lead.param, 3.0))
     lead.apply(1, make_scratch(), step=0, grad_scale=1.0)
     assert bool((lead.param == 3.0).all())
+
+
+def test_rounded_transport_changes_what_workers_see_and_nothing_that_is_kept() -> None:
+    draw = torch.Generator().manual_seed(4)
+    initial = torch.randn(make()[0].shard.numel, generator=draw)
+    leads = [make(transport=transport)[0] for transport in Transport]
+    for lead in leads:
+        lead.param.copy_(initial)
+        lead.loaded(Manifest(0, 1, "", (), {}))
+    gradient = torch.randn(leads[0].shard.numel, generator=draw).to(torch.bfloat16)
+    for lead in leads:
+        lead.own_place(0).copy_(gradient)
+        lead.take_gradient(0, lead.own_place(0))
+        lead.apply(1, make_scratch(), step=0, grad_scale=1.0)
+    exact, rounded = leads
+    assert torch.equal(exact.param, rounded.param) and exact.published is exact.param
+    assert torch.equal(rounded.published, rounded.param.to(torch.bfloat16))
+    assert not torch.equal(rounded.published.float(), rounded.param)
