@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from psa_store.bench.digest import state_digest
-from psa_store.cli.status import describe
 from psa_store.config import Settings
+from psa_store.status import describe
 from psa_store.storage import RedisStore
 
 TRAIN = Path(__file__).parent / "kill" / "train.py"

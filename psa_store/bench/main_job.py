@@ -19,10 +19,10 @@ from contextlib import closing
 from pathlib import Path
 
 from psa_store.bench.digest import state_digest
-from psa_store.cli.status import describe
 from psa_store.config import Settings
 from psa_store.examples import gpt
 from psa_store.local import Addresses, PrivateServers
+from psa_store.status import describe
 from psa_store.storage import RedisStore
 
 RANKS = 2

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import psa_store as psa
-from psa_store.cli.status import describe
 from psa_store.config import Settings
 from psa_store.local import PrivateServers
+from psa_store.status import describe
 from psa_store.storage import RedisStore
 
 STEPS = 12

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from psa_store import telemetry
+from psa_store.bench.compare.request import STEPS_MAX, Bench, Carrier, Rule
 from psa_store.config import Settings, load_settings
 from psa_store.errors import PsaError, UsageError
 from psa_store.transport import Transport
@@ -128,6 +129,47 @@ def status(
     from psa_store.cli.status import show
 
     show(job, as_json, _begin("status"))
+
+
+@app.command()
+def bench(
+    megabytes: Annotated[float, typer.Option(help="size of the parameters, float32, 10^6 bytes each")] = 100.0,
+    workers: Annotated[
+        list[str] | None, typer.Option(help="numbers of workers, repeated or separated by commas (default 2,4)")
+    ] = None,
+    optimizer: Annotated[Rule, typer.Option(help="what updates the parameters")] = Rule.SGD,
+    clip: Annotated[float | None, typer.Option(help="clip by global norm (default: do not)")] = None,
+    carrier: Annotated[Carrier, typer.Option(help="how psa's workers reach its server")] = Carrier.BOTH,
+    peers: Annotated[bool, typer.Option(help="gloo, torch.distributed.rpc, and ray if it is installed")] = True,
+    limits: Annotated[bool, typer.Option(help="the floor, memcpy, loopback TCP, Redis")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="blocks of each contender")] = 7,
+    steps: Annotated[int, typer.Option(min=1, max=STEPS_MAX, help="timed steps in a block")] = 5,
+    json: Annotated[Path | None, typer.Option(help="file for all figures")] = None,
+    png: Annotated[Path | None, typer.Option(help="file for a picture; needs matplotlib")] = None,
+) -> None:
+    """Measure a step (push, reduction, update, pull; nothing is computed) beside peers and the limits of this machine.
+
+    All take turns in one run, on the same gradients, and prove their result. Uses a private Redis and ZooKeeper.
+    With three numbers of workers or more it also prints what an added worker costs.
+
+    Example: psa bench --json bench.json --png bench.png
+    Example: psa bench --workers 2,3,4,6,8 --no-peers
+    """
+    from psa_store.cli.bench import compare, numbers
+
+    _begin("bench")
+    wanted = Bench(
+        elements=round(megabytes * 1e6 / 4),
+        workers=numbers("--workers", workers or ["2,4"]),
+        rule=optimizer,
+        clip=clip,
+        carrier=carrier,
+        peers=peers,
+        limits=limits,
+        rounds=rounds,
+        steps=steps,
+    )
+    compare(wanted, json, png)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from psa_store.job import (
     job_config_from_json,
 )
 from psa_store.layout import Layout, describe_difference, layout_from_json
-from psa_store.storage import RedisStore
+from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.transport import Transport
 from psa_store.worker.arena import ModelArena
 
@@ -92,17 +92,10 @@ def _create(
     known = max((head.epoch for head in store.heads(wanted.name, every)), default=0)
     epoch = coordination.next_epoch(at_least=known)
     store.seal(wanted.name, every, epoch, layout.fingerprint)
-    for shard in layout.shards:
-        store.commit(
-            wanted.name,
-            shard.index,
-            epoch,
-            0,
-            {"param": (shard.dtype, arena.parameters(shard))},
-            {},
-            keep=SHARD_VERSIONS_KEPT,
-            expect=None,
-        )
+    states = [ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
+    for _, outcome in store.commit_each(wanted.name, epoch, 0, states, keep=SHARD_VERSIONS_KEPT):
+        if not isinstance(outcome, Manifest):
+            raise outcome
     config = JobConfig(
         name=wanted.name,
         ranks=wanted.ranks or settings.ranks or settings.default_ranks,

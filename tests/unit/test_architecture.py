@@ -31,14 +31,22 @@ FLOORS = {
     "server": 5,
     "store": 5,
     "local": 6,
-    "cli": 7,
+    "status": 6,
     "examples": 8,
     "bench": 9,
+    "cli": 10,
 }
 PURE = ("layout", "transport", "sampling", "consistency", "plan", "job")
 DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
-ALSO_SOCKETS = {"server", "local", "coordination/client.py"}
-"""Places that hold or pass sockets which wire made, look for a free port, or bound the sockets of their library."""
+ALSO_SOCKETS = {
+    "server",
+    "local",
+    "coordination/client.py",
+    "bench/compare/contenders/stream.py",
+    "bench/compare/contenders/redis_values.py",
+}
+"""Places that hold or pass sockets which wire made, look for a free port, bound the sockets of their library, or
+measure what plain sockets can do."""
 
 
 def modules() -> list[Path]:

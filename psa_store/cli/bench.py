@@ -1,0 +1,64 @@
+"""`psa bench`: from options to a run of the comparison, and from its results to tables, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from psa_store.bench.compare.chart import check_matplotlib, draw
+from psa_store.bench.compare.document import to_document
+from psa_store.bench.compare.driver import run_bench
+from psa_store.bench.compare.report import print_report
+from psa_store.bench.compare.request import Bench
+from psa_store.errors import UsageError
+
+
+def compare(bench: Bench, json_path: Path | None, png_path: Path | None) -> None:
+    """Measure, print, and write the files that were asked for.
+
+    Raises:
+        UsageError: a file cannot be written; nothing was measured.
+        DependencyUnreachable: the private Redis or ZooKeeper does not start.
+        UserCodeFailed: a contender died, or its parameters are not what its steps give.
+    """
+    for path in (json_path, png_path):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
+    if png_path is not None:
+        check_matplotlib()
+    progress = Console(stderr=True, highlight=False, style="dim")
+    with _sigterm_interrupts():
+        comparison = run_bench(bench, progress.print)
+    print_report(comparison, Console(highlight=False))
+    if json_path is not None:
+        json_path.write_text(json.dumps(to_document(comparison), indent=1) + "\n")
+    if png_path is not None:
+        draw(comparison, png_path)
+
+
+def numbers(option: str, words: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of an option that may be repeated and may hold several, separated by commas; raises UsageError."""
+    try:
+        return tuple(int(part) for word in words for part in word.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {','.join(words)}: use numbers, for example {option} 2,4") from error
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does: by an exception, so that everything is cleaned up."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
