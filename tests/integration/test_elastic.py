@@ -13,14 +13,14 @@ STEPS = 150
 SCRIPT = ["--steps", str(STEPS), "--pace-s", "0.01"]
 
 
-def start(site: Site, job: str, **options: object) -> Run:
+def start(site: Site, job: str, *, carrier: str = "auto", **options: object) -> Run:
     defaults: dict[str, object] = {"workers": 1, "servers": 1, "ranks": 2, "commit_every": 10}
-    return site.run(job, *SCRIPT, **{**defaults, **options})
+    return site.run(job, *SCRIPT, env={"PSA_CARRIER": carrier}, **{**defaults, **options})
 
 
-def join(site: Site, *arguments: str) -> Run:
+def join(site: Site, *arguments: str, carrier: str = "auto") -> Run:
     """`psa worker` or `psa server`, as somebody on another machine would start it."""
-    return Run([*arguments], site.env)
+    return Run([*arguments], {**site.env, "PSA_CARRIER": carrier})
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +30,19 @@ def undisturbed(site: Site) -> str:
     return site.digest("elastic-undisturbed", STEPS)
 
 
-def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str) -> None:
-    run = start(site, "elastic-worker")
+@pytest.mark.parametrize("carrier", ["auto", "tcp"])
+def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, carrier: str) -> None:
+    job = f"elastic-worker-{carrier}"
+    run = start(site, job, carrier=carrier)
     run.wait_for_step(20)
-    guest = join(site, "worker", str(TRAIN), "--job", "elastic-worker", *SCRIPT)
+    guest = join(site, "worker", str(TRAIN), "--job", job, *SCRIPT, carrier=carrier)
     run.wait_for_line(lambda line: "workers changed" in line)
-    holders = {rank for worker in site.describe("elastic-worker")["workers"] for rank in worker["ranks"]}
-    assert holders == {0, 1} and len(site.pids("elastic-worker", "workers")) == 2
+    holders = {rank for worker in site.describe(job)["workers"] for rank in worker["ranks"]}
+    assert holders == {0, 1} and len(site.pids(job, "workers")) == 2
     guest.process.send_signal(signal.SIGTERM)
     assert guest.finish() == 0, guest.output
     assert run.finish() == 0, run.output
-    assert site.digest("elastic-worker", STEPS) == undisturbed
+    assert site.digest(job, STEPS) == undisturbed
 
 
 def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(site: Site, undisturbed: str) -> None:

@@ -31,15 +31,15 @@ def rng() -> random.Random:
 
 @pytest.fixture(scope="module")
 def undisturbed(site: Site) -> str:
-    """Digest of the run that nobody disturbed: two workers, two servers."""
+    """Digest of the run that nobody disturbed: two workers, two servers, memory shared."""
     run = start(site, "undisturbed")
     assert run.finish() == 0, run.output
     return site.digest("undisturbed", STEPS)
 
 
-def start(site: Site, job: str, **options: object) -> Run:
+def start(site: Site, job: str, *, carrier: str = "auto", **options: object) -> Run:
     defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": COMMIT_EVERY}
-    return site.run(job, "--steps", str(STEPS), **{**defaults, **options})
+    return site.run(job, "--steps", str(STEPS), env={"PSA_CARRIER": carrier}, **{**defaults, **options})
 
 
 def kill(pids: list[int]) -> None:
@@ -63,10 +63,13 @@ VICTIMS: dict[str, Callable[[Site, str, random.Random], list[int]]] = {
 }
 
 
+@pytest.mark.parametrize("carrier", ["auto", "tcp"])
 @pytest.mark.parametrize("victims", VICTIMS)
-def test_killing_processes_changes_no_bit(site: Site, undisturbed: str, rng: random.Random, victims: str) -> None:
-    job = "kill-" + victims.replace(" ", "-")
-    run = start(site, job)
+def test_killing_processes_changes_no_bit(
+    site: Site, undisturbed: str, rng: random.Random, victims: str, carrier: str
+) -> None:
+    job = f"kill-{carrier}-" + victims.replace(" ", "-")
+    run = start(site, job, carrier=carrier)
     for step in sorted(rng.sample(range(5, STEPS - 15), 2)):
         run.wait_for_step(step)
         pids = VICTIMS[victims](site, job, rng)

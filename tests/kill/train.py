@@ -60,6 +60,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--job", required=True)
     options.add_argument("--steps", type=int, default=120)
+    options.add_argument("--total", type=int, help="length of the learning rate's schedule, if not --steps")
     options.add_argument("--width", type=int, default=64)
     options.add_argument("--pace-s", type=float, default=0.004)
     options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
@@ -73,7 +74,7 @@ def main() -> None:
     data = Noisy()
     source = DataLoader(data, num_workers=args.processes) if args.processes else data
     optimizer = psa.optim.AdamW(
-        lr=psa.optim.warmup_cosine(args.lr, warmup=5, total=args.steps, final=args.lr / 10),
+        lr=psa.optim.warmup_cosine(args.lr, warmup=5, total=args.total or args.steps, final=args.lr / 10),
         clip_grad_norm=0.5,
         groups=[psa.optim.group("matrices", weight_decay=0.1)],
     )

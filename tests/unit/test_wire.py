@@ -1,16 +1,21 @@
-"""Frames over real sockets: torn, lying and strange peers, parking, and sending without copies."""
+"""Frames over real sockets: torn, lying and strange peers, parking, sending without copies, and passing memory."""
 
 from __future__ import annotations
 
+import array
+import os
+import random
+import resource
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import Disconnected, Refused
-from psa_store.wire import PARK, Connection, Flag, Header, Kind, Park, Reason
+from psa_store.wire import PARK, Connection, Flag, Header, Kind, Park, Reason, SharedMemory
 from psa_store.wire.frames import HEADER_BYTES, MAGIC, unpack
 
 numbers = st.integers(0, 2**32 - 1)
@@ -150,3 +155,175 @@ def test_garbage_is_refused(pair: tuple[Connection, Peer]) -> None:
     with pytest.raises(Refused):
         list(peer.connection.receive())
     assert MAGIC not in b"GET / HTTP/1.1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is passed on Linux only")
+class TestDescriptors:
+    @pytest.fixture
+    def ends(self) -> Iterator[tuple[socket.socket, Connection]]:
+        """A raw socket, and the connection at its other end, which takes any payload."""
+        raw, theirs = socket.socketpair()
+        connection = Connection(theirs, "peer", lambda _connection, header: memoryview(bytearray(header.length)))
+        yield raw, connection
+        raw.close()
+        connection.close()
+
+    def test_one_comes_with_the_frame_that_it_was_sent_with(self, ends: tuple[socket.socket, Connection]) -> None:
+        raw, receiver = ends
+        sender = Connection(raw, "sender", lambda _connection, _header: memoryview(b""))
+        sent = frames_with_and_without_memory(random.Random(5), 200)
+        for header, payload, memory in sent:
+            sender.send(header, payload, memory)
+        found: list[tuple[Header, bytes, int | None]] = []
+        while len(found) < len(sent):
+            sender.flush()
+            found += take_all(receiver)
+        assert found == [(header, payload, mark_of(memory)) for header, payload, memory in sent]
+
+    def test_one_comes_with_its_frame_although_every_byte_comes_alone(
+        self, ends: tuple[socket.socket, Connection]
+    ) -> None:
+        raw, receiver = ends
+        found: list[tuple[Header, bytes, int | None]] = []
+        sent = frames_with_and_without_memory(random.Random(6), 20, payload_bytes_max=50)
+        for header, payload, memory in sent:
+            for place, byte in enumerate(header.pack() + payload):
+                send_with(raw, bytes([byte]), [memory.fd] if memory is not None and place == 0 else [])
+                found += take_all(receiver)
+        assert found == [(header, payload, mark_of(memory)) for header, payload, memory in sent]
+
+    @pytest.mark.parametrize(
+        ("parts", "words"),
+        [
+            ([(Header(Kind.PULL).pack(), 1)], "passed a descriptor with PULL"),
+            ([(Header(Kind.HELLO, length=2).pack() + b"{}", 1)], "passed a descriptor with HELLO"),
+            ([(Header(Kind.SHARE).pack(), 2)], "more than one"),
+            ([(Header(Kind.SHARE).pack(), 100)], "more than one"),
+            ([(Header(Kind.SHARE).pack()[:1], 1), (Header(Kind.SHARE).pack()[1:], 1)], "more than one"),
+            ([(Header(Kind.SHARE).pack()[:1], 1), (Header(Kind.SHARE).pack()[1:], 2)], "more than one"),
+            ([(b"GET / HTTP/1.1".ljust(HEADER_BYTES), 1)], "not a psa frame"),
+        ],
+        ids=["wrong kind", "wrong kind with payload", "two", "a hundred", "one and one", "one and two", "garbage"],
+    )
+    def test_what_may_not_come_is_refused_and_closed(
+        self, ends: tuple[socket.socket, Connection], parts: list[tuple[bytes, int]], words: str
+    ) -> None:
+        raw, receiver = ends
+        memory = SharedMemory.create("test", 1)
+        before = descriptors()
+        for data, count in parts:
+            send_with(raw, data, [memory.fd] * count)
+        with pytest.raises(Refused, match=words):
+            take_all(receiver)
+        receiver.close()
+        assert descriptors() == before - 1, "only the connection's own may be gone"
+
+    def test_a_frame_that_may_bring_one_may_come_without(self, ends: tuple[socket.socket, Connection]) -> None:
+        raw, receiver = ends
+        raw.sendall(Header(Kind.SHARE).pack())
+        assert take_all(receiver) == [(Header(Kind.SHARE), b"", None)]
+
+    def test_one_that_nobody_took_is_closed_with_the_connection(self, ends: tuple[socket.socket, Connection]) -> None:
+        raw, receiver = ends
+        memory = SharedMemory.create("test", 1)
+        before = descriptors()
+        send_with(raw, Header(Kind.SHARE).pack(), [memory.fd])
+        assert [header.kind for header, _ in receiver.receive()] == [Kind.SHARE]
+        assert descriptors() == before + 1
+        receiver.close()
+        assert descriptors() == before - 1
+
+    def test_one_that_comes_in_the_middle_of_a_payload_goes_nowhere(
+        self, ends: tuple[socket.socket, Connection]
+    ) -> None:
+        raw, receiver = ends
+        memory = SharedMemory.create("test", 1)
+        before = descriptors()
+        raw.sendall(Header(Kind.HELLO, length=4).pack() + b"da")
+        assert take_all(receiver) == []
+        send_with(raw, b"ta", [memory.fd])
+        raw.sendall(Header(Kind.SHARE).pack())
+        assert [(payload, mark) for _, payload, mark in take_all(receiver)] == [(b"data", None), (b"", None)]
+        assert descriptors() == before
+
+    def test_one_that_got_lost_for_want_of_descriptors_is_noticed(self, ends: tuple[socket.socket, Connection]) -> None:
+        raw, receiver = ends
+        memory = SharedMemory.create("test", 1)
+        send_with(raw, Header(Kind.SHARE).pack(), [memory.fd])
+        former = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(memory.fd)  # the lowest free number: a limit there leaves none
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, former[1]))
+        try:
+            with pytest.raises(Refused, match="too many open files"):
+                list(receiver.receive())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, former)
+
+    def test_detaching_copies_payloads_and_keeps_headers_and_memory(
+        self, ends: tuple[socket.socket, Connection]
+    ) -> None:
+        raw, receiver = ends
+        sender = Connection(raw, "sender", lambda _connection, _header: memoryview(b""))
+        memory = marked(77)
+        payload = bytearray(b"a" * (32 << 20))  # more than a socket takes
+        sender.send(Header(Kind.PARAMS, shard=1, length=len(payload)), memoryview(payload))
+        sender.send(Header(Kind.VERSION, step=5), memory=memory)
+        sender.send(Header(Kind.PARAMS, shard=2, length=4), memoryview(payload)[:4])
+        sender.flush()
+        sender.detach()
+        payload[:] = b"b" * len(payload)
+        found: list[tuple[Header, bytes, int | None]] = []
+        while len(found) < 3:
+            sender.flush()
+            found += take_all(receiver)
+        assert [(header.kind, header.shard, header.step, mark) for header, _, mark in found] == [
+            (Kind.PARAMS, 1, 0, None),
+            (Kind.VERSION, 0, 5, 77),
+            (Kind.PARAMS, 2, 0, None),
+        ]
+        assert found[0][1] == b"a" * len(payload) and found[2][1] == b"aaaa"
+
+
+def marked(mark: int) -> SharedMemory:
+    """Memory that can be told from others by its first byte."""
+    memory = SharedMemory.create("test", 1)
+    memory.buffer[0] = mark
+    return memory
+
+
+def mark_of(memory: SharedMemory | None) -> int | None:
+    return None if memory is None else memory.buffer[0]
+
+
+def frames_with_and_without_memory(
+    rng: random.Random, count: int, payload_bytes_max: int = 100_000
+) -> Sequence[tuple[Header, bytes, SharedMemory | None]]:
+    frames: list[tuple[Header, bytes, SharedMemory | None]] = []
+    for number in range(count):
+        if rng.random() < 0.5:
+            payload = rng.randbytes(rng.randrange(payload_bytes_max))
+            frames.append((Header(Kind.PUSH, step=number, length=len(payload)), payload, None))
+        else:
+            kind = rng.choice([Kind.SHARE, Kind.VERSION])
+            frames.append((Header(kind, step=number), b"", marked(number % 256) if rng.random() < 0.7 else None))
+    return frames
+
+
+def send_with(raw: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    assert raw.sendmsg([data], rights) == len(data)
+
+
+def take_all(connection: Connection) -> list[tuple[Header, bytes, int | None]]:
+    """The frames that are complete by now, each with the mark of the memory that came with it."""
+    found = []
+    for header, payload in connection.receive():
+        descriptor = connection.take_descriptor()
+        mark = mark_of(SharedMemory.attach(descriptor, 1)) if descriptor is not None else None
+        found.append((header, bytes(payload), mark))
+    return found
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))

@@ -29,6 +29,7 @@ def start(workload: Workload, nursery: Nursery, addresses: Addresses, name: str,
         "PSA_REDIS": addresses.redis,
         "PSA_ZOOKEEPER": addresses.zookeeper,
         "PSA_CARRIER": carrier,
+        "PSA_SESSION_TIMEOUT_S": "60",  # a busy machine must not end a session, and with it send the job back
         "PSA_LOG_LEVEL": "warning",
     }
     workers = [
@@ -114,7 +115,7 @@ class _Steps(Stepper):
 
     def check(self, steps: int) -> None:
         if self._worker.version != steps:
-            raise UserCodeFailed(f"version {self._worker.version} after {steps} steps")
+            raise UserCodeFailed(f"version {self._worker.version} after {steps} steps: the job went back in between")
         self._workload.check(self._model.weights, steps)
 
     def _backward(self, rank: int) -> None:

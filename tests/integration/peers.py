@@ -1,0 +1,282 @@
+"""Clients of a live server that a test moves by hand: they say what a worker says, and what none ever would."""
+
+from __future__ import annotations
+
+import array
+import itertools
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from psa_store.coordination import Coordination, MemberKind
+from psa_store.job import job_config_from_json
+from psa_store.layout import Layout, Role, Shard, layout_from_json
+from psa_store.plan import Member, Plan, member_from_json, plan_from_json
+from psa_store.wire import PROTOCOL, Header, Kind, Reason, SharedMemory, connect, decode_text, encode_text
+from psa_store.wire.frames import HEADER_BYTES, unpack
+from tests.harness import Site
+
+PATIENCE_S = 15.0
+"""How long a peer waits for an answer: a server that does not give it by then never will."""
+NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class Frame:
+    header: Header
+    payload: bytes
+
+    @property
+    def text(self) -> dict[str, Any]:
+        return decode_text(self.payload)
+
+
+@dataclass
+class Peer:
+    """One connection to ``server``, over its Unix socket or TCP. ``plan`` is what it believes in."""
+
+    server: Member
+    carrier: str
+    job: str
+    layout: Layout
+    plan: Plan
+
+    def __post_init__(self) -> None:
+        local = self.server.local if self.carrier == "unix" else ""
+        self.sock = connect(self.server.address, local, self.server.host, PATIENCE_S)
+        assert (self.sock.family == socket.AF_UNIX) is (self.carrier == "unix")
+        self.sock.settimeout(PATIENCE_S)
+
+    def close(self) -> None:
+        self.sock.close()
+
+    # --- saying
+
+    def throw(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send raw bytes, whole unless the server has thrown us out already."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            sent = self.sock.sendmsg([data], rights)
+            self.sock.sendall(data[sent:])
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def say(self, kind: Kind, payload: bytes = b"", fds: Sequence[int] = (), **fields: Any) -> None:
+        """Send a frame of the present epoch; ``fields`` are the header's."""
+        fields = {"epoch": self.plan.epoch, "revision": self.plan.revision, "length": len(payload), **fields}
+        self.throw(Header(kind, **fields).pack() + payload, fds)
+
+    def hello(self, member: str | None = None, **changes: Any) -> None:
+        """Introduce the peer under a name that nobody has had, if none is given."""
+        member = f"worker-stranger-{next(NUMBERS)}" if member is None else member
+        greeting = {"protocol": PROTOCOL, "job": self.job, "layout": self.layout.fingerprint, "by_reference": True}
+        self.say(Kind.HELLO, encode_text({**greeting, "member": member, **changes}))
+
+    # --- listening
+
+    def next(self) -> Frame | None:
+        """The next frame; None when the server has closed the connection."""
+        head = self._exactly(HEADER_BYTES)
+        if head is None:
+            return None
+        header = unpack(head)
+        payload = self._exactly(header.length)
+        return None if payload is None else Frame(header, payload)
+
+    def next_of(self, kind: Kind) -> Frame:
+        """The next frame of this kind; what comes before it is passed over."""
+        while (frame := self.next()) is not None:
+            if frame.header.kind is kind:
+                return frame
+        raise AssertionError(f"the server closed the connection instead of sending {kind.name}")
+
+    def is_refused(self, reason: Reason) -> None:
+        """The last frame was refused for this reason, and the connection is as good as before."""
+        frame = self.next_of(Kind.REFUSED)
+        assert frame.header.reason is reason, frame
+        self.report()
+
+    def is_thrown_out(self, why: str) -> None:
+        """The server has closed the connection, and said why (over TCP that last word may be lost)."""
+        last = self.is_closed()
+        if self.carrier == "unix" or (last is not None and last.header.kind is Kind.REFUSED):
+            assert last is not None and last.header.reason is Reason.WRONG, last
+            assert why in last.text["why"], last.text
+
+    def is_closed(self) -> Frame | None:
+        """Wait until the server closes the connection; returns the last frame that came before."""
+        last = None
+        while (frame := self.next()) is not None:
+            last = frame
+        return last
+
+    def report(self) -> dict[str, Any]:
+        self.say(Kind.INSPECT)
+        return self.next_of(Kind.REPORT).text
+
+    def see_version(self, version: int) -> None:
+        """Wait until the server has it, as a worker does that holds no rank."""
+        self.say(Kind.AWAIT, step=version)
+        assert self.next_of(Kind.VERSION).header.step >= version
+
+    def _exactly(self, count: int) -> bytes | None:
+        data = bytearray()
+        while len(data) < count:
+            try:
+                part = self.sock.recv(count - len(data))
+            except ConnectionResetError:
+                return None
+            if not part:
+                return None
+            data += part
+        return bytes(data)
+
+
+@dataclass
+class Scene:
+    """A running job as it is now, and the peers that a test lets loose on it. Closes them."""
+
+    job: str
+    ranks: int
+    layout: Layout
+    plan: Plan
+    servers: Mapping[str, Member]
+    workers: Mapping[str, Member]
+    peers: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.peers.close()
+
+    def peer(self, carrier: str, shard: int = 0) -> Peer:
+        """A new connection to the server that leads ``shard``."""
+        server = self.servers[self.plan.owner_of(shard).id]
+        return self.peers.enter_context(closing(Peer(server, carrier, self.job, self.layout, self.plan)))
+
+    @contextmanager
+    def in_the_name_of_the_holder(self) -> Iterator[Callable[..., tuple[Peer, int]]]:
+        """Inside, ``pose(carrier, shard)`` gives a peer that the server takes for the worker of the last rank.
+
+        With it comes the step for which that rank has not pushed anything that lies in ``shard``. The worker itself
+        sleeps meanwhile, or it would come back at once; awake, it finds that it has lost its connection.
+        """
+        holder = self.plan.ranks[-1]
+
+        def pose(carrier: str, shard: int = 0) -> tuple[Peer, int]:
+            peer = self.peer(carrier, shard)
+            peer.hello(holder)
+            while (report := peer.report())["stage"] != "collecting":
+                pass
+            return peer, report["version"]
+
+        os.kill(self.workers[holder].pid, signal.SIGSTOP)
+        try:
+            yield pose
+        finally:
+            os.kill(self.workers[holder].pid, signal.SIGCONT)
+
+    def shard(self, role: Role = Role.TRAINED) -> Shard:
+        """The first shard of a role: any would do."""
+        return self.layout.shards_of(role)[0]
+
+    def shard_led_elsewhere(self, shard: int) -> Shard:
+        """A trained shard of another server than the one that leads ``shard``."""
+        return next(
+            each
+            for each in self.layout.shards_of(Role.TRAINED)
+            if self.plan.owners[each.index] != self.plan.owners[shard]
+        )
+
+    def gradient_memory(self) -> SharedMemory:
+        """Memory as a worker shares it, full of numbers that would show in the result."""
+        memory = SharedMemory.create("peer", self.gradient_bytes)
+        np.frombuffer(memory.buffer, dtype="<f4")[:] = 1.0
+        return memory
+
+    @property
+    def gradient_bytes(self) -> int:
+        return max(shard.offset_bytes + shard.size_bytes for shard in self.layout.shards_of(Role.TRAINED))
+
+    @property
+    def pids(self) -> list[int]:
+        return [server.pid for server in self.servers.values()]
+
+    def versions(self) -> list[int]:
+        found = []
+        for server in self.plan.servers:
+            with closing(Peer(self.servers[server.id], "tcp", self.job, self.layout, self.plan)) as peer:
+                found.append(peer.report()["version"])
+        return found
+
+    def check_that_training_goes_on(self, steps: int = 2) -> None:
+        """The same processes lead the same shards, and the version grows."""
+        target = max(self.versions()) + steps
+        for server in self.plan.servers:
+            with closing(Peer(self.servers[server.id], "tcp", self.job, self.layout, self.plan)) as peer:
+                peer.hello(by_reference=False)
+                peer.see_version(target)
+                report = peer.report()
+            assert (report["server"], report["epoch"]) == (server.id, self.plan.epoch)
+
+
+def look(site: Site, job: str) -> Scene:
+    """The job as ZooKeeper and Redis know it now."""
+    with closing(site.store()) as store, closing(coordination(site, job)) as zookeeper:
+        found = store.read_job(job)
+        assert found is not None
+        zookeeper.start()
+        plan = zookeeper.read_plan()
+        assert plan is not None
+        members = [zookeeper.members(kind) for kind in (MemberKind.SERVER, MemberKind.WORKER)]
+    return Scene(
+        job,
+        job_config_from_json(found[0]).ranks,
+        layout_from_json(found[1]),
+        plan_from_json(plan.text),
+        *({name: member_from_json(text) for name, text in each.items()} for each in members),
+    )
+
+
+def coordination(site: Site, job: str) -> Coordination:
+    return Coordination(site.zookeeper, job, session_timeout_s=4.0, connect_timeout_s=5.0, wake=threading.Event().set)
+
+
+# --- what a process holds, seen from outside
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What a process would hold more of with every peer, if it leaked."""
+
+    descriptors: int
+    memfd_mappings: int
+    threads: int
+
+
+def holdings(pid: int) -> Holdings:
+    return Holdings(len(os.listdir(f"/proc/{pid}/fd")), len(memfd_mappings(pid)), len(os.listdir(f"/proc/{pid}/task")))
+
+
+def memfd_mappings(pid: int) -> list[str]:
+    """The lines of /proc/PID/maps that are memory of psa_store."""
+    try:
+        return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/memfd:psa-" in line]
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []  # it has ended, or is somebody else's
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
