@@ -49,6 +49,7 @@ from psa_store.server.letters import (
     ToEngine,
     Updated,
 )
+from psa_store.server.pending import Now, Pending
 from psa_store.server.reception import Reception
 from psa_store.transport import WireLayout
 from psa_store.wire import (
@@ -123,13 +124,9 @@ class Engine:
         self._committing = -1
         self._told = -1
         self._reported: ToControl | None = None
-        self._pulls: list[tuple[Connection, Header]] = []
-        self._awaits: dict[Connection, Header] = {}
-        self._streaming: set[Connection] = set()
-        """Workers that get the shards of the next version by value, one by one, while it is being made."""
+        self._pending = Pending(self._reception, self._wire)
         self._to_measure: list[Lead] = []
         self._inline = True
-        self._finishes: list[tuple[Connection, Header]] = []
         self._receiving: dict[tuple[int, int], Connection] = {}
         self._dropping: dict[Connection, Reason] = {}
         self._lapsed = False
@@ -204,7 +201,7 @@ class Engine:
                 for shard, squared_norm in letter.squared_norms.items():
                     self._step.measured(shard, squared_norm)
             case Updated():
-                self._stream(letter.shard, letter.version)
+                self._pending.stream(self._plan, self._leads[letter.shard], letter.version)
             case Moved():
                 self._stage = Stage.COLLECTING
             case Applied():
@@ -243,11 +240,8 @@ class Engine:
         for peer in list(self._peers.values()):
             self._reception.close(peer)
         self._receiving.clear()
-        self._pulls.clear()
-        self._awaits.clear()
-        self._streaming.clear()
+        self._pending.clear()
         self._to_measure.clear()
-        self._finishes.clear()
         self._stage = Stage.IDLE
         self._plan = None
         self._leads = {}
@@ -307,9 +301,9 @@ class Engine:
         plan = self._plan
         if self._stage is not Stage.COLLECTING or plan is None:
             return
-        self._answer_pulls(plan)
-        self._answer_awaits(plan)
-        self._answer_finishes(plan)
+        self._pending.answer(
+            Now(plan, self._step.version, self._committed, self._leads, self._memory, self._generation)
+        )
         if self._to_measure:
             leads, self._to_measure = self._to_measure, []
             self._arithmetic.measure(plan.epoch, leads, self._config.ranks, inline=self._inline)
@@ -342,7 +336,7 @@ class Engine:
         return (
             (every > 0 and version % every == 0)
             or (plan.phase is Phase.STOP and version == plan.mark)
-            or any(header.step <= version for _, header in self._finishes)
+            or self._pending.finish_is_due(version)
         )
 
     def _held(self, plan: Plan) -> bool:
@@ -399,16 +393,12 @@ class Engine:
         scale = clip_factor(self._step.norms_in_order(), self._optimizer.clip_grad_norm)
         self._reception.detach_all()
         self._stage = Stage.APPLYING
-        self._streaming = {
-            connection
-            for connection, header in self._awaits.items()
-            if header.step <= step + 1 and not self._clients[connection].by_reference
-        }
+        streaming = self._pending.begin_streaming(step + 1)
         self._on_leads(
             plan,
             lambda lead, scratch: lead.apply(ranks, scratch, step=step, grad_scale=scale),
             Applied(plan.epoch, step + 1),
-            each=self._say_updated(plan.epoch, step + 1) if self._streaming else None,
+            each=self._say_updated(plan.epoch, step + 1) if streaming else None,
         )
 
     def _say_updated(self, epoch: int, version: int) -> Callable[[Lead], None]:
@@ -425,11 +415,8 @@ class Engine:
     def on_gone(self, connection: Connection) -> None:
         self._dropping.pop(connection, None)
         self._receiving = {k: v for k, v in self._receiving.items() if v is not connection}
-        self._pulls = [each for each in self._pulls if each[0] is not connection]
-        self._finishes = [each for each in self._finishes if each[0] is not connection]
+        self._pending.forget(connection)
         self._clients.pop(connection, None)
-        self._awaits.pop(connection, None)
-        self._streaming.discard(connection)
         for server, peer in list(self._peers.items()):
             if peer is connection:
                 del self._peers[server]
@@ -621,71 +608,16 @@ class Engine:
         if header.epoch < self._plan.epoch:
             self._refuse(connection, header, Reason.STALE, "the epoch is over")
         elif header.kind is Kind.FINISH:
-            self._finishes.append((connection, header))
+            self._pending.finish(connection, header)
         elif header.kind is Kind.AWAIT:
             client = self._client_of(connection)
             if client.reading is not None and client.reading < header.step:
                 client.reading = None
-            self._awaits[connection] = header
+            self._pending.wait(client, header)
         elif header.shard not in self._leads:
             self._refuse(connection, header, Reason.NOT_OWNER, f"shard {header.shard} is led elsewhere")
         else:
-            self._pulls.append((connection, header))
-
-    def _answer_pulls(self, plan: Plan) -> None:
-        """Send versions that have been waited for. Frozen shards stay at version 0 and are always ready."""
-        version = self._step.version
-        waiting, self._pulls = self._pulls, []
-        for connection, header in waiting:
-            lead = self._leads[header.shard]
-            has = 0 if lead.shard.role is Role.FROZEN else version
-            if has < header.step and lead.shard.role is not Role.FROZEN:
-                self._pulls.append((connection, header))
-                continue
-            self._send_params(plan, connection, lead, has)
-
-    def _send_params(self, plan: Plan, connection: Connection, lead: Lead, version: int) -> None:
-        shard = lead.shard
-        header = Header(
-            Kind.PARAMS, plan.epoch, plan.revision, version, shard=shard.index, length=self._wire.size_bytes(shard)
-        )
-        self._reception.send(connection, header, as_bytes(lead.published))
-
-    def _answer_awaits(self, plan: Plan) -> None:
-        """Bring the present version to the workers that wait for it."""
-        version = self._step.version
-        for connection, header in list(self._awaits.items()):
-            if version < header.step:
-                continue
-            del self._awaits[connection]
-            client = self._clients[connection]
-            if connection not in self._streaming:
-                by_value = [Role.BUFFER] if client.by_reference else [Role.TRAINED, Role.BUFFER]
-                for lead in self._leads.values():
-                    if lead.shard.role in by_value:
-                        self._send_params(plan, connection, lead, version)
-            memory = None
-            if client.by_reference:
-                client.reading = version
-                memory = self._memory if client.generation != self._generation else None
-                client.generation = self._generation
-            flags = Flag.BY_REFERENCE if client.by_reference else Flag.NONE
-            header = Header(Kind.VERSION, plan.epoch, plan.revision, version, flags=flags, slot=self._generation)
-            self._reception.send(connection, header, memory=memory)
-        self._streaming.clear()
-
-    def _stream(self, shard: int, version: int) -> None:
-        assert self._plan is not None
-        for connection in list(self._streaming):
-            self._send_params(self._plan, connection, self._leads[shard], version)
-
-    def _answer_finishes(self, plan: Plan) -> None:
-        waiting, self._finishes = self._finishes, []
-        for connection, header in waiting:
-            if self._committed >= header.step:
-                self._reception.send(connection, Header(Kind.DURABLE, plan.epoch, plan.revision, self._committed))
-            else:
-                self._finishes.append((connection, header))
+            self._pending.pull(connection, header)
 
     def _inspect(self) -> dict[str, object]:
         return {

@@ -1,0 +1,141 @@
+"""What workers wait for: shards by value, the next version, durability. Used by the engine's thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from psa_store.layout import Role
+from psa_store.plan import Plan
+from psa_store.server.client import Client
+from psa_store.server.lead import Lead, as_bytes
+from psa_store.server.reception import Reception
+from psa_store.transport import WireLayout
+from psa_store.wire import Connection, Flag, Header, Kind, SharedMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What there is to answer with. ``generation``: the number of ``memory``, in which parameters are published."""
+
+    plan: Plan
+    version: int
+    committed: int
+    leads: Mapping[int, Lead]
+    memory: SharedMemory
+    generation: int
+
+
+class Pending:
+    """Requests that are answered as soon as they can be."""
+
+    def __init__(self, reception: Reception, wire: WireLayout) -> None:
+        self._reception = reception
+        self._wire = wire
+        self._pulls: list[tuple[Connection, Header]] = []
+        self._awaits: dict[Client, Header] = {}
+        self._finishes: list[tuple[Connection, Header]] = []
+        self._streaming: set[Client] = set()
+        """Workers that get the shards of the next version by value, one by one, while it is being made."""
+
+    def pull(self, connection: Connection, header: Header) -> None:
+        """PULL: one shard by value, at ``header.step`` or later."""
+        self._pulls.append((connection, header))
+
+    def wait(self, client: Client, header: Header) -> None:
+        """AWAIT: everything, at ``header.step`` or later."""
+        self._awaits[client] = header
+
+    def finish(self, connection: Connection, header: Header) -> None:
+        """FINISH: tell when ``header.step`` is durable."""
+        self._finishes.append((connection, header))
+
+    def finish_is_due(self, version: int) -> bool:
+        """Whether somebody waits for this version or an older one to become durable."""
+        return any(header.step <= version for _, header in self._finishes)
+
+    def clear(self) -> None:
+        self._pulls.clear()
+        self._awaits.clear()
+        self._finishes.clear()
+        self._streaming.clear()
+
+    def forget(self, connection: Connection) -> None:
+        """Nobody waits at this connection any more."""
+        self._pulls = [each for each in self._pulls if each[0] is not connection]
+        self._finishes = [each for each in self._finishes if each[0] is not connection]
+        for client in [each for each in self._awaits if each.connection is connection]:
+            del self._awaits[client]
+            self._streaming.discard(client)
+
+    def answer(self, now: Now) -> None:
+        """Answer what can be answered."""
+        self._answer_pulls(now)
+        self._answer_awaits(now)
+        self._answer_finishes(now)
+
+    # --- a version that is being made
+
+    def begin_streaming(self, version: int) -> bool:
+        """A version is about to be made; True if somebody wants its shards by value, one by one."""
+        self._streaming = {
+            client for client, header in self._awaits.items() if header.step <= version and not client.by_reference
+        }
+        return bool(self._streaming)
+
+    def stream(self, plan: Plan, lead: Lead, version: int) -> None:
+        """One shard of that version is made: send it on."""
+        for client in list(self._streaming):
+            self._send(plan, client.connection, lead, version)
+
+    # --- answers
+
+    def _answer_pulls(self, now: Now) -> None:
+        """Frozen shards stay at version 0 and are always ready."""
+        waiting, self._pulls = self._pulls, []
+        for connection, header in waiting:
+            lead = now.leads[header.shard]
+            if lead.shard.role is Role.FROZEN:
+                self._send(now.plan, connection, lead, 0)
+            elif now.version >= header.step:
+                self._send(now.plan, connection, lead, now.version)
+            else:
+                self._pulls.append((connection, header))
+
+    def _answer_awaits(self, now: Now) -> None:
+        for client, header in list(self._awaits.items()):
+            if now.version >= header.step:
+                del self._awaits[client]
+                self._bring(now, client)
+        self._streaming.clear()
+
+    def _bring(self, now: Now, client: Client) -> None:
+        """By value or by reference, and then VERSION; buffers always go by value."""
+        if client not in self._streaming:
+            by_value = [Role.BUFFER] if client.by_reference else [Role.TRAINED, Role.BUFFER]
+            for lead in now.leads.values():
+                if lead.shard.role in by_value:
+                    self._send(now.plan, client.connection, lead, now.version)
+        flags, memory = Flag.NONE, None
+        if client.by_reference:
+            flags = Flag.BY_REFERENCE
+            memory = now.memory if client.generation != now.generation else None
+            client.reading = now.version
+            client.generation = now.generation
+        plan = now.plan
+        header = Header(Kind.VERSION, plan.epoch, plan.revision, now.version, flags=flags, slot=now.generation)
+        self._reception.send(client.connection, header, memory=memory)
+
+    def _answer_finishes(self, now: Now) -> None:
+        waiting, self._finishes = self._finishes, []
+        for connection, header in waiting:
+            if now.committed >= header.step:
+                durable = Header(Kind.DURABLE, now.plan.epoch, now.plan.revision, now.committed)
+                self._reception.send(connection, durable)
+            else:
+                self._finishes.append((connection, header))
+
+    def _send(self, plan: Plan, connection: Connection, lead: Lead, version: int) -> None:
+        shard, size_bytes = lead.shard, self._wire.size_bytes(lead.shard)
+        header = Header(Kind.PARAMS, plan.epoch, plan.revision, version, shard=shard.index, length=size_bytes)
+        self._reception.send(connection, header, as_bytes(lead.published))
