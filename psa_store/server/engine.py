@@ -7,10 +7,12 @@ only, so nothing in here needs a lock. The life of a step can be read in :meth:`
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum, auto
 
 import numpy as np
@@ -69,6 +71,8 @@ from psa_store.wire import (
 
 _TICK_S = 0.2
 _NOTHING = memoryview(b"")
+_NUMBER_BYTES = 8
+_MEMBER = re.compile(r"[!-~]+")
 _LAPSED_PAUSE_S = 0.02
 
 
@@ -475,13 +479,18 @@ class Engine:
                 plan = self._plan
                 if plan is None or (header.epoch, header.revision) > (plan.epoch, plan.revision):
                     return PARK
-                if header.kind is Kind.PUSH and not header.flags & Flag.BY_REFERENCE:
+                if header.kind is Kind.PUSH:
                     return self._admit_push(plan, connection, header)
                 return memoryview(bytearray(header.length))
         raise Refused(f"a server takes no {header.kind.name}")
 
     def _admit_push(self, plan: Plan, connection: Connection, header: Header) -> memoryview:
-        """Judge a gradient that comes by value: its place, or scratch memory if it is not wanted."""
+        """Judge a gradient: by value, its place, or scratch memory if it is not wanted; by reference, nothing comes."""
+        if header.flags & Flag.BY_REFERENCE:
+            if not 0 < header.count <= len(self._layout.shards) - header.shard:
+                raise Refused(f"PUSH of {header.count} shards from shard {header.shard}: there are not so many")
+            return _NOTHING
+        header = replace(header, count=1)
         reason = self._reason_against(plan, connection, header)
         if reason is None:
             lead = self._leads[header.shard]
@@ -537,8 +546,7 @@ class Engine:
                 self._on_request(connection, header)
             case Kind.NORM:
                 if self._plan is not None and header.epoch == self._plan.epoch:
-                    pairs = np.frombuffer(payload, dtype="<f8").reshape(-1, 2)
-                    self._step.hear(header.step, {int(shard): float(norm) for shard, norm in pairs})
+                    self._on_norms(self._plan, connection, header, payload)
             case Kind.INSPECT:
                 text = encode_text(self._inspect())
                 self._reception.send(connection, Header(Kind.REPORT, length=len(text)), text)
@@ -546,6 +554,15 @@ class Engine:
                 raise Refused(f"a peer refused us: {decode_text(payload).get('why')}")
             case _:
                 pass
+
+    def _on_norms(self, plan: Plan, connection: Connection, header: Header, payload: memoryview) -> None:
+        if header.length % (2 * _NUMBER_BYTES):
+            raise Refused(f"NORM of {header.length} bytes: not pairs of numbers")
+        pairs = np.frombuffer(payload, dtype="<f8").reshape(-1, 2)
+        norms = {int(shard): float(norm) for shard, norm in pairs if np.isfinite(shard)}
+        if not norms.keys() <= set(plan.shards_of(connection.member)):
+            raise Refused(f"NORM of shards that {connection.member} does not lead")
+        self._step.hear(header.step, norms)
 
     def _on_hello(self, connection: Connection, hello: dict[str, object]) -> None:
         for what, mine in (
@@ -556,6 +573,8 @@ class Engine:
             if hello.get(what) != mine:
                 raise Refused(f"{what} is {mine!r} here and {hello.get(what)!r} there")
         member = str(hello.get("member", ""))
+        if connection.member or not _MEMBER.fullmatch(member):
+            raise Refused("HELLO from nobody, or for the second time")
         for other in [each.connection for each in self._clients.values() if each.member == member]:
             self._reception.close(other)  # its owner has left it: one member has one connection
         connection.member = connection.peer = member
@@ -574,8 +593,6 @@ class Engine:
 
     def _on_push_by_reference(self, connection: Connection, header: Header) -> None:
         assert self._plan is not None
-        if not 0 < header.count <= len(self._layout.shards) - header.shard:
-            raise Refused(f"PUSH of {header.count} shards from shard {header.shard}: there are not so many")
         reason = self._reason_against(self._plan, connection, header)
         if reason is not None:
             self._refuse(connection, header, reason, f"push refused: {reason.name}")

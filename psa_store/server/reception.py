@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import selectors
 import socket
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ class Reception:
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
         self._watched: dict[Connection, int] = {}
+        self._parked: set[Connection] = set()
         self._log = telemetry.get_logger()
         for listener in listeners:
             self._selector.register(listener, selectors.EVENT_READ, listener)
@@ -64,6 +66,7 @@ class Reception:
                 self._serve(key.data, mask)
             elif isinstance(key.data, socket.socket):
                 self._accept(key.data)
+        self._close_dead_parked()
 
     def send(
         self,
@@ -91,6 +94,7 @@ class Reception:
         """Close a connection. Idempotent."""
         if connection in self._connections:
             self._connections.discard(connection)
+            self._parked.discard(connection)
             self._host.on_gone(connection)
             if self._watched.pop(connection, 0):
                 self._selector.unregister(connection)
@@ -151,10 +155,17 @@ class Reception:
         self.close(connection)
 
     def _watch(self, connection: Connection) -> None:
-        """Wait for what the connection can do next; nothing while it is parked, until a plan wakes it."""
+        """Wait for what the connection can do next.
+
+        Nothing is read while it is parked, until a plan wakes it, nor while its peer does not read what it asked for.
+        """
         if connection not in self._connections:
             return
-        mask = 0 if connection.parked else selectors.EVENT_READ
+        if connection.parked:
+            self._parked.add(connection)
+        else:
+            self._parked.discard(connection)
+        mask = 0 if connection.parked or connection.congested else selectors.EVENT_READ
         mask |= selectors.EVENT_WRITE if connection.sending else 0
         before = self._watched.get(connection, 0)
         if mask == before:
@@ -166,3 +177,14 @@ class Reception:
         else:
             self._selector.modify(connection, mask, connection)
         self._watched[connection] = mask
+
+    def _close_dead_parked(self) -> None:
+        """Nothing is read from a connection that is parked, so its end is looked for."""
+        if not self._parked:
+            return
+        poller = select.poll()
+        by_fileno = {connection.fileno(): connection for connection in self._parked}
+        for fileno in by_fileno:
+            poller.register(fileno, getattr(select, "POLLRDHUP", 0))
+        for fileno, _ in poller.poll(0):
+            self.close(by_fileno[fileno])

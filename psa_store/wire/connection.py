@@ -31,6 +31,8 @@ _GATHER_MAX = 64
 _SOCKET_BUFFER_BYTES = 4 << 20
 _READ_ROUNDS_MAX = 16
 """Socket reads per call of :meth:`Connection.receive`, so that one fast peer cannot starve the others."""
+_OUTGOING_MAX = 128
+"""Headers and payloads that wait for the socket before a connection counts as congested."""
 _DESCRIPTOR_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)
 """Room for one descriptor more than can rightly come, to notice it."""
@@ -84,6 +86,11 @@ class Connection:
     def sending(self) -> bool:
         """True while bytes wait for the socket to take them."""
         return bool(self._outgoing)
+
+    @property
+    def congested(self) -> bool:
+        """True while so much waits for a peer that does not read that nothing more should be asked of us by it."""
+        return len(self._outgoing) > _OUTGOING_MAX
 
     def send(self, header: Header, payload: memoryview | bytes = b"", memory: SharedMemory | None = None) -> None:
         """Queue a frame. ``payload`` must not change until it is sent: see :meth:`detach`.

@@ -149,7 +149,7 @@ def decode_text(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
     """Decode a JSON payload; raises Refused if it is not an object."""
     try:
         document = json.loads(bytes(payload))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"unreadable text frame: {error}") from error
     if not isinstance(document, dict):
         raise Refused("unreadable text frame: not an object")

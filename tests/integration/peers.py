@@ -9,11 +9,11 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -257,25 +257,37 @@ def coordination(site: Site, job: str) -> Coordination:
 # --- what a process holds, seen from outside
 
 
-@dataclass(frozen=True)
-class Holdings:
+class Holdings(NamedTuple):
     """What a process would hold more of with every peer, if it leaked."""
 
-    descriptors: int
+    sockets_and_memory: int
     memfd_mappings: int
     threads: int
 
 
 def holdings(pid: int) -> Holdings:
-    return Holdings(len(os.listdir(f"/proc/{pid}/fd")), len(memfd_mappings(pid)), len(os.listdir(f"/proc/{pid}/task")))
+    return Holdings(
+        sum(each.startswith(("socket:", "/memfd:", "pipe:")) for each in descriptors(pid).values()),
+        len(memfd_mappings(pid)),
+        len(os.listdir(f"/proc/{pid}/task")),
+    )
+
+
+def descriptors(pid: int) -> dict[str, str]:
+    """What each descriptor of a process stands for, by its path in /proc; nothing of somebody else's process."""
+    found = {}
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found[str(path)] = os.readlink(path)
+    return found
 
 
 def memfd_mappings(pid: int) -> list[str]:
     """The lines of /proc/PID/maps that are memory of psa_store."""
-    try:
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/memfd:psa-" in line]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return []  # it has ended, or is somebody else's
+    return []  # it has ended, or is somebody else's
 
 
 def resident_bytes(pid: int) -> int:

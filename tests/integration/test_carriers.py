@@ -13,7 +13,7 @@ import pytest
 
 from psa_store.coordination import MemberKind
 from tests.harness import TRAIN, Run, Site
-from tests.integration.peers import Scene, coordination, look, memfd_mappings
+from tests.integration.peers import Scene, coordination, descriptors, look, memfd_mappings
 
 CARELESS = Path(__file__).parent / "careless.py"
 READER = Path(__file__).parent / "reader.py"
@@ -82,7 +82,7 @@ class TestBits:
         assert site.digest("carriers-tcp", STEPS) == undisturbed
 
     def test_both_at_once_give_the_same_bits(self, site: Site, undisturbed: str) -> None:
-        run = start(site, "carriers-both", *self.TRAINING)
+        run = start(site, "carriers-both", *self.TRAINING, "--meet", "2")
         run.wait_for_step(10)
         guest = join(site, "tcp", str(TRAIN), "--job", "carriers-both", *self.TRAINING)
         run.wait_for_line(lambda line: "workers changed" in line)
@@ -198,9 +198,8 @@ def held_anywhere() -> set[str]:
 def memory_held_by(pid: int) -> set[str]:
     """The inodes of psa_store's memory that a process maps or has open."""
     held = {line.split()[4] for line in memfd_mappings(pid)}
-    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is somebody else's
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with suppress(FileNotFoundError):
-                if os.readlink(f"/proc/{pid}/fd/{fd}").startswith("/memfd:psa-"):
-                    held.add(str(os.stat(f"/proc/{pid}/fd/{fd}").st_ino))
+    for path, what in descriptors(pid).items():
+        if what.startswith("/memfd:psa-"):
+            with suppress(OSError):  # closed meanwhile
+                held.add(str(os.stat(path).st_ino))
     return held

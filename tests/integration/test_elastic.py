@@ -13,9 +13,9 @@ STEPS = 150
 SCRIPT = ["--steps", str(STEPS), "--pace-s", "0.01"]
 
 
-def start(site: Site, job: str, *, carrier: str = "auto", **options: object) -> Run:
+def start(site: Site, job: str, *arguments: str, carrier: str = "auto", **options: object) -> Run:
     defaults: dict[str, object] = {"workers": 1, "servers": 1, "ranks": 2, "commit_every": 10}
-    return site.run(job, *SCRIPT, env={"PSA_CARRIER": carrier}, **{**defaults, **options})
+    return site.run(job, *SCRIPT, *arguments, env={"PSA_CARRIER": carrier}, **{**defaults, **options})
 
 
 def join(site: Site, *arguments: str, carrier: str = "auto") -> Run:
@@ -33,7 +33,7 @@ def undisturbed(site: Site) -> str:
 @pytest.mark.parametrize("carrier", ["auto", "tcp"])
 def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, carrier: str) -> None:
     job = f"elastic-worker-{carrier}"
-    run = start(site, job, carrier=carrier)
+    run = start(site, job, "--meet", "2", carrier=carrier)
     run.wait_for_step(20)
     guest = join(site, "worker", str(TRAIN), "--job", job, *SCRIPT, carrier=carrier)
     run.wait_for_line(lambda line: "workers changed" in line)

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import psa_store as psa
 
+MEETING_STEP = 20
+
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
     """A fixed linear problem, with noise drawn anew each time a sample is read."""
@@ -63,6 +65,7 @@ def main() -> None:
     options.add_argument("--total", type=int, help="length of the learning rate's schedule, if not --steps")
     options.add_argument("--width", type=int, default=64)
     options.add_argument("--pace-s", type=float, default=0.004)
+    options.add_argument("--meet", type=int, default=0, help="go on after step 20 once so many workers hold ranks")
     options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
     options.add_argument("--lr", type=float, default=0.01)
     options.add_argument("--poison-at", type=int, default=-1, help="step at which one gradient is NaN")
@@ -80,6 +83,8 @@ def main() -> None:
     )
     with psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker:
         for x, y in worker.batches(source, batch_size=12):
+            while worker.version == MEETING_STEP and worker.members < args.meet:
+                time.sleep(0.01)
             time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)
             if worker.version == args.poison_at and worker.rank == worker.ranks - 1:
