@@ -223,7 +223,7 @@ class Control:
             except Disconnected as error:
                 self._log.info("a peer cannot be reached yet", peer=server.id, why=str(error))
                 self.report(PeerGone(plan.epoch, server.id))
-        engine.post(Serve(plan, leads, memory, peers))
+        engine.post(Serve(self._member.id, plan, leads, memory, peers))
         self._plan = plan
 
     def _release(self, engine: Engine, epoch: int) -> Released:

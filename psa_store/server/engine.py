@@ -252,6 +252,7 @@ class Engine:
 
     def _serve(self, letter: Serve) -> None:
         plan = letter.plan
+        self._member = letter.member
         self._plan = plan
         self._leads = dict(letter.leads)
         self._inline = sum(lead.shard.size_bytes for lead in self._leads.values()) < INLINE_BYTES

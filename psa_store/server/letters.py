@@ -26,6 +26,8 @@ class Serve:
     """Serve these shards under this plan. ``memory``: where their parameters are published; ``peers``: connections to
     the other servers of the plan."""
 
+    member: str
+    """Our name in this plan: it is another after our session has expired."""
     plan: Plan
     leads: Mapping[int, Lead]
     memory: SharedMemory

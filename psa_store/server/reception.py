@@ -116,7 +116,7 @@ class Reception:
     def wake_parked(self) -> None:
         """A new plan: ask again about the frames that had to wait for one."""
         for connection in self:
-            if connection.parked:
+            if connection.parked and connection in self._connections:
                 try:
                     connection.resume()
                 except Refused as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from psa_store.errors import Disconnected
+from psa_store.errors import Disconnected, Refused
 from psa_store.wire.address import connect
 from psa_store.wire.frames import HEADER_BYTES, Header, Kind, decode_text, unpack
 
@@ -22,7 +22,7 @@ def inspect(address: str, local: str, host: str, timeout_s: float) -> dict[str, 
             sock.sendall(Header(Kind.INSPECT).pack())
             header = unpack(_exactly(sock, HEADER_BYTES))
             payload = _exactly(sock, header.length)
-        except OSError as error:
+        except (OSError, Refused) as error:
             raise Disconnected(f"the server at {address} does not answer: {error}") from error
     if header.kind is not Kind.REPORT:
         raise Disconnected(f"the server at {address} answered {header.kind.name}")

@@ -6,6 +6,7 @@ this host, TCP if not. Not thread-safe: the thread that runs the model calls eve
 
 from __future__ import annotations
 
+import os
 import selectors
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -195,6 +196,9 @@ class Fleet:
                         answers += self._answer(key.data, connection, header, payload)
                 self._watch(key.data)
             except (Disconnected, Refused) as error:
+                for answer in answers:
+                    if answer.descriptor is not None:
+                        os.close(answer.descriptor)
                 self.disconnect()
                 raise Disconnected(str(error)) from error
         return answers
