@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,18 @@ class Draw:
 def seed_everything(seed: int, draw: Draw, purpose: str) -> None:
     """Make torch's, numpy's and Python's random numbers a function of (seed, step, rank, purpose)."""
     value = stream_seed(seed, draw.step, draw.rank, purpose)
-    torch.manual_seed(value)
+    if _has_accelerator():
+        torch.manual_seed(value)
+    else:
+        # Not torch.manual_seed: while CUDA is not initialised, it notes a stack trace for later, with every call.
+        torch.default_generator.manual_seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     random.seed(value)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
 class _Drawn(Dataset[Any]):
