@@ -2,8 +2,8 @@
 
 A shard is worked on block by block. The sum of a block's gradients is made in scratch memory that stays in the cache,
 and used there: for the norm of the shard, or for the update. So memory is read once per rank, and no reduced gradient
-is ever stored. With clipping the sum is made twice, once for the norm, which must be known before anything is updated;
-reading two gradients again costs less than writing their sum and reading it.
+is ever stored. With clipping the sum is made twice, once for the norm, which must be known before anything is updated:
+for two gradients that takes about as long as to write their sum and read it again, and it needs no memory.
 
 Promises:
 

@@ -58,7 +58,7 @@ def read_until(wake: Path, version: int, model: nn.Module) -> None:
     """Print what the model is at the beginning, and at the end."""
     print(f"asleep {version} {checksum(model)}", flush=True)
     while not wake.exists():
-        time.sleep(_LOOK_S)
+        time.sleep(_LOOK_S)  # a file that appears is no event here; the loop ends with it, and the test has a deadline
     print(f"awake {version} {checksum(model)}", flush=True)
 
 

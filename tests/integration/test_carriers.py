@@ -181,7 +181,7 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
     deadline_s = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline_s, f"not within {PATIENCE_S} s: {what}"
-        time.sleep(0.02)
+        time.sleep(0.02)  # /proc tells nobody when it changes: looked at until the deadline
 
 
 def shared_bytes() -> int:

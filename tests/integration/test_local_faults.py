@@ -370,7 +370,7 @@ def leave_cleanly() -> None:
     """Take a while to leave, as a worker does that finishes its step."""
 
     def leave(_number: int, _frame: object) -> None:
-        time.sleep(0.3)
+        time.sleep(0.3)  # the work that is left when the signal comes, not a wait for anybody
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, leave)

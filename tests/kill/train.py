@@ -84,7 +84,7 @@ def main() -> None:
     with psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker:
         for x, y in worker.batches(source, batch_size=12):
             while worker.version == MEETING_STEP and worker.members < args.meet:
-                time.sleep(0.01)
+                time.sleep(0.01)  # members is read, not announced, to user code; the test that starts us has a deadline
             time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)
             if worker.version == args.poison_at and worker.rank == worker.ranks - 1:

@@ -18,6 +18,7 @@ from psa_store.errors import Refused
 from psa_store.wire import SharedMemory, Window, can_show
 from psa_store.wire.memory import PAGE_BYTES
 
+# A memfd, its seals and /proc/self/pagemap exist there only; elsewhere the product sends everything by value.
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not can_show(), reason="memory is shared on Linux only")
 
 PAGES = 4

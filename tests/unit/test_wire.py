@@ -157,6 +157,7 @@ def test_garbage_is_refused(pair: tuple[Connection, Peer]) -> None:
     assert MAGIC not in b"GET / HTTP/1.1"
 
 
+# There is no memfd to pass elsewhere, and the product passes none.
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is passed on Linux only")
 class TestDescriptors:
     @pytest.fixture
