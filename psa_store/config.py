@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     )
     server_threads: int = Field(default=2, ge=1, le=64, description="threads of a server that reduce and update shards")
     log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
+    journal: Path | None = Field(
+        default=None, description="existing folder in which every process writes down what it does, for `psa chaos`"
+    )
     # Set by `psa run` for the processes it starts; not for people.
     member: str | None = Field(default=None, description="identity of this process in ZooKeeper")
     supervisor: Path | None = Field(default=None, description="socket of the supervisor that started this process")

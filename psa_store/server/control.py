@@ -20,6 +20,8 @@ from dataclasses import replace
 from psa_store import telemetry
 from psa_store.coordination import Coordination, MemberKind, Versioned
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected
+from psa_store.failpoints import failpoint
+from psa_store.journal import Journal
 from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
 from psa_store.plan import (
@@ -80,6 +82,7 @@ class Control:
         woken: threading.Event,
         leaving: Callable[[], bool],
         leave_timeout_s: float,
+        journal: Journal,
     ) -> None:
         self._member = member
         self._announced = member
@@ -96,8 +99,10 @@ class Control:
         self._released: queue.SimpleQueue[Released] = queue.SimpleQueue()
         self._asked_to_leave = leaving
         self._leave_timeout_s = leave_timeout_s
+        self._journal = journal
         self._leaving = False
         self._generation = -1
+        self._governs = False
         self._plan: Plan | None = None
 
     def report(self, report: ToControl) -> None:
@@ -151,7 +156,12 @@ class Control:
         plan = plan_from_json(seen.text) if seen else None
         if plan is not None and plan != self._plan:
             self._follow(engine, plan)
-        if self._coordination.is_elected(self._member.id):
+        elected = self._coordination.is_elected(self._member.id)
+        if elected and not self._governs:
+            self._log.info("elected controller", member=self._member.id)
+            self._journal.record("elected", member=self._member.id)
+        self._governs = elected
+        if elected:
             self._govern(seen, plan)
         return not (self._leaving and (plan is None or not plan.shards_of(self._member.id)))
 
@@ -177,8 +187,10 @@ class Control:
     def _note(self, engine: Engine, report: ToControl) -> None:
         match report:
             case Frozen():
+                failpoint("handover.frozen")
                 self._member = replace(self._member, frozen_mark=report.mark, frozen_at=report.version)
             case Stopped():
+                failpoint("handover.stopped")
                 self._member = replace(self._member, stopped_at=report.version)
             case CannotServe():
                 self._ask_for_take_over(report.epoch, report.why)
@@ -215,6 +227,7 @@ class Control:
             self._announce()
             self._plan = plan
             return
+        failpoint("serve.loaded")
         others = [server for server in plan.servers if server.id != self._member.id] if mine else []
         peers = {}
         for server in others:
@@ -310,6 +323,7 @@ class Control:
                     layout=self._layout,
                     coordination=self._coordination,
                     store=self._store,
+                    journal=self._journal,
                 )
             case Publish():
                 self._log.info("new plan", why=action.reason, phase=action.plan.phase.value)

@@ -21,7 +21,9 @@ from torch import Tensor
 from psa_store import telemetry
 from psa_store.consistency import Offer, SyncStep, Verdict
 from psa_store.errors import Refused
+from psa_store.failpoints import failpoint
 from psa_store.job import JobConfig
+from psa_store.journal import Journal, fingerprint_text
 from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
 from psa_store.optim.reduce import clip_factor
@@ -101,6 +103,7 @@ class Engine:
         lease_left_s: Callable[[], float],
         make_committer: Callable[[Callable[[Committed | Lost], None]], Committer],
         report: Callable[[ToControl], None],
+        journal: Journal,
     ) -> None:
         self._member = member
         self._config = config
@@ -109,6 +112,7 @@ class Engine:
         self._optimizer = optimizer
         self._lease_left_s = lease_left_s
         self._report = report
+        self._journal = journal
         self._log = telemetry.get_logger()
         self._mailbox: Mailbox[ToEngine] = Mailbox()
         self._committer = make_committer(self._mailbox.post)
@@ -128,7 +132,7 @@ class Engine:
         self._committing = -1
         self._told = -1
         self._reported: ToControl | None = None
-        self._pending = Pending(self._reception, self._wire)
+        self._pending = Pending(self._reception, self._wire, journal)
         self._to_measure: list[Lead] = []
         self._inline = True
         self._receiving: dict[tuple[int, int], Connection] = {}
@@ -209,13 +213,17 @@ class Engine:
             case Moved():
                 self._stage = Stage.COLLECTING
             case Applied():
+                failpoint("step.applied")
                 self._step.advance()
                 self._stage = Stage.COLLECTING
             case Snapped():
-                self._committer.submit(Work(letter.epoch, letter.version, self._versioned_leads()))
+                versioned = self._versioned_leads()
+                frozen = {i: lead for i, lead in self._leads.items() if i not in versioned}
+                self._committer.submit(Work(letter.epoch, letter.version, versioned, frozen))
                 self._stage = Stage.COLLECTING
             case Committed():
                 self._committed = letter.version
+                self._journal.record("committed", epoch=letter.epoch, version=letter.version)
             case Lost():
                 self._log.error("lost the shards of this epoch", epoch=letter.epoch, why=letter.why)
                 self._report(CannotServe(letter.epoch, letter.why))
@@ -264,6 +272,14 @@ class Engine:
         self._stage = Stage.COLLECTING
         for server, sock in letter.peers.items():
             self._add_peer(server, sock)
+        self._journal.record(
+            "serving",
+            epoch=plan.epoch,
+            resume=plan.resume,
+            member=self._member,
+            shards=list(self._leads),
+            trained=[lead.shard.index for lead in self._trained_leads()],
+        )
         self._log.info("serving", epoch=plan.epoch, version=plan.resume, shards=len(self._leads))
         self._reception.wake_parked()
 
@@ -295,6 +311,9 @@ class Engine:
             all_shards=[shard.index for shard in self._layout.versioned],
             needs_norms=self._optimizer.clip_grad_norm is not None,
         )
+
+    def _trained_leads(self) -> list[Lead]:
+        return [lead for lead in self._leads.values() if lead.shard.role is Role.TRAINED]
 
     def _versioned_leads(self) -> dict[int, Lead]:
         return {i: lead for i, lead in self._leads.items() if lead.shard.role is not Role.FROZEN}
@@ -328,6 +347,7 @@ class Engine:
                 self._apply(plan)
             case Verdict.SKIP:
                 self._log.warning("skipping a step with NaN or Inf gradients", step=self._step.version)
+                self._journal.record("skipped", epoch=plan.epoch, version=self._step.version + 1)
                 self._step.advance()
                 self._advance()
             case Verdict.WAIT:
@@ -395,6 +415,8 @@ class Engine:
             )
             return
         step, ranks = self._step.version, self._config.ranks
+        failpoint("step.complete")
+        self._record_applied(plan.epoch, step + 1)
         scale = clip_factor(self._step.norms_in_order(), self._optimizer.clip_grad_norm)
         self._reception.detach_all()
         self._stage = Stage.APPLYING
@@ -405,6 +427,16 @@ class Engine:
             Applied(plan.epoch, step + 1),
             each=self._say_updated(plan.epoch, step + 1) if streaming else None,
         )
+
+    def _record_applied(self, epoch: int, version: int) -> None:
+        """Write down what goes into ``version``, before anybody can learn of it."""
+        if not self._journal.enabled:
+            return
+        ranks = range(self._config.ranks)
+        prints = [lead.fingerprints() for lead in self._trained_leads()]
+        counts = {rank: sum(rank in each for each in prints) for rank in ranks}
+        sums = {rank: fingerprint_text(sum(each.get(rank, 0) for each in prints)) for rank in ranks}
+        self._journal.record("applied", epoch=epoch, version=version, ranks=counts, sums=sums)
 
     def _say_updated(self, epoch: int, version: int) -> Callable[[Lead], None]:
         return lambda lead: self._mailbox.post(Updated(epoch, lead.shard.index, version))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.layout import Layout, Role, Shard
@@ -121,6 +122,11 @@ class Lead:
     def take_gradient(self, rank: int, gradient: Tensor) -> None:
         """The gradient of a rank has arrived, and lies there until the step is over."""
         self._gradients[rank] = gradient
+
+    def fingerprints(self) -> dict[int, int]:
+        """By rank, a digest of the gradient that counts for the current step."""
+        index = self.shard.index
+        return {rank: xxh3_64_intdigest(as_bytes(part), seed=index) for rank, part in self._gradients.items()}
 
     def squared_norm(self, ranks: int, scratch: Tensor) -> float:
         """|mean gradient|², before it is clipped."""

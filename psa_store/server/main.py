@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing
 
 import torch
 
@@ -16,6 +17,7 @@ from psa_store.coordination import Coordination
 from psa_store.errors import UsageError
 from psa_store.identity import new_member_id
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
+from psa_store.journal import Journal
 from psa_store.layout import Layout, layout_from_json
 from psa_store.plan import Member
 from psa_store.server.committer import Committer
@@ -57,15 +59,19 @@ def serve(job: str, settings: Settings) -> None:
     torch.set_num_threads(1)
     woken = threading.Event()
     leave = _Leave(woken)
-    store = RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)
-    coordination = Coordination(
-        settings.zookeeper,
-        job,
-        session_timeout_s=settings.session_timeout_s,
-        connect_timeout_s=settings.connect_timeout_s,
-        wake=woken.set,
-    )
-    try:
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
+        coordination = stack.enter_context(
+            closing(
+                Coordination(
+                    settings.zookeeper,
+                    job,
+                    session_timeout_s=settings.session_timeout_s,
+                    connect_timeout_s=settings.connect_timeout_s,
+                    wake=woken.set,
+                )
+            )
+        )
         store.check()
         coordination.start()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -76,6 +82,7 @@ def serve(job: str, settings: Settings) -> None:
         config, layout = found
         optimizer = optim.from_dict(config.optimizer)
         member_id = settings.member or new_member_id("server")
+        journal = stack.enter_context(closing(Journal(settings.journal, "server", member_id)))
         tcp, address = listen_tcp(settings.bind)
         local_name = f"psa-{member_id}"
         local = listen_local(local_name)
@@ -98,6 +105,7 @@ def serve(job: str, settings: Settings) -> None:
             woken=woken,
             leaving=lambda: leave.asked,
             leave_timeout_s=settings.leave_timeout_s,
+            journal=journal,
         )
         engine = Engine(
             member=member_id,
@@ -107,8 +115,9 @@ def serve(job: str, settings: Settings) -> None:
             threads=settings.server_threads,
             listeners=[tcp] if local is None else [tcp, local],
             lease_left_s=coordination.lease_left_s,
-            make_committer=lambda post: Committer(store, job, layout.fingerprint, post),
+            make_committer=lambda post: Committer(store, config, layout, post),
             report=control.report,
+            journal=journal,
         )
         engine.start()
         try:
@@ -120,9 +129,6 @@ def serve(job: str, settings: Settings) -> None:
                 governing.result()
         finally:
             engine.close()
-    finally:
-        coordination.close()
-        store.close()
 
 
 def _wait_for_job(job: str, store: RedisStore, leave: _Leave) -> tuple[JobConfig, Layout] | None:

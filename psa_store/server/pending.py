@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from psa_store.journal import Journal
 from psa_store.layout import Role
 from psa_store.plan import Plan
 from psa_store.server.client import Client
@@ -29,9 +30,10 @@ class Now:
 class Pending:
     """Requests that are answered as soon as they can be."""
 
-    def __init__(self, reception: Reception, wire: WireLayout) -> None:
+    def __init__(self, reception: Reception, wire: WireLayout, journal: Journal) -> None:
         self._reception = reception
         self._wire = wire
+        self._journal = journal
         self._pulls: list[tuple[Connection, Header]] = []
         self._awaits: dict[Client, Header] = {}
         self._finishes: list[tuple[Connection, Header]] = []
@@ -131,6 +133,7 @@ class Pending:
         for connection, header in waiting:
             if now.committed >= header.step:
                 durable = Header(Kind.DURABLE, now.plan.epoch, now.plan.revision, now.committed)
+                self._journal.record("durable", epoch=now.plan.epoch, version=now.committed)
                 self._reception.send(connection, durable)
             else:
                 self._finishes.append((connection, header))

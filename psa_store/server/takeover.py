@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from psa_store import telemetry
 from psa_store.coordination import Coordination, Versioned
-from psa_store.errors import DataIntegrity, Fenced
+from psa_store.errors import DataIntegrity, Fenced, Rewound
+from psa_store.failpoints import failpoint
+from psa_store.journal import Journal
 from psa_store.layout import Layout, Role
 from psa_store.plan import Plan, TakeOver, newest_common, plan_from_json
 from psa_store.storage import Head, RedisStore
@@ -25,6 +27,7 @@ def take_over(
     layout: Layout,
     coordination: Coordination,
     store: RedisStore,
+    journal: Journal,
 ) -> Plan | None:
     """Begin a new epoch with these owners; None if another controller was faster.
 
@@ -32,6 +35,7 @@ def take_over(
         DataIntegrity: no version is common to all shards; names the shards that stand in the way.
         DependencyUnreachable: Redis or ZooKeeper did not answer; nothing is published.
     """
+    failpoint("takeover.elected")
     log = telemetry.get_logger()
     before = plan_from_json(seen.text) if seen else None
     every = [shard.index for shard in layout.shards]
@@ -39,15 +43,23 @@ def take_over(
 
     # 1. A number that nobody had before. Redis may know higher ones than ZooKeeper, if ZooKeeper was wiped.
     epoch = coordination.next_epoch(at_least=max(known, before.epoch if before else 0))
+    failpoint("takeover.epoch")
     # 2. From here on, commits of all older epochs are refused: what is read next is final.
     try:
         heads = store.seal(job, every, epoch, layout.fingerprint)
     except Fenced as error:
         log.info("another controller is ahead", epoch=epoch, why=str(error))
         return None
+    journal.record("sealed", epoch=epoch)
+    failpoint("takeover.sealed")
     # 3. The version that every shard has; newer ones, which only some have, belong to the past.
     resume = resumable_version(job, layout, heads)
-    store.trim(job, [shard.index for shard in layout.versioned], epoch, resume)
+    try:
+        store.trim(job, [shard.index for shard in layout.versioned], epoch, resume)
+    except (Fenced, Rewound) as error:
+        log.info("overtaken after sealing", epoch=epoch, why=str(error))
+        return None
+    failpoint("takeover.trimmed")
     # 4. Published by compare-and-set: of two controllers that came this far, one wins.
     plan = Plan(
         epoch=epoch,
@@ -59,6 +71,8 @@ def take_over(
     )
     if coordination.write_plan(plan.to_json(), seen.version if seen else None) is None:
         return None
+    journal.record("published", epoch=epoch, resume=resume, servers=[server.id for server in plan.servers])
+    failpoint("takeover.published")
     log.info("new epoch", epoch=epoch, resume=resume, servers=len(plan.servers), why=action.reason)
     return plan
 

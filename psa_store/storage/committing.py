@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from xxhash import xxh3_128_hexdigest
 
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, Fenced, Rewound
+from psa_store.failpoints import failpoint
 from psa_store.storage import keys
 from psa_store.storage.calling import Caller, FunctionCall
 from psa_store.storage.connecting import text
@@ -98,6 +99,7 @@ class Commit:
                     shard, reply = answer
                     outcome = self._judged(heads[shard], self._in_doubt[shard], reply)
                     if outcome is not None:
+                        failpoint("commit.after_flip")
                         del self._in_doubt[shard], left[shard]
                         yield shard, outcome
             except DependencyUnfit:
@@ -110,10 +112,12 @@ class Commit:
             yield shard, self._settled(left.pop(shard), manifest)
         if broken is not None and left:
             raise broken
+        failpoint("commit.before_sweep")
         self._clean_up()
 
     def _commands(self, states: Sequence[ShardState], heads: Mapping[int, Head]) -> Iterator[Command]:
         """The stream. Digests are taken just before the bytes are sent, while they are on their way to the cache."""
+        written = 0
         for state in states:
             nonce = secrets.token_hex(4)
             sections = []
@@ -126,9 +130,12 @@ class Commit:
                     key = keys.chunk(self._job, state.shard, self._version, self._epoch, nonce, name, index)
                     self._unflipped.add(key)
                     yield _set(key, part)
+                    written += 1
+                    failpoint("commit.chunk", written)
                 sections.append(Section(name, dtype, data.nbytes, tuple(digests)))
             manifest = Manifest(self._version, self._epoch, nonce, tuple(sections), dict(state.scalars))
             self._in_doubt[state.shard] = manifest
+            failpoint("commit.before_flip")
             yield _call(flip(self._job, heads[state.shard], manifest, self._keep, state.expect), awaited=state.shard)
 
     def _clean_up(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from psa_store.layout import ITEM_BYTES, Layout, Role, Shard
 from psa_store.transport import WireLayout
@@ -38,6 +39,10 @@ class GradientMemory:
     def bytes_of(self, shard: Shard) -> memoryview:
         """The bytes of a shard's gradient, to send."""
         return self._slice(shard).numpy().data
+
+    def fingerprint(self, shard: Shard) -> int:
+        """A digest of a shard's gradient; the same computation gives the same everywhere."""
+        return xxh3_64_intdigest(self.bytes_of(shard), seed=shard.index)
 
     def flaw(self, shard: Shard) -> str:
         """The name of the first parameter in this shard whose gradient is not finite; empty if all is well."""

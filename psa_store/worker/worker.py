@@ -25,8 +25,10 @@ from psa_store.config import load_settings
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.coordination import Coordination
 from psa_store.errors import Disconnected, NonFiniteGradient, Refused, UsageError
+from psa_store.failpoints import failpoint
 from psa_store.identity import new_member_id
 from psa_store.job import check_job_name
+from psa_store.journal import Journal, fingerprint_text
 from psa_store.layout import Role, plan_layout
 from psa_store.optim import Optimizer
 from psa_store.plan import NOBODY, Plan
@@ -117,6 +119,8 @@ class Worker:
         self._arrived: dict[int, int] = {}
         """The version in which each shard has arrived since we began to load."""
         self._frozen_loaded = False
+        self._fingerprint = 0
+        """Of the gradient that is being computed, for the journal."""
         self._durable_answers = 0
         self._current: Draw | None = None
         self._finished = False
@@ -173,6 +177,7 @@ class Worker:
             raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: run the script with `psa run`, or set both")
         name, member = self._wanted.name, settings.member or new_member_id("worker")
         with ExitStack() as stack:
+            self._journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
             self._mailbox = stack.enter_context(closing(Mailbox[None]()))
             woken = threading.Event()
             store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
@@ -241,6 +246,8 @@ class Worker:
                     return
                 batch = feed.get(draw, self._holding())
                 self._flaw = ""
+                self._fingerprint = 0
+                self._journal.record("computing", epoch=self._synced_epoch, step=draw.step, rank=draw.rank)
                 self._arena.begin(self._gradients)
                 seed_everything(self._config.seed, draw, "compute")
                 self._current = draw
@@ -268,6 +275,14 @@ class Worker:
             for shard in self._layout.shards_of(Role.BUFFER):
                 self._fleet.push_value(self._plan, draw.step, draw.rank, shard.index, self._arena.parameters(shard))
         self._current = None
+        self._journal.record(
+            "pushed",
+            epoch=self._synced_epoch,
+            step=draw.step,
+            rank=draw.rank,
+            sum=fingerprint_text(self._fingerprint),
+        )
+        failpoint("push.done")
         self._pushed.add(draw.rank)
         if self._pushed.issuperset(self._holding()):
             self._await(self._version + 1)
@@ -291,6 +306,7 @@ class Worker:
             elif self._steps is not None and self._version >= self._steps:
                 if self._make_durable(plan):
                     self._finished = True
+                    self._journal.record("finished", version=self._version)
                     return None
             elif plan.revision < self._plan_needed:
                 self._membership.refresh()  # a ZooKeeper server that is behind gave us an old plan
@@ -343,6 +359,7 @@ class Worker:
             while not self._disturbed():
                 if len(self._brought) == len(owners):
                     if set(self._brought.values()) == {version}:
+                        self._journal.record("acked", epoch=self._synced_epoch, version=version)
                         self._version_arrived(version)
                     else:  # the job went on without us while our ranks were with others
                         self._synced_epoch = _NONE
@@ -411,6 +428,8 @@ class Worker:
             return False
         self._frozen_loaded = True
         self._synced_epoch = plan.epoch
+        self._journal.record("loaded", epoch=plan.epoch, version=newest)
+        failpoint("worker.loaded")
         self._version_arrived(newest)
         return True
 
@@ -503,7 +522,11 @@ class Worker:
             if flaw and not self._config.skip_nonfinite:
                 self._flaw = self._flaw or flaw
                 return
+            if self._journal.enabled:
+                shares = (self._gradients.fingerprint(self._layout.shards[shard]) for shard in some)
+                self._fingerprint += sum(shares)
             self._fleet.push(self._plan, self._current.step, self._current.rank, some, self._gradients, not flaw)
+            failpoint("push.middle", some[-1])
 
 
 @contextmanager

@@ -16,6 +16,8 @@ FLOORS = {
     "errors": 0,
     "config": 1,
     "telemetry": 1,
+    "failpoints": 1,
+    "journal": 1,
     "identity": 1,
     "layout": 1,
     "transport": 2,

@@ -1,0 +1,88 @@
+"""Named places in the code where a test strikes: the process kills or stops itself there, at the worst moment.
+
+Off unless PSA_FAILPOINTS names a folder; then one that is *armed* there strikes once, in whichever process passes it
+first. Arming is writing a file with the name of the failpoint; striking begins with moving that file away, which the
+file system lets one process do, and leaves it as the proof that the failpoint was reached, and by whom.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from enum import StrEnum
+from pathlib import Path
+
+ENV = "PSA_FAILPOINTS"
+
+FAILPOINTS = {
+    "commit.after_flip": "a shard is durable, its committer does not know",
+    "commit.before_flip": "all chunks of a shard are written, its head names the old ones",
+    "commit.before_sweep": "all shards are durable, what they replaced is not removed",
+    "commit.chunk": "a chunk is written; index: how many are, in this commit",
+    "create.before_documents": "version 0 is written, but the job does not exist yet",
+    "create.sealed": "the first epoch is sealed, nothing is written",
+    "handover.frozen": "a server stands still for a hand-over, its controller does not know",
+    "handover.stopped": "a server has committed for a hand-over, its controller does not know",
+    "push.done": "a worker's whole gradient has left, its acknowledgement has not come",
+    "push.middle": "some shards of a gradient have left; index: the last of them",
+    "serve.loaded": "a server has loaded its shards, and serves nobody yet",
+    "step.applied": "a version is made, no worker knows",
+    "step.complete": "all gradients of a step are here, none is applied",
+    "takeover.elected": "the controller is about to begin an epoch",
+    "takeover.epoch": "the epoch is taken, nothing is sealed",
+    "takeover.published": "the new plan is written, its controller does not know",
+    "takeover.sealed": "all shards are sealed, nothing is read",
+    "takeover.trimmed": "Redis is ready for the epoch, the plan is not written",
+    "worker.loaded": "a worker has the parameters of an epoch, and has computed nothing",
+}
+"""Every failpoint and what is true where it stands."""
+
+
+class Strike(StrEnum):
+    """What happens to a process that passes an armed failpoint: SIGKILL, or SIGSTOP."""
+
+    KILL = "kill"
+    STOP = "stop"
+
+
+def failpoint(name: str, index: int = 0) -> None:
+    """Strike here if that was asked for. ``index`` tells apart the many times that a loop passes one place."""
+    folder = os.environ.get(ENV)
+    if folder:
+        _pass(Path(folder), name, index)
+
+
+def arm(folder: Path, name: str, strike: Strike, at_least: int = 0) -> None:
+    """Let the next process strike itself that passes ``name`` with an index of ``at_least`` or more."""
+    assert name in FAILPOINTS, name
+    draft = folder / f".{name}"
+    draft.write_text(f"{strike.value} {at_least}")
+    draft.rename(folder / name)
+
+
+def disarm(folder: Path, name: str) -> bool:
+    """Take back what :func:`arm` did; False if the failpoint has struck already."""
+    try:
+        (folder / name).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def struck(folder: Path, name: str) -> list[int]:
+    """The processes that ``name`` has struck."""
+    return [int(path.suffix[1:]) for path in folder.glob(f"{name}.struck.*")]
+
+
+def _pass(folder: Path, name: str, index: int) -> None:
+    armed = folder / name
+    try:
+        strike, at_least = armed.read_text().split()
+        if index < int(at_least):
+            return
+        armed.rename(folder / f"{name}.struck.{os.getpid()}")
+    except FileNotFoundError:
+        return  # not armed, or another process was faster
+    # To this thread: another one would let it run on for a moment before the whole process stands still.
+    signal.pthread_kill(threading.get_ident(), signal.SIGKILL if strike == Strike.KILL else signal.SIGSTOP)
