@@ -1,8 +1,8 @@
 """A Kazoo client that is patient without end in the background and never in the foreground.
 
 All that depends on the inside of Kazoo is in this file: it names Kazoo's threads, limits how long one attempt to
-connect may take, can abandon a connection that hangs, and keeps the session timeout that the server granted, which
-Kazoo itself forgets. Only ``session.py`` may use it.
+connect may take, can abandon a connection that hangs, keeps the session timeout that the server granted, which Kazoo
+itself forgets, and finds back to a ZooKeeper that has lost its data. Only ``session.py`` may use it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from kazoo.client import KazooClient
 from kazoo.handlers.threading import SequentialThreadingHandler
 from kazoo.protocol.connection import ConnectionHandler
 from kazoo.protocol.serialization import Connect
+from kazoo.protocol.states import KeeperState
 from kazoo.retry import KazooRetry
 
 _RECONNECT_DELAY_S = 0.05
@@ -46,6 +48,7 @@ class Client(KazooClient):  # type: ignore[misc]
             logger=logging.Logger(__name__, logging.CRITICAL),
         )
         self._connection = _Connection(self, self._conn_retry.copy(), logger=self.logger)
+        self._cut_off_at_s: float | None = None
         self.granted_s = session_timeout_s
         """Session timeout that the server granted; until one has answered, what we ask for."""
 
@@ -53,6 +56,18 @@ class Client(KazooClient):  # type: ignore[misc]
     def peer(self) -> str | None:
         """Address of the ZooKeeper server that we last connected to."""
         return self._carrier.peer
+
+    @property
+    def outlived(self) -> bool:
+        """Whether we have been without a connection for longer than a session lasts."""
+        return self._cut_off_at_s is not None and time.monotonic() - self._cut_off_at_s > self.granted_s
+
+    def _session_callback(self, state: str) -> None:
+        if state in (KeeperState.CONNECTED, KeeperState.CONNECTED_RO):
+            self._cut_off_at_s = None
+        elif self._cut_off_at_s is None:
+            self._cut_off_at_s = time.monotonic()
+        super()._session_callback(state)
 
     def finish(self, patience_s: float) -> None:
         """End the session, or abandon it if ZooKeeper does not answer in ``patience_s``; join Kazoo's threads."""
@@ -104,11 +119,18 @@ class _Carrier(SequentialThreadingHandler):  # type: ignore[misc]
 
 
 class _Connection(ConnectionHandler):  # type: ignore[misc]
-    """Kazoo's connection, which tells its client what timeout was granted before anyone learns of the session."""
+    """Kazoo's connection, which tells its client what timeout was granted before anyone learns of the session.
+
+    A ZooKeeper server turns away clients that have seen a later transaction than itself, without a word. It will catch
+    up, unless it is one of an ensemble that was restored from a backup or lost its data: then we would try for ever.
+    Once our session is over in any case, we no longer insist: the answer is that it has expired, and a new one begins.
+    """
 
     client: Client
 
     def _invoke(self, timeout: float, request: Any, xid: int | None = None) -> Any:
+        if isinstance(request, Connect) and self.client.outlived:
+            request = request._replace(last_zxid_seen=0)
         answer = super()._invoke(timeout, request, xid)
         if isinstance(request, Connect) and answer[0].time_out > 0:
             self.client.granted_s = answer[0].time_out / 1000.0

@@ -1,9 +1,10 @@
 """Makes versions durable in the background: one thread, one commit of this server at a time.
 
 Redis may be away: the committer tries again until it succeeds, is abandoned (the epoch is over) or is fenced. Redis
-may come back older than it was (a lost tail of the log, a replica that was behind): then the seal is renewed and the
-newest committed version is written again from the snapshot that is still in memory, so that the loss heals within
-about a second and not with the next commit.
+may come back older than it was (a lost tail of the log, a replica that was behind), or empty (wiped): then the seal is
+renewed and the newest committed version is written again from the snapshot that is still in memory, so that the loss
+heals within about a second and not with the next commit. What never changes, the job's documents and its frozen shards,
+is written again as well where it is missing.
 
 The snapshot belongs to whoever holds the *reservation*: the engine from :meth:`Committer.reserve` to
 :meth:`Committer.submit` or :meth:`Committer.cancel`, the committer from there until it has posted the outcome.
@@ -18,7 +19,8 @@ from dataclasses import dataclass, replace
 
 from psa_store import telemetry
 from psa_store.errors import DependencyUnreachable, Fenced, PsaError, Rewound
-from psa_store.job import SHARD_VERSIONS_KEPT
+from psa_store.job import SHARD_VERSIONS_KEPT, JobConfig
+from psa_store.layout import Layout
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Committed, Lost
 from psa_store.storage import Manifest, RedisStore, ShardState
@@ -30,20 +32,27 @@ _WATCH_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The snapshots of ``leads`` are version ``version``; write them under ``epoch``."""
+    """The snapshots of ``leads`` are version ``version``; write them under ``epoch``.
+
+    ``frozen`` is what this server leads besides, which was committed when the job was created.
+    """
 
     epoch: int
     version: int
     leads: Mapping[int, Lead]
+    frozen: Mapping[int, Lead]
 
 
 class Committer:
     """Owns the thread ``psa-commit``. Other methods than :meth:`close` are called by the engine's thread."""
 
-    def __init__(self, store: RedisStore, job: str, layout: str, post: Callable[[Committed | Lost], None]) -> None:
+    def __init__(
+        self, store: RedisStore, config: JobConfig, layout: Layout, post: Callable[[Committed | Lost], None]
+    ) -> None:
         self._store = store
-        self._job = job
-        self._layout = layout
+        self._job = config.name
+        self._documents = config.to_json(), layout.to_json()
+        self._layout = layout.fingerprint
         self._post = post
         self._log = telemetry.get_logger()
         self._changed = threading.Condition()
@@ -160,10 +169,29 @@ class Committer:
     def _write_over(self, work: Work, index: int, lead: Lead, error: Rewound) -> Manifest:
         """Commit to a Redis that went back in time: under a new seal, and whatever it holds."""
         self._log.warning("Redis went back in time: writing again from memory", error=str(error))
+        self._restore_what_never_changes(work)
         self._store.seal(self._job, [index], work.epoch, self._layout)
         return self._store.commit(
             self._job, index, work.epoch, work.version, *lead.snapshot(), keep=SHARD_VERSIONS_KEPT, expect=None
         )
+
+    def _restore_what_never_changes(self, work: Work) -> None:
+        """After Redis was wiped, write the documents and the frozen shards again, which no later commit contains."""
+        lost = self._lost_frozen(work)
+        self._store.seal(self._job, lost, work.epoch, self._layout)
+        for index in lost:
+            lead = work.frozen[index]
+            lead.take_snapshot()
+            arrays, _ = lead.snapshot()  # without scalars, as its creator wrote it
+            lead.committed = self._store.commit(
+                self._job, index, work.epoch, 0, arrays, {}, keep=SHARD_VERSIONS_KEPT, expect=None
+            )
+        if not self._store.has_job(self._job):
+            self._log.warning("Redis lost the job: writing it again from memory", job=self._job)
+            self._store.create_job(self._job, *self._documents)
+
+    def _lost_frozen(self, work: Work) -> list[int]:
+        return [head.shard for head in self._store.heads(self._job, work.frozen) if head.manifest(0) is None]
 
     def _remember_redis(self) -> None:
         try:
@@ -175,8 +203,9 @@ class Committer:
         """If Redis was restarted or failed over and lost the last commit, write it again."""
         try:
             run_id = self._store.server_run_id()
-            if run_id == self._run_id:
+            if run_id == self._run_id and self._store.has_job(self._job) and not self._lost_frozen(last):
                 return
+            self._restore_what_never_changes(last)
             heads = self._store.seal(self._job, last.leads, last.epoch, self._layout)
             lost = {head.shard: last.leads[head.shard] for head in heads if head.manifest(last.version) is None}
             if lost:

@@ -44,6 +44,11 @@ class RedisStore:
         self._caller = Caller(url, timeout_s, connections_max)
         self._client = self._caller.client
 
+    @property
+    def where(self) -> str:
+        """Its address, without the password, for messages."""
+        return self._caller.where
+
     def close(self) -> None:
         self._caller.close()
 
@@ -82,6 +87,11 @@ class RedisStore:
         """The job's configuration and layout as they were created; None if there is no such job."""
         found: list[Any] = self._caller.retrying(lambda: self._client.mget(keys.config(job), keys.layout(job)))
         return (text(found[0]), text(found[1])) if found[0] and found[1] else None
+
+    def has_job(self, job: str) -> bool:
+        """Whether :meth:`read_job` would find it."""
+        wanted = [keys.config(job), keys.layout(job)]
+        return bool(self._caller.retrying(lambda: self._client.exists(*wanted)) == len(wanted))
 
     def jobs(self) -> list[str]:
         members: Iterable[Any] = self._caller.retrying(lambda: self._client.smembers(keys.JOBS))

@@ -4,6 +4,9 @@ The first worker brings the initial parameters. It proceeds like a controller th
 create, take an epoch, seal, write version 0 of every shard, and last of all store the job's documents. That last
 write is the moment at which the job exists; a creator that dies before leaves nothing that the next one, under its
 higher epoch, does not replace, and one that was only asleep finds its writes fenced.
+
+ZooKeeper remembers that a job exists. If Redis does not know it, Redis was wiped: servers that live write the job
+again, so we wait for them, and never start over from the beginning where somebody believes that he resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any
 from psa_store import telemetry
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import JobBusy, JobMismatch
+from psa_store.errors import DataIntegrity, JobBusy, JobMismatch
+from psa_store.failpoints import failpoint
 from psa_store.job import (
     COMMIT_EVERY_DEFAULT,
     RUN_NODE,
@@ -58,12 +62,15 @@ def join_or_create(
     Raises:
         JobMismatch: the job exists with another layout, optimizer, seed, number of ranks or policy.
         JobBusy: another `psa run` of this job is going on.
+        DataIntegrity: Redis has lost the job.
         DependencyUnreachable: Redis or ZooKeeper does not answer.
     """
     _await_our_run(wanted.name, settings, coordination)
     log = telemetry.get_logger()
     while True:
         stored = store.read_job(wanted.name)
+        if stored is None and coordination.read_config() is not None:
+            stored = _await_restoration(wanted.name, settings, store)
         if stored is not None:
             config = _agree(wanted, layout, settings, *stored)
             coordination.create_config(stored[0])
@@ -80,6 +87,20 @@ def join_or_create(
             time.sleep(_POLL_S)  # its session ends with its process, so this wait ends too
 
 
+def _await_restoration(job: str, settings: Settings, store: RedisStore) -> tuple[str, str]:
+    """Wait until a server has written the job again that Redis lost; raises DataIntegrity if nobody does."""
+    telemetry.get_logger().warning("Redis has lost the job: waiting for its servers to write it again", job=job)
+    deadline_s = time.monotonic() + settings.session_timeout_s + _RUN_GRACE_S
+    while (stored := store.read_job(job)) is None:
+        if time.monotonic() > deadline_s:
+            raise DataIntegrity(
+                f"job {job!r} exists in ZooKeeper, but Redis at {store.where} has lost it. Restore Redis from its "
+                "backup, or start over under another job name."
+            )
+        time.sleep(_POLL_S)
+    return stored
+
+
 def _create(
     wanted: Wanted,
     arena: ModelArena,
@@ -92,6 +113,7 @@ def _create(
     known = max((head.epoch for head in store.heads(wanted.name, every)), default=0)
     epoch = coordination.next_epoch(at_least=known)
     store.seal(wanted.name, every, epoch, layout.fingerprint)
+    failpoint("create.sealed")
     states = [ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
     for _, outcome in store.commit_each(wanted.name, epoch, 0, states, keep=SHARD_VERSIONS_KEPT):
         if not isinstance(outcome, Manifest):
@@ -106,6 +128,7 @@ def _create(
         skip_nonfinite=bool(settings.skip_nonfinite),
         transport=Transport(settings.transport or Transport.EXACT),
     )
+    failpoint("create.before_documents")
     store.create_job(wanted.name, config.to_json(), layout.to_json())
 
 
