@@ -1,23 +1,31 @@
-"""The training script of the kill tests: small, quick, and with everything that could spoil bit-identity.
+"""The training script of the kill tests and the chaos harness.
 
-Dropout and augmentation draw random numbers, BatchNorm has buffers, one buffer steers the output, one layer is frozen,
-one is bfloat16, two are tied, and the learning rate follows a schedule.
-Prints a line per step from the process that leads output.
+Small, quick, and with everything that could spoil bit-identity. Dropout and augmentation draw random numbers, BatchNorm
+has buffers, one buffer steers the output, one layer is frozen, one is bfloat16, two are tied, and the learning rate
+follows a schedule. Prints a line per step from the process that leads output. With PSA_JOURNAL it writes down which
+parameters user code was shown with every batch, for a judge to compare with those of an undisturbed run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from contextlib import closing
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import psa_store as psa
+from psa_store.bench.digest import tensors_digest
+from psa_store.config import load_settings
+from psa_store.journal import Journal
 
 MEETING_STEP = 20
+SLOW_PACE_S = 0.1
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -65,6 +73,7 @@ def main() -> None:
     options.add_argument("--total", type=int, help="length of the learning rate's schedule, if not --steps")
     options.add_argument("--width", type=int, default=64)
     options.add_argument("--pace-s", type=float, default=0.004)
+    options.add_argument("--slow-until", type=Path, help="go slowly in the second half, until this file exists")
     options.add_argument("--meet", type=int, default=0, help="go on after step 20 once so many workers hold ranks")
     options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
     options.add_argument("--lr", type=float, default=0.01)
@@ -81,15 +90,24 @@ def main() -> None:
         clip_grad_norm=0.5,
         groups=[psa.optim.group("matrices", weight_decay=0.1)],
     )
-    with psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker:
+    journal = Journal(load_settings().journal, "train", str(os.getpid()))
+    with (
+        closing(journal),
+        psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker,
+    ):
         for x, y in worker.batches(source, batch_size=12):
+            if journal.enabled:
+                seen = tensors_digest(model.state_dict())
+                journal.record("batch", epoch=worker.epoch, version=worker.version, rank=worker.rank, digest=seen)
             while worker.version == MEETING_STEP and worker.members < args.meet:
                 time.sleep(0.01)  # members is read, not announced, to user code; the test that starts us has a deadline
-            time.sleep(args.pace_s)  # what a larger model would compute
+            slow = args.slow_until and worker.version > args.steps // 2 and not args.slow_until.exists()
+            time.sleep(SLOW_PACE_S if slow else args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)
             if worker.version == args.poison_at and worker.rank == worker.ranks - 1:
                 loss = loss * float("nan")
             loss.backward()
+            journal.record("loss", version=worker.version, rank=worker.rank, loss=loss.item())
             before = worker.version
             worker.step()
             if worker.leads_output and worker.version != before:

@@ -21,7 +21,7 @@ from psa_store.config import Settings
 from psa_store.status import describe
 from psa_store.storage import RedisStore
 
-TRAIN = Path(__file__).parent / "kill" / "train.py"
+TRAIN = Path(__file__).parents[1] / "chaos" / "train.py"
 PSA = [sys.executable, "-m", "psa_store.cli"]
 _STEP = re.compile(r"^step (\d+)")
 

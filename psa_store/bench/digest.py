@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+
+from torch import Tensor, uint8
+from xxhash import xxh3_128
 
 from psa_store.errors import UnknownJob, UsageError
 from psa_store.layout import Role, layout_from_json
@@ -33,4 +37,13 @@ def state_digest(store: RedisStore, job: str, version: int) -> str:
         for name in sorted(places):
             total.update(name.encode() + places[name])
         total.update(json.dumps(manifest.scalars, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3 of the names and bits of CPU tensors, in the order of their names: what somebody saw of a model."""
+    total = xxh3_128()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].detach().contiguous().flatten().view(uint8).numpy().data)
     return total.hexdigest()

@@ -172,6 +172,46 @@ def bench(
     compare(wanted, json, png)
 
 
+chaos_app = typer.Typer(
+    help="Prove the promises: train while nodes are killed, paused and cut off. From a checkout only."
+)
+app.add_typer(chaos_app, name="chaos")
+
+
+@chaos_app.command("run")
+def chaos_run(
+    scenario: Annotated[str, typer.Option(help="NAME, or several separated by commas, all, or soak")] = "soak",
+    seed: Annotated[int, typer.Option(help="the same seed gives the same plan of faults")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="play each scenario with so many seeds, from --seed on")] = 1,
+    duration: Annotated[
+        str | None, typer.Option(help="train so long with a fault every --every: 90s, 10m, 1h [default: short runs]")
+    ] = None,
+    every: Annotated[str, typer.Option(help="time between faults of a long run")] = "10s",
+    out: Annotated[Path | None, typer.Option(help="folder for journals and report [default: a new one]")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the journals of runs in which nothing was wrong")] = False,
+) -> None:
+    """Train on a private cluster while faults happen as planned by a seed, then check every promise from outside.
+
+    Starts three ZooKeeper nodes, Redis, and a job of three workers; leaves nothing behind but report.html and
+    report.png. Exits with 1 if a promise was broken or a fault did not happen. `psa chaos list` names the scenarios.
+
+    Example: psa chaos run --scenario soak --duration 10m --every 10s --seed 7
+    Example: psa chaos run --scenario all --seeds 20
+    """
+    from psa_store.cli.chaos import Wish, run_chaos
+
+    _begin("chaos")
+    run_chaos(Wish(scenario, range(seed, seed + seeds), duration, every, out, keep))
+
+
+@chaos_app.command("list")
+def chaos_list() -> None:
+    """Name every scenario and its faults."""
+    from psa_store.cli.chaos import list_scenarios
+
+    list_scenarios()
+
+
 def main() -> None:
     """Entry point: run a command, and turn errors into one line and an exit code."""
     try:

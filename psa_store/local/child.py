@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from psa_store.errors import DependencyUnreachable
@@ -22,6 +23,14 @@ _POLL_S = 0.01
 # is down would sooner or later be given that very port, connect to itself, and keep the server from coming back.
 _PORTS = range(16384, 32768)
 _PORT_ATTEMPTS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a server program runs: the address on which it listens, and the command that brings it there."""
+
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()
 
 
 class ChildServer:

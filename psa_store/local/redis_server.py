@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from psa_store.local.child import ChildServer, find_program, remembered_ports
+from psa_store.local.child import ChildServer, Place, find_program, remembered_ports
 
 _SOCKET_PATH_MAX = 100
 _OPTIONS = {
-    "bind": "127.0.0.1",
     "save": '""',
     "appendonly": "yes",
     "appendfsync": "everysec",
@@ -26,9 +25,10 @@ _OPTIONS = {
 class PrivateRedis:
     """One redis-server (or valkey-server) whose data, port and socket live in ``folder`` and survive restarts."""
 
-    def __init__(self, folder: Path, options: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, options: Mapping[str, str] | None = None, place: Place | None = None) -> None:
         self._folder = folder.absolute()
-        self._options = {**_OPTIONS, **(options or {})}
+        self._place = place or Place()
+        self._options = {"bind": self._place.address, **_OPTIONS, **(options or {})}
         self._folder.mkdir(parents=True, exist_ok=True)
         self._child = ChildServer("redis", self._folder)
         (self._port,) = remembered_ports(self._folder / "port", 1)
@@ -41,7 +41,11 @@ class PrivateRedis:
 
     @property
     def tcp_url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}"
+        return f"redis://{self._place.address}:{self._port}"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._place.address, self._port
 
     @property
     def pid(self) -> int:
@@ -64,7 +68,7 @@ class PrivateRedis:
         end_s = time.monotonic() + deadline_s
         if not self.running:
             program = find_program(["redis-server", "valkey-server"], "redis-server")
-            self._child.start([program, str(self._write_config())], end_s)
+            self._child.start([*self._place.enter, program, str(self._write_config())], end_s)
         self._child.wait_until(self._answers, end_s, "the private Redis")
 
     def kill(self) -> None:
@@ -84,7 +88,7 @@ class PrivateRedis:
     def _answers(self) -> bool:
         """It answers PING, and it is ours: another program may have taken the port while we were down."""
         try:
-            with socket.create_connection(("127.0.0.1", self._port), timeout=1.0) as sock:
+            with socket.create_connection(self.address, timeout=1.0) as sock:
                 sock.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")
                 reply = b"".join(iter(lambda: sock.recv(8192), b""))
         except OSError:

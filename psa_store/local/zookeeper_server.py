@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from psa_store.local.child import ChildServer, find_program, not_installed, remembered_ports
+from psa_store.local.child import ChildServer, Place, find_program, not_installed, remembered_ports
 
 # Debian's jar names what it needs in its manifest, except for a logger, without which failures leave no word.
 _CLASSPATHS = {
@@ -34,15 +35,21 @@ _PORTS_PER_NODE = 3  # clients, followers, elections
 class PrivateZooKeeper:
     """ZooKeeper nodes whose data and ports live in ``folder`` and survive restarts."""
 
-    def __init__(self, folder: Path, nodes: int = 1) -> None:
+    def __init__(self, folder: Path, nodes: int = 1, places: Sequence[Place] | None = None) -> None:
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._places = places or [Place()] * nodes
         self._ports = remembered_ports(self._folder / "ports", nodes * _PORTS_PER_NODE)
         self._nodes = [ChildServer(f"node{index}", self._folder) for index in range(nodes)]
 
     @property
     def hosts(self) -> str:
-        return ",".join(f"127.0.0.1:{self._client_port(index)}" for index in range(len(self._nodes)))
+        return ",".join(f"{address}:{port}" for address, port in self.addresses)
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where each node serves clients."""
+        return [(place.address, self._client_port(index)) for index, place in enumerate(self._places)]
 
     @property
     def pids(self) -> list[int]:
@@ -86,7 +93,15 @@ class PrivateZooKeeper:
         classpath = next((value for path, value in _CLASSPATHS.items() if path.exists()), None)
         if classpath is None:
             raise not_installed("ZooKeeper", _PACKAGES)
-        return [java, *_JAVA_OPTIONS, "-cp", classpath, _MAIN, str(self._write_config(index))]
+        return [
+            *self._places[index].enter,
+            java,
+            *_JAVA_OPTIONS,
+            "-cp",
+            classpath,
+            _MAIN,
+            str(self._write_config(index)),
+        ]
 
     def _write_config(self, index: int) -> Path:
         data = self._data(index)
@@ -101,13 +116,13 @@ class PrivateZooKeeper:
             "autopurge.purgeInterval=1",
             f"dataDir={data}",
             f"clientPort={self._client_port(index)}",
-            "clientPortAddress=127.0.0.1",
+            f"clientPortAddress={self._places[index].address}",
         ]
         if len(self._nodes) > 1:
             (data / "myid").write_text(str(index + 1))
             for other in range(len(self._nodes)):
                 _, follow, elect = self._ports[other * _PORTS_PER_NODE : (other + 1) * _PORTS_PER_NODE]
-                lines.append(f"server.{other + 1}=127.0.0.1:{follow}:{elect}")
+                lines.append(f"server.{other + 1}={self._places[other].address}:{follow}:{elect}")
         path = self._folder / f"node{index}.cfg"
         path.write_text("\n".join(lines) + "\n")
         return path
@@ -115,7 +130,7 @@ class PrivateZooKeeper:
     def _serves(self, index: int) -> bool:
         """A node that serves (alone, or in a quorum) tells its configuration, which shows that it is ours."""
         try:
-            with socket.create_connection(("127.0.0.1", self._client_port(index)), timeout=1.0) as sock:
+            with socket.create_connection(self.addresses[index], timeout=1.0) as sock:
                 sock.sendall(b"conf")
                 reply = b"".join(iter(lambda: sock.recv(4096), b""))
         except OSError:

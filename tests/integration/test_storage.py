@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import redis
 
+from chaos.proxy import Proxy
 from psa_store.errors import (
     DataIntegrity,
     DependencyUnfit,
@@ -30,7 +31,6 @@ from psa_store.errors import (
 from psa_store.local import PrivateRedis
 from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore, ShardState, committing
 from psa_store.storage.writing import Command
-from tests.integration.proxy import Proxy
 
 JOB = "job"
 LAYOUT = "f" * 64
@@ -69,7 +69,7 @@ def store(url: str, raw: redis.Redis) -> Iterator[RedisStore]:
 @pytest.fixture
 def proxy(server: PrivateRedis) -> Iterator[Proxy]:
     """A link to Redis that can be cut."""
-    with closing(Proxy(int(server.tcp_url.rsplit(":", 1)[1]))) as proxy:
+    with closing(Proxy(server.address)) as proxy:
         yield proxy
 
 

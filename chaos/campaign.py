@@ -1,0 +1,164 @@
+"""Many runs after one another, each judged at once; at the end one report of all of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+
+from chaos import journal as journals
+from chaos.check import Verdict, judge
+from chaos.job import Order, SupervisedJob
+from chaos.journal import Truth, truth
+from chaos.plan import Planned, long_plan, short_plan
+from chaos.report import Run, write_report
+from chaos.run import Request, carry_out, replay_command
+from chaos.scenarios import MATRIX, SOAK, Scenario, Shape, scenario
+from chaos.site import Site, open_site
+from psa_store.errors import PsaError, UsageError
+
+SHORT_STEPS = 300
+PACE_S = 0.008
+"""What a step computes, in seconds per rank: as long as nothing happens, about half of the step."""
+_STEPS_PER_S = 45.0
+"""About how many steps a second an undisturbed run makes: sizes a long run, nothing depends on it."""
+_ROW = "{:<28} {:>4}  {:<4} {:<4} {:>6}  {:>8}  {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Campaign:
+    """What was asked for."""
+
+    names: Sequence[str]
+    seeds: Sequence[int]
+    duration_s: float | None
+    every_s: float
+    folder: Path
+    keep: bool
+    """Keep the journals of runs in which nothing was wrong, too."""
+
+
+class ChaosFound(PsaError):
+    """A promise was broken, or a fault did not happen; the report says which."""
+
+
+def rows_of(names: Sequence[str]) -> list[Scenario]:
+    """The scenarios of some names; ``all`` is the matrix, without what sets the clock of the machine."""
+    if list(names) == ["all"]:
+        return [row for row in MATRIX.values() if not row.sets_clock]
+    return [scenario(name) for name in names]
+
+
+def conduct(campaign: Campaign) -> None:
+    """Run, judge, report.
+
+    Raises:
+        ChaosFound: something was wrong.
+        UsageError: there is no such scenario, or this machine cannot play it.
+    """
+    rows = rows_of(campaign.names)
+    console = Console(highlight=False)
+    console.print(f"journals and report: {campaign.folder}")
+    runs: list[Run] = []
+    known: dict[int, Truth] = {}
+    console.print(_ROW.format("scenario", "seed", "A", "B", "faults", "R max, s", "verdict"))
+    for (shape, small_disk), group in groupby(rows, key=lambda row: (row.shape, row.small_disk)):
+        folder = campaign.folder / f"site-{shape.name.lower()}{'-small' if small_disk else ''}"
+        with ExitStack() as stack:
+            rows_here = list(group)
+            site = stack.enter_context(open_site(rows_here[0], folder))
+            for row in rows_here:
+                for seed in campaign.seeds:
+                    request = _request(campaign, row, seed)
+                    steps = request.order.steps
+                    if steps not in known:
+                        known[steps] = undisturbed(site, steps, campaign.folder / f"undisturbed-{steps}")
+                    runs.append(_one(request, site, known[steps], campaign.keep))
+                    console.print(_line(runs[-1]))
+                    for violation in runs[-1].verdict.violations[:5]:
+                        console.print(f"    {violation.check}: {violation.message}")
+    write_report(runs, campaign.folder)
+    console.print(f"report: {campaign.folder / 'report.html'}")
+    broken = [run for run in runs if run.verdict.violations]
+    if broken:
+        first = broken[0]
+        raise ChaosFound(
+            f"{len(broken)} of {len(runs)} runs broke a promise, first {first.name} with seed {first.seed}; "
+            f"play it again: {first.replay}"
+        )
+
+
+def undisturbed(site: Site, steps: int, folder: Path) -> Truth:
+    """What a run comes to that nobody disturbs: one worker, one server, as fast as it can."""
+    order = Order(f"undisturbed-{steps}", steps, 0.0, folder, waits=False)
+    for each in (order.journals, order.failpoints):
+        each.mkdir(parents=True, exist_ok=True)
+    with _job(SupervisedJob(order, site, workers=1, servers=1)) as job:
+        job.start()
+        code = job.wait()
+    if code != 0:
+        raise UsageError(f"the undisturbed run failed with exit code {code}; see {order.log}")
+    return truth(journals.read(order.journals), site.digest(order.name, steps))
+
+
+@contextmanager
+def _job(job: SupervisedJob) -> Iterator[SupervisedJob]:
+    try:
+        yield job
+    finally:
+        job.kill()
+
+
+def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
+    plan: list[Planned]
+    extra: list[str] = []
+    steps = SHORT_STEPS
+    if campaign.duration_s is None and row is not SOAK:
+        plan = short_plan(row.kinds, row.name, seed)
+    else:
+        duration_s = campaign.duration_s or 600.0
+        plan = long_plan(row.kinds, row.name, seed, duration_s, campaign.every_s)
+        steps = round(duration_s * _STEPS_PER_S)
+        extra = ["--duration", f"{duration_s:g}s", "--every", f"{campaign.every_s:g}s"]
+    folder = campaign.folder / f"{row.name}-{seed}"
+    name = f"{row.name}-{seed}".replace(".", "-")
+    order = Order(name, steps, PACE_S, folder, waits=steps == SHORT_STEPS)
+    return Request(row, seed, plan, order, replay_command(row.name, seed, extra))
+
+
+def _one(request: Request, site: Site, known: Truth, keep: bool) -> Run:
+    folder = request.order.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    carry_out(request, site)
+    read = journals.read(request.order.journals)
+    verdict = judge(read, known)
+    long = request.order.steps > SHORT_STEPS
+    if not (keep or long or verdict.violations):
+        shutil.rmtree(folder)
+    journal = read if long or keep or verdict.violations else None
+    return Run(request.scenario.name, request.seed, request.replay, journal, verdict)
+
+
+def _line(run: Run) -> str:
+    verdict: Verdict = run.verdict
+    broken = {violation.check for violation in verdict.violations}
+    recoveries = [each.recovery_s for each in verdict.recoveries]
+    return _ROW.format(
+        run.name,
+        run.seed,
+        "-" if "exactly_once" in broken else "ok",
+        "-" if "bits" in broken else "ok",
+        len(recoveries),
+        f"{max(recoveries):.2f}" if recoveries else "",
+        "ok" if not broken else f"BROKEN: {', '.join(sorted(broken))}",
+    )
+
+
+def shapes_here(rows: Sequence[Scenario], no_namespaces: str | None) -> list[Scenario]:
+    """The rows that this machine can play; those on hosts of their own need network namespaces."""
+    return [row for row in rows if no_namespaces is None or row.shape is not Shape.HOSTS]

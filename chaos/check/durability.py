@@ -1,0 +1,51 @@
+"""What was said to be durable is never lost, and no more than a bounded number of steps is computed again.
+
+A version counts as durable once all servers of an epoch have said so: every later epoch must begin there or later. And
+an epoch begins at most two commit intervals behind what the one before it had applied: one interval because steps are
+committed only so often, one more because a commit may be under way while training goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from chaos.check.lineage import Epoch, epochs
+from chaos.check.violation import Violation
+from chaos.journal import Journal, Truth
+
+_NAME = "durability"
+
+
+def check(journal: Journal, _known: Truth) -> list[Violation]:
+    """See the module. A run whose faults take from Redis what was durable there proves nothing here."""
+    if not journal.of("scenario") or journal.scenario["loses_redis"]:
+        return []
+    found = epochs(journal)
+    claims = {epoch.number: _claims(journal, epoch) for epoch in found}
+    violations = []
+    for before, epoch in itertools.pairwise(found):
+        for number, claimed in claims.items():
+            lost = [version for version, t in claimed.items() if number < epoch.number and t < epoch.published_at]
+            if max(lost, default=0) > epoch.resume:
+                text = f"epoch {epoch.number} began at {epoch.resume}, but {max(lost)} was durable in epoch {number}"
+                violations.append(Violation(_NAME, text, epoch.published_at))
+        bound = 2 * journal.scenario["commit_every"]
+        if epoch.resume < before.newest - bound:
+            text = f"epoch {epoch.number} began at {epoch.resume}: more than {bound} steps before {before.newest}"
+            violations.append(Violation(_NAME, text, epoch.published_at))
+    for event in journal.of("durable"):
+        committed = [e for e in journal.of("committed") if e.name == event.name and e["version"] >= event["version"]]
+        begun = [e for e in journal.of("serving") if e.name == event.name and e["resume"] >= event["version"]]
+        if not any(e.t <= event.t for e in (*committed, *begun)):
+            text = f"{event.name} told a worker that {event['version']} is durable before it was"
+            violations.append(Violation(_NAME, text, event.t))
+    return violations
+
+
+def _claims(journal: Journal, epoch: Epoch) -> dict[int, float]:
+    """By version, when the last of all servers of an epoch said that it is durable."""
+    said: dict[int, dict[str, float]] = {}
+    for event in journal.of("committed"):
+        if event["epoch"] == epoch.number:
+            said.setdefault(event["version"], {}).setdefault(event.name, event.t)
+    return {version: max(by.values()) for version, by in said.items() if set(by) >= set(epoch.serving)}

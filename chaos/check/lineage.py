@@ -1,0 +1,71 @@
+"""Which epoch made which version: the history of a job, in which each epoch goes on from where it found storage."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from chaos.journal import Event, Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One epoch: where it began, who served it, and what they applied."""
+
+    number: int
+    resume: int
+    published_at: float
+    serving: Mapping[str, Event]
+    """By server. Who was named by the plan but died before serving is not here: then nothing was applied."""
+    applied: Mapping[int, list[Event]]
+    """By version: one event of each server, steps that were skipped included."""
+    servers: frozenset[str]
+    """Those whom the plan names."""
+
+    @property
+    def newest(self) -> int:
+        """The newest version that all servers of the epoch have applied."""
+        whole = [version for version, events in self.applied.items() if {e.name for e in events} >= set(self.serving)]
+        return max(whole, default=self.resume)
+
+
+def epochs(journal: Journal) -> list[Epoch]:
+    """All epochs that were published, in ascending order."""
+    serving: dict[int, dict[str, Event]] = defaultdict(dict)
+    for served in journal.of("serving"):
+        serving[served["epoch"]][served.name] = served
+    applied: dict[int, dict[int, list[Event]]] = defaultdict(lambda: defaultdict(list))
+    for each in [*journal.of("applied"), *journal.of("skipped")]:
+        applied[each["epoch"]][each["version"]].append(each)
+    # A controller that is killed between writing the plan and writing this down leaves an epoch that only its servers
+    # tell of: it began where they say that it did.
+    published = {plan["epoch"]: plan for plan in journal.of("published")}
+    found = []
+    for number in sorted({*published, *serving}):
+        event: Event | None = published.get(number)
+        first = min(serving[number].values(), key=lambda each: each.t, default=event)
+        source = event or first
+        assert source is not None
+        found.append(
+            Epoch(
+                number=number,
+                resume=source["resume"],
+                published_at=source.t,
+                serving={name: each for name, each in serving[number].items() if each["shards"]},
+                applied=applied[number],
+                servers=frozenset(event["servers"] if event else serving[number]),
+            )
+        )
+    return found
+
+
+def makers(found: list[Epoch], final: int) -> dict[int, Epoch]:
+    """By version of the final history, the epoch that made it: the last one that goes through it."""
+    history: dict[int, Epoch] = {}
+    for index, epoch in enumerate(found):
+        later = [each.resume for each in found[index + 1 :]]
+        end = min([final, *later])
+        for version in range(epoch.resume + 1, end + 1):
+            history[version] = epoch
+    return history

@@ -1,0 +1,106 @@
+"""R: how long training paused for a fault, and how much of the time was useful.
+
+A step is completed when the first worker is told of its version. A pause is a gap between two such moments that is much
+longer than usual; recovery is the time from the fault to the end of the longest pause that began while the fault lasted
+or soon after. A fault that waits for the job to reach a failpoint begins when it is reached.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from chaos.journal import Event, Journal
+
+_PAUSE_FACTOR = 3.0
+"""A gap counts as a pause from so many normal steps on: shorter ones come and go by themselves."""
+_SOON_S = 2.0
+"""A pause that begins later than this after a fault was over has another reason: this machine does other work, too."""
+_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """When steps were completed, by the clock of the journals."""
+
+    times: Sequence[float]
+    versions: Sequence[int]
+    normal_s: float
+    """The median gap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What one fault cost."""
+
+    fault: int
+    kind: str
+    at_s: float
+    recovery_s: float
+    """From the fault to the next completed step after the pause; 0 if there was no pause."""
+    pause_s: float
+    """The longest gap between completed steps, less a normal step."""
+    gap_ratio: float
+    """p95 of the gaps while the fault lasted and a little after, in normal steps."""
+    outage_s: float
+    """How long the fault itself lasted, until the harness had undone it."""
+
+
+def steps_of(journal: Journal) -> Steps:
+    """The moments at which some worker was first told of a version in an epoch."""
+    first: dict[tuple[int, int], Event] = {}
+    for event in journal.of("acked"):
+        first.setdefault((event["epoch"], event["version"]), event)
+    events = sorted(first.values(), key=lambda event: event.t)
+    times = [event.t for event in events]
+    gaps = [later - time for time, later in itertools.pairwise(times)]
+    return Steps(times, [event["version"] for event in events], median(gaps) if gaps else 0.0)
+
+
+def recoveries(journal: Journal, steps: Steps) -> list[Recovery]:
+    """What each fault cost."""
+    if len(steps.times) < 2:
+        return []
+    faults = journal.of("fault")
+    ends = [event.t for event in faults[1:]] + [steps.times[-1]]
+    fired = {event["id"]: event.t for event in journal.of("fired")}
+    healed = {event["id"]: event.t for event in journal.of("healed")}
+    found = []
+    for fault, end in zip(faults, ends, strict=True):
+        waits = fault["kind"].startswith(("die-", "hang-"))
+        begun = fired.get(fault["id"], fault.t) if waits else fault.t
+        over = max(healed.get(fault["id"], begun), begun)
+        until = min(end, over + _SOON_S)
+        low = max(bisect.bisect_right(steps.times, begun) - 1, 0)
+        gaps = [
+            (steps.times[i + 1] - steps.times[i], steps.times[i + 1])
+            for i in range(low, len(steps.times) - 1)
+            if steps.times[i] < until
+        ]
+        longest, ended = max(gaps, default=(0.0, begun))
+        paused = longest > _PAUSE_FACTOR * steps.normal_s
+        near = [gap for gap, t in gaps if t < begun + _AFTER_S]
+        found.append(
+            Recovery(
+                fault=fault["id"],
+                kind=fault["kind"],
+                at_s=begun - steps.times[0],
+                recovery_s=max(0.0, ended - begun) if paused else 0.0,
+                pause_s=max(0.0, longest - steps.normal_s),
+                gap_ratio=(quantiles(near, n=20)[-1] if len(near) > 1 else longest) / steps.normal_s,
+                outage_s=over - begun,
+            )
+        )
+    return found
+
+
+def goodput(journal: Journal, steps: Steps) -> float:
+    """Useful steps, each at its normal length, in the wall time from the first to the last."""
+    if len(steps.times) < 2:
+        return 0.0
+    normal_s = journal.scenario.get("normal_step_s") or steps.normal_s
+    useful = max(steps.versions) - steps.versions[0]
+    return min(1.0, useful * normal_s / (steps.times[-1] - steps.times[0]))

@@ -1,0 +1,233 @@
+"""A job under test: its processes, started as users start them, and started again when the harness has killed them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from chaos.cluster.zygote import Process
+from chaos.site import SERVERS_HOSTED, SERVERS_SUPERVISED, SESSION_TIMEOUT_S, WORKERS, Site
+from psa_store.local.guard import die_with_parent
+
+TRAIN = Path(__file__).with_name("train.py")
+COMMIT_EVERY = 10
+RANKS = 3
+_END_S = 20.0
+_UNDISTURBED_S = 3600.0
+_RETRYABLE_EXIT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be trained, and where its traces go."""
+
+    name: str
+    steps: int
+    pace_s: float
+    folder: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    waits: bool = True
+    """It must not end before all faults have happened: it slows down in its second half, until they have."""
+
+    @property
+    def journals(self) -> Path:
+        return self.folder / "journals"
+
+    @property
+    def failpoints(self) -> Path:
+        return self.folder / "failpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "output.log"
+
+    @property
+    def calm(self) -> Path:
+        """A file that says that no more faults will come."""
+        return self.folder / "calm"
+
+    @property
+    def script_arguments(self) -> list[str]:
+        slow = ["--slow-until", str(self.calm)] if self.waits else []
+        return ["--job", self.name, "--steps", str(self.steps), "--pace-s", str(self.pace_s), *slow]
+
+    def environment(self, site: Site) -> dict[str, str]:
+        return {
+            "PSA_REDIS": site.redis_url,
+            "PSA_ZOOKEEPER": site.zookeeper_hosts,
+            "PSA_HOME": str(self.folder),
+            "PSA_SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S),
+            "PSA_JOURNAL": str(self.journals),
+            "PSA_FAILPOINTS": str(self.failpoints),
+            "PSA_COMMIT_EVERY": str(COMMIT_EVERY),
+            "PSA_RANKS": str(RANKS),
+            **self.env,
+        }
+
+
+class Job(Protocol):
+    """However its processes are run."""
+
+    def start(self) -> None:
+        """Start it, or start it again: the same command resumes."""
+
+    def tend(self) -> int | None:
+        """Start again what has died, if that is the harness' business; the exit code once the job has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL whatever is left of it, all at once."""
+
+    def main_pid(self) -> int | None:
+        """The process that supervises the others, if there is one."""
+
+    def kill_main(self) -> list[int]:
+        """SIGKILL that process alone; returns those that it leaves behind. Start the job again afterwards."""
+
+
+class SupervisedJob:
+    """`psa run`: its own supervisor starts again what dies."""
+
+    def __init__(self, order: Order, site: Site, workers: int = WORKERS, servers: int = SERVERS_SUPERVISED) -> None:
+        self._order = order
+        self._site = site
+        self._arguments = ["--workers", str(workers), "--servers", str(servers), "--max-restarts", "100000"]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """From the main thread, which must live as long as the job: the job dies with it."""
+        command = [sys.executable, "-m", "psa_store.cli", "run", *self._arguments]
+        with self._order.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, str(TRAIN), *self._order.script_arguments],
+                env={**os.environ, **self._order.environment(self._site)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, signal.SIGKILL),
+            )
+
+    def tend(self) -> int | None:
+        return self._process.poll() if self._process is not None else None
+
+    def wait(self) -> int:
+        """Wait for the end of an undisturbed job; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(_UNDISTURBED_S)
+
+    def kill(self) -> None:
+        if self._process is None:
+            return
+        for pid in session_of(self._process.pid):
+            signal_if_alive(pid, signal.SIGKILL)
+        self._process.wait(_END_S)
+        self._process = None
+
+    def main_pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def kill_main(self) -> list[int]:
+        assert self._process is not None
+        children = [pid for pid in session_of(self._process.pid) if pid != self._process.pid]
+        self._process.kill()
+        self._process.wait(_END_S)
+        self._process = None
+        return children
+
+
+class HostedJob:
+    """Each process on its own host, run as by an orchestrator: it starts a dead one again, and knows no more."""
+
+    def __init__(self, order: Order, site: Site) -> None:
+        self._order = order
+        self._site = site
+        self._processes: dict[str, Process] = {}
+        self._done: set[str] = set()
+
+    def start(self) -> None:
+        for name in (*(f"server{i}" for i in range(SERVERS_HOSTED)), *(f"worker{i}" for i in range(WORKERS))):
+            if name not in self._done:
+                self._start(name)
+
+    def tend(self) -> int | None:
+        for name, process in list(self._processes.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._processes[name]
+            if code < 0 or code == _RETRYABLE_EXIT:
+                self._start(name)
+            elif code == 0:
+                self._done.add(name)
+            else:
+                return code
+        if any(name.startswith("worker") for name in self._processes):
+            return None
+        return self._stop_servers()
+
+    def kill(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait(_END_S)
+        self._processes.clear()
+
+    def main_pid(self) -> int | None:
+        return None
+
+    def kill_main(self) -> list[int]:
+        raise NotImplementedError("nobody supervises these processes")
+
+    def _start(self, name: str) -> None:
+        host = self._site.host(name)
+        self._processes[name] = start_role(self._site, self._order, name, {"PSA_BIND": host.address}, host.namespace)
+
+    def _stop_servers(self) -> int:
+        for process in self._processes.values():
+            process.terminate()
+        codes = [process.wait(_END_S) for process in self._processes.values()]
+        self._processes.clear()
+        return max(map(abs, codes), default=0)
+
+
+def start_role(site: Site, order: Order, name: str, env: Mapping[str, str], namespace: str | None = None) -> Process:
+    """Start one more process of a job, which nobody supervises; ``name`` begins with its role."""
+    target, arguments = _entry(order, name)
+    merged = {**order.environment(site), **env}
+    return site.zygote.spawn(name, target, arguments, merged, namespace, order.log)
+
+
+def _entry(order: Order, name: str) -> tuple[str, Sequence[object]]:
+    if name.startswith("server"):
+        return "psa_store.cli.run:server_main", [order.name]
+    return "psa_store.cli.run:worker_main", [str(TRAIN), order.script_arguments]
+
+
+def session_of(leader: int) -> list[int]:
+    """The processes of a session, as `psa run` and its children are one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader:
+                found.append(process.pid)
+        except ProcessLookupError:
+            pass
+    return found
+
+
+def signal_if_alive(pid: int, number: signal.Signals) -> bool:
+    """Send a signal; False if the process is gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,35 @@
+"""Bugs that psa_store does not have, planted by a test to see that the judge finds them.
+
+The product knows nothing of this: a ``sitecustomize`` that Python imports at the start of every process of the job
+replaces one method before anything runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+ENV = "CHAOS_PLANTED"
+BUGS = {
+    "no_fence": "Redis takes commits of an epoch that is over",
+    "no_dedup": "a gradient that comes twice counts twice",
+    "read_before_seal": "a controller reads the heads first, and seals later",
+    "ack_before_commit": "a version is said to be durable when its commit begins",
+}
+"""The bugs that a job can be given; each is a module here with a function ``plant``."""
+
+
+def environment(bug: str) -> dict[str, str]:
+    """What the processes of a job need in their environment to have this bug."""
+    assert bug in BUGS, bug
+    here = Path(__file__).parent
+    paths = [str(here / "site"), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {ENV: bug, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def plant() -> None:
+    """Plant what the environment names."""
+    bug = os.environ.get(ENV)
+    if bug:
+        importlib.import_module(f"chaos.planted.{bug}").plant()

@@ -1,0 +1,43 @@
+"""A gradient that comes twice counts twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from psa_store.consistency import RANK_OF_BUFFERS, Offer, ShardStage, SyncStep
+from psa_store.server.lead import Lead
+
+
+def plant() -> None:
+    """Have servers take every push of the present step, and add up what comes for one rank."""
+    offer, accept, take, apply = SyncStep.offer, SyncStep.accept, Lead.take_gradient, Lead.apply
+
+    def take_all(self: SyncStep, step: int, shard: int, rank: int) -> Offer:
+        judged = offer(self, step, shard, rank)
+        again = judged is Offer.DUPLICATE and step == self.version and shard in self._trained
+        return Offer.NEW if again and self._stage[shard] is ShardStage.COLLECTING else judged
+
+    def accept_again(self: SyncStep, shard: int, rank: int, *, finite: bool = True) -> bool:
+        if shard in self._trained and rank in self._arrived[shard]:
+            return False
+        return accept(self, shard, rank, finite=finite)
+
+    fresh: set[tuple[int, int]] = set()
+
+    def add(self: Lead, rank: int, gradient: Tensor) -> None:
+        key = (self.shard.index, rank)
+        if key in fresh and not (self.shard.role.name == "BUFFER" and rank == RANK_OF_BUFFERS):
+            gradient = gradient + self._gradients[rank]
+        fresh.add(key)
+        take(self, rank, gradient)
+
+    def apply_and_forget(self: Lead, *arguments: Any, **named: Any) -> None:
+        fresh.difference_update({each for each in fresh if each[0] == self.shard.index})
+        apply(self, *arguments, **named)
+
+    SyncStep.offer = take_all  # type: ignore[method-assign]
+    SyncStep.accept = accept_again  # type: ignore[method-assign]
+    Lead.take_gradient = add  # type: ignore[method-assign]
+    Lead.apply = apply_and_forget  # type: ignore[method-assign]

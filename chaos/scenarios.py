@@ -1,0 +1,89 @@
+"""The rows of the matrix: which faults a run sees, on which kind of cluster, and what is promised. As data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from chaos.faults import FAULTS
+from psa_store.errors import UsageError
+
+
+class Shape(Enum):
+    """How the job's processes are run."""
+
+    SUPERVISED = "psa run on one host: what dies is reported and restarted at once, memory is shared"
+    PROXIED = "psa run, with TCP proxies in front of Redis and ZooKeeper"
+    HOSTS = "every process on a host of its own (network namespaces), nobody supervises: death is a session's end"
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One row. Its seeds take turns with ``kinds``."""
+
+    name: str
+    kinds: tuple[str, ...]
+    shape: Shape = Shape.SUPERVISED
+    small_disk: bool = False
+    """Redis lives on a disk of a few megabytes."""
+    sets_clock: bool = False
+    """It sets the wall clock of the whole machine: only when asked for by name."""
+
+    @property
+    def loses_data(self) -> bool:
+        return any(FAULTS[kind].loses_data for kind in self.kinds)
+
+
+def _rows() -> list[Scenario]:
+    supervised = [name for name in FAULTS if name.startswith(("kill-", "stop-"))]
+    failpoints = sorted({name.partition("-")[2] for name in FAULTS if name.startswith(("die-", "hang-"))})
+    proxied = [name for name in FAULTS if name.startswith(("redis-torn", "redis-delay", "redis-throttle"))]
+    proxied += ["redis-stall", "redis-refuse", "zk-torn-reply", "zk-delay", "zk-stall"]
+    hosted = [name for name in FAULTS if name.startswith(("cut-", "mute-", "isolate-", "throttle-", "flap-"))]
+    return [
+        *(Scenario(name, (name,)) for name in supervised),
+        *(Scenario(name, (f"die-{name}", f"hang-{name}")) for name in failpoints),
+        *(Scenario(name, (name,)) for name in ("wipe-redis", "wipe-zookeeper", "damage-value", "flush-functions")),
+        *(Scenario(name, (name,)) for name in ("redis-memory-limit", "redis-disk-slow")),
+        Scenario("redis-disk-full", ("redis-disk-full",), small_disk=True),
+        *(Scenario(name, (name,), Shape.PROXIED) for name in proxied),
+        *(Scenario(name, (name,), Shape.HOSTS) for name in hosted),
+        *(
+            Scenario(f"unsupervised-{name}", (name,), Shape.HOSTS)
+            for name in ("kill-worker", "kill-server", "kill-controller", "stop-server")
+        ),
+        Scenario("clock-jump", ("clock-jump",), sets_clock=True),
+    ]
+
+
+SOAK = Scenario(
+    "soak",
+    (
+        "kill-worker",
+        "kill-server",
+        "kill-controller",
+        "kill-all-workers",
+        "kill-all-servers",
+        "kill-run",
+        "kill-redis",
+        "kill-zk-follower",
+        "kill-zk-leader",
+        "die-commit.before_flip",
+        "die-commit.after_flip",
+        "die-takeover.sealed",
+        "die-push.middle",
+        "die-step.complete",
+        "flush-functions",
+    ),
+)
+"""Many faults in one long run."""
+
+MATRIX = {row.name: row for row in _rows()}
+SCENARIOS = {**MATRIX, SOAK.name: SOAK}
+
+
+def scenario(name: str) -> Scenario:
+    """A row by name; raises UsageError that lists them all."""
+    if name not in SCENARIOS:
+        raise UsageError(f"no scenario {name!r}; there are: all, {', '.join(SCENARIOS)}")
+    return SCENARIOS[name]

@@ -1,0 +1,567 @@
+"""How each kind of fault is inflicted. A strike is a context: entering strikes and proves it, leaving undoes it.
+
+What it yields is the evidence that the fault happened, taken from outside; without any it raises NotFired.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import psutil
+import redis
+
+from chaos.faults import FAULTS
+from chaos.job import Job, Order, session_of, signal_if_alive, start_role
+from chaos.plan import Planned
+from chaos.proxy import Proxy
+from chaos.site import SERVERS_HOSTED, WORKERS, ZOOKEEPER_NODES, Site
+from chaos.tail import Process, Tail
+from psa_store.failpoints import Strike, arm, disarm, struck
+
+FIRE_WITHIN_S = 20.0
+"""How long a fault that waits for something in the job may take to happen."""
+_SLOW_DISK_PERIOD_S = 0.1
+_FLAP_PERIOD_S = 0.15
+_FLAP_DOWN_S = 0.05
+_DELAY_S = 0.03
+_ZK_DELAY_S = 0.1
+_SLOW_LINK_BYTES_PER_S = 1_000_000
+_JUMP_S = 3600
+T = TypeVar("T")
+Striker = Callable[["Scene", Planned], AbstractContextManager[str]]
+
+
+class NotFired(Exception):
+    """The fault could not be inflicted, or there is no proof that it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Everything that a strike may need."""
+
+    site: Site
+    order: Order
+    job: Job
+    tail: Tail
+    wait: Callable[[float], None]
+    """Let the run go on for so many seconds; raises when the run is over its time."""
+    until: Callable[[Callable[[], T | None], float, str], T]
+    """Let the run go on until something is there; raises NotFired with the text after so many seconds."""
+
+
+@contextmanager
+def strike(scene: Scene, planned: Planned) -> Iterator[str]:
+    """Inflict a fault; yields the evidence, and undoes on leaving what must be undone."""
+    with _strike_of(planned.kind)(scene, planned) as evidence:
+        yield evidence
+
+
+def prepare(scene: Scene, planned: Planned) -> None:
+    """Set a fault that must be there before the job is started."""
+    how, _, name = planned.kind.partition("-")
+    arm(scene.order.failpoints, name, Strike.KILL if how == "die" else Strike.STOP, planned.number)
+
+
+def _strike_of(kind: str) -> Striker:
+    if kind in _STRIKES:
+        return _STRIKES[kind]
+    return _BY_PREFIX[kind.partition("-")[0]]
+
+
+# --- processes
+
+
+def _choose(candidates: Sequence[T], planned: Planned, what: str) -> T:
+    if not candidates:
+        raise NotFired(f"there was no {what} to strike")
+    return candidates[int(planned.pick * len(candidates))]
+
+
+def _living(scene: Scene, role: str) -> list[Process]:
+    """The processes of a role; waits for one, because a fault before this one may have just killed them."""
+
+    def look() -> list[Process] | None:
+        scene.tail.look()
+        return scene.tail.living(role) or None
+
+    return scene.until(look, FIRE_WITHIN_S, f"there was no {role} to strike")
+
+
+def _controller(scene: Scene) -> Process:
+    def look() -> Process | None:
+        scene.tail.look()
+        return scene.tail.controller()
+
+    return scene.until(look, FIRE_WITHIN_S, "there was no controller to strike")
+
+
+def _kill(pids: Sequence[int]) -> str:
+    killed = [pid for pid in pids if signal_if_alive(pid, signal.SIGKILL)]
+    if not killed:
+        raise NotFired(f"the processes {list(pids)} had ended already")
+    return f"SIGKILL to {killed}"
+
+
+def _victims(scene: Scene, planned: Planned) -> list[int]:
+    match planned.kind.partition("-")[2]:
+        case "controller":
+            return [_controller(scene).pid]
+        case "all-workers":
+            return [each.pid for each in _living(scene, "worker")]
+        case "all-servers":
+            return [each.pid for each in _living(scene, "server")]
+        case role:
+            return [_choose(_living(scene, role), planned, role).pid]
+
+
+@contextmanager
+def _kill_processes(scene: Scene, planned: Planned) -> Iterator[str]:
+    yield _kill(_victims(scene, planned))
+
+
+@contextmanager
+def _stop_processes(scene: Scene, planned: Planned) -> Iterator[str]:
+    pids = _victims(scene, planned)
+    with _stopped(pids) as evidence:
+        yield evidence
+
+
+@contextmanager
+def _stopped(pids: Sequence[int]) -> Iterator[str]:
+    try:
+        if not [pid for pid in pids if signal_if_alive(pid, signal.SIGSTOP)]:
+            raise NotFired(f"the processes {list(pids)} had ended already")
+        yield f"SIGSTOP to {list(pids)}"
+    finally:
+        for pid in pids:
+            signal_if_alive(pid, signal.SIGCONT)
+
+
+@contextmanager
+def _stop_run(scene: Scene, _planned: Planned) -> Iterator[str]:
+    main = scene.job.main_pid()
+    if main is None:
+        raise NotFired("there was no `psa run` to stop")
+    with _stopped(session_of(main)) as evidence:
+        yield evidence
+
+
+@contextmanager
+def _kill_run(scene: Scene, planned: Planned) -> Iterator[str]:
+    """Only `psa run` itself is killed: its children must notice, and end; then the same command again."""
+    main = scene.job.main_pid()
+    if main is None:
+        raise NotFired("there was no `psa run` to kill")
+    children = scene.job.kill_main()
+    scene.until(
+        lambda: True if not any(psutil.pid_exists(pid) for pid in children) else None,
+        FIRE_WITHIN_S,
+        f"children of a killed `psa run` live on: {children}",
+    )
+    yield f"SIGKILL to `psa run`, pid {main}"
+    scene.job.start()
+
+
+@contextmanager
+def _kill_everything(scene: Scene, _planned: Planned) -> Iterator[str]:
+    scene.job.kill()
+    scene.site.redis.kill()
+    for node in range(ZOOKEEPER_NODES):
+        scene.site.zookeeper.kill(node)
+    yield "SIGKILL to the job, Redis and ZooKeeper"
+    scene.site.redis.start()
+    scene.site.zookeeper.start()
+    scene.job.start()
+
+
+# --- ZooKeeper and Redis as processes
+
+
+def _zookeeper_nodes(scene: Scene, planned: Planned) -> list[int]:
+    def leader() -> int | None:
+        try:
+            return scene.site.zookeeper.leader()
+        except Exception:  # an election is going on
+            return None
+
+    leading = scene.until(leader, FIRE_WITHIN_S, "ZooKeeper had no leader to strike")
+    followers = [node for node in range(ZOOKEEPER_NODES) if node != leading]
+    match planned.kind.rpartition("-")[2]:
+        case "leader":
+            return [leading]
+        case "follower":
+            return [_choose(followers, planned, "follower")]
+        case _:
+            return [leading, _choose(followers, planned, "follower")]
+
+
+@contextmanager
+def _kill_zookeeper(scene: Scene, planned: Planned) -> Iterator[str]:
+    nodes = _zookeeper_nodes(scene, planned)
+    pids = [scene.site.zookeeper.pid(node) for node in nodes]
+    for node in nodes:
+        scene.site.zookeeper.kill(node)
+    yield f"SIGKILL to ZooKeeper nodes {nodes}, pids {pids}"
+    scene.site.zookeeper.start()
+
+
+@contextmanager
+def _stop_zookeeper(scene: Scene, planned: Planned) -> Iterator[str]:
+    (node,) = _zookeeper_nodes(scene, planned)
+    with _stopped([scene.site.zookeeper.pid(node)]) as evidence:
+        yield f"{evidence}, ZooKeeper node {node}"
+
+
+@contextmanager
+def _wipe_zookeeper(scene: Scene, _planned: Planned) -> Iterator[str]:
+    before = scene.site.zookeeper.znodes()
+    scene.site.zookeeper.wipe()
+    yield f"{before} znodes are gone"
+    scene.site.zookeeper.start()
+
+
+@contextmanager
+def _kill_redis(scene: Scene, _planned: Planned) -> Iterator[str]:
+    pid = scene.site.redis.pid
+    scene.site.redis.kill()
+    yield f"SIGKILL to Redis, pid {pid}"
+    scene.site.redis.start()
+
+
+@contextmanager
+def _stop_redis(scene: Scene, _planned: Planned) -> Iterator[str]:
+    with _stopped([scene.site.redis.pid]) as evidence:
+        yield evidence
+
+
+# --- failpoints
+
+
+@contextmanager
+def _failpoint(scene: Scene, planned: Planned) -> Iterator[str]:
+    how, _, name = planned.kind.partition("-")
+    folder = scene.order.failpoints
+    known = set(struck(folder, name)) if not FAULTS[planned.kind].at_start else set()
+    if not FAULTS[planned.kind].at_start:
+        arm(folder, name, Strike.KILL if how == "die" else Strike.STOP, planned.number)
+    extra = _provoke(scene, planned, name)
+
+    def reached() -> int | None:
+        return next((pid for pid in struck(folder, name) if pid not in known), None)
+
+    try:
+        pid = scene.until(reached, FIRE_WITHIN_S, f"nobody reached the failpoint {name}")
+    except NotFired:
+        disarm(folder, name)
+        raise
+    try:
+        yield f"process {pid} reached {name}" + extra
+    finally:
+        signal_if_alive(pid, signal.SIGCONT)
+
+
+def _provoke(scene: Scene, planned: Planned, name: str) -> str:
+    """Make the job do what the failpoint is about, if it does not do so all the time."""
+    room = name.partition(".")[0]
+    if room == "takeover":
+        others = [each for each in _living(scene, "server") if each != scene.tail.controller()]
+        return "; to provoke it, " + _kill([_choose(others, planned, "second server").pid])
+    if room == "serve":
+        return "; to provoke it, " + _kill([_choose(_living(scene, "server"), planned, "server").pid])
+    if name == "worker.loaded":
+        return "; to provoke it, " + _kill([_choose(_living(scene, "worker"), planned, "worker").pid])
+    if room == "handover":
+        start_role(scene.site, scene.order, "server-more", {})
+        return "; to provoke it, a server joined"
+    return ""
+
+
+# --- data
+
+
+def _client(scene: Scene) -> redis.Redis:
+    return redis.Redis.from_url(scene.site.redis.url, socket_timeout=5.0)
+
+
+@contextmanager
+def _wipe_redis(scene: Scene, _planned: Planned) -> Iterator[str]:
+    with _client(scene) as client:
+        before = client.dbsize()
+        client.flushall()
+    yield f"{before} keys are gone"
+
+
+@contextmanager
+def _flush_functions(scene: Scene, _planned: Planned) -> Iterator[str]:
+    with _client(scene) as client:
+        known = len(client.function_list())
+        client.function_flush()
+        if not known:
+            raise NotFired("Redis had no functions")
+    yield f"{known} library flushed"
+
+
+@contextmanager
+def _damage_value(scene: Scene, planned: Planned) -> Iterator[str]:
+    """Flip a bit of a chunk that the newest version needs, and make the servers read it."""
+    with _client(scene) as client:
+        chunks = sorted(
+            (key for key in client.scan_iter(count=1000) if client.type(key) == b"string" and b":param:" in key),
+            key=lambda key: client.object("idletime", key) or 0,
+        )
+        lasting = [key for key in chunks if client.ttl(key) == -1 and client.strlen(key) > 64]
+        key = _choose(lasting, planned, "stored chunk")
+        at = planned.number % client.strlen(key)
+        (byte,) = client.getrange(key, at, at)
+        client.setrange(key, at, bytes([byte ^ 0x10]))
+    yield f"bit flipped in {key.decode()} at {at}; " + _kill([each.pid for each in _living(scene, "server")])
+
+
+@contextmanager
+def _redis_memory_limit(scene: Scene, _planned: Planned) -> Iterator[str]:
+    with _client(scene) as client:
+        client.config_set("maxmemory", "1mb")
+        try:
+            try:
+                client.set("chaos:full", b"x" * 1024)
+            except redis.exceptions.OutOfMemoryError as error:
+                yield str(error)
+            else:
+                raise NotFired("Redis took a value beyond its memory limit")
+        finally:
+            client.config_set("maxmemory", "0")
+            client.delete("chaos:full")
+
+
+@contextmanager
+def _redis_disk_full(scene: Scene, _planned: Planned) -> Iterator[str]:
+    scene.site.redis.fill_disk()
+    try:
+
+        def refused() -> str | None:
+            with _client(scene) as client:
+                try:
+                    client.set("chaos:full", b"x" * 1024)
+                except redis.exceptions.RedisError as error:
+                    return str(error)
+            return None
+
+        yield scene.until(refused, FIRE_WITHIN_S, "Redis went on writing to a full disk")
+    finally:
+        scene.site.redis.free_disk()
+
+
+@contextmanager
+def _redis_disk_slow(scene: Scene, _planned: Planned) -> Iterator[str]:
+    pid = scene.site.redis.pid
+    with _alternating(
+        lambda: signal_if_alive(pid, signal.SIGSTOP),
+        lambda: signal_if_alive(pid, signal.SIGCONT),
+        _SLOW_DISK_PERIOD_S / 2,
+        _SLOW_DISK_PERIOD_S / 2,
+    ):
+        yield f"SIGSTOP and SIGCONT to Redis, pid {pid}, in turns"
+
+
+@contextmanager
+def _alternating(on: Callable[[], object], off: Callable[[], object], on_s: float, off_s: float) -> Iterator[None]:
+    ended = threading.Event()
+
+    def alternate() -> None:
+        while not ended.is_set():
+            on()
+            ended.wait(on_s)
+            off()
+            ended.wait(off_s)
+
+    thread = threading.Thread(target=alternate, name="chaos-alternating")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def _clock_jump(_scene: Scene, planned: Planned) -> Iterator[str]:
+    jump_s = _JUMP_S if planned.number else -_JUMP_S
+    _shift_clock(jump_s)
+    try:
+        yield f"CLOCK_REALTIME moved by {jump_s} s"
+    finally:
+        _shift_clock(-jump_s)
+
+
+def _shift_clock(by_s: float) -> None:
+    try:
+        time.clock_settime(time.CLOCK_REALTIME, time.clock_gettime(time.CLOCK_REALTIME) + by_s)
+    except PermissionError as error:
+        raise NotFired("the clock of this machine may not be set") from error
+
+
+# --- links
+
+
+def _redis_proxy(scene: Scene) -> Proxy:
+    proxy = scene.site.redis_proxy
+    assert proxy is not None, "this scenario's shape has proxies"
+    return proxy
+
+
+@contextmanager
+def _torn(scene: Scene, planned: Planned) -> Iterator[str]:
+    proxies = [_redis_proxy(scene)] if planned.kind.startswith("redis") else list(scene.site.zookeeper_proxies)
+    before = sum(proxy.fired for proxy in proxies)
+    for proxy in proxies:
+        if planned.kind.endswith("reply"):
+            proxy.cut_answers_after(planned.number)
+        else:
+            proxy.cut_requests_after(planned.number)
+    scene.until(
+        lambda: True if sum(proxy.fired for proxy in proxies) > before else None,
+        FIRE_WITHIN_S,
+        "nothing passed that could be torn",
+    )
+    yield f"torn after {planned.number} bytes"
+    for proxy in proxies:
+        proxy.pass_all()
+
+
+@contextmanager
+def _link(scene: Scene, planned: Planned) -> Iterator[str]:
+    """Delay, throttle, stall or refuse what passes the proxies."""
+    what = planned.kind.partition("-")[2]
+    proxies = [_redis_proxy(scene)] if planned.kind.startswith("redis") else list(scene.site.zookeeper_proxies)
+    for proxy in proxies:
+        match what:
+            case "delay":
+                proxy.delay(_DELAY_S if planned.kind.startswith("redis") else _ZK_DELAY_S)
+            case "throttle":
+                proxy.throttle(_SLOW_LINK_BYTES_PER_S)
+            case "stall":
+                proxy.stall()
+            case _:
+                proxy.refuse()
+    try:
+        yield f"{what} at {len(proxies)} proxies after {sum(proxy.passed_bytes for proxy in proxies)} bytes"
+    finally:
+        for proxy in proxies:
+            proxy.pass_all()
+
+
+# --- networks
+
+
+def _hosts(role: str, planned: Planned) -> list[str]:
+    match role:
+        case "worker":
+            return [f"worker{int(planned.pick * WORKERS)}"]
+        case "server":
+            return [f"server{int(planned.pick * SERVERS_HOSTED)}"]
+        case "redis":
+            return ["redis"]
+        case _:
+            return [f"zk{index}" for index in range(ZOOKEEPER_NODES)]
+
+
+@contextmanager
+def _cut(scene: Scene, planned: Planned) -> Iterator[str]:
+    network = scene.site.network
+    assert network is not None, "this scenario's shape has hosts"
+    how, one, other = planned.kind.split("-")
+    sources, targets = _hosts(one, planned), _hosts(other, planned)
+    if one == other:
+        targets = [f"server{(int(sources[0].removeprefix('server')) + 1) % SERVERS_HOSTED}"]
+    for source in sources:
+        for target in targets:
+            if how == "cut":
+                network.cut(source, target)
+            else:
+                network.cut_one_way(source, target)
+    try:
+        yield f"{how} {sources} -> {targets}"
+    finally:
+        network.heal()
+
+
+@contextmanager
+def _isolate(scene: Scene, planned: Planned) -> Iterator[str]:
+    network = scene.site.network
+    assert network is not None, "this scenario's shape has hosts"
+    role = planned.kind.partition("-")[2]
+    name = f"zk{_zookeeper_nodes(scene, planned)[0]}" if role == "zk-leader" else _hosts(role, planned)[0]
+    network.isolate(name)
+    try:
+        yield f"{name} is isolated"
+    finally:
+        network.heal()
+
+
+@contextmanager
+def _throttle(scene: Scene, planned: Planned) -> Iterator[str]:
+    network = scene.site.network
+    assert network is not None, "this scenario's shape has hosts"
+    (name,) = _hosts("server", planned)
+    network.throttle(name, _SLOW_LINK_BYTES_PER_S)
+    try:
+        yield f"{name} has {_SLOW_LINK_BYTES_PER_S} bytes/s"
+    finally:
+        network.heal()
+
+
+@contextmanager
+def _flap(scene: Scene, planned: Planned) -> Iterator[str]:
+    network = scene.site.network
+    assert network is not None, "this scenario's shape has hosts"
+    (name,) = _hosts("server", planned)
+    try:
+        with _alternating(lambda: network.isolate(name), network.heal, _FLAP_DOWN_S, _FLAP_PERIOD_S - _FLAP_DOWN_S):
+            yield f"{name} flaps"
+    finally:
+        network.heal()
+
+
+_STRIKES = {
+    "kill-run": _kill_run,
+    "kill-redis": _kill_redis,
+    "kill-zk-follower": _kill_zookeeper,
+    "kill-zk-leader": _kill_zookeeper,
+    "kill-zk-quorum": _kill_zookeeper,
+    "kill-everything": _kill_everything,
+    "stop-run": _stop_run,
+    "stop-redis": _stop_redis,
+    "stop-zk-follower": _stop_zookeeper,
+    "stop-zk-leader": _stop_zookeeper,
+    "wipe-redis": _wipe_redis,
+    "wipe-zookeeper": _wipe_zookeeper,
+    "damage-value": _damage_value,
+    "flush-functions": _flush_functions,
+    "redis-memory-limit": _redis_memory_limit,
+    "redis-disk-full": _redis_disk_full,
+    "redis-disk-slow": _redis_disk_slow,
+    "redis-torn-reply": _torn,
+    "redis-torn-request": _torn,
+    "zk-torn-reply": _torn,
+    "clock-jump": _clock_jump,
+}
+_BY_PREFIX = {
+    "kill": _kill_processes,
+    "stop": _stop_processes,
+    "die": _failpoint,
+    "hang": _failpoint,
+    "redis": _link,
+    "zk": _link,
+    "cut": _cut,
+    "mute": _cut,
+    "isolate": _isolate,
+    "throttle": _throttle,
+    "flap": _flap,
+}
+"""By the first word of a kind, for those that have no strike of their own."""

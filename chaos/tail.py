@@ -1,0 +1,77 @@
+"""Follows the journals of a run while they are being written: who lives, and how far the job is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process of the job that has written a journal."""
+
+    role: str
+    name: str
+    pid: int
+
+    @property
+    def lives(self) -> bool:
+        try:
+            return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class Tail:
+    """Reads what was appended since the last :meth:`look`. Not thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        self._processes: dict[Path, Process] = {}
+        self._elected: list[Path] = []
+        self.version = 0
+        """The newest version that a worker was told of, in whatever epoch."""
+        self.committed = 0
+        """The newest version that a server has committed."""
+        self.steps = 0
+        """Acknowledged versions that were seen, recomputed ones included."""
+
+    def look(self) -> None:
+        """Read on."""
+        for path in self._folder.glob("*-*.jsonl"):
+            if not path.name.startswith(("worker-", "server-")):
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            for line in whole.splitlines():
+                self._note(path, line)
+
+    def living(self, role: str) -> list[Process]:
+        """The processes of a role that live, the oldest first."""
+        return [each for each in self._processes.values() if each.role == role and each.lives]
+
+    def controller(self) -> Process | None:
+        """The server that was elected last, if it lives."""
+        if not self._elected:
+            return None
+        last = self._processes[self._elected[-1]]
+        return last if last.lives else None
+
+    def _note(self, path: Path, line: bytes) -> None:
+        if b'"acked"' in line:
+            self.steps += 1
+            self.version = max(self.version, json.loads(line)["version"])
+        elif b'"committed"' in line:
+            self.committed = max(self.committed, json.loads(line)["version"])
+        elif b'"begin"' in line:
+            begin = json.loads(line)
+            self._processes[path] = Process(begin["role"], begin["name"], begin["pid"])
+        elif b'"elected"' in line:
+            self._elected.append(path)

@@ -1,0 +1,302 @@
+"""The judge: a healthy run passes, and each promise that is broken in a journal is seen by its check, and no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chaos.check import judge
+from chaos.check.recovery import recoveries, steps_of
+from chaos.journal import Event, Journal, Truth, read
+from chaos.report import Run, write_report
+from psa_store.errors import DataIntegrity
+
+STEPS, RANKS, COMMIT_EVERY = 40, 2, 10
+STEP_S = 0.01
+SHARDS = {"s0": [0, 1], "s1": [2]}
+
+
+def share(server: str, step: int, rank: int) -> int:
+    """The fingerprint of a gradient, in the shards of one server."""
+    return 1000 * step + 100 * rank + len(SHARDS[server])
+
+
+class Story:
+    """A run as its processes would have written it down; tests change it before it is judged."""
+
+    def __init__(self, **scenario: Any) -> None:
+        self.events: list[Event] = []
+        self.t = 0.0
+        facts = {"name": "kill-server", "seed": 0, "steps": STEPS, "ranks": RANKS, "commit_every": COMMIT_EVERY}
+        self.tell("harness", "0", "scenario", **{**facts, "loses_redis": False, "replay": "psa …", **scenario})
+
+    def tell(self, role: str, name: str, event: str, /, **fields: Any) -> None:
+        self.t += 1e-6
+        self.events.append(Event(self.t, event, role, name, 1, fields))
+
+    def epoch(self, number: int, resume: int, until: int) -> None:
+        """An epoch that makes the versions after ``resume`` up to ``until``."""
+        self.tell("server", "s0", "published", epoch=number, resume=resume, servers=list(SHARDS))
+        for server, shards in SHARDS.items():
+            self.tell("server", server, "serving", epoch=number, resume=resume, shards=shards, trained=shards)
+            for shard in shards:
+                manifests = [[version, number, f"n{number}-{version}"] for version in (resume,)]
+                self.tell("reader", "0", "head", shard=shard, epoch=number, manifests=manifests)
+        for step in range(resume, until):
+            self.step(number, step)
+
+    def step(self, epoch: int, step: int) -> None:
+        self.t += STEP_S
+        for rank in range(RANKS):
+            total = sum(share(server, step, rank) for server in SHARDS)
+            self.tell("train", f"t{rank}", "batch", epoch=epoch, version=step, rank=rank, digest=f"d{step}")
+            self.tell("worker", f"w{rank}", "computing", epoch=epoch, step=step, rank=rank)
+            self.tell("worker", f"w{rank}", "pushed", epoch=epoch, step=step, rank=rank, sum=f"{total:016x}")
+        for server, shards in SHARDS.items():
+            ranks = {str(rank): len(shards) for rank in range(RANKS)}
+            sums = {str(rank): f"{share(server, step, rank):016x}" for rank in range(RANKS)}
+            self.tell("server", server, "applied", epoch=epoch, version=step + 1, ranks=ranks, sums=sums)
+        for rank in range(RANKS):
+            self.tell("worker", f"w{rank}", "acked", epoch=epoch, version=step + 1)
+        if (step + 1) % COMMIT_EVERY == 0:
+            for server in SHARDS:
+                self.tell("server", server, "committed", epoch=epoch, version=step + 1)
+
+    def fault(self, kind: str = "kill-server", pause_s: float = 0.5) -> None:
+        self.tell("harness", "0", "fault", id=0, kind=kind)
+        self.tell("harness", "0", "fired", id=0, evidence="SIGKILL")
+        self.tell("harness", "0", "healed", id=0)
+        self.tell("harness", "0", "quiet")
+        self.t += pause_s
+
+    def end(self) -> None:
+        self.tell("server", "s0", "durable", epoch=9, version=STEPS)
+        self.tell("worker", "w0", "finished", version=STEPS)
+        self.tell("harness", "0", "final", version=STEPS, digest="F")
+        self.tell("harness", "0", "end", exit_code=0, wall_s=self.t)
+
+    def change(self, event: str, which: int = 0, /, **fields: Any) -> None:
+        """Falsify what was written down."""
+        at = [index for index, each in enumerate(self.events) if each.event == event][which]
+        old = self.events[at]
+        self.events[at] = Event(old.t, event, old.role, old.name, old.pid, {**old.fields, **fields})
+
+    def drop(self, event: str, which: int = 0) -> None:
+        at = [index for index, each in enumerate(self.events) if each.event == event][which]
+        del self.events[at]
+
+    def broken(self) -> set[str]:
+        return {violation.check for violation in judge(Journal(self.events), TRUTH).violations}
+
+
+TRUTH = Truth({version: f"d{version}" for version in range(STEPS)}, "F")
+
+
+@pytest.fixture
+def story() -> Story:
+    """A server dies after version 27; the next epoch goes back to 20."""
+    story = Story()
+    story.epoch(1, 0, 27)
+    story.fault()
+    story.epoch(2, 20, STEPS)
+    story.end()
+    return story
+
+
+def test_a_healthy_run_with_a_rollback_keeps_all_promises(story: Story) -> None:
+    assert story.broken() == set()
+
+
+def test_a_gradient_that_counts_twice_is_seen(story: Story) -> None:
+    story.change("applied", -1, sums={"0": "1", "1": "2"})
+    assert story.broken() == {"exactly_once"}
+
+
+def test_a_rank_that_is_missing_in_a_shard_is_seen(story: Story) -> None:
+    story.change("applied", -2, ranks={"0": 2, "1": 1})
+    assert story.broken() == {"exactly_once"}
+
+
+def test_a_version_that_one_server_never_applied_is_seen(story: Story) -> None:
+    story.drop("applied", -1)
+    assert story.broken() == {"exactly_once"}
+
+
+def test_a_version_that_a_server_applied_twice_is_seen(story: Story) -> None:
+    story.events.append(story.events[[e.event for e in story.events].index("applied")])
+    assert story.broken() == {"exactly_once"}
+
+
+def test_what_was_applied_in_an_epoch_that_was_rolled_back_may_be_anything(story: Story) -> None:
+    lost = [i for i, each in enumerate(e for e in story.events if e.event == "applied") if each["version"] == 25]
+    story.change("applied", lost[0], sums={"0": "1", "1": "2"})
+    assert story.broken() == set()
+
+
+def test_an_acknowledgement_before_the_update_is_seen(story: Story) -> None:
+    early = Event(0.001, "acked", "worker", "w0", 1, {"epoch": 1, "version": 27})
+    story.events.append(early)
+    assert story.broken() == {"exactly_once"}
+
+
+def test_ranks_that_compute_differently_are_seen(story: Story) -> None:
+    story.tell("worker", "w9", "pushed", epoch=1, step=3, rank=0, sum="0" * 16)
+    assert story.broken() == {"exactly_once"}
+
+
+@pytest.mark.parametrize(("event", "fields"), [("final", {"digest": "G"}), ("end", {"exit_code": 1})])
+def test_another_result_is_seen(story: Story, event: str, fields: dict[str, Any]) -> None:
+    story.change(event, -1, **fields)
+    assert story.broken() == {"bits"}
+
+
+@pytest.mark.parametrize("role", ["train", "reader"])
+def test_a_mixture_that_somebody_saw_is_seen(story: Story, role: str) -> None:
+    story.tell(role, "0", "batch" if role == "train" else "read", version=20, digest="mixed")
+    assert story.broken() == {"bits"}
+
+
+def test_what_the_harness_could_not_do_is_no_success(story: Story) -> None:
+    story.tell("harness", "0", "broken", why="OutOfTime: it hangs")
+    assert story.broken() == {"bits"}
+
+
+def test_a_commit_of_an_old_epoch_after_a_seal_is_seen(story: Story) -> None:
+    story.tell("reader", "0", "head", shard=0, epoch=2, manifests=[[27, 1, "late"]])
+    assert story.broken() == {"fencing"}
+
+
+def test_what_was_there_before_the_seal_may_stay(story: Story) -> None:
+    story.tell("reader", "0", "head", shard=0, epoch=2, manifests=[[0, 1, "n1-0"]])
+    assert story.broken() == set()
+
+
+def test_a_head_whose_epoch_falls_is_seen(story: Story) -> None:
+    story.tell("reader", "0", "head", shard=0, epoch=1, manifests=[])
+    assert story.broken() == {"fencing"}
+
+
+def test_a_process_that_goes_back_to_an_old_epoch_is_seen(story: Story) -> None:
+    story.tell("worker", "w0", "loaded", epoch=2, version=20)
+    story.tell("worker", "w0", "loaded", epoch=1, version=20)
+    assert story.broken() == {"fencing"}
+
+
+def test_a_durable_version_that_is_lost_is_seen() -> None:
+    story = Story()
+    story.epoch(1, 0, 27)
+    story.fault()
+    story.epoch(2, 10, STEPS)  # 20 was durable
+    story.end()
+    assert story.broken() == {"durability"}
+
+
+def test_what_one_server_alone_has_committed_may_be_lost() -> None:
+    story = Story()
+    story.epoch(1, 0, 27)
+    story.drop("committed", -1)
+    story.fault()
+    story.epoch(2, 10, STEPS)
+    story.end()
+    assert story.broken() == set()
+
+
+def test_a_rollback_without_bound_is_seen() -> None:
+    story = Story()
+    story.epoch(1, 0, 27)
+    for _ in range(4):
+        story.drop("committed", -1)
+    story.fault()
+    story.epoch(2, 0, STEPS)
+    story.end()
+    assert story.broken() == {"durability"}
+
+
+def test_durability_that_was_promised_too_early_is_seen(story: Story) -> None:
+    for index, event in enumerate(story.events):
+        if event.event == "durable":
+            story.events[index] = Event(0.01, "durable", "server", "s0", 1, event.fields)
+    assert story.broken() == {"durability"}
+
+
+def test_a_fault_that_did_not_happen_is_seen(story: Story) -> None:
+    story.drop("fired")
+    assert story.broken() == {"fired"}
+
+
+def test_a_run_without_a_quiet_phase_is_seen(story: Story) -> None:
+    story.drop("quiet")
+    assert story.broken() == {"fired"}
+
+
+@pytest.mark.parametrize(("measure", "per_s"), [("rss_mb", 0.5), ("fds", 0.1), ("threads", 0.1)])
+def test_what_leaks_is_seen(story: Story, measure: str, per_s: float) -> None:
+    for second in range(600):
+        sample = {"rss_mb": 300.0, "fds": 30, "threads": 10}
+        sample[measure] += second * per_s
+        story.events.append(Event(second, "sample", "harness", "0", 1, {"role": "worker", "pid": 7, **sample}))
+    assert story.broken() == {"trends"}
+
+
+def test_processes_that_are_replaced_all_the_time_are_no_leak(story: Story) -> None:
+    for second in range(600):
+        sample = {"rss_mb": 300.0 + second % 30, "fds": 30, "threads": 10}
+        fields = {"role": "worker", "pid": second // 30, **sample}
+        story.events.append(Event(second, "sample", "harness", "0", 1, fields))
+    assert story.broken() == set()
+
+
+def test_recovery_lasts_from_the_fault_to_the_next_step(story: Story) -> None:
+    journal = Journal(story.events)
+    (found,) = recoveries(journal, steps_of(journal))
+    assert found.recovery_s == pytest.approx(0.5 + STEP_S, abs=0.01)
+    assert found.pause_s == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_pause_long_after_a_fault_is_not_its_own() -> None:
+    story = Story()
+    story.fault(pause_s=0.0)
+    story.epoch(1, 0, 5)
+    story.t += 3.0
+    story.step(1, 5)
+    story.t += 3.0
+    story.step(1, 6)
+    journal = Journal(story.events)
+    (found,) = recoveries(journal, steps_of(journal))
+    assert found.recovery_s < 3.1
+
+
+def written(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("\n".join(lines))
+
+
+BEGIN = json.dumps({"t": 1.0, "event": "begin", "role": "worker", "name": "w", "pid": 3})
+
+
+def test_the_torn_line_of_a_killed_process_is_left_out(tmp_path: Path) -> None:
+    written(tmp_path / "worker-w.jsonl", [BEGIN, '{"t": 2.0, "ev'])
+    assert [event.event for event in read(tmp_path).events] == ["begin"]
+
+
+def test_a_torn_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+    written(tmp_path / "worker-w.jsonl", [BEGIN, '{"t": 2.0, "ev', BEGIN, ""])
+    with pytest.raises(DataIntegrity, match=r"worker-w\.jsonl:2"):
+        read(tmp_path)
+
+
+def test_the_report_shows_the_verdict_and_how_to_play_it_again(story: Story, tmp_path: Path) -> None:
+    story.change("final", -1, digest="<G>")
+    for step in range(STEPS):
+        story.tell("train", "t0", "loss", version=step, rank=0, loss=1.0 / (step + 1))
+    journal = Journal(story.events)
+    write_report([Run("kill-server", 7, "psa chaos run --seed 7", journal, judge(journal, TRUTH))], tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        "psa chaos run --seed 7" in page and "not those of an undisturbed run" in page and "SIGKILL of a server" in page
+    )
+    assert "http" not in page.replace("http-equiv", ""), "a page that fetches something from outside"
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

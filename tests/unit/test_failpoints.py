@@ -1,0 +1,58 @@
+"""Failpoints strike once, where they are armed; and each that is named stands in the code at one place."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import psa_store
+from psa_store.failpoints import ENV, FAILPOINTS, Strike, arm, disarm, failpoint, struck
+
+NAME = "commit.chunk"
+PASSING = f"from psa_store.failpoints import failpoint\nfor i in range(5): failpoint({NAME!r}, i)\nprint('passed')"
+
+
+def pass_it(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PASSING], env={ENV: str(folder)}, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_an_armed_failpoint_strikes_the_first_that_passes_and_nobody_after(tmp_path: Path) -> None:
+    arm(tmp_path, NAME, Strike.KILL)
+    assert pass_it(tmp_path).returncode == -signal.SIGKILL
+    assert pass_it(tmp_path).stdout == "passed\n"
+    assert len(struck(tmp_path, NAME)) == 1
+
+
+def test_it_waits_for_its_index(tmp_path: Path) -> None:
+    arm(tmp_path, NAME, Strike.KILL, at_least=5)
+    assert pass_it(tmp_path).stdout == "passed\n"
+    arm(tmp_path, NAME, Strike.KILL, at_least=4)
+    assert pass_it(tmp_path).returncode == -signal.SIGKILL
+
+
+def test_disarming_tells_whether_it_was_in_time(tmp_path: Path) -> None:
+    arm(tmp_path, NAME, Strike.KILL)
+    assert disarm(tmp_path, NAME)
+    assert pass_it(tmp_path).stdout == "passed\n"
+    assert not disarm(tmp_path, NAME)
+    assert struck(tmp_path, NAME) == []
+
+
+def test_it_is_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENV, raising=False)
+    failpoint(NAME)
+
+
+def test_each_named_failpoint_stands_in_the_code_once() -> None:
+    package = Path(psa_store.__file__).parent
+    found = [
+        name for path in package.rglob("*.py") for name in re.findall(r"failpoint\(\"([a-z_.]+)\"", path.read_text())
+    ]
+    assert sorted(found) == sorted(FAILPOINTS)
