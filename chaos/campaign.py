@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from chaos import journal as journals
 from chaos.check import Verdict, judge
+from chaos.cluster.network import namespaces_available
 from chaos.job import Order, SupervisedJob
 from chaos.journal import Truth, truth
 from chaos.plan import Planned, long_plan, short_plan
@@ -25,8 +25,8 @@ from psa_store.errors import PsaError, UsageError
 SHORT_STEPS = 300
 PACE_S = 0.008
 """What a step computes, in seconds per rank: as long as nothing happens, about half of the step."""
-_STEPS_PER_S = 45.0
-"""About how many steps a second an undisturbed run makes: sizes a long run, nothing depends on it."""
+_STEPS_PER_S = 60.0
+"""More steps than a second allows: a long run lasts longer than its plan of faults."""
 _ROW = "{:<28} {:>4}  {:<4} {:<4} {:>6}  {:>8}  {}"
 
 
@@ -54,6 +54,15 @@ def rows_of(names: Sequence[str]) -> list[Scenario]:
     return [scenario(name) for name in names]
 
 
+def playable(rows: Sequence[Scenario]) -> Sequence[Scenario]:
+    """The same rows; raises UsageError if this machine cannot play one of them."""
+    needy = [row.name for row in rows if row.shape is Shape.HOSTS or row.small_disk]
+    reason = namespaces_available()
+    if needy and reason is not None:
+        raise UsageError(f"{reason}, which these scenarios need: {', '.join(needy)}. Name others, or become root.")
+    return rows
+
+
 def conduct(campaign: Campaign) -> None:
     """Run, judge, report.
 
@@ -61,17 +70,15 @@ def conduct(campaign: Campaign) -> None:
         ChaosFound: something was wrong.
         UsageError: there is no such scenario, or this machine cannot play it.
     """
-    rows = rows_of(campaign.names)
+    rows = playable(rows_of(campaign.names))
     console = Console(highlight=False)
     console.print(f"journals and report: {campaign.folder}")
     runs: list[Run] = []
     known: dict[int, Truth] = {}
     console.print(_ROW.format("scenario", "seed", "A", "B", "faults", "R max, s", "verdict"))
-    for (shape, small_disk), group in groupby(rows, key=lambda row: (row.shape, row.small_disk)):
-        folder = campaign.folder / f"site-{shape.name.lower()}{'-small' if small_disk else ''}"
-        with ExitStack() as stack:
-            rows_here = list(group)
-            site = stack.enter_context(open_site(rows_here[0], folder))
+    for kind, group in groupby(sorted(rows, key=_kind_of_site), key=_kind_of_site):
+        rows_here = list(group)
+        with open_site(rows_here[0], campaign.folder / f"site-{kind}") as site:
             for row in rows_here:
                 for seed in campaign.seeds:
                     request = _request(campaign, row, seed)
@@ -98,20 +105,15 @@ def undisturbed(site: Site, steps: int, folder: Path) -> Truth:
     order = Order(f"undisturbed-{steps}", steps, 0.0, folder, waits=False)
     for each in (order.journals, order.failpoints):
         each.mkdir(parents=True, exist_ok=True)
-    with _job(SupervisedJob(order, site, workers=1, servers=1)) as job:
+    job = SupervisedJob(order, site, workers=1, servers=1)
+    try:
         job.start()
         code = job.wait()
+    finally:
+        job.kill()
     if code != 0:
         raise UsageError(f"the undisturbed run failed with exit code {code}; see {order.log}")
     return truth(journals.read(order.journals), site.digest(order.name, steps))
-
-
-@contextmanager
-def _job(job: SupervisedJob) -> Iterator[SupervisedJob]:
-    try:
-        yield job
-    finally:
-        job.kill()
 
 
 def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
@@ -127,7 +129,7 @@ def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
         extra = ["--duration", f"{duration_s:g}s", "--every", f"{campaign.every_s:g}s"]
     folder = campaign.folder / f"{row.name}-{seed}"
     name = f"{row.name}-{seed}".replace(".", "-")
-    order = Order(name, steps, PACE_S, folder, waits=steps == SHORT_STEPS)
+    order = Order(name, steps, PACE_S, folder)
     return Request(row, seed, plan, order, replay_command(row.name, seed, extra))
 
 
@@ -159,6 +161,6 @@ def _line(run: Run) -> str:
     )
 
 
-def shapes_here(rows: Sequence[Scenario], no_namespaces: str | None) -> list[Scenario]:
-    """The rows that this machine can play; those on hosts of their own need network namespaces."""
-    return [row for row in rows if no_namespaces is None or row.shape is not Shape.HOSTS]
+def _kind_of_site(row: Scenario) -> str:
+    """Rows of one kind share a cluster."""
+    return f"{row.shape.name.lower()}{'-small' if row.small_disk else ''}"

@@ -36,7 +36,7 @@ class Order:
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)
     waits: bool = True
-    """It must not end before all faults have happened: it slows down in its second half, until they have."""
+    """It must not end before all faults have happened: it takes its last steps slowly, until they have."""
 
     @property
     def journals(self) -> Path:

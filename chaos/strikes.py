@@ -247,13 +247,12 @@ def _stop_redis(scene: Scene, _planned: Planned) -> Iterator[str]:
 def _failpoint(scene: Scene, planned: Planned) -> Iterator[str]:
     how, _, name = planned.kind.partition("-")
     folder = scene.order.failpoints
-    known = set(struck(folder, name)) if not FAULTS[planned.kind].at_start else set()
     if not FAULTS[planned.kind].at_start:
         arm(folder, name, Strike.KILL if how == "die" else Strike.STOP, planned.number)
     extra = _provoke(scene, planned, name)
 
     def reached() -> int | None:
-        return next((pid for pid in struck(folder, name) if pid not in known), None)
+        return next(iter(struck(folder, name)), None)
 
     try:
         pid = scene.until(reached, FIRE_WITHIN_S, f"nobody reached the failpoint {name}")

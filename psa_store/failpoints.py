@@ -54,8 +54,13 @@ def failpoint(name: str, index: int = 0) -> None:
 
 
 def arm(folder: Path, name: str, strike: Strike, at_least: int = 0) -> None:
-    """Let the next process strike itself that passes ``name`` with an index of ``at_least`` or more."""
+    """Let the next process strike itself that passes ``name`` with an index of ``at_least`` or more.
+
+    Earlier strikes are forgotten: the same process may be struck again.
+    """
     assert name in FAILPOINTS, name
+    for path in folder.glob(f"{name}.struck.*"):
+        path.unlink()
     draft = folder / f".{name}"
     draft.write_text(f"{strike.value} {at_least}")
     draft.rename(folder / name)
@@ -71,7 +76,7 @@ def disarm(folder: Path, name: str) -> bool:
 
 
 def struck(folder: Path, name: str) -> list[int]:
-    """The processes that ``name`` has struck."""
+    """The process that ``name`` has struck since it was armed, if it has."""
     return [int(path.suffix[1:]) for path in folder.glob(f"{name}.struck.*")]
 
 

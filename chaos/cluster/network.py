@@ -286,10 +286,3 @@ def _run(command: Sequence[str], text: str = "") -> str:
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}\n{text}".strip())
     return done.stdout
-
-
-def _maker(name: str) -> Path:
-    """The process that made a namespace or a bridge, while it lives."""
-    found = re.match(r"psa(\d+)", name)
-    assert found is not None
-    return Path("/proc") / found[1]

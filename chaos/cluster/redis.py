@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -53,20 +52,12 @@ class RedisNode:
     def kill(self) -> None:
         self._server.kill()
 
-    def pause(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-
     def resume(self) -> None:
         """Idempotent."""
         try:
             os.kill(self.pid, signal.SIGCONT)
         except ProcessLookupError:
             pass
-
-    def wipe(self) -> None:
-        """Kill it and delete its data; :meth:`start` begins with nothing."""
-        self.kill()
-        shutil.rmtree(self._folder / "appendonlydir", ignore_errors=True)
 
     def fill_disk(self) -> int:
         """Write until nothing more fits; returns the bytes written."""

@@ -47,9 +47,6 @@ class ZooKeeperEnsemble:
     def kill(self, node: int) -> None:
         self._servers.kill(node)
 
-    def pause(self, node: int) -> None:
-        os.kill(self.pid(node), signal.SIGSTOP)
-
     def resume(self, node: int) -> None:
         """Idempotent."""
         try:

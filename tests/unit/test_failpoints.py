@@ -30,6 +30,14 @@ def test_an_armed_failpoint_strikes_the_first_that_passes_and_nobody_after(tmp_p
     assert len(struck(tmp_path, NAME)) == 1
 
 
+def test_arming_again_forgets_whom_it_struck_before(tmp_path: Path) -> None:
+    for _ in range(2):
+        arm(tmp_path, NAME, Strike.KILL)
+        assert struck(tmp_path, NAME) == []
+        assert pass_it(tmp_path).returncode == -signal.SIGKILL
+        assert len(struck(tmp_path, NAME)) == 1
+
+
 def test_it_waits_for_its_index(tmp_path: Path) -> None:
     arm(tmp_path, NAME, Strike.KILL, at_least=5)
     assert pass_it(tmp_path).stdout == "passed\n"
