@@ -23,9 +23,7 @@ from chaos.scenarios import Scenario, Shape, scenario
 from chaos.site import Site, open_site
 
 SELECTION = [
-    ("kill-server", 0),
     ("kill-run", 0),
-    ("kill-zk-leader", 0),
     ("kill-everything", 0),
     ("stop-controller", 1),
     ("commit.before_flip", 1),
@@ -43,7 +41,7 @@ FOUND = {
 """Bugs that the matrix has found, by scenario, where a fault of its own makes them certain."""
 PLANTED: dict[str, tuple[str, Planned]] = {
     "no_fence": ("commit.before_flip", Planned(0, "hang-commit.before_flip", 1.0, 6.0, 0.0, 0)),
-    "no_dedup": ("push.done", Planned(0, "die-push.done", 1.0, 0.0, 0.0, 0)),
+    "no_dedup": ("push.middle", Planned(0, "die-push.middle", 1.0, 0.0, 0.0, 0)),
     "read_before_seal": ("commit.before_flip", Planned(0, "hang-commit.before_flip", 1.0, 5.5, 0.0, 0)),
     "ack_before_commit": ("commit.before_flip", Planned(0, "die-commit.before_flip", 1.0, 0.0, 0.0, 0)),
 }
