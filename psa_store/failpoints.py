@@ -16,6 +16,10 @@ from pathlib import Path
 ENV = "PSA_FAILPOINTS"
 
 FAILPOINTS = {
+    "barrier.arrived": "a member stands at a barrier, and has not looked who else does",
+    "barrier.before_decision": "somebody knows what must become of a barrier, and has not written it",
+    "barrier.decided": "a barrier is done or aborted, who wrote it does not know",
+    "barrier.opened": "a barrier is open, its members have not been told",
     "commit.after_flip": "a shard is durable, its committer does not know",
     "commit.before_flip": "all chunks of a shard are written, its head names the old ones",
     "commit.before_sweep": "all shards are durable, what they replaced is not removed",

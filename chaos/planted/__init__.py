@@ -15,6 +15,7 @@ BUGS = {
     "no_fence": "Redis takes commits of an epoch that is over",
     "no_dedup": "a gradient that comes twice counts twice",
     "read_before_seal": "a controller reads the heads first, and seals later",
+    "double_barrier": "members meet at Kazoo's DoubleBarrier",
     "ack_before_commit": "a version is said to be durable when its commit begins",
 }
 """The bugs that a job can be given; each is a module here with a function ``plant``."""

@@ -1,5 +1,6 @@
 """The door to ZooKeeper, and the only package that imports kazoo: who is alive, who is elected, what the plan is."""
 
+from psa_store.coordination.barrier import Barrier, BarrierState
 from psa_store.coordination.coordination import Coordination, MemberKind, Versioned
 
-__all__ = ["Coordination", "MemberKind", "Versioned"]
+__all__ = ["Barrier", "BarrierState", "Coordination", "MemberKind", "Versioned"]

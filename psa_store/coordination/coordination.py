@@ -5,6 +5,7 @@
     /psa/<job>/plan                who serves and computes what        replaced by compare-and-set
     /psa/<job>/servers/<id>        a server; workers/<id> a worker     ephemeral
     /psa/<job>/election/<s>-<n>    candidates for controller           ephemeral, sequential
+    /psa/<job>/barriers/<n>        who must arrive, what came of it    replaced once
     /psa/<job>/<name>              a held name                         ephemeral
 
 Every call is made of idempotent attempts and ends within ``connect_timeout_s``, or raises DependencyUnreachable; then
@@ -13,14 +14,15 @@ what it wanted to write may be written or not. Reads may be a little old: compar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from psa_store.coordination import election
-from psa_store.coordination.requests import Requests, Znode
+from psa_store.coordination import barrier, election, epochs
+from psa_store.coordination.barrier import Barrier
+from psa_store.coordination.requests import Requests
 from psa_store.coordination.session import Session
-from psa_store.errors import DataIntegrity, Disconnected, UsageError
+from psa_store.errors import Disconnected, UsageError
 
 _ROOT = "psa"
 
@@ -103,7 +105,7 @@ class Coordination:
 
     def next_epoch(self, at_least: int = 0) -> int:
         """Take an epoch that is greater than ``at_least`` and than all that were ever taken."""
-        return self._session.run(lambda requests: _next_epoch(requests, f"{self._job}/epoch", at_least))
+        return self._session.run(lambda requests: epochs.take(requests, self._epoch, at_least))
 
     def read_plan(self, *, watch: bool = False) -> Versioned | None:
         """The plan; None if there is none yet. ``watch``: wake when it is created or changes."""
@@ -171,6 +173,48 @@ class Coordination:
         """The member that leads now; None if there is no candidate."""
         return self._session.run(lambda requests: election.elected(requests, self._election))
 
+    # --- checkpoint barriers
+
+    def open_barrier(self, epoch: int, members: Iterable[str]) -> str:
+        """Open a barrier for exactly these members; returns its id, which they must be told. Old ones are removed.
+
+        Args:
+            epoch: a newer one aborts it.
+            members: ids of members of either kind; at least one.
+        """
+        wanted = sorted(set(members))
+        if not wanted:
+            raise UsageError("a barrier needs at least one member")
+        return self._session.run(lambda requests: barrier.open_barrier(requests, self._barriers, epoch, wanted))
+
+    def arrive(self, barrier_id: str, member: str, text: str) -> Barrier | None:
+        """Say that ``member`` is there, with a small text that the others get to read; not before it is so.
+
+        Returns the barrier as it is then, None if it is so old that it is gone. Idempotent; a member that is not
+        expected changes nothing. Our arrival ends with our session.
+        """
+        path = f"{self._barriers}/{barrier_id}"
+        return self._session.run(lambda requests: barrier.arrive(requests, path, self._epoch, member, text))
+
+    def read_barrier(self, barrier_id: str, *, watch: bool = False) -> Barrier | None:
+        """The barrier, None if it is gone. ``watch``: wake when it is decided."""
+        path = f"{self._barriers}/{barrier_id}"
+        return self._session.run(lambda requests: barrier.read_barrier(requests, path, watch=watch))
+
+    def settle_barrier(self, barrier_id: str, *, expired: bool = False) -> Barrier | None:
+        """Abort the barrier if it cannot succeed: a member has gone, an epoch has begun, or, with ``expired``, now.
+
+        For the controller when members or epoch change, and for anybody who will not wait any longer. It may also
+        turn out to be done: then everybody has arrived.
+        """
+        path = f"{self._barriers}/{barrier_id}"
+
+        def attempt(requests: Requests) -> Barrier | None:
+            living = [name for kind in MemberKind for name in requests.children(f"{self._job}/{kind.value}")]
+            return barrier.settle(requests, path, self._epoch, living=living, expired=expired)
+
+        return self._session.run(attempt)
+
     # --- a held name
 
     def hold(self, name: str, text: str) -> str | None:
@@ -214,6 +258,14 @@ class Coordination:
     def _election(self) -> str:
         return f"{self._job}/election"
 
+    @property
+    def _barriers(self) -> str:
+        return f"{self._job}/barriers"
+
+    @property
+    def _epoch(self) -> str:
+        return f"{self._job}/epoch"
+
     def _member(self, kind: MemberKind, member: str) -> str:
         if not member or "/" in member:
             raise UsageError(f"member id {member!r}: it must not be empty or contain '/'")
@@ -226,28 +278,6 @@ def _create_document(requests: Requests, path: str, text: str) -> bool:
         return True
     node = requests.get(path) if requests.repeated else None
     return node is not None and node.text == text
-
-
-def _next_epoch(requests: Requests, path: str, at_least: int) -> int:
-    """An attempt that was cut off may have used up an epoch: the next attempt takes a greater one."""
-    while True:
-        node = requests.get(path)
-        epoch = max(_parse_epoch(node), at_least) + 1
-        if node is None:
-            written = requests.create(path, str(epoch))
-        else:
-            written = requests.set(path, str(epoch), node.version)
-        if written is not None:
-            return epoch
-
-
-def _parse_epoch(node: Znode | None) -> int:
-    if node is None:
-        return 0
-    try:
-        return int(node.text)
-    except ValueError as error:
-        raise DataIntegrity(f"{node.path} holds {node.text[:40]!r}, not an epoch") from error
 
 
 def _compare_and_set(requests: Requests, path: str, text: str, expected: int | None) -> Versioned | None:

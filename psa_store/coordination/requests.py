@@ -77,19 +77,25 @@ class Requests:
                 if not watch or self._is_absent(path):
                     return []
 
-    def create(self, path: str, text: str, *, ephemeral: bool = False, sequence: bool = False) -> Znode | None:
-        """Create a node, and its parents where they are missing; None if it exists."""
+    def create(
+        self, path: str, text: str, *, ephemeral: bool = False, sequence: bool = False, parents: bool = True
+    ) -> Znode | None:
+        """Create a node; None if it exists. Missing parents are created too, or without ``parents`` it is None."""
         asked = self._client.create_async(
             path,
             _encode(path, text),
             ephemeral=ephemeral,
             sequence=sequence,
-            makepath=True,
+            makepath=parents,
             include_data=True,
         )
         try:
             created, stat = self._answer(asked)
         except NodeExistsError:
+            return None
+        except NoNodeError:
+            if parents:
+                raise
             return None
         return Znode(created, text, stat.version, stat.ephemeralOwner)
 

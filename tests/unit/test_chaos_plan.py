@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chaos.barrier.drill import STRIKES
 from chaos.campaign import rows_of
 from chaos.faults import FAULTS
 from chaos.plan import long_plan, short_plan
@@ -46,7 +47,8 @@ def test_a_soak_has_a_fault_every_so_often_and_every_kind_alike() -> None:
 def test_every_kind_of_fault_and_every_failpoint_has_a_row() -> None:
     played = {kind for row in MATRIX.values() for kind in row.kinds}
     assert played == set(FAULTS)
-    assert set(FAILPOINTS) <= {kind.partition("-")[2] for kind in played}
+    drilled = {kind.partition("-")[2] for kind in STRIKES}
+    assert set(FAILPOINTS) <= {kind.partition("-")[2] for kind in played} | drilled
 
 
 def test_all_does_not_set_the_clock_of_the_machine() -> None:

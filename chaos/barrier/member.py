@@ -1,0 +1,112 @@
+"""One member of the drill, as a process: ``python -m chaos.barrier.member HOSTS JOB NAME SLOT JOURNALS``.
+
+The elected member opens barriers, one after another, for all who are there; the plan tells the others its id. A member
+whose session expired ends with exit code 3.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+from psa_store.coordination import Barrier, BarrierState, Coordination, MemberKind
+from psa_store.errors import DependencyUnreachable
+from psa_store.journal import Journal
+from psa_store.local.guard import die_with_parent
+
+MEMBERS = 3
+SESSION_S = 2.0
+PATIENCE_S = 3.0
+"""How long a member waits at one barrier."""
+CONNECT_S = 10.0
+_GAP_S = 0.03
+"""Members arrive one after another, so that one that passes too early is seen."""
+
+
+class Member:
+    def __init__(self, hosts: str, job: str, name: str, slot: int, journals: Path) -> None:
+        self._name, self._slot = name, slot
+        self._news = threading.Event()
+        self._door = Coordination(
+            hosts, job, session_timeout_s=SESSION_S, connect_timeout_s=CONNECT_S, wake=self._news.set
+        )
+        self._journal = Journal(journals, "member", name)
+        self._epoch: int | None = None
+        """Ours, as long as we are elected."""
+        self._since: dict[str, float] = {}
+        """When we first saw a barrier."""
+        self._arrived: set[str] = set()
+        self._told: set[str] = set()
+
+    def close(self) -> None:
+        self._door.close()
+        self._journal.close()
+
+    def run(self) -> int:
+        self._door.start()
+        self._door.join(MemberKind.SERVER, self._name, "{}")
+        self._door.campaign(self._name)
+        while self._door.session_generation() == 0:
+            self._news.clear()
+            try:
+                self._turn()
+            except DependencyUnreachable:
+                continue
+            self._news.wait(PATIENCE_S)
+        return 3
+
+    def _turn(self) -> None:
+        leads = self._door.is_elected(self._name)
+        plan = self._door.read_plan(watch=True)
+        barrier = self._door.read_barrier(plan.text, watch=True) if plan is not None else None
+        if leads:
+            if self._epoch is None:
+                self._epoch = self._door.next_epoch()
+            present = self._door.members(MemberKind.SERVER, watch=True)
+            if plan is not None:
+                barrier = self._door.settle_barrier(plan.text)
+            if barrier is None or barrier.state is not BarrierState.OPEN:
+                if barrier is not None and plan is not None:
+                    self._tell(plan.text, barrier)
+                if len(present) == MEMBERS:
+                    opened = self._door.open_barrier(self._epoch, present)
+                    self._door.write_plan(opened, plan.version if plan is not None else None)
+                return
+        if plan is not None and barrier is not None:
+            self._meet(plan.text, barrier)
+
+    def _meet(self, barrier_id: str, barrier: Barrier) -> None:
+        now_s = time.monotonic()
+        since_s = self._since.setdefault(barrier_id, now_s)
+        if barrier.state is BarrierState.OPEN and self._name in barrier.members:
+            if barrier_id not in self._arrived:
+                threading.Event().wait(self._slot * _GAP_S)  # what a member does before it arrives
+                self._journal.record("arriving", barrier=barrier_id)
+                barrier = self._door.arrive(barrier_id, self._name, self._name) or barrier
+                self._arrived.add(barrier_id)
+            elif now_s - since_s > PATIENCE_S:
+                barrier = self._door.settle_barrier(barrier_id, expired=True) or barrier
+        if barrier.state is not BarrierState.OPEN:
+            self._tell(barrier_id, barrier)
+
+    def _tell(self, barrier_id: str, barrier: Barrier) -> None:
+        if barrier_id not in self._told:
+            self._told.add(barrier_id)
+            self._journal.record(
+                "outcome", barrier=barrier_id, state=barrier.state.value, members=barrier.members, why=barrier.reason
+            )
+
+
+def main() -> int:
+    die_with_parent(signal.SIGKILL)
+    hosts, job, name, slot, journals = sys.argv[1:]
+    with closing(Member(hosts, job, name, int(slot), Path(journals))) as member:
+        return member.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The checkpoint barrier while its members are killed and stopped at every step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chaos import journal as journals
+from chaos.barrier.check import check_drill
+from chaos.barrier.drill import KILL_ALL, drill, plan_of
+from chaos.planted import environment
+from psa_store.local import PrivateZooKeeper
+
+
+@pytest.fixture(scope="module")
+def zookeeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateZooKeeper]:
+    private = PrivateZooKeeper(tmp_path_factory.mktemp("zookeeper"))
+    private.start(30.0)
+    yield private
+    private.stop()
+
+
+def test_a_barrier_has_one_outcome_whoever_dies(zookeeper: PrivateZooKeeper, tmp_path: Path) -> None:
+    seed = 0
+    folder = drill(zookeeper.hosts, "drill", tmp_path, seed, plan_of(seed))
+    journal = journals.read(folder)
+    assert check_drill(journal) == []
+    outcomes = {event["state"] for event in journal.of("outcome")}
+    assert outcomes == {"done", "aborted"}
+
+
+def test_a_double_barrier_is_caught(zookeeper: PrivateZooKeeper, tmp_path: Path) -> None:
+    folder = drill(zookeeper.hosts, "double", tmp_path, 0, [KILL_ALL], environment("double_barrier"))
+    found = [each.message for each in check_drill(journals.read(folder))]
+    assert any("passed barrier" in message for message in found), found
