@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from psa_store.local import PrivateRedis, PrivateZooKeeper
 from tests.harness import LIVE, Site
+
+
+def pytest_configure() -> None:
+    """A shell that runs us in the background has Ctrl-C ignored, by everything that tests start as well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,9 @@ def serve(job: str, settings: Settings) -> None:
         store.check()
         coordination.start()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, leave)
+            # Who started us may have decided that Ctrl-C is not our business: `psa run`, nohup, a shell's `&`.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, leave)
         found = _wait_for_job(job, store, leave)
         if found is None:
             return

@@ -45,6 +45,18 @@ def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, 
     assert site.digest(job, STEPS) == undisturbed
 
 
+def test_ctrl_c_is_the_business_of_the_supervisor_alone(site: Site, undisturbed: str) -> None:
+    """A terminal sends it to the whole group; children that left by themselves would race with the supervisor."""
+    job = "elastic-ctrl-c"
+    run = start(site, job, workers=2, servers=2)
+    run.wait_for_step(20)
+    for pid in [*site.pids(job, "servers"), *site.pids(job, "workers")]:
+        os.kill(pid, signal.SIGINT)
+    assert run.finish() == 0, run.output
+    assert "hand-over" not in run.output and site.digest(job, STEPS) == undisturbed
+    assert run.output.count(f"step {STEPS} ") == 1, run.output
+
+
 def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(site: Site, undisturbed: str) -> None:
     run = start(site, "elastic-server", commit_every=0)
     run.wait_for_step(20)
