@@ -118,14 +118,12 @@ def arrive(requests: Requests, path: str, epoch_path: str, member: str, text: st
     return _decide(requests, path, epoch_path, gone=(), expired=False)
 
 
-def settle(
-    requests: Requests, path: str, epoch_path: str, *, living: Collection[str] | None, expired: bool
-) -> Barrier | None:
-    """Decide what can be decided. ``living``: the members of the job, None if the caller does not know."""
+def settle(requests: Requests, path: str, epoch_path: str, *, living: Collection[str], expired: bool) -> Barrier | None:
+    """Decide what can be decided. ``living``: the members of the job, read before this call."""
     node = _find(requests, path)
     if node is None:
         return None
-    gone = [each for each in _read(node).members if living is not None and each not in living]
+    gone = [each for each in _read(node).members if each not in living]
     return _decide(requests, path, epoch_path, gone=gone, expired=expired)
 
 
