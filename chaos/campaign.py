@@ -25,8 +25,10 @@ from psa_store.errors import PsaError, UsageError
 SHORT_STEPS = 300
 PACE_S = 0.008
 """What a step computes, in seconds per rank: as long as nothing happens, about half of the step."""
-_STEPS_PER_S = 60.0
-"""More steps than a second allows: a long run lasts longer than its plan of faults."""
+LONG_PACE_S = 0.02
+_STEPS_PER_S = 30.0
+"""A long run has about as many steps as its plan of faults lasts, and slows down at its end until that is done: more
+would only make the undisturbed run longer, which comes first."""
 _ROW = "{:<28} {:>4}  {:<4} {:<4} {:>6}  {:>8}  {}"
 
 
@@ -119,17 +121,17 @@ def undisturbed(site: Site, steps: int, folder: Path) -> Truth:
 def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
     plan: list[Planned]
     extra: list[str] = []
-    steps = SHORT_STEPS
+    steps, pace_s = SHORT_STEPS, PACE_S
     if campaign.duration_s is None and row is not SOAK:
         plan = short_plan(row.kinds, row.name, seed)
     else:
         duration_s = campaign.duration_s or 600.0
         plan = long_plan(row.kinds, row.name, seed, duration_s, campaign.every_s)
-        steps = round(duration_s * _STEPS_PER_S)
+        steps, pace_s = round(duration_s * _STEPS_PER_S), LONG_PACE_S
         extra = ["--duration", f"{duration_s:g}s", "--every", f"{campaign.every_s:g}s"]
     folder = campaign.folder / f"{row.name}-{seed}"
     name = f"{row.name}-{seed}".replace(".", "-")
-    order = Order(name, steps, PACE_S, folder)
+    order = Order(name, steps, pace_s, folder)
     return Request(row, seed, plan, order, replay_command(row.name, seed, extra))
 
 

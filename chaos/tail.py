@@ -32,7 +32,8 @@ class Tail:
         self._folder = folder
         self._read: dict[Path, int] = {}
         self._processes: dict[Path, Process] = {}
-        self._elected: list[Path] = []
+        self._elected: tuple[float, Path] | None = None
+        """The newest election: when, and whose journal tells of it."""
         self.version = 0
         """The newest version that a worker was told of, in whatever epoch."""
         self.committed = 0
@@ -59,9 +60,9 @@ class Tail:
 
     def controller(self) -> Process | None:
         """The server that was elected last, if it lives."""
-        if not self._elected:
+        if self._elected is None:
             return None
-        last = self._processes[self._elected[-1]]
+        last = self._processes[self._elected[1]]
         return last if last.lives else None
 
     def _note(self, path: Path, line: bytes) -> None:
@@ -74,4 +75,6 @@ class Tail:
             begin = json.loads(line)
             self._processes[path] = Process(begin["role"], begin["name"], begin["pid"])
         elif b'"elected"' in line:
-            self._elected.append(path)
+            # Not the last one read: two looks may be long apart, and journals are read one after the other.
+            elected = (float(json.loads(line)["t"]), path)
+            self._elected = max(self._elected or elected, elected)

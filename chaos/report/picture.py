@@ -14,6 +14,7 @@ from chaos.report.run import Run
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of how to draw
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.patches import Patch
 
 _PALETTE = (
@@ -29,6 +30,7 @@ _PALETTE = (
     "#6a3d9a",
 )
 """Okabe and Ito's colours, which people with any colour vision tell apart, and a few more."""
+_MANY = tuple(to_hex(plt.get_cmap("tab20")(index)) for index in range(20))
 _LABELS_MAX = 14
 """With more faults than this their names go to the legend alone."""
 _BUCKETS = 40
@@ -40,7 +42,8 @@ def draw(run: Run, path: Path) -> None:
     assert run.journal is not None
     journal = run.journal
     kinds = sorted({each.kind for each in run.verdict.recoveries})
-    colours = {kind: _PALETTE[index % len(_PALETTE)] for index, kind in enumerate(kinds)}
+    palette = _PALETTE if len(kinds) <= len(_PALETTE) else _MANY
+    colours = {kind: palette[index % len(palette)] for index, kind in enumerate(kinds)}
     figure, (top, strip, middle, bottom) = plt.subplots(
         4, 1, figsize=(13, 10), sharex=True, height_ratios=[4, 1.6, 2.2, 1.4], layout="constrained"
     )

@@ -37,8 +37,12 @@ from psa_store.storage.records import (
 )
 from psa_store.storage.writing import Command, Stream
 
-CHUNK_EXPIRY_S = 3600
-"""Chunks live this long until a commit makes them permanent: a writer that dies leaves nothing behind."""
+CHUNK_EXPIRY_S = 300
+"""Chunks live this long until a commit makes them permanent: a writer that dies leaves nothing behind.
+
+Much longer than a shard takes to be written, else its flip finds chunks missing and they are written again. Not longer,
+because what a writer leaves may be as large as its shards: where they die all the time, this is how many pile up.
+"""
 TRIES_MAX = 5
 """Looks at a head before a change is given up: each fails only if the head changed between look and change."""
 
@@ -247,5 +251,5 @@ def _call(call: FunctionCall, awaited: int | None = None) -> Command:
 
 def _set(key: str, part: memoryview) -> Command:
     """NX, because a SET whose connection broke may arrive after another try and the flip are done: it would give a
-    committed chunk its expiry back, and the version would vanish an hour later."""
+    committed chunk its expiry back, and the version would vanish minutes later."""
     return Command(("SET", key, part, "EX", CHUNK_EXPIRY_S, "NX"))

@@ -3,7 +3,7 @@
 -- The fence and the flip. Functions check everything first and write last, because Redis isolates them but does not
 -- roll them back. They move small values only: tensors are plain keys. Epochs are fixed-width hex, compared as text.
 
-local DROPPED_EXPIRY_S = 3600
+local DROPPED_EXPIRY_S = 300
 
 -- psa_seal: raise the epoch of a shard, so that commits of lower epochs are refused from now on.
 -- keys: head. args: epoch, layout fingerprint.

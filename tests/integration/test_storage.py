@@ -192,7 +192,7 @@ def test_chunks_expire_until_a_commit_makes_them_permanent(
     with pytest.raises(DependencyUnreachable):
         commit(distant, 1)
     orphans = raw.keys("psa:{job:0}:1:*")
-    assert len(orphans) == 2 and all(0 < raw.ttl(key) <= 3600 for key in orphans)
+    assert len(orphans) == 2 and all(0 < raw.ttl(key) <= committing.CHUNK_EXPIRY_S for key in orphans)
     manifest = commit(store, 1)
     assert all(raw.ttl(key) == -1 for key in manifest.chunk_keys(JOB, 0))
 
@@ -608,7 +608,7 @@ def test_what_a_flip_dropped_expires_if_the_writer_dies(store: RedisStore, raw: 
     assert [raw.ttl(key) for key in oldest] == [-1, -1] and last
     with closing(store.commit_each(JOB, 1, 4, [state_of(s, 4, expect=3) for s in range(9)], keep=KEEP)) as outcomes:
         next(outcomes)
-    assert all(0 < raw.ttl(key) <= 3600 for key in oldest)
+    assert all(0 < raw.ttl(key) <= committing.CHUNK_EXPIRY_S for key in oldest)
 
 
 def test_a_sweep_spares_what_a_head_names(store: RedisStore, raw: redis.Redis) -> None:
