@@ -45,7 +45,7 @@ PLANTED: dict[str, tuple[str, Planned]] = {
     "read_before_seal": ("commit.before_flip", Planned(0, "hang-commit.before_flip", 1.0, 5.5, 0.0, 0)),
     "ack_before_commit": ("commit.before_flip", Planned(0, "die-commit.before_flip", 1.0, 0.0, 0.0, 0)),
 }
-"""For each planted bug, the fault that brings it out."""
+"""For each bug planted in training, the fault that brings it out; that of the barrier has a drill of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_what_was_found_once_stays_away(site: Site, known: Truth, tmp_path: Path
     assert not verdict.violations, explained(verdict, tmp_path)
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(site: Site, known: Truth, tmp_path: Path, bug: str) -> None:
     name, planned = PLANTED[bug]
     verdict = play(site, scenario(name), 0, [planned], known, order(tmp_path, bug, bug))
