@@ -22,11 +22,11 @@ from chaos.scenarios import MATRIX, SOAK, Scenario, Shape, scenario
 from chaos.site import Site, open_site
 from psa_store.errors import PsaError, UsageError
 
-SHORT_STEPS = 300
-PACE_S = 0.008
+SHORT_STEPS = 200
+PACE_S = 0.012
 """What a step computes, in seconds per rank: as long as nothing happens, about half of the step."""
-LONG_PACE_S = 0.02
-_STEPS_PER_S = 30.0
+LONG_PACE_S = 0.04
+_STEPS_PER_S = 18.0
 """A long run has about as many steps as its plan of faults lasts, and slows down at its end until that is done: more
 would only make the undisturbed run longer, which comes first."""
 _ROW = "{:<28} {:>4}  {:<4} {:<4} {:>6}  {:>8}  {}"
@@ -131,7 +131,7 @@ def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
         extra = ["--duration", f"{duration_s:g}s", "--every", f"{campaign.every_s:g}s"]
     folder = campaign.folder / f"{row.name}-{seed}"
     name = f"{row.name}-{seed}".replace(".", "-")
-    order = Order(name, steps, pace_s, folder)
+    order = Order(name, steps, pace_s, folder, commit_every=row.commit_every)
     return Request(row, seed, plan, order, replay_command(row.name, seed, extra))
 
 

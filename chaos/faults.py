@@ -39,6 +39,7 @@ def _process_faults() -> list[Fault]:
         Fault("kill-all-servers", "SIGKILL of all servers at once"),
         Fault("kill-run", "SIGKILL of `psa run`; its children end with it; the same command again", (0.0, 1.0)),
         Fault("kill-redis", "SIGKILL of Redis, started again", _OUTAGE_S),
+        Fault("kill-redis-briefly", "SIGKILL of Redis, back before the next commit is due", (0.2, 1.0)),
         Fault("kill-zk-follower", "SIGKILL of a ZooKeeper follower, started again", _OUTAGE_S),
         Fault("kill-zk-leader", "SIGKILL of the ZooKeeper leader, started again", _OUTAGE_S),
         Fault("kill-zk-quorum", "SIGKILL of two of three ZooKeeper nodes, started again", (0.2, 6.0)),

@@ -19,7 +19,6 @@ from chaos.site import SERVERS_HOSTED, SERVERS_SUPERVISED, SESSION_TIMEOUT_S, WO
 from psa_store.local.guard import die_with_parent
 
 TRAIN = Path(__file__).with_name("train.py")
-COMMIT_EVERY = 10
 RANKS = 3
 _END_S = 20.0
 _UNDISTURBED_S = 3600.0
@@ -35,6 +34,7 @@ class Order:
     pace_s: float
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)
+    commit_every: int = 10
     waits: bool = True
     """It must not end before all faults have happened: it takes its last steps slowly, until they have."""
 
@@ -68,7 +68,7 @@ class Order:
             "PSA_SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S),
             "PSA_JOURNAL": str(self.journals),
             "PSA_FAILPOINTS": str(self.failpoints),
-            "PSA_COMMIT_EVERY": str(COMMIT_EVERY),
+            "PSA_COMMIT_EVERY": str(self.commit_every),
             "PSA_RANKS": str(RANKS),
             **self.env,
         }

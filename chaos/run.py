@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from chaos.job import COMMIT_EVERY, RANKS, HostedJob, Job, Order, SupervisedJob
+from chaos.job import RANKS, HostedJob, Job, Order, SupervisedJob
 from chaos.plan import Planned
 from chaos.sampler import Sampler
 from chaos.scenarios import Scenario, Shape
@@ -19,7 +19,7 @@ from chaos.tail import Tail
 from psa_store.errors import PsaError
 from psa_store.journal import Journal
 
-_POLL_S = 0.005
+_POLL_S = 0.01
 _GRACE_S = 120.0
 """How long a run may take beyond what its steps take when nothing happens."""
 _FIRST_STEP_S = 60.0
@@ -65,7 +65,7 @@ def carry_out(request: Request, site: Site) -> None:
             seed=request.seed,
             steps=order.steps,
             ranks=RANKS,
-            commit_every=COMMIT_EVERY,
+            commit_every=order.commit_every,
             supervised=site.shape is not Shape.HOSTS,
             session_timeout_s=SESSION_TIMEOUT_S,
             loses_redis=any(planned.fault.loses_data for planned in request.plan),

@@ -28,6 +28,7 @@ class Scenario:
     """Redis lives on a disk of a few megabytes."""
     sets_clock: bool = False
     """It sets the wall clock of the whole machine: only when asked for by name."""
+    commit_every: int = 10
 
     @property
     def loses_data(self) -> bool:
@@ -41,7 +42,8 @@ def _rows() -> list[Scenario]:
     proxied += ["redis-stall", "redis-refuse", "zk-torn-reply", "zk-delay", "zk-stall"]
     hosted = [name for name in FAULTS if name.startswith(("cut-", "mute-", "isolate-", "throttle-", "flap-"))]
     return [
-        *(Scenario(name, (name,)) for name in supervised),
+        *(Scenario(name, (name,)) for name in supervised if name != "kill-redis-briefly"),
+        Scenario("kill-redis-briefly", ("kill-redis-briefly",), commit_every=100),
         *(Scenario(name, (f"die-{name}", f"hang-{name}")) for name in failpoints),
         *(Scenario(name, (name,)) for name in ("wipe-redis", "wipe-zookeeper", "damage-value", "flush-functions")),
         *(Scenario(name, (name,)) for name in ("redis-memory-limit", "redis-disk-slow")),

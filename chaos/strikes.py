@@ -530,6 +530,7 @@ def _flap(scene: Scene, planned: Planned) -> Iterator[str]:
 _STRIKES = {
     "kill-run": _kill_run,
     "kill-redis": _kill_redis,
+    "kill-redis-briefly": _kill_redis,
     "kill-zk-follower": _kill_zookeeper,
     "kill-zk-leader": _kill_zookeeper,
     "kill-zk-quorum": _kill_zookeeper,

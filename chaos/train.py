@@ -26,7 +26,7 @@ from psa_store.journal import Journal
 
 MEETING_STEP = 20
 SLOW_PACE_S = 0.1
-SLOW_STEPS = 150
+SLOW_STEPS = 100
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):

@@ -32,9 +32,12 @@ code { font-size: .9em; white-space: nowrap; }
 <p class="$mood">$summary</p>
 $picture
 <h2>Recovery by kind of fault</h2>
-<p>Seconds from the fault to the next completed step after the longest pause; 0 where training did not pause.</p>
+<p>Seconds from the fault to the next completed step after the longest pause; 0 where training did not pause. The last
+columns: the longest gap between two steps, less a normal one; by how much it exceeds the time that the fault itself
+lasted; and the 95th percentile of the gaps around the fault, in normal steps.</p>
 <div class="scroll"><table><tr><th>fault</th><th>what happens</th><th class="n">fired</th><th class="n">median</th>
-<th class="n">p95</th><th class="n">max</th><th class="n">step gaps, p95 / normal</th></tr>
+<th class="n">p95</th><th class="n">max</th><th class="n">pause, max</th><th class="n">beyond the outage, max</th>
+<th class="n">step gaps, p95 / normal</th></tr>
 $recoveries</table></div>
 <h2>Runs</h2>
 <div class="scroll"><table><tr><th>scenario</th><th class="n">seeds</th>$heads<th class="n">faults</th>
@@ -76,6 +79,8 @@ def _recovery_rows(recoveries: Iterable[Recovery]) -> Iterable[str]:
     for kind, found in sorted(by_kind.items()):
         times = [each.recovery_s for each in found]
         numbers = [f"{median(times):.2f}", f"{np.quantile(times, 0.95):.2f}", f"{max(times):.2f}"]
+        numbers.append(f"{max(each.pause_s for each in found):.2f}")
+        numbers.append(f"{max(max(0.0, each.pause_s - each.outage_s) for each in found):.2f}")
         numbers.append(f"{median(each.gap_ratio for each in found):.1f}")
         what = FAULTS[kind].what if kind in FAULTS else ""
         cells = "".join(f'<td class="n">{number}</td>' for number in [str(len(found)), *numbers])

@@ -224,10 +224,14 @@ class Connection:
 
 
 def _keep_alive(sock: socket.socket) -> None:
-    """Notice a peer whose machine vanished within about 15 s, without a frame of our own."""
+    """Notice a peer that the network has cut off within about 5 s, without a frame of our own.
+
+    Sooner than TCP would find out that the network is back: it tries again after twice the time each time, so a cut of
+    7 s would last for 13. Whoever loses a connection makes a new one.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3)):
+    for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 15_000)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 5_000)
