@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     ranks: int | None = Field(default=None, ge=1, le=65536, description="world size of a new job")
     default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nobody says otherwise")
     commit_every: int | None = Field(default=None, ge=0, description="steps between commits of a new job; 0: never")
+    mode: str | None = Field(default=None, description="sync, async or ssp:staleness=N (new jobs)")
     transport: str | None = Field(
         default=None, pattern="^(exact|bf16)$", description="rounding between workers and servers (new jobs)"
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any
 
 from psa_store.errors import DataIntegrity, JobMismatch, UsageError
+from psa_store.mode import SYNC, Mode, ModeName, parse_mode
 from psa_store.transport import Transport
 
 COMMIT_EVERY_DEFAULT = 50
+COMMIT_EVERY_ON_ARRIVAL = 4
+"""The default where pushes are applied on arrival: workers keep every gradient until it is durable."""
 SHARD_VERSIONS_KEPT = 3
 """Versions of a shard that Redis keeps. Three suffice for a common one to exist at any moment: a server starts the
 commit of version v+K only when its own commit of v is done, so the heads of two servers are never further apart than
@@ -30,7 +32,7 @@ class JobConfig:
     ``ranks``: logical data-parallel world size. ``optimizer``: as ``psa.optim`` writes it (names and numbers, no
     code). ``commit_every``: steps between commits, 0 for none but those at hand-over and at the end.
     ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of failing.
-    ``transport``: how gradients and parameters are rounded between workers and servers.
+    ``transport``: how gradients and parameters are rounded between workers and servers. ``mode``: who waits for whom.
     """
 
     name: str
@@ -42,6 +44,7 @@ class JobConfig:
     commit_every: int = COMMIT_EVERY_DEFAULT
     skip_nonfinite: bool = False
     transport: Transport = Transport.EXACT
+    mode: Mode = SYNC
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
@@ -49,9 +52,28 @@ class JobConfig:
             raise UsageError(f"ranks={self.ranks}: must be between 1 and 65536")
         if self.commit_every < 0:
             raise UsageError(f"commit_every={self.commit_every}: must be 0 (never) or a number of steps")
+        if self.mode.on_arrival and self.commit_every == 0:
+            raise UsageError(f"commit_every=0: in mode {self.mode} workers keep gradients until they are committed")
+
+    @property
+    def commit_interval(self) -> int:
+        """Versions between commits, 0 for none: a version is a step, or the update of one rank."""
+        return self.commit_every * (self.ranks if self.mode.on_arrival else 1)
+
+    @property
+    def window(self) -> int:
+        """On arrival: how many gradients of a rank may wait for being durable, before it must wait.
+
+        One rank alone must be able to reach the next commit while another does not move, and go on during it.
+        """
+        return 2 * self.commit_interval
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON knows it."""
+        return {**asdict(self), "transport": self.transport.value, "mode": str(self.mode)}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.facts(), sort_keys=True)
 
     def must_agree_with(self, stored: JobConfig) -> None:
         """Refuse to join a job that is not the one this process was written for.
@@ -59,11 +81,10 @@ class JobConfig:
         Raises:
             JobMismatch: naming the first fact that differs, both values, and the way out.
         """
-        for what in ("ranks", "seed", "optimizer", "commit_every", "skip_nonfinite", "transport"):
-            mine, theirs = getattr(self, what), getattr(stored, what)
+        ours, stored_facts = self.facts(), stored.facts()
+        for what in ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "transport"):
+            mine, theirs = ours[what], stored_facts[what]
             if mine != theirs:
-                if isinstance(theirs, StrEnum):
-                    mine, theirs = str(mine), str(theirs)
                 raise JobMismatch(
                     f"job {self.name!r} exists with {what}={theirs!r}, this process has {what}={mine!r}. "
                     f"Use the stored value, or another job name to start over."
@@ -74,7 +95,9 @@ def job_config_from_json(text: str) -> JobConfig:
     """Rebuild a job's facts from :meth:`JobConfig.to_json`; raises DataIntegrity if the text is not such."""
     try:
         facts = json.loads(text)
-        return JobConfig(**{**facts, "transport": Transport(facts.get("transport", Transport.EXACT))})
+        facts["transport"] = Transport(facts.get("transport", Transport.EXACT))
+        facts["mode"] = parse_mode(facts.get("mode", ModeName.SYNC))
+        return JobConfig(**facts)
     except (ValueError, TypeError, UsageError) as error:
         raise DataIntegrity(f"the stored job configuration cannot be read: {error}") from error
 

@@ -12,6 +12,7 @@ from psa_store import telemetry
 from psa_store.bench.compare.request import STEPS_MAX, Bench, Carrier, Rule
 from psa_store.config import Settings, load_settings
 from psa_store.errors import PsaError, UsageError
+from psa_store.mode import parse_mode
 from psa_store.transport import Transport
 
 EXIT_CODES = """
@@ -40,6 +41,7 @@ def run(
     ranks: Annotated[int | None, typer.Option(min=1, help="world size of a new job [default: --workers]")] = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="restarts of dead processes before giving up")] = 100,
     commit_every: Annotated[int | None, typer.Option(min=0, help="steps between commits of a new job")] = None,
+    mode: Annotated[str | None, typer.Option(help="new job: sync, async, or ssp:staleness=N [default: sync]")] = None,
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="new job: skip steps with NaN or Inf gradients")
     ] = False,
@@ -65,6 +67,7 @@ def run(
         ranks=ranks,
         restarts_max=max_restarts,
         commit_every=commit_every,
+        mode=None if mode is None else parse_mode(mode),
         skip_nonfinite=skip_nonfinite,
         transport=transport,
     )

@@ -22,6 +22,7 @@ from psa_store.coordination import Coordination, MemberKind
 from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
 from psa_store.job import RUN_NODE
 from psa_store.local import Addresses, Child, PrivateServers, Role, Supervisor, hold_home, publish, running
+from psa_store.mode import Mode
 from psa_store.storage import RedisStore
 from psa_store.transport import Transport
 
@@ -42,6 +43,7 @@ class RunOptions:
     ranks: int | None
     restarts_max: int
     commit_every: int | None
+    mode: Mode | None
     skip_nonfinite: bool
     transport: Transport | None
 
@@ -227,6 +229,8 @@ def _environment(options: RunOptions, addresses: Addresses, run_id: str) -> dict
         env["PSA_RANKS"] = str(ranks)
     if options.commit_every is not None:
         env["PSA_COMMIT_EVERY"] = str(options.commit_every)
+    if options.mode is not None:
+        env["PSA_MODE"] = str(options.mode)
     if options.skip_nonfinite:
         env["PSA_SKIP_NONFINITE"] = "1"
     if options.transport is not None:

@@ -74,6 +74,7 @@ class Control:
         member: Member,
         job: str,
         ranks: int,
+        on_arrival: bool,
         layout: Layout,
         wire: WireLayout,
         optimizer: Optimizer,
@@ -88,6 +89,7 @@ class Control:
         self._announced = member
         self._job = job
         self._ranks = ranks
+        self._clocks = ranks if on_arrival else 0
         self._layout = layout
         self._wire = wire
         self._optimizer = optimizer
@@ -283,7 +285,7 @@ class Control:
         if kept is not None and kept.committed == manifest and held.version in (plan.resume, 0):
             kept.move_to(memory)  # not in place: workers may still be reading the old epoch's
             return kept  # a hand-over: we stand where the epoch begins, with what Redis holds
-        lead = Lead(shard, self._layout, self._wire, self._optimizer, memory)
+        lead = Lead(shard, self._layout, self._wire, self._optimizer, memory, self._clocks)
         try:
             self._store.load(self._job, head.shard, manifest, lead.places(manifest))
         except DataIntegrity as error:

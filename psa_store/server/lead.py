@@ -7,7 +7,7 @@ parallelism is over shards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,17 +46,27 @@ def tensor_in(memory: SharedMemory, shard: Shard, wire: WireLayout) -> Tensor:
 class Lead:
     """One shard: parameters, optimizer slots, the gradients of the current step, and the snapshot being committed.
 
-    ``memory``: where parameters are published, in the places of ``wire``.
+    ``memory``: where parameters are published, in the places of ``wire``. ``clocks``: of how many ranks the pushes are
+    counted; 0 in a synchronous job.
     """
 
     def __init__(
-        self, shard: Shard, layout: Layout, wire: WireLayout, optimizer: Optimizer, memory: SharedMemory
+        self,
+        shard: Shard,
+        layout: Layout,
+        wire: WireLayout,
+        optimizer: Optimizer,
+        memory: SharedMemory,
+        clocks: int = 0,
     ) -> None:
         self.shard = shard
         self._layout = layout
         self._wire = wire
         self._optimizer = optimizer
         self.opt_step = 0
+        self.clocks = [0] * clocks
+        """By rank, how many of its pushes are in this shard, where each is an update of its own."""
+        self.copied_clocks = self.clocks.copy()
         self.committed: Manifest | None = None
         self.published = tensor_in(memory, shard, wire)
         """What workers see: the parameters themselves, or a rounding of them."""
@@ -95,6 +105,7 @@ class Lead:
             self.published.copy_(self.param)
         self._make_kernel()
         self.opt_step = int(manifest.scalars.get(OPT_STEP, 0))
+        self.clocks = [int(manifest.scalars.get(_clock(rank), 0)) for rank in range(len(self.clocks))]
         self.committed = manifest
 
     def move_to(self, memory: SharedMemory) -> None:
@@ -133,12 +144,21 @@ class Lead:
         assert self._kernel is not None
         return self._kernel.squared_norm([self._gradients[rank] for rank in range(ranks)], scratch)
 
-    def apply(self, ranks: int, scratch: Tensor, *, step: int, grad_scale: float) -> None:
+    def apply_one(self, rank: int, scratch: Tensor, *, step: int, finite: bool) -> None:
+        """Update parameters and state in place with the push of one rank; one that is not finite only counts."""
+        if finite and self._kernel is None:
+            self.param.copy_(self._gradients[rank])
+        elif finite:
+            self.apply([rank], scratch, step=step, grad_scale=1.0)
+        del self._gradients[rank]
+        self.clocks[rank] += 1
+
+    def apply(self, ranks: Sequence[int], scratch: Tensor, *, step: int, grad_scale: float) -> None:
         """Update parameters and state in place with the mean gradient, or take over rank 0's buffers."""
         if self._kernel is None:
             self.param.copy_(self._gradients[RANK_OF_BUFFERS])
             return
-        parts = [self._gradients[rank] for rank in range(ranks)]
+        parts = [self._gradients[rank] for rank in ranks]
         self._kernel.apply(parts, scratch, step=step, opt_step=self.opt_step, grad_scale=grad_scale)
         self.opt_step += 1
 
@@ -151,6 +171,7 @@ class Lead:
                 self._snapshot[name] = torch.empty_like(tensor)
             self._snapshot[name].copy_(tensor)
         self._snapshot_opt_step = self.opt_step
+        self.copied_clocks = self.clocks.copy()
 
     def snapshot(self) -> tuple[Mapping[str, tuple[str, memoryview]], dict[str, float | int]]:
         """Sections and scalars of the snapshot, as storage takes them."""
@@ -158,4 +179,9 @@ class Lead:
             name: (str(tensor.dtype).removeprefix("torch."), as_bytes(tensor))
             for name, tensor in self._snapshot.items()
         }
-        return arrays, {OPT_STEP: self._snapshot_opt_step}
+        clocks = {_clock(rank): clock for rank, clock in enumerate(self.copied_clocks)}
+        return arrays, {OPT_STEP: self._snapshot_opt_step, **clocks}
+
+
+def _clock(rank: int) -> str:
+    return f"clock.{rank}"

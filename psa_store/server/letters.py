@@ -68,10 +68,9 @@ class Updated:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The pool updated all shards; the engine may go on to ``version``."""
+    """The pool has made all updates that it was asked for."""
 
     epoch: int
-    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Snapped:
-    """The pool has copied the state of ``version`` for the committer."""
+    """The pool has copied the state of ``version`` of some shards, or all, for the committer."""
 
     epoch: int
     version: int

@@ -99,6 +99,7 @@ def serve(job: str, settings: Settings) -> None:
             member=member,
             job=job,
             ranks=config.ranks,
+            on_arrival=config.mode.on_arrival,
             layout=layout,
             wire=WireLayout(layout, config.transport),
             optimizer=optimizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from psa_store.journal import Journal
@@ -10,21 +10,25 @@ from psa_store.layout import Role
 from psa_store.plan import Plan
 from psa_store.server.client import Client
 from psa_store.server.lead import Lead, as_bytes
+from psa_store.server.publication import Publication
 from psa_store.server.reception import Reception
 from psa_store.transport import WireLayout
-from psa_store.wire import Connection, Flag, Header, Kind, SharedMemory
+from psa_store.wire import Connection, Flag, Header, Kind
 
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """What there is to answer with. ``generation``: the number of ``memory``, in which parameters are published."""
+    """What there is to answer with."""
 
     plan: Plan
     version: int
     committed: int
     leads: Mapping[int, Lead]
-    memory: SharedMemory
-    generation: int
+    publication: Publication
+    answer_to: Callable[[Header], int | None]
+    """The version with which an AWAIT can be answered; None: not yet."""
+    by_value: bool = False
+    """Show nobody our memory, which changes while they compute."""
 
 
 class Pending:
@@ -55,6 +59,10 @@ class Pending:
     def finish_is_due(self, version: int) -> bool:
         """Whether somebody waits for this version or an older one to become durable."""
         return any(header.step <= version for _, header in self._finishes)
+
+    def finishes(self) -> set[int]:
+        """The versions of which somebody waits for that they become durable."""
+        return {header.step for _, header in self._finishes}
 
     def clear(self) -> None:
         self._pulls.clear()
@@ -106,26 +114,28 @@ class Pending:
 
     def _answer_awaits(self, now: Now) -> None:
         for client, header in list(self._awaits.items()):
-            if now.version >= header.step:
+            version = now.answer_to(header)
+            if version is not None:
                 del self._awaits[client]
-                self._bring(now, client)
+                self._bring(now, client, version, header.rank)
         self._streaming.clear()
 
-    def _bring(self, now: Now, client: Client) -> None:
+    def _bring(self, now: Now, client: Client, version: int, rank: int) -> None:
         """By value or by reference, and then VERSION; buffers always go by value."""
+        by_reference = client.by_reference and not now.by_value
         if client not in self._streaming:
-            by_value = [Role.BUFFER] if client.by_reference else [Role.TRAINED, Role.BUFFER]
+            by_value = [Role.BUFFER] if by_reference else [Role.TRAINED, Role.BUFFER]
             for lead in now.leads.values():
                 if lead.shard.role in by_value:
-                    self._send(now.plan, client.connection, lead, now.version)
-        flags, memory = Flag.NONE, None
-        if client.by_reference:
+                    self._send(now.plan, client.connection, lead, version)
+        flags, memory, generation = Flag.NONE, None, now.publication.generation
+        if by_reference:
             flags = Flag.BY_REFERENCE
-            memory = now.memory if client.generation != now.generation else None
-            client.reading = now.version
-            client.generation = now.generation
+            memory = now.publication.memory if client.generation != generation else None
+            client.reading = version
+            client.generation = generation
         plan = now.plan
-        header = Header(Kind.VERSION, plan.epoch, plan.revision, now.version, flags=flags, slot=now.generation)
+        header = Header(Kind.VERSION, plan.epoch, plan.revision, version, rank, flags=flags, slot=generation)
         self._reception.send(client.connection, header, memory=memory)
 
     def _answer_finishes(self, now: Now) -> None:

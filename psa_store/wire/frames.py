@@ -7,6 +7,7 @@
     PULL    shard at >= step    PARAMS   shard at step
     AWAIT   all, at >= step     PARAMS ..., then VERSION    all of it is with you
     FINISH  make step durable   DURABLE  step is durable
+    CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
     INSPECT                     REPORT   what the server does, as JSON
                                 REFUSED  which frame, and why
 
@@ -16,6 +17,9 @@ A tensor travels in one of two ways. By value: its bytes follow the header. By r
 host that have agreed on it in HELLO: the header tells where in shared memory it lies. A worker's PUSH then names the
 ``slot`` whose memory it gave with SHARE; a server's VERSION names the ``slot`` (generation) of the memory in which its
 parameters are visible, and passes the descriptor when it is new to the connection. Buffers always travel by value.
+
+In a job whose pushes are applied on arrival AWAIT names a step of a rank, which VERSION repeats, and CLOCKS is the
+acknowledgement of PUSH: a server says it when asked, and after each commit.
 
 AWAIT also says: I have done with all versions below ``step``. Until then a server leaves the memory that it has shown
 to a worker as it is.
@@ -57,6 +61,7 @@ class Kind(IntEnum):
     SHARE = 12
     AWAIT = 13
     VERSION = 14
+    CLOCKS = 15
 
 
 _BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT})

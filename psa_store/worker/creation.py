@@ -22,12 +22,14 @@ from psa_store.errors import DataIntegrity, JobBusy, JobMismatch
 from psa_store.failpoints import failpoint
 from psa_store.job import (
     COMMIT_EVERY_DEFAULT,
+    COMMIT_EVERY_ON_ARRIVAL,
     RUN_NODE,
     SHARD_VERSIONS_KEPT,
     JobConfig,
     job_config_from_json,
 )
 from psa_store.layout import Layout, describe_difference, layout_from_json
+from psa_store.mode import SYNC, Mode, parse_mode
 from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.transport import Transport
 from psa_store.worker.arena import ModelArena
@@ -39,13 +41,14 @@ _RUN_GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What this process was written for; ``ranks`` None takes what is stored."""
+    """What this process was written for; ``ranks`` or ``mode`` None takes what is stored."""
 
     name: str
     ranks: int | None
     seed: int
     optimizer: dict[str, Any]
     layout: str
+    mode: Mode | None
 
 
 def join_or_create(
@@ -118,18 +121,25 @@ def _create(
     for _, outcome in store.commit_each(wanted.name, epoch, 0, states, keep=SHARD_VERSIONS_KEPT):
         if not isinstance(outcome, Manifest):
             raise outcome
+    mode = _wanted_mode(wanted, settings) or SYNC
+    usual = COMMIT_EVERY_ON_ARRIVAL if mode.on_arrival else COMMIT_EVERY_DEFAULT
     config = JobConfig(
         name=wanted.name,
         ranks=wanted.ranks or settings.ranks or settings.default_ranks,
         seed=wanted.seed,
         optimizer=wanted.optimizer,
         layout=wanted.layout,
-        commit_every=COMMIT_EVERY_DEFAULT if settings.commit_every is None else settings.commit_every,
+        mode=mode,
+        commit_every=usual if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=bool(settings.skip_nonfinite),
         transport=Transport(settings.transport or Transport.EXACT),
     )
     failpoint("create.before_documents")
     store.create_job(wanted.name, config.to_json(), layout.to_json())
+
+
+def _wanted_mode(wanted: Wanted, settings: Settings) -> Mode | None:
+    return wanted.mode or (parse_mode(settings.mode) if settings.mode is not None else None)
 
 
 def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str, layout_json: str) -> JobConfig:
@@ -146,6 +156,7 @@ def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str,
         seed=wanted.seed,
         optimizer=wanted.optimizer,
         layout=wanted.layout,
+        mode=_wanted_mode(wanted, settings) or stored.mode,
         commit_every=stored.commit_every if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=stored.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
         transport=Transport(settings.transport or stored.transport),

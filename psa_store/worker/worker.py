@@ -30,6 +30,7 @@ from psa_store.identity import new_member_id
 from psa_store.job import check_job_name
 from psa_store.journal import Journal, fingerprint_text
 from psa_store.layout import Role, plan_layout
+from psa_store.mode import parse_mode
 from psa_store.optim import Optimizer
 from psa_store.plan import NOBODY, Plan
 from psa_store.storage import RedisStore
@@ -61,6 +62,8 @@ class Worker:
         ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or 1.
         steps: where the job ends; None: never.
         seed: root of all randomness: order of samples, and torch's, numpy's and Python's generators per (step, rank).
+        mode: who waits for whom: "sync", "async" or "ssp:staleness=2" (see ``psa_store.mode``), fixed when the job is
+            created. None: the stored one, or ``PSA_MODE``, or "sync".
         shard_bytes: size of a shard, a multiple of 4096. None: chosen by the size of the model.
 
     Raises:
@@ -85,6 +88,7 @@ class Worker:
         ranks: int | None = None,
         steps: int | None = None,
         seed: int = 0,
+        mode: str | None = None,
         shard_bytes: int | None = None,
     ) -> None:
         if steps is not None and steps < 0:
@@ -104,6 +108,7 @@ class Worker:
             seed=seed,
             optimizer=optimizer.to_dict(),
             layout=self._layout.fingerprint,
+            mode=None if mode is None else parse_mode(mode),
         )
 
         self._version = 0

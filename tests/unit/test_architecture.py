@@ -20,6 +20,7 @@ FLOORS = {
     "journal": 1,
     "identity": 1,
     "layout": 1,
+    "mode": 1,
     "transport": 2,
     "sampling": 2,
     "consistency": 2,
@@ -38,7 +39,7 @@ FLOORS = {
     "bench": 9,
     "cli": 10,
 }
-PURE = ("layout", "transport", "sampling", "consistency", "plan", "job")
+PURE = ("mode", "layout", "transport", "sampling", "consistency", "plan", "job")
 DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
 ALSO_SOCKETS = {
     "server",
@@ -94,7 +95,9 @@ def test_each_door_alone_knows_its_library(path: Path) -> None:
 
 @pytest.mark.parametrize("name", PURE)
 def test_thought_is_pure(name: str) -> None:
-    used = {each.split(".")[0] for each in imports(PACKAGE / f"{name}.py")}
+    files = [path for path in modules() if room(path) == name]
+    assert files
+    used = {each.split(".")[0] for path in files for each in imports(path)}
     assert not used & {"os", "socket", "threading", "time", "torch", "redis", "kazoo", "subprocess"}
 
 

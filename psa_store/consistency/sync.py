@@ -27,18 +27,10 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
 
+from psa_store.consistency.offer import Offer
+
 RANK_OF_BUFFERS = 0
 """The rank whose buffers everyone gets, as in DistributedDataParallel."""
-
-
-class Offer(Enum):
-    """What to do with a gradient that a worker offers."""
-
-    NEW = auto()
-    DUPLICATE = auto()
-    """Have it already, or its step is over: take the bytes off the wire and drop them."""
-    AHEAD = auto()
-    """Its step has not begun here, which a correct worker cannot know of: refuse."""
 
 
 class Verdict(Enum):

@@ -1,0 +1,173 @@
+"""The course on arrival (async, ssp): each push is an update of its own, applied to each shard as it comes.
+
+A rank's clock counts its pushes that are in a shard; clocks are committed with the shard, which is how a push counts
+once whatever dies (see :mod:`psa_store.consistency.arrival`). Workers are told, with every commit, up to which push of
+each rank it reaches: those need not be kept any more. Parameters always go by value: a shard is sent whole, between two
+of its updates, and other shards may have more or fewer updates than it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psa_store.consistency import Arrivals, Offer, Update
+from psa_store.failpoints import failpoint
+from psa_store.journal import fingerprint_text
+from psa_store.plan import Phase, Plan
+from psa_store.server.committer import Work
+from psa_store.server.course import Course, Done, Tools
+from psa_store.server.lead import Lead
+from psa_store.server.letters import Applied, Committed, Snapped
+from psa_store.server.pending import Now
+from psa_store.wire import Connection, Flag, Header, Kind
+
+
+class ArrivalCourse(Course):
+    """See the module. One thing at a time is done to the shards: updates, or copies for a commit."""
+
+    def __init__(self, tools: Tools, plan: Plan, leads: Mapping[int, Lead]) -> None:
+        super().__init__(tools, plan, leads)
+        config = tools.config
+        self._arrivals = Arrivals(
+            {i: lead.clocks for i, lead in self.versioned.items()},
+            lead_max=config.mode.lead_max,
+            commit_interval=config.commit_interval,
+            committed=plan.resume,
+        )
+        self._under_way: Sequence[Update] = ()
+        self._copying: Sequence[int] = ()
+        self._reserved = False
+        self._copied_clocks = self._committed_clocks = self._arrivals.clocks()
+
+    @property
+    def version(self) -> int:
+        return self._arrivals.version
+
+    @property
+    def stage(self) -> str:
+        return "applying" if self._under_way else "snapping" if self._copying else "collecting"
+
+    @property
+    def stands_at(self) -> int | None:
+        still = not self._under_way and self._arrivals.version == self._arrivals.newest
+        return self._arrivals.version if still else None
+
+    def offer(self, header: Header, shard: int) -> Offer:
+        return self._arrivals.offer(header.step, shard, header.rank)
+
+    def accept(self, header: Header, shard: int, gradient: Tensor) -> None:
+        self.leads[shard].take_gradient(header.rank, gradient)
+        self._arrivals.accept(header.step, shard, header.rank, finite=not header.flags & Flag.NONFINITE)
+
+    def revise(self, plan: Plan) -> None:
+        super().revise(plan)
+        stops = plan.phase is Phase.STOP
+        self._arrivals.limit = plan.mark if stops else None
+        if stops:
+            self._arrivals.commit_at(plan.mark)
+
+    def greet(self, peer: Connection) -> None:
+        """Servers have nothing to tell each other here."""
+
+    def greet_worker(self, connection: Connection) -> None:
+        """CLOCKS: by rank, how many pushes are in all shards here, and how many in those of the last commit."""
+        payload = np.array([*self._arrivals.clocks(), *self._committed_clocks], dtype="<i8").tobytes()
+        header = Header(Kind.CLOCKS, self.plan.epoch, self.plan.revision, self.committed, length=len(payload))
+        self._tools.reception.send(connection, header, payload)
+
+    def on_committed(self, letter: Committed) -> None:
+        super().on_committed(letter)
+        self._committed_clocks = self._copied_clocks
+        for connection in list(self._tools.publication.clients):
+            self.greet_worker(connection)
+
+    def obey(self, letter: Done) -> None:
+        match letter:
+            case Applied():
+                failpoint("step.applied")
+                for update in self._under_way:
+                    self._arrivals.applied(update)
+                self._under_way = ()
+                self._tools.reception.wake_parked()
+            case Snapped():
+                copied, self._copying = self._copying, ()
+                version = self._arrivals.commits_next
+                if self._arrivals.copied(copied):
+                    self._reserved = False
+                    clocks = [lead.copied_clocks for lead in self.versioned.values()]
+                    self._copied_clocks = [min(each) for each in zip(*clocks, strict=True)]
+                    frozen = {i: lead for i, lead in self.leads.items() if i not in self.versioned}
+                    self._tools.committer.submit(Work(letter.epoch, version, self.versioned, frozen))
+
+    def end(self) -> None:
+        if self._reserved:
+            self._tools.committer.cancel()
+
+    def advance(self) -> None:
+        """Do what can be done now: answer, copy for the next commit, apply."""
+        if self._under_way or self._copying:
+            return
+        for version in self._tools.pending.finishes():
+            self._arrivals.commit_at(version)
+        self._tools.pending.answer(
+            Now(self.plan, self.version, self.committed, self.leads, self._tools.publication, self._reached, True)
+        )
+        if self._held(self.version, self._arrivals.newest) and self.plan.phase is Phase.FREEZE:
+            return
+        if (shards := self._arrivals.to_copy()) and self._reserve():
+            self._copying = shards
+            self._tools.arithmetic.on_all(
+                self.plan.epoch,
+                [self.leads[shard] for shard in shards],
+                lambda lead, _: lead.take_snapshot(),
+                Snapped(self.plan.epoch, self._arrivals.commits_next),
+                inline=self._inline,
+            )
+        elif updates := self._arrivals.due():
+            self._apply(updates)
+
+    def _reached(self, header: Header) -> int | None:
+        return header.step if self._arrivals.may_start(header.step, header.rank) else None
+
+    def _reserve(self) -> bool:
+        """Have the memory of snapshots; False while a commit reads it: if storage is slower, training waits."""
+        self._reserved = self._reserved or self._tools.committer.reserve()
+        return self._reserved
+
+    def _apply(self, updates: Sequence[Update]) -> None:
+        failpoint("step.complete")
+        self._record(updates)
+        of = {update.shard: update for update in updates}
+
+        def work(lead: Lead, scratch: torch.Tensor) -> None:
+            update = of[lead.shard.index]
+            lead.apply_one(update.rank, scratch, step=update.step, finite=update.finite)
+
+        self._tools.reception.detach_all()
+        self._under_way = updates
+        self._tools.arithmetic.on_all(
+            self.plan.epoch,
+            [self.leads[update.shard] for update in updates],
+            work,
+            Applied(self.plan.epoch),
+            inline=self._inline,
+        )
+
+    def _record(self, updates: Sequence[Update]) -> None:
+        """Write down what goes into which shard, before anybody can learn of it."""
+        journal = self._tools.journal
+        if not journal.enabled:
+            return
+        for update in updates:
+            journal.record(
+                "updated",
+                epoch=self.plan.epoch,
+                shard=update.shard,
+                rank=update.rank,
+                step=update.step,
+                sum=fingerprint_text(self.leads[update.shard].fingerprints()[update.rank]),
+            )
