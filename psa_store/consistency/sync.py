@@ -77,6 +77,8 @@ class SyncStep:
         self._early_norms: dict[int, float] = {}
         self._arrived: dict[int, set[int]] = {}
         self._stage: dict[int, ShardStage] = {}
+        self._former_norms: dict[int, dict[int, float]] = {}
+        """By step: ours of the step before this one."""
         self._start(version)
 
     def offer(self, step: int, shard: int, rank: int) -> Offer:
@@ -120,6 +122,16 @@ class SyncStep:
             return None
         return {shard: self._norms[shard] for shard in self._stage}
 
+    def norms_to_repeat(self) -> dict[int, dict[int, float]]:
+        """By step, the norms that a server may lack to which the connection broke.
+
+        It may be a step behind, and wait for those of the step before; it is never further behind, since we could not
+        be here without its own.
+        """
+        own = self.own_norms()
+        present = {} if own is None else {self.version: own}
+        return {**self._former_norms, **present}
+
     def hear(self, step: int, norms: Mapping[int, float]) -> None:
         """Record what another server says of its shards. It may be one step ahead of us, never more."""
         if step == self.version:
@@ -142,6 +154,9 @@ class SyncStep:
     def advance(self) -> None:
         """The step was applied or skipped: begin the next one."""
         assert self.verdict() in (Verdict.APPLY, Verdict.SKIP)
+        own = self.own_norms()
+        assert own is not None
+        self._former_norms = {self.version: own}
         self._start(self.version + 1)
 
     def _start(self, version: int) -> None:

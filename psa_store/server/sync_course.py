@@ -78,9 +78,9 @@ class SyncCourse(Course):
         self._step.hear(step, norms)
 
     def greet(self, peer: Connection) -> None:
-        norms = self._step.own_norms()
-        if norms is not None and self._told == self._step.version:
-            self._send_norms(peer, norms)
+        """What was on its way when a connection broke is lost: say it again."""
+        for step, norms in self._step.norms_to_repeat().items():
+            self._send_norms(peer, step, norms)
 
     def obey(self, letter: Done) -> None:
         match letter:
@@ -158,11 +158,11 @@ class SyncCourse(Course):
             return
         self._told = self.version
         for connection in list(self._tools.peers.values()):
-            self._send_norms(connection, norms)
+            self._send_norms(connection, self.version, norms)
 
-    def _send_norms(self, connection: Connection, norms: Mapping[int, float]) -> None:
+    def _send_norms(self, connection: Connection, step: int, norms: Mapping[int, float]) -> None:
         payload = np.array(list(norms.items()), dtype="<f8").tobytes()
-        header = Header(Kind.NORM, self.plan.epoch, self.plan.revision, self.version, length=len(payload))
+        header = Header(Kind.NORM, self.plan.epoch, self.plan.revision, step, length=len(payload))
         self._tools.reception.send(connection, header, payload)
 
     def _apply(self) -> None:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from psa_store import telemetry
 from psa_store.errors import Disconnected, Refused
 from psa_store.layout import Layout
@@ -35,6 +37,7 @@ from psa_store.worker.gradients import GradientMemory
 
 _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
+_NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,13 @@ class Greeting:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A frame from a server: PARAMS whose payload is in place, VERSION, DURABLE, or REFUSED with its text."""
+    """A frame from a server: PARAMS whose payload is in place, VERSION, DURABLE, CLOCKS, or REFUSED with its text."""
 
     header: Header
     server: str
     text: str = ""
+    clocks: Sequence[int] = ()
+    """With CLOCKS: by rank, how many pushes count; then by rank, how many are in the version ``header.step``."""
     descriptor: int | None = None
     """With VERSION: memory in which the server publishes parameters from now on. The receiver owns it."""
 
@@ -154,15 +159,23 @@ class Fleet:
         """Ask for a shard as soon as its version is ``at_least``."""
         self._send(plan.owner_of(shard).id, Header(Kind.PULL, plan.epoch, plan.revision, at_least, shard=shard))
 
-    def wait_for(self, plan: Plan, servers: Iterable[str], version: int) -> None:
-        """Have done with all versions below; each server brings this one when it is there, and says VERSION."""
-        for server in servers:
-            self._send(server, Header(Kind.AWAIT, plan.epoch, plan.revision, version))
+    def wait_for(self, plan: Plan, servers: Iterable[str], version: int, rank: int = 0) -> None:
+        """Have done with all versions below; each server brings this one when it is there, and says VERSION.
 
-    def finish(self, plan: Plan, step: int) -> None:
-        """Ask every server to make ``step`` durable; each answers DURABLE."""
-        for server in plan.servers:
-            self._send(server.id, Header(Kind.FINISH, plan.epoch, plan.revision, step))
+        On arrival: each brings what it has when ``rank`` may start its step ``version``.
+        """
+        for server in servers:
+            self._send(server, Header(Kind.AWAIT, plan.epoch, plan.revision, version, rank))
+
+    def finish(self, plan: Plan, servers: Iterable[str], version: int) -> None:
+        """Ask servers to make a version durable; each answers DURABLE."""
+        for server in servers:
+            self._send(server, Header(Kind.FINISH, plan.epoch, plan.revision, version))
+
+    def ask_clocks(self, plan: Plan, servers: Iterable[str]) -> None:
+        """Ask how many pushes of each rank count; each answers CLOCKS, as it does after every commit."""
+        for server in servers:
+            self._send(server, Header(Kind.CLOCKS, plan.epoch, plan.revision))
 
     @property
     def shares(self) -> bool:
@@ -208,6 +221,10 @@ class Fleet:
             return []
         if header.kind is Kind.REFUSED:
             return [Answer(header, server, str(decode_text(payload).get("why", "")))]
+        if header.kind is Kind.CLOCKS:
+            if header.length % _NUMBER_BYTES:
+                raise Refused(f"CLOCKS of {header.length} bytes: not numbers")
+            return [Answer(header, server, clocks=tuple(np.frombuffer(payload, dtype="<i8").tolist()))]
         return [Answer(header, server, descriptor=connection.take_descriptor())]
 
     def _open(self, server: Server) -> Connection:
@@ -221,7 +238,7 @@ class Fleet:
     def _admit(self, _connection: Connection, header: Header) -> memoryview | Park:
         if header.kind is Kind.PARAMS:
             return self._place(header)
-        if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE):
+        if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS):
             return memoryview(bytearray(header.length))
         raise Refused(f"a worker takes no {header.kind.name}")
 

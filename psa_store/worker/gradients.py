@@ -1,17 +1,20 @@
 """The memory that gradients are written to and sent from: one for each rank that is computed in a step.
 
 A server of this host reads a gradient where it lies, until the step is over. So memory of which a push has been
-announced is not written again before the next version is here, and is given up, not used again, when the connections
-were lost meanwhile: a server may still hold what was pushed from it.
+announced is not written again before the next version is here (or, on arrival, the push is durable), and is given up,
+not used again, when the connections were lost meanwhile: a server may still hold what was pushed from it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from psa_store.layout import ITEM_BYTES, Layout, Role, Shard
+from psa_store.optim.reduce import squared_norm
 from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory
 
@@ -46,11 +49,23 @@ class GradientMemory:
 
     def flaw(self, shard: Shard) -> str:
         """The name of the first parameter in this shard whose gradient is not finite; empty if all is well."""
-        flat = self._slice(shard).view(getattr(torch, self._wire.dtype(shard)))
+        flat = self._numbers(shard)
         if float(torch.linalg.vector_norm(flat)) < _NORM_SURELY_FINITE:
             return ""
         bad = ~(flat.abs() < _ELEMENT_MAX)  # true for NaN
         return self._layout.tensor_at(shard, int(bad.nonzero()[0])) if bool(bad.any()) else ""
+
+    def squared_norm(self, shard: Shard) -> float:
+        """The squared norm of a shard's gradient; inf or nan if an element is."""
+        return squared_norm(self._numbers(shard).float())
+
+    def scale(self, shards: Iterable[Shard], factor: float) -> None:
+        """Multiply the gradients of these shards."""
+        for shard in shards:
+            self._numbers(shard).mul_(factor)
+
+    def _numbers(self, shard: Shard) -> Tensor:
+        return self._slice(shard).view(getattr(torch, self._wire.dtype(shard)))
 
     def _slice(self, shard: Shard) -> Tensor:
         low = self._wire.offset_bytes(shard)
@@ -78,6 +93,12 @@ class GradientPool:
         memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire)
         self._taken.append(memory)
         return memory
+
+    def put_back(self, memory: GradientMemory, *, read: bool) -> None:
+        """This one is not needed any more. ``read``: a server may still read it, so it is not used again."""
+        self._taken.remove(memory)
+        if not (read and memory.passed):
+            self._free.append(memory)
 
     def release(self) -> None:
         """Nobody reads any of it any more."""

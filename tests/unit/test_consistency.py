@@ -130,3 +130,62 @@ def test_without_clipping_a_shard_is_complete_with_its_last_gradient() -> None:
             assert not step.accept(shard, rank)
     step.accept(4, 0)
     assert step.verdict() is Verdict.APPLY and step.norms_in_order() == [0.0] * 5
+
+
+class Server:
+    """One of two servers whose connection breaks, with whatever was on its way."""
+
+    def __init__(self, trained: tuple[int, ...], buffers: tuple[int, ...]) -> None:
+        self.step = make(trained=trained, buffers=buffers)
+        self.shards = trained
+        self.buffers = buffers
+        self.told = -1
+        self.inbox: list[tuple[int, dict[int, float]]] = []
+
+    def work(self, peer: Server) -> None:
+        """Take the gradients of the step, tell the norms once, and go on if that is possible."""
+        push_all(self.step, self.shards)
+        for shard in self.buffers:
+            push(self.step, shard, 0)
+        norms = self.step.own_norms()
+        if norms is not None and self.told != self.step.version:
+            self.told = self.step.version
+            peer.inbox.append((self.step.version, norms))
+        if self.step.verdict() is Verdict.APPLY:
+            self.step.advance()
+
+    def receive(self) -> None:
+        if self.inbox:
+            self.step.hear(*self.inbox.pop(0))
+
+
+@given(st.lists(st.sampled_from(["here", "there", "to here", "to there", "break"]), max_size=80))
+def test_a_connection_that_breaks_between_servers_stops_neither(actions: list[str]) -> None:
+    """Found by `psa chaos run --scenario cut-server-server --seed 0`: norms that were lost were never said again."""
+    here, there = Server((0, 1), ()), Server((2, 3), (4,))
+
+    def connect_again() -> None:
+        for server, peer in ((here, there), (there, here)):
+            peer.inbox = list(server.step.norms_to_repeat().items())
+
+    for action in actions:
+        match action:
+            case "here":
+                here.work(there)
+            case "there":
+                there.work(here)
+            case "to here":
+                here.receive()
+            case "to there":
+                there.receive()
+            case _:
+                connect_again()
+        assert abs(here.step.version - there.step.version) <= 1
+    connect_again()
+    reached = here.step.version
+    for _ in range(8):
+        for server, peer in ((here, there), (there, here)):
+            server.work(peer)
+            peer.receive()
+            server.receive()
+    assert min(here.step.version, there.step.version) > reached

@@ -1,0 +1,279 @@
+"""The course on arrival (async, ssp): each rank goes on by itself, and keeps what it pushed until that is durable.
+
+A rank's pushes are numbered. What the servers have not yet committed is kept and, when an epoch begins again from an
+older commit, pushed again: servers drop what they have. A push is *durable* once all servers have committed a version
+that contains it; that is its acknowledgement. If a worker dies with pushes that were not, they may be lost, and whoever
+gets the rank computes these steps again: each counts once in the end, either way.
+
+A rank may have :attr:`~psa_store.job.JobConfig.window` pushes that are not durable; then it waits.
+
+User code sees each shard whole, but not all shards after the same pushes: that is the nature of these modes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from psa_store.errors import Disconnected
+from psa_store.failpoints import failpoint
+from psa_store.layout import Role
+from psa_store.optim import from_dict
+from psa_store.optim.reduce import clip_factor
+from psa_store.plan import Plan
+from psa_store.wire import Kind
+from psa_store.worker.course import NONE, Course, Tools
+from psa_store.worker.feed import Draw
+from psa_store.worker.fleet import Answer
+from psa_store.worker.gradients import GradientMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A push that may have to be made again. ``buffers``: the values of the buffer shards after this step."""
+
+    step: int
+    gradients: GradientMemory
+    finite: bool
+    buffers: Mapping[int, bytes]
+
+
+class ArrivalCourse(Course):
+    """See the module."""
+
+    def __init__(self, tools: Tools) -> None:
+        super().__init__(tools)
+        self._clip = from_dict(tools.config.optimizer).clip_grad_norm
+        self._waits_for_whole = self._clip is not None or tools.config.skip_nonfinite
+        self._trained = tools.layout.shards_of(Role.TRAINED)
+        self._clocks: dict[int, int] = {}
+        """By rank of ours, the step that comes next."""
+        self._kept: dict[int, deque[Kept]] = {}
+        self._applied: dict[str, Sequence[int]] = {}
+        """By server, how many pushes of each rank it has, as it said since we asked."""
+        self._committed: dict[str, dict[int, Sequence[int]]] = {}
+        """By server and version that it has committed, how many pushes of each rank are in it."""
+        self._brought: set[str] = set()
+        self._awaited: tuple[int, int] | None = None
+        self._to_pull: set[int] = {shard.index for shard in tools.layout.shards_of(Role.FROZEN)}
+        self._finite = True
+
+    # --- what the worker calls
+
+    def next_draw(self) -> Draw | None:
+        steps, config = self._tools.steps, self._tools.config
+        while not self._told_to_leave:
+            known = self._tools.membership.standing.plan
+            plan = None if known is None or self._plan_is_old(known) else self._settle()
+            if plan is None:
+                self._wait()
+                continue
+            if not self._know_our_ranks(plan):
+                continue
+            todo = [rank for rank in self._holding() if steps is None or self._clocks[rank] < steps]
+            if todo:
+                rank = min(todo, key=lambda each: (self._clocks[each], each))
+                if len(self._kept[rank]) >= config.window:
+                    self._wait()
+                elif self._bring(rank):
+                    self._gradients = self._tools.pool.take()
+                    return Draw(self._clocks[rank], rank)
+            elif steps is None:
+                self._wait()
+            elif self._make_durable(plan, self._owners(), steps * config.ranks):
+                return None
+        return None
+
+    def begin(self, draw: Draw) -> None:
+        super().begin(draw)
+        self._finite = True
+
+    def shards_ready(self, shards: list[int]) -> None:
+        """Start pushing them, unless something must be known of the whole gradient before."""
+        if not self._waits_for_whole:
+            self._push(shards)
+
+    def hand_over(self) -> None:
+        if self._waits_for_whole:
+            self._push_whole()
+        self._refuse_flaw()
+        draw = self._draw
+        self._arena.collect_buffers()
+        buffers = {
+            shard.index: bytes(self._arena.parameters(shard)) for shard in self._tools.layout.shards_of(Role.BUFFER)
+        }
+        self._push_buffers(draw.step, draw.rank, buffers)
+        self._kept[draw.rank].append(Kept(draw.step, self._gradients, self._finite, buffers))
+        self._record_pushed()
+        self._clocks[draw.rank] = self.version = draw.step + 1
+
+    # --- pushing
+
+    def _push_whole(self) -> None:
+        """Clip the gradient by its global norm, or have all servers skip it if it is not finite."""
+        gradients = self._gradients
+        if self._tools.config.skip_nonfinite:
+            self._finite = not any(gradients.flaw(shard) for shard in self._trained)
+        if self._finite and self._clip is not None:
+            factor = clip_factor([gradients.squared_norm(shard) for shard in self._trained], self._clip)
+            if factor < 1.0:
+                gradients.scale(self._trained, factor)
+        self._push([shard.index for shard in self._trained], finite=self._finite)
+
+    def _push_buffers(self, step: int, rank: int, buffers: Mapping[int, bytes]) -> None:
+        for shard, value in buffers.items():
+            self._fleet.push_value(self._plan, step, rank, shard, memoryview(value))
+
+    def _push_again(self, rank: int, kept: Kept) -> None:
+        shards = [shard.index for shard in self._trained]
+        self._fleet.push(self._plan, kept.step, rank, shards, kept.gradients, kept.finite)
+        self._push_buffers(kept.step, rank, kept.buffers)
+
+    # --- where our ranks stand
+
+    def _know_our_ranks(self, plan: Plan) -> bool:
+        """Have the clocks of all ranks that the plan gives us; False if there is something else to do before."""
+        ours = set(self._holding())
+        for rank in self._clocks.keys() - ours:
+            self._forget(rank)
+        new = ours - self._clocks.keys()
+        if new and not self._ask(plan):
+            return False
+        for rank in new:
+            self._clocks[rank] = self._applied_everywhere(rank)
+            self._kept[rank] = deque()
+        return True
+
+    def _forget(self, rank: int) -> None:
+        """The rank is another's now, and so is the care for its pushes."""
+        del self._clocks[rank]
+        for kept in self._kept.pop(rank):
+            self._tools.pool.put_back(kept.gradients, read=True)
+
+    def _applied_everywhere(self, rank: int) -> int:
+        return min((clocks[rank] for clocks in self._applied.values()), default=0)
+
+    def _ask(self, plan: Plan) -> bool:
+        """Ask all servers for their clocks; False if there is something else to do."""
+        self._applied.clear()
+        try:
+            self._fleet.ask_clocks(plan, self._owners())
+            while not self._applied.keys() >= self._owners():
+                if self._epoch_is_over(plan):
+                    return False
+                self._pump()
+        except Disconnected as error:
+            self._out_of_sync(str(error))
+            return False
+        return True
+
+    def _load(self, plan: Plan) -> bool:
+        """Find out what the servers have of our ranks' pushes, and push again what they lack."""
+        self._out_of_sync(f"epoch {plan.epoch}")
+        if not self._connect(plan):
+            return False
+        self._plan = plan
+        self._committed.clear()
+        try:
+            for shard in self._to_pull:
+                self._fleet.pull(plan, shard, 0)
+            while self._to_pull:
+                if self._epoch_is_over(plan):
+                    return False
+                self._pump()
+        except Disconnected as error:
+            self._out_of_sync(str(error))
+            return False
+        if not self._ask(plan):
+            return False
+        self.synced_epoch = plan.epoch
+        self._tools.journal.record("loaded", epoch=plan.epoch, version=plan.resume)
+        failpoint("worker.loaded")
+        for rank in list(self._clocks):
+            if rank in self._holding():
+                self._take_up(rank, self._applied_everywhere(rank))
+            else:
+                self._forget(rank)
+        return True
+
+    def _take_up(self, rank: int, start: int) -> None:
+        """Go on with a rank of which the servers have the pushes below ``start``."""
+        kept = self._kept[rank]
+        whole = start == self._clocks[rank] or (len(kept) > 0 and kept[0].step <= start < self._clocks[rank])
+        if not whole:
+            # Others held the rank meanwhile, so we do not have what they pushed: compute these steps again.
+            self._forget(rank)
+            self._clocks[rank] = start
+            self._kept[rank] = deque()
+            return
+        again = [each for each in kept if each.step >= start]
+        for each in again:
+            self._push_again(rank, each)
+        if again:
+            self._log.info("pushing again", rank=rank, first=again[0].step, pushes=len(again))
+            self._tools.journal.record("replayed", epoch=self.synced_epoch, rank=rank, first=start, pushes=len(again))
+
+    # --- parameters
+
+    def _bring(self, rank: int) -> bool:
+        """Have the parameters with which ``rank`` starts its next step; False if there is something else to do."""
+        awaited = rank, self._clocks[rank]
+        try:
+            owners = self._owners()
+            self._awaited = awaited
+            self._brought.clear()
+            self._fleet.wait_for(self._plan, owners, awaited[1], rank)
+            while not self._brought >= owners:
+                if self._epoch_is_over(self._plan) or rank not in self._holding() or self.synced_epoch == NONE:
+                    return False
+                self._pump()
+        except Disconnected as error:
+            self._out_of_sync(str(error))
+            return False
+        self._arena.version_arrived()
+        self.version = awaited[1]
+        return True
+
+    def _out_of_sync(self, why: str) -> None:
+        super()._out_of_sync(why)
+        self._awaited = None
+
+    def _take(self, answer: Answer) -> None:
+        header = answer.header
+        match header.kind:
+            case Kind.PARAMS:
+                self._to_pull.discard(header.shard)
+            case Kind.VERSION:
+                if (header.rank, header.step) == self._awaited:
+                    self._brought.add(answer.server)
+            case Kind.CLOCKS:
+                ranks = self._tools.config.ranks
+                self._applied[answer.server] = answer.clocks[:ranks]
+                self._committed.setdefault(answer.server, {})[header.step] = answer.clocks[ranks:]
+                self._drop_durable()
+            case Kind.DURABLE:
+                self._durable.add(answer.server)
+            case Kind.REFUSED:
+                self._on_refusal(header, answer.text)
+                self.synced_epoch = NONE  # it was a push, perhaps: compare what we have and what they have
+            case _:
+                pass
+
+    def _drop_durable(self) -> None:
+        """Keep no longer what all servers have committed."""
+        owners = self._owners()
+        if not self._committed.keys() >= owners:
+            return
+        common = set.intersection(*(set(self._committed[server]) for server in owners))
+        if not common:
+            return
+        version = max(common)
+        for server in owners:
+            self._committed[server] = {v: c for v, c in self._committed[server].items() if v >= version}
+        for rank, kept in self._kept.items():
+            durable = min(self._committed[server][version][rank] for server in owners)
+            while kept and kept[0].step < durable:
+                done = kept.popleft()
+                self._tools.pool.put_back(done.gradients, read=False)
+                self._tools.journal.record("settled", epoch=self.synced_epoch, rank=rank, step=done.step)

@@ -1,0 +1,223 @@
+"""What a worker asks of its job's mode: which rank's step comes next, and what becomes of its gradient.
+
+``sync_course`` and ``arrival_course`` are the two. A course lives as long as the worker, in the thread that runs the
+model. It listens to servers only in :meth:`Course.next_draw` and :meth:`Course.hand_over`, so the model cannot change
+under a running forward or backward pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from psa_store import telemetry
+from psa_store.errors import Disconnected, NonFiniteGradient, Refused
+from psa_store.failpoints import failpoint
+from psa_store.job import JobConfig
+from psa_store.journal import Journal, fingerprint_text
+from psa_store.layout import Layout
+from psa_store.plan import Plan
+from psa_store.wire import Header
+from psa_store.worker.arena import ModelArena
+from psa_store.worker.feed import Draw
+from psa_store.worker.fleet import Answer, Fleet, Greeting, is_about_plan
+from psa_store.worker.gradients import GradientMemory, GradientPool
+from psa_store.worker.membership import Membership
+
+WAIT_S = 0.5
+"""How long one wait lasts at most before everything is looked at again; nothing depends on it but signals."""
+_PUSH_SHARDS = 16
+"""Shards that are checked and then pushed together, where many are ready at once: the first travel meanwhile."""
+NONE = -1
+"""No epoch, no version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What belongs to the worker. ``leaving``: it was told to."""
+
+    config: JobConfig
+    layout: Layout
+    steps: int | None
+    arena: ModelArena
+    fleet: Fleet
+    membership: Membership
+    pool: GradientPool
+    journal: Journal
+    leaving: Callable[[], bool]
+
+
+class Course(ABC):
+    """How this worker's ranks go on, step by step."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._fleet = tools.fleet
+        self._arena = tools.arena
+        self._log = telemetry.get_logger()
+        self.version = 0
+        """Steps that the parameters in the model have behind them."""
+        self.finished = False
+        self.synced_epoch = NONE
+        """Epoch in which we stand with the servers; NONE: what we have and what they have must be compared."""
+        self._plan: Plan
+        self._plan_needed = NONE
+        self._gradients: GradientMemory
+        self._draw: Draw
+        self._flaw = ""
+        """A parameter whose gradient is not finite, in a job that does not skip such."""
+        self._fingerprint = 0
+        """Of the gradient that is being computed, for the journal."""
+        self._durable: set[str] = set()
+
+    # --- what the worker calls, in this order
+
+    @abstractmethod
+    def next_draw(self) -> Draw | None:
+        """The next (step, rank) to compute, with its parameters in the model; None: finished, or told to leave."""
+
+    def begin(self, draw: Draw) -> None:
+        """Its batch is here."""
+        self._draw = draw
+        self._flaw = ""
+        self._fingerprint = 0
+        self._tools.journal.record("computing", epoch=self.synced_epoch, step=draw.step, rank=draw.rank)
+        self._arena.begin(self._gradients)
+
+    @abstractmethod
+    def shards_ready(self, shards: list[int]) -> None:
+        """The gradients of some shards are whole, in the middle of backward."""
+
+    @abstractmethod
+    def hand_over(self) -> None:
+        """Backward is over.
+
+        Raises:
+            NonFiniteGradient: the gradient holds NaN or Inf and the job refuses such.
+        """
+
+    # --- for the courses: the plan
+
+    @property
+    def _told_to_leave(self) -> bool:
+        return self._tools.leaving()
+
+    def _holding(self) -> tuple[int, ...]:
+        """The ranks that the plan gives us."""
+        standing = self._tools.membership.standing
+        return standing.plan.ranks_of(standing.member) if standing.plan else ()
+
+    def _settle(self) -> Plan | None:
+        """Follow the present plan and stand in its epoch; None if that is not possible yet."""
+        plan = self._tools.membership.standing.plan
+        if plan is None or not plan.owners:
+            return None
+        if self.synced_epoch == plan.epoch:
+            self._plan = plan
+            return plan
+        return plan if self._load(plan) else None
+
+    @abstractmethod
+    def _load(self, plan: Plan) -> bool:
+        """Begin an epoch, or the present one again; False if the plan or a connection changed meanwhile."""
+
+    def _plan_is_old(self, plan: Plan) -> bool:
+        """Whether somebody knows of a newer plan: a ZooKeeper server that is behind gave us this one."""
+        if plan.revision >= self._plan_needed:
+            return False
+        self._tools.membership.refresh()
+        return True
+
+    def _epoch_is_over(self, plan: Plan) -> bool:
+        now = self._tools.membership.standing.plan
+        return now is None or now.epoch != plan.epoch or self._told_to_leave
+
+    def _owners(self) -> set[str]:
+        """The servers that lead what changes."""
+        return {self._plan.owner_of(shard.index).id for shard in self._tools.layout.versioned}
+
+    # --- for the courses: servers
+
+    def _connect(self, plan: Plan) -> bool:
+        config, member = self._tools.config, self._tools.membership.standing.member
+        return self._fleet.connect(plan, Greeting(config.name, self._tools.layout.fingerprint, member))
+
+    def _out_of_sync(self, why: str) -> None:
+        """What was in flight is unknown: connect and compare again. Servers recognise what they already have."""
+        self._log.debug("connecting anew", why=why)
+        self._fleet.disconnect()
+        self._arena.hide()
+        self.synced_epoch = NONE
+
+    def _wait(self) -> None:
+        """Wait for news."""
+        try:
+            self._pump()
+        except Disconnected as error:
+            self._out_of_sync(str(error))
+
+    def _pump(self) -> None:
+        for answer in self._fleet.pump(WAIT_S):
+            self._take(answer)
+
+    @abstractmethod
+    def _take(self, answer: Answer) -> None:
+        """A server said something."""
+
+    def _on_refusal(self, header: Header, text: str) -> None:
+        if not is_about_plan(header.reason):
+            raise Refused(f"a server refused this worker: {text}")
+        self._plan_needed = max(self._plan_needed, header.revision)
+        self._tools.membership.refresh()
+
+    def _make_durable(self, plan: Plan, servers: Iterable[str], version: int) -> bool:
+        """Wait until these servers have committed a version; False if there is something else to do before."""
+        self._durable.clear()
+        wanted = set(servers)
+        try:
+            self._fleet.finish(plan, wanted, version)
+            while not self._durable >= wanted:
+                if self._tools.membership.standing.plan is not plan or self._told_to_leave:
+                    return False
+                self._pump()
+        except Disconnected as error:
+            self._out_of_sync(str(error))
+            return False
+        self.finished = True
+        self._tools.journal.record("finished", version=version)
+        return True
+
+    # --- for the courses: gradients
+
+    def _push(self, shards: list[int], *, finite: bool = True) -> None:
+        """Check the gradients of some shards, unless they are known not to be finite, and push them."""
+        layout, journal = self._tools.layout, self._tools.journal
+        for start in range(0, len(shards), _PUSH_SHARDS):
+            some = shards[start : start + _PUSH_SHARDS]
+            flaws = [self._gradients.flaw(layout.shards[shard]) for shard in some] if finite else []
+            flaw = next((each for each in flaws if each), "")
+            if flaw and not self._tools.config.skip_nonfinite:
+                self._flaw = self._flaw or flaw
+                return
+            if journal.enabled:
+                self._fingerprint += sum(self._gradients.fingerprint(layout.shards[shard]) for shard in some)
+            self._fleet.push(self._plan, self._draw.step, self._draw.rank, some, self._gradients, finite and not flaw)
+            failpoint("push.middle", some[-1])
+
+    def _refuse_flaw(self) -> None:
+        if self._flaw:
+            raise NonFiniteGradient(
+                f"rank {self._draw.rank} computed NaN or Inf at step {self._draw.step} in the gradient of "
+                f"{self._flaw}. Lower the learning rate, clip, or skip such steps (--skip-nonfinite on a new job)."
+            )
+
+    def _record_pushed(self) -> None:
+        self._tools.journal.record(
+            "pushed",
+            epoch=self.synced_epoch,
+            step=self._draw.step,
+            rank=self._draw.rank,
+            sum=fingerprint_text(self._fingerprint),
+        )
+        failpoint("push.done")
