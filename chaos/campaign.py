@@ -15,7 +15,7 @@ from chaos.check import Verdict, judge
 from chaos.cluster.network import namespaces_available
 from chaos.job import Order, SupervisedJob
 from chaos.journal import Truth, truth
-from chaos.plan import Planned, long_plan, short_plan
+from chaos.plan import Planned, long_plan, pace_s, short_plan
 from chaos.report import Run, write_report
 from chaos.run import Request, carry_out, replay_command
 from chaos.scenarios import MATRIX, SOAK, Scenario, Shape, scenario
@@ -24,11 +24,9 @@ from psa_store.errors import PsaError, UsageError
 
 SHORT_STEPS = 200
 PACE_S = 0.012
-"""What a step computes, in seconds per rank: as long as nothing happens, about half of the step."""
-LONG_PACE_S = 0.04
+"""What a step computes at least, in seconds per rank: as long as nothing happens, about half of the step."""
 _STEPS_PER_S = 18.0
-"""A long run has about as many steps as its plan of faults lasts, and slows down at its end until that is done: more
-would only make the undisturbed run longer, which comes first."""
+"""Of a long run: more would only make the undisturbed run longer, which comes first."""
 _ROW = "{:<28} {:>4}  {:<4} {:<4} {:>6}  {:>8}  {}"
 
 
@@ -78,12 +76,11 @@ def conduct(campaign: Campaign) -> None:
     runs: list[Run] = []
     known: dict[int, Truth] = {}
     console.print(_ROW.format("scenario", "seed", "A", "B", "faults", "R max, s", "verdict"))
-    for kind, group in groupby(sorted(rows, key=_kind_of_site), key=_kind_of_site):
-        rows_here = list(group)
-        with open_site(rows_here[0], campaign.folder / f"site-{kind}") as site:
-            for row in rows_here:
-                for seed in campaign.seeds:
-                    request = _request(campaign, row, seed)
+    try:
+        for kind, group in groupby(sorted(rows, key=_kind_of_site), key=_kind_of_site):
+            rows_here = list(group)
+            with open_site(rows_here[0], campaign.folder / f"site-{kind}") as site:
+                for request in (_request(campaign, row, seed) for row in rows_here for seed in campaign.seeds):
                     steps = request.order.steps
                     if steps not in known:
                         known[steps] = undisturbed(site, steps, campaign.folder / f"undisturbed-{steps}")
@@ -91,8 +88,9 @@ def conduct(campaign: Campaign) -> None:
                     console.print(_line(runs[-1]))
                     for violation in runs[-1].verdict.violations[:5]:
                         console.print(f"    {violation.check}: {violation.message}")
-    write_report(runs, campaign.folder)
-    console.print(f"report: {campaign.folder / 'report.html'}")
+    finally:  # what was played was played, whatever ended it
+        write_report(runs, campaign.folder)
+        console.print(f"report: {campaign.folder / 'report.html'}")
     broken = [run for run in runs if run.verdict.violations]
     if broken:
         first = broken[0]
@@ -104,7 +102,7 @@ def conduct(campaign: Campaign) -> None:
 
 def undisturbed(site: Site, steps: int, folder: Path) -> Truth:
     """What a run comes to that nobody disturbs: one worker, one server, as fast as it can."""
-    order = Order(f"undisturbed-{steps}", steps, 0.0, folder, waits=False)
+    order = Order(f"undisturbed-{steps}", steps, 0.0, folder)
     for each in (order.journals, order.failpoints):
         each.mkdir(parents=True, exist_ok=True)
     job = SupervisedJob(order, site, workers=1, servers=1)
@@ -121,17 +119,17 @@ def undisturbed(site: Site, steps: int, folder: Path) -> Truth:
 def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
     plan: list[Planned]
     extra: list[str] = []
-    steps, pace_s = SHORT_STEPS, PACE_S
+    steps = SHORT_STEPS
     if campaign.duration_s is None and row is not SOAK:
         plan = short_plan(row.kinds, row.name, seed)
     else:
         duration_s = campaign.duration_s or 600.0
         plan = long_plan(row.kinds, row.name, seed, duration_s, campaign.every_s)
-        steps, pace_s = round(duration_s * _STEPS_PER_S), LONG_PACE_S
+        steps = round(duration_s * _STEPS_PER_S)
         extra = ["--duration", f"{duration_s:g}s", "--every", f"{campaign.every_s:g}s"]
     folder = campaign.folder / f"{row.name}-{seed}"
     name = f"{row.name}-{seed}".replace(".", "-")
-    order = Order(name, steps, pace_s, folder, commit_every=row.commit_every)
+    order = Order(name, steps, pace_s(plan, steps, PACE_S), folder, commit_every=row.commit_every)
     return Request(row, seed, plan, order, replay_command(row.name, seed, extra))
 
 

@@ -35,8 +35,6 @@ class Order:
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)
     commit_every: int = 10
-    waits: bool = True
-    """It must not end before all faults have happened: it takes its last steps slowly, until they have."""
 
     @property
     def journals(self) -> Path:
@@ -51,14 +49,8 @@ class Order:
         return self.folder / "output.log"
 
     @property
-    def calm(self) -> Path:
-        """A file that says that no more faults will come."""
-        return self.folder / "calm"
-
-    @property
     def script_arguments(self) -> list[str]:
-        slow = ["--slow-until", str(self.calm)] if self.waits else []
-        return ["--job", self.name, "--steps", str(self.steps), "--pace-s", str(self.pace_s), *slow]
+        return ["--job", self.name, "--steps", str(self.steps), "--pace-s", str(self.pace_s)]
 
     def environment(self, site: Site) -> dict[str, str]:
         return {
@@ -89,7 +81,7 @@ class Job(Protocol):
     def main_pid(self) -> int | None:
         """The process that supervises the others, if there is one."""
 
-    def kill_main(self) -> list[int]:
+    def kill_main(self) -> list[psutil.Process]:
         """SIGKILL that process alone; returns those that it leaves behind. Start the job again afterwards."""
 
 
@@ -135,9 +127,10 @@ class SupervisedJob:
     def main_pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    def kill_main(self) -> list[int]:
+    def kill_main(self) -> list[psutil.Process]:
         assert self._process is not None
-        children = [pid for pid in session_of(self._process.pid) if pid != self._process.pid]
+        pids = [pid for pid in session_of(self._process.pid) if pid != self._process.pid]
+        children = [each for each in psutil.process_iter() if each.pid in pids]
         self._process.kill()
         self._process.wait(_END_S)
         self._process = None
@@ -184,7 +177,7 @@ class HostedJob:
     def main_pid(self) -> int | None:
         return None
 
-    def kill_main(self) -> list[int]:
+    def kill_main(self) -> list[psutil.Process]:
         raise NotImplementedError("nobody supervises these processes")
 
     def _start(self, name: str) -> None:

@@ -12,6 +12,8 @@ FIRST_S = (0.3, 2.0)
 """When the first fault of a short run happens, in seconds after the first step."""
 NEXT_S = (1.0, 4.0)
 """How long after that a second one follows, in half of the short runs."""
+REST_S = 4.0
+"""How long a job goes on after its last fault, at least."""
 JITTER = 0.5
 """In a long run the faults come every ``every_s``, each earlier or later by up to half of this share of it."""
 
@@ -56,6 +58,16 @@ def long_plan(kinds: Sequence[str], name: str, seed: int, duration_s: float, eve
         jitter_s = every_s * JITTER * (rng.random() - 0.5)
         plan.append(_draw(len(plan), round_.pop(), at_s + jitter_s, rng))
     return plan
+
+
+def ends_s(plan: Sequence[Planned]) -> float:
+    """When the last fault is over, in seconds after the first step."""
+    return max((planned.at_s + planned.for_s for planned in plan), default=0.0)
+
+
+def pace_s(plan: Sequence[Planned], steps: int, least_s: float) -> float:
+    """How long a step must take at least, so that the job goes on for :data:`REST_S` after its last fault."""
+    return max(least_s, (ends_s(plan) + REST_S) / steps)
 
 
 def _draw(number: int, kind: str, at_s: float, rng: random.Random) -> Planned:

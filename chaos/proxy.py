@@ -38,13 +38,15 @@ class _Weather:
 class Proxy:
     """Passes bytes between its own port and a target. Thread-safe.
 
-    ``fired`` counts the cuts that happened; a cut happens once. ``passed_bytes`` counts both directions. Where the
+    ``fired`` counts the cuts that happened; a cut happens once. ``affected`` counts what a state has changed: pieces
+    that came later or not at all, connections that were refused. ``passed_bytes`` counts both directions. Where the
     target is down, the client's connection is closed, as the target's host would do.
     """
 
     def __init__(self, target: tuple[str, int]) -> None:
         self.fired = 0
         self.passed_bytes = 0
+        self.affected = 0
         self._target = target
         self._lock = threading.Lock()
         self._due: Callable[[Direction, bytes], int | None] | None = None
@@ -138,7 +140,10 @@ class Proxy:
     def _serve(self, client: socket.socket) -> None:
         """One connection, from its beginning to its end; the answers have a thread of their own."""
         with client:
-            if self._weather.refusing or not self._wait_while_silent():
+            if self._weather.refusing:
+                self._note()
+                return
+            if not self._wait_while_silent():
                 return
             try:
                 server = socket.create_connection(self._target, timeout=_CONNECT_S)
@@ -167,6 +172,8 @@ class Proxy:
                 if not self._wait_while_silent():
                     break
                 weather = self._weather
+                if weather.delay_s or weather.bytes_per_s:
+                    self._note()
                 if weather.delay_s:
                     self._closing.wait(weather.delay_s)
                 if weather.bytes_per_s:
@@ -194,14 +201,21 @@ class Proxy:
 
     def _wait_while_silent(self) -> bool:
         """False when the proxy is being closed, or refuses everybody by now."""
+        if self._weather.silent:
+            self._note()
         while self._weather.silent and not self._closing.is_set():
             time.sleep(_SILENT_POLL_S)  # bounded by whoever made the silence
         return not self._closing.is_set() and not self._weather.refusing
 
     def _hang_up(self) -> None:
         with self._lock:
+            self.affected += len(self._open)
             for end in self._open:
                 _shut(end)
+
+    def _note(self) -> None:
+        with self._lock:
+            self.affected += 1
 
 
 def _shut(end: socket.socket) -> None:

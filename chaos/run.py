@@ -44,8 +44,6 @@ class Request:
     plan: Sequence[Planned]
     order: Order
     replay: str
-    normal_step_s: float | None = None
-    """What a step takes when nothing happens, if it was measured."""
 
 
 def carry_out(request: Request, site: Site) -> None:
@@ -70,18 +68,19 @@ def carry_out(request: Request, site: Site) -> None:
             session_timeout_s=SESSION_TIMEOUT_S,
             loses_redis=any(planned.fault.loses_data for planned in request.plan),
             replay=request.replay,
-            normal_step_s=request.normal_step_s,
         )
         runner = _Runner(request, site, job, journal)
         stack.callback(site.make_whole)
+        stack.callback(runner.end_guests)
         stack.callback(job.kill)
-        stack.enter_context(_reader(order, site))
+        stack.enter_context(_reader(order, site, journal))
         stack.enter_context(closing(Sampler(journal, site, order.journals)))
         begun_s = time.monotonic()
         code: int | None = None
         try:
             code = runner.run()
-        except (OutOfTime, EndedEarly, NotFired) as error:
+        except Exception as error:
+            # Whatever it is (the job, a fault that did not happen, or the harness), the run proves nothing.
             journal.record("broken", why=f"{type(error).__name__}: {error}")
         _record_final(journal, order, site)
         journal.record("end", exit_code=code, wall_s=time.monotonic() - begun_s)
@@ -94,8 +93,10 @@ class _Runner:
         self._journal = journal
         self._tail = Tail(request.order.journals)
         self._end_s = time.monotonic() + _GRACE_S + 2 * request.order.steps * max(request.order.pace_s, 0.02)
-        self._scene = Scene(site, request.order, job, self._tail, self._wait, self._until)
+        self._scene = Scene(site, request.order, job, self._tail, self._wait, self._until, [])
         self._code: int | None = None
+        self._quiet = False
+        """All faults are over."""
 
     def run(self) -> int:
         plan = list(self._request.plan)
@@ -112,7 +113,7 @@ class _Runner:
             self._wait(started_s + planned.at_s - time.monotonic())
             self._strike(planned, announced=False)
         self._journal.record("quiet")
-        self._request.order.calm.touch()
+        self._quiet = True
         while self._code is None:
             self._turn()
         return self._code
@@ -124,6 +125,12 @@ class _Runner:
             self._journal.record("fired", id=planned.id, evidence=evidence)
             self._wait(planned.for_s)
         self._journal.record("healed", id=planned.id)
+
+    def end_guests(self) -> None:
+        """End what faults have started besides the job."""
+        for guest in self._scene.guests:
+            guest.kill()
+            guest.wait(_READER_END_S)
 
     def _first_step(self) -> bool | None:
         self._tail.look()
@@ -146,7 +153,7 @@ class _Runner:
         """Tend the job, and let a little time pass."""
         if self._code is None:
             self._code = self._job.tend()
-            if self._code is not None and self._code != 0:
+            if self._code is not None and (self._code != 0 or not self._quiet):
                 raise EndedEarly(f"the job ended with exit code {self._code}; see {self._request.order.log}")
         if time.monotonic() > self._end_s:
             self._tail.look()
@@ -155,7 +162,7 @@ class _Runner:
 
 
 @contextmanager
-def _reader(order: Order, site: Site) -> Iterator[None]:
+def _reader(order: Order, site: Site, journal: Journal) -> Iterator[None]:
     reader = site.zygote.spawn(
         "reader",
         "chaos.reader:main",
@@ -168,7 +175,7 @@ def _reader(order: Order, site: Site) -> Iterator[None]:
         yield
     finally:
         reader.terminate()
-        reader.wait(_READER_END_S)
+        journal.record("reader", exit_code=reader.wait(_READER_END_S))
 
 
 def _record_final(journal: Journal, order: Order, site: Site) -> None:

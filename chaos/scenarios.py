@@ -46,6 +46,7 @@ def _rows() -> list[Scenario]:
         Scenario("kill-redis-briefly", ("kill-redis-briefly",), commit_every=100),
         *(Scenario(name, (f"die-{name}", f"hang-{name}")) for name in failpoints),
         *(Scenario(name, (name,)) for name in ("wipe-redis", "wipe-zookeeper", "damage-value", "flush-functions")),
+        Scenario("wipe-redis-between-commits", ("wipe-redis",), commit_every=100),
         *(Scenario(name, (name,)) for name in ("redis-memory-limit", "redis-disk-slow")),
         Scenario("redis-disk-full", ("redis-disk-full",), small_disk=True),
         *(Scenario(name, (name,), Shape.PROXIED) for name in proxied),

@@ -9,20 +9,24 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-import psutil
 import redis
 
+from chaos.cluster.zygote import Process as Guest
 from chaos.faults import FAULTS
 from chaos.job import Job, Order, session_of, signal_if_alive, start_role
 from chaos.plan import Planned
 from chaos.proxy import Proxy
 from chaos.site import SERVERS_HOSTED, WORKERS, ZOOKEEPER_NODES, Site
-from chaos.tail import Process, Tail
+from chaos.tail import Process, Tail, alive
 from psa_store.failpoints import Strike, arm, disarm, struck
+from psa_store.layout import layout_from_json
+from psa_store.plan import newest_common
+from psa_store.storage import RedisStore
 
 FIRE_WITHIN_S = 20.0
 """How long a fault that waits for something in the job may take to happen."""
@@ -33,6 +37,7 @@ _DELAY_S = 0.03
 _ZK_DELAY_S = 0.1
 _SLOW_LINK_BYTES_PER_S = 1_000_000
 _JUMP_S = 3600
+_TRIES = 5
 T = TypeVar("T")
 Striker = Callable[["Scene", Planned], AbstractContextManager[str]]
 
@@ -53,6 +58,8 @@ class Scene:
     """Let the run go on for so many seconds; raises when the run is over its time."""
     until: Callable[[Callable[[], T | None], float, str], T]
     """Let the run go on until something is there; raises NotFired with the text after so many seconds."""
+    guests: list[Guest]
+    """Processes that a fault has started besides the job; they are ended after the run."""
 
 
 @contextmanager
@@ -160,7 +167,7 @@ def _kill_run(scene: Scene, planned: Planned) -> Iterator[str]:
         raise NotFired("there was no `psa run` to kill")
     children = scene.job.kill_main()
     scene.until(
-        lambda: True if not any(psutil.pid_exists(pid) for pid in children) else None,
+        lambda: True if not any(alive(child) for child in children) else None,
         FIRE_WITHIN_S,
         f"children of a killed `psa run` live on: {children}",
     )
@@ -276,7 +283,7 @@ def _provoke(scene: Scene, planned: Planned, name: str) -> str:
     if name == "worker.loaded":
         return "; to provoke it, " + _kill([_choose(_living(scene, "worker"), planned, "worker").pid])
     if room == "handover":
-        start_role(scene.site, scene.order, "server-more", {})
+        scene.guests.append(start_role(scene.site, scene.order, "server-more", {}))
         return "; to provoke it, a server joined"
     return ""
 
@@ -308,18 +315,40 @@ def _flush_functions(scene: Scene, _planned: Planned) -> Iterator[str]:
 
 @contextmanager
 def _damage_value(scene: Scene, planned: Planned) -> Iterator[str]:
-    """Flip a bit of a chunk that the newest version needs, and make the servers read it."""
-    with _client(scene) as client:
-        chunks = sorted(
-            (key for key in client.scan_iter(count=1000) if client.type(key) == b"string" and b":param:" in key),
-            key=lambda key: client.object("idletime", key) or 0,
-        )
-        lasting = [key for key in chunks if client.ttl(key) == -1 and client.strlen(key) > 64]
-        key = _choose(lasting, planned, "stored chunk")
-        at = planned.number % client.strlen(key)
-        (byte,) = client.getrange(key, at, at)
-        client.setrange(key, at, bytes([byte ^ 0x10]))
-    yield f"bit flipped in {key.decode()} at {at}; " + _kill([each.pid for each in _living(scene, "server")])
+    """Flip a bit of the version that a take-over would begin with, and kill all servers; a server must find it."""
+    job = scene.order.name
+    with _client(scene) as client, closing(RedisStore(scene.site.redis.url, timeout_s=5.0)) as store:
+        found = store.read_job(job)
+        if found is None:
+            raise NotFired("the job is not stored")
+        versioned = [shard.index for shard in layout_from_json(found[1]).versioned]
+
+        def newest() -> int | None:
+            heads = store.heads(job, versioned)
+            return newest_common({head.shard: [each.version for each in head.manifests] for head in heads})
+
+        for _ in range(_TRIES):
+            version = newest()
+            (head,) = store.heads(job, [_choose(versioned, planned, "shard")])
+            manifest = head.manifest(-1 if version is None else version)
+            if manifest is None:
+                continue
+            key = manifest.chunk_keys(job, head.shard)[0]
+            at = planned.number % manifest.sections[0].size_bytes
+            (byte,) = client.getrange(key, at, at)
+            client.setrange(key, at, bytes([byte ^ 0x10]))
+            killed = _kill([each.pid for each in _living(scene, "server")])
+            if newest() == version:
+                break  # else a commit was faster, and nobody will read what we have damaged
+        else:
+            raise NotFired("there was a newer version each time that one was damaged")
+
+    def noticed() -> bool | None:
+        scene.tail.look()
+        return True if scene.tail.condemned else None
+
+    scene.until(noticed, FIRE_WITHIN_S, f"nobody noticed that {key} is damaged")
+    yield f"bit flipped in {key} at {at}; {killed}; a server put version {version} aside"
 
 
 @contextmanager
@@ -348,7 +377,7 @@ def _redis_disk_full(scene: Scene, _planned: Planned) -> Iterator[str]:
                 try:
                     client.set("chaos:full", b"x" * 1024)
                 except redis.exceptions.RedisError as error:
-                    return str(error)
+                    return str(error) if "MISCONF" in str(error) or "No space" in str(error) else None
             return None
 
         yield scene.until(refused, FIRE_WITHIN_S, "Redis went on writing to a full disk")
@@ -379,13 +408,13 @@ def _alternating(on: Callable[[], object], off: Callable[[], object], on_s: floa
             off()
             ended.wait(off_s)
 
-    thread = threading.Thread(target=alternate, name="chaos-alternating")
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="chaos-alternating") as pool:
+        alternating = pool.submit(alternate)
+        try:
+            yield
+        finally:
+            ended.set()
+            alternating.result()
 
 
 @contextmanager
@@ -448,8 +477,11 @@ def _link(scene: Scene, planned: Planned) -> Iterator[str]:
                 proxy.stall()
             case _:
                 proxy.refuse()
+    before = sum(proxy.affected for proxy in proxies)
     try:
-        yield f"{what} at {len(proxies)} proxies after {sum(proxy.passed_bytes for proxy in proxies)} bytes"
+        yield f"{what} at {len(proxies)} proxies"
+        if sum(proxy.affected for proxy in proxies) == before:
+            raise NotFired(f"{what}: nothing passed the proxies while it lasted")
     finally:
         for proxy in proxies:
             proxy.pass_all()
@@ -485,6 +517,10 @@ def _cut(scene: Scene, planned: Planned) -> Iterator[str]:
             else:
                 network.cut_one_way(source, target)
     try:
+        for source in sources:
+            for target in targets:
+                if network.reaches(source, target):
+                    raise NotFired(f"{how}: {source} still reaches {target}")
         yield f"{how} {sources} -> {targets}"
     finally:
         network.heal()
@@ -498,6 +534,8 @@ def _isolate(scene: Scene, planned: Planned) -> Iterator[str]:
     name = f"zk{_zookeeper_nodes(scene, planned)[0]}" if role == "zk-leader" else _hosts(role, planned)[0]
     network.isolate(name)
     try:
+        if network.reaches(name, "redis" if name != "redis" else "zk0"):
+            raise NotFired(f"{name} still reaches others")
         yield f"{name} is isolated"
     finally:
         network.heal()

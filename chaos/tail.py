@@ -17,12 +17,20 @@ class Process:
     name: str
     pid: int
 
+    handle: psutil.Process | None
+    """None if it was gone before we could look. Knows it from a later process with the same pid."""
+
     @property
     def lives(self) -> bool:
-        try:
-            return psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return self.handle is not None and alive(self.handle)
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it is still the same process, and no zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Tail:
@@ -38,6 +46,8 @@ class Tail:
         """The newest version that a worker was told of, in whatever epoch."""
         self.committed = 0
         """The newest version that a server has committed."""
+        self.condemned = 0
+        """Damaged versions that a server has put aside."""
         self.steps = 0
         """Acknowledged versions that were seen, recomputed ones included."""
 
@@ -71,9 +81,15 @@ class Tail:
             self.version = max(self.version, json.loads(line)["version"])
         elif b'"committed"' in line:
             self.committed = max(self.committed, json.loads(line)["version"])
+        elif b'"condemned"' in line:
+            self.condemned += 1
         elif b'"begin"' in line:
             begin = json.loads(line)
-            self._processes[path] = Process(begin["role"], begin["name"], begin["pid"])
+            try:
+                handle = psutil.Process(begin["pid"])
+            except psutil.NoSuchProcess:
+                handle = None
+            self._processes[path] = Process(begin["role"], begin["name"], begin["pid"], handle)
         elif b'"elected"' in line:
             # Not the last one read: two looks may be long apart, and journals are read one after the other.
             elected = (float(json.loads(line)["t"]), path)

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,6 @@ from psa_store.config import load_settings
 from psa_store.journal import Journal
 
 MEETING_STEP = 20
-SLOW_PACE_S = 0.1
-SLOW_STEPS = 100
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -74,7 +71,6 @@ def main() -> None:
     options.add_argument("--total", type=int, help="length of the learning rate's schedule, if not --steps")
     options.add_argument("--width", type=int, default=64)
     options.add_argument("--pace-s", type=float, default=0.004)
-    options.add_argument("--slow-until", type=Path, help="take the last steps slowly, until this file exists")
     options.add_argument("--meet", type=int, default=0, help="go on after step 20 once so many workers hold ranks")
     options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
     options.add_argument("--lr", type=float, default=0.01)
@@ -102,9 +98,7 @@ def main() -> None:
                 journal.record("batch", epoch=worker.epoch, version=worker.version, rank=worker.rank, digest=seen)
             while worker.version == MEETING_STEP and worker.members < args.meet:
                 time.sleep(0.01)  # members is read, not announced, to user code; the test that starts us has a deadline
-            late = worker.version > args.steps - SLOW_STEPS
-            slow = late and args.slow_until and not args.slow_until.exists()
-            time.sleep(SLOW_PACE_S if slow else args.pace_s)  # what a larger model would compute
+            time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)
             if worker.version == args.poison_at and worker.rank == worker.ranks - 1:
                 loss = loss * float("nan")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chaos.check import bits, durability, exactly_once, fencing, fired, trends
+from chaos.check import bits, durability, exactly_once, fencing, fired, observed, trends
 from chaos.check.recovery import Recovery, Steps, goodput, recoveries, steps_of
 from chaos.check.violation import Violation
 from chaos.journal import Journal, Truth
@@ -15,6 +15,7 @@ CHECKS = {
     "fencing": fencing.check,
     "durability": durability.check,
     "fired": fired.check,
+    "observed": observed.check,
     "trends": trends.check,
 }
 
@@ -40,7 +41,7 @@ def judge(journal: Journal, known: Truth) -> Verdict:
     return Verdict(
         violations=tuple(found),
         recoveries=tuple(recoveries(journal, steps)),
-        goodput=goodput(journal, steps),
+        goodput=goodput(steps),
         normal_step_s=steps.normal_s,
         wall_s=steps.times[-1] - steps.times[0] if steps.times else 0.0,
     )

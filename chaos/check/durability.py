@@ -1,8 +1,9 @@
 """What was said to be durable is never lost, and no more than a bounded number of steps is computed again.
 
-A version counts as durable once all servers of an epoch have said so: every later epoch must begin there or later. And
-an epoch begins at most two commit intervals behind what the one before it had applied: one interval because steps are
-committed only so often, one more because a commit may be under way while training goes on.
+A version counts as durable once all servers of an epoch have said so, or an epoch has begun with it: every later epoch
+must begin there or later. And an epoch begins at most two commit intervals behind what the one before it had applied:
+one interval because steps are committed only so often, one more because a commit may be under way while training goes
+on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def check(journal: Journal, _known: Truth) -> list[Violation]:
             if max(lost, default=0) > epoch.resume:
                 text = f"epoch {epoch.number} began at {epoch.resume}, but {max(lost)} was durable in epoch {number}"
                 violations.append(Violation(_NAME, text, epoch.published_at))
+        if epoch.resume < before.resume:
+            text = f"epoch {epoch.number} began at {epoch.resume}, but epoch {before.number} had read {before.resume}"
+            violations.append(Violation(_NAME, text, epoch.published_at))
         bound = 2 * journal.scenario["commit_every"]
         if epoch.resume < before.newest - bound:
             text = f"epoch {epoch.number} began at {epoch.resume}: more than {bound} steps before {before.newest}"

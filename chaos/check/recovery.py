@@ -97,10 +97,10 @@ def recoveries(journal: Journal, steps: Steps) -> list[Recovery]:
     return found
 
 
-def goodput(journal: Journal, steps: Steps) -> float:
+def goodput(steps: Steps) -> float:
     """Useful steps, each at its normal length, in the wall time from the first to the last."""
     if len(steps.times) < 2:
         return 0.0
-    normal_s = journal.scenario.get("normal_step_s") or steps.normal_s
+    normal_s = steps.normal_s
     useful = max(steps.versions) - steps.versions[0]
     return min(1.0, useful * normal_s / (steps.times[-1] - steps.times[0]))

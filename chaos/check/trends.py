@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from statistics import median
 
+from chaos.check.observed import LONG_S
 from chaos.check.violation import Violation
 from chaos.journal import Event, Journal, Truth
 
 _NAME = "trends"
-_LONG_S = 300.0
 _YOUNG_S = 20.0
 """A process that has just started is still growing to its size."""
 _ALLOWED = {
@@ -25,7 +25,7 @@ _ALLOWED = {
 def check(journal: Journal, _known: Truth) -> list[Violation]:
     """See the module."""
     samples = journal.of("sample")
-    if not samples or samples[-1].t - samples[0].t < _LONG_S:
+    if not samples or samples[-1].t - samples[0].t < LONG_S:
         return []
     begun, length = samples[0].t, samples[-1].t - samples[0].t
     born: dict[int, float] = {}

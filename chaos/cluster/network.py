@@ -18,8 +18,10 @@ import os
 import random
 import re
 import shutil
+import socket
 import string
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -41,6 +43,8 @@ _QUEUE_MS = 200
 _COMMAND_S = 30.0
 _FORWARDING_S = 10.0
 _POLL_S = 0.005
+_PROBE_S = 0.3
+_CLOSED_PORT = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,28 @@ class Network:
         self._throttled.add(name)
         limit = f"tbf rate {bytes_per_s}bps burst {_BURST_BYTES} latency {_QUEUE_MS}ms"
         self._set_queue(name, limit)
+
+    def reaches(self, source: str, target: str) -> bool:
+        """Whether a packet of ``source`` gets to ``target`` and an answer comes back."""
+        found: list[bool] = []
+
+        def probe() -> None:
+            enter(_namespace(self.host(source)))
+            with socket.socket() as sock:
+                sock.settimeout(_PROBE_S)
+                try:
+                    sock.connect((self.host(target).address, _CLOSED_PORT))
+                except ConnectionRefusedError:
+                    found.append(True)  # nobody listens there, but somebody answered
+                except OSError:
+                    found.append(False)
+                else:
+                    found.append(True)
+
+        thread = threading.Thread(target=probe, name="chaos-probe")  # of its own: it does not come back
+        thread.start()
+        thread.join()
+        return found == [True]
 
     def heal(self) -> None:
         """Undo all faults. Idempotent."""

@@ -30,6 +30,9 @@ class RedisNode:
             self._mounted = True
         # Without a password it serves other hosts only if told to; the network is the test's own.
         options = {} if host.namespace is None else {"protected-mode": "no"}
+        if disk_mb is None:
+            # What Redis acknowledged must be safe, so that the judge may insist. (With this, a full disk ends Redis.)
+            options["appendfsync"] = "always"
         self._server = PrivateRedis(folder, options, place_on(host))
         self._by_socket = host.namespace is None
 

@@ -4,9 +4,10 @@
     /psa/<job>/barriers/<id>/<member>   the member has arrived, with what it brings                  ephemeral
 
 One compare-and-set takes the document from OPEN to DONE or to ABORTED, and it is never written again: all who read an
-outcome read the same. Whoever arrives looks who else has; ZooKeeper orders the arrivals, so the last one sees them all,
-and nobody needs to watch the arrivals. What aborts is found by whoever minds: the controller when a member or its own
-epoch is gone, anybody when his patience is. Waiting is watching the document. Only ``coordination.py`` may use this.
+outcome read the same. DONE is written only while the epoch is still the barrier's, in one transaction. Whoever arrives
+looks who else has; ZooKeeper orders the arrivals, so the last one sees them all, and nobody needs to watch them.
+What aborts is found by whoever minds: the controller when a member or its own epoch is gone, anybody when his patience
+is. Waiting is watching the document. Only ``coordination.py`` may use this.
 
 Kazoo's DoubleBarrier counts instead of naming, keeps its mark of success beyond the members' death, and has no
 deadline: after all members died, one alone passes it (``chaos/planted/double_barrier.py`` shows that).
@@ -142,7 +143,13 @@ def _decide(requests: Requests, path: str, epoch_path: str, *, gone: Collection[
         if decided is barrier:
             return barrier
         failpoint("barrier.before_decision")
-        if requests.set(path, _written(decided), node.version) is not None:
+        text = _written(decided)
+        if decided.state is BarrierState.DONE and newest is not None:
+            # Whoever takes an epoch now must find that it aborts this barrier, or that it came too late.
+            written = requests.set_while(path, text, node.version, newest)
+        else:
+            written = requests.set(path, text, node.version)
+        if written is not None:
             failpoint("barrier.decided")
             return decided
 

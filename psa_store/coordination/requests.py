@@ -107,6 +107,16 @@ class Requests:
             return None
         return Znode(path, text, stat.version, stat.ephemeralOwner)
 
+    def set_while(self, path: str, text: str, version: int, unchanged: Znode) -> Znode | None:
+        """Replace the text if another node is still as it was read, in one transaction; None if either is not."""
+        transaction = self._client.transaction()
+        transaction.check(unchanged.path, unchanged.version)
+        transaction.set_data(path, _encode(path, text), version)
+        checked, stat = self._answer(transaction.commit_async())
+        if isinstance(checked, Exception) or isinstance(stat, Exception):
+            return None
+        return Znode(path, text, stat.version, stat.ephemeralOwner)
+
     def delete(self, *paths: str) -> None:
         """Delete nodes that may be absent; those with children stay."""
         asked = [self._client.delete_async(path) for path in paths]

@@ -18,7 +18,6 @@ from psa_store.consistency import Arrivals, Offer, Update
 from psa_store.failpoints import failpoint
 from psa_store.journal import fingerprint_text
 from psa_store.plan import Phase, Plan
-from psa_store.server.committer import Work
 from psa_store.server.course import Course, Done, Tools
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Applied, Committed, Snapped
@@ -100,8 +99,7 @@ class ArrivalCourse(Course):
                     self._reserved = False
                     clocks = [lead.copied_clocks for lead in self.versioned.values()]
                     self._copied_clocks = [min(each) for each in zip(*clocks, strict=True)]
-                    frozen = {i: lead for i, lead in self.leads.items() if i not in self.versioned}
-                    self._tools.committer.submit(Work(letter.epoch, version, self.versioned, frozen))
+                    self._tools.committer.submit(self._work(version))
 
     def end(self) -> None:
         if self._reserved:

@@ -2,9 +2,9 @@
 
 Redis may be away: the committer tries again until it succeeds, is abandoned (the epoch is over) or is fenced. Redis
 may come back older than it was (a lost tail of the log, a replica that was behind), or empty (wiped): then the seal is
-renewed and the newest committed version is written again from the snapshot that is still in memory, so that the loss
-heals within about a second and not with the next commit. What never changes, the job's documents and its frozen shards,
-is written again as well where it is missing.
+renewed and the newest committed version is written again from the snapshot that is still in memory, or the one at which
+the epoch began, so that the loss heals within about a second and not with the next commit. What never changes, the job's
+documents and its frozen shards, is written again as well where it is missing.
 
 The snapshot belongs to whoever holds the *reservation*: the engine from :meth:`Committer.reserve` to
 :meth:`Committer.submit` or :meth:`Committer.cancel`, the committer from there until it has posted the outcome.
@@ -58,6 +58,8 @@ class Committer:
         self._changed = threading.Condition()
         self._work: Work | None = None
         self._last: Work | None = None
+        """What Redis is known to have, with its snapshots in memory."""
+        self._begun_with: Work | None = None
         self._reserved = False
         self._epoch = 0
         self._closing = False
@@ -91,8 +93,15 @@ class Committer:
         """Work of older epochs is pointless from now on."""
         with self._changed:
             self._epoch = epoch
-            self._last = None
+            self._last = self._begun_with = None
             self._changed.notify_all()
+
+    def adopt(self, work: Work) -> None:
+        """Redis has this already, at the beginning of an epoch: see to it that it stays so."""
+        with self._changed:
+            self._begun_with = work
+            if not self._reserved:
+                self._last = work
 
     def close(self) -> None:
         with self._changed:
@@ -114,7 +123,8 @@ class Committer:
                 with self._changed:
                     self._work = None
                     self._reserved = False
-                    self._last = work if isinstance(outcome, Committed) else None
+                    done = isinstance(outcome, Committed) and work.epoch == self._epoch
+                    self._last = work if done else self._begun_with
                     self._changed.notify_all()
                 if outcome is not None:
                     self._post(outcome)
@@ -131,6 +141,7 @@ class Committer:
     def _commit(self, work: Work) -> Committed | Lost | None:
         """Write all shards of ``work``; None if the epoch ended meanwhile."""
         manifests: dict[int, Manifest] = {}
+        run_id = self._redis_run_id()  # before the first shard: a restart in mid-commit must be noticed afterwards
         while len(manifests) < len(work.leads):
             if not self._wanted(work):
                 return None
@@ -144,7 +155,7 @@ class Committer:
             except Exception as error:
                 # Fenced, mostly. Whatever it is, this epoch cannot be committed: a take-over starts from Redis.
                 return Lost(work.epoch, str(error) if isinstance(error, PsaError) else repr(error))
-        self._remember_redis()
+        self._run_id = run_id
         return Committed(work.epoch, work.version, manifests)
 
     def _write(self, work: Work, manifests: dict[int, Manifest]) -> None:
@@ -193,17 +204,22 @@ class Committer:
     def _lost_frozen(self, work: Work) -> list[int]:
         return [head.shard for head in self._store.heads(self._job, work.frozen) if head.manifest(0) is None]
 
-    def _remember_redis(self) -> None:
+    def _redis_run_id(self) -> str:
+        """Empty, which no Redis has, if it does not answer."""
         try:
-            self._run_id = self._store.server_run_id()
+            return self._store.server_run_id()
         except DependencyUnreachable:
-            self._run_id = ""
+            return ""
 
     def _heal(self, last: Work) -> None:
-        """If Redis was restarted or failed over and lost the last commit, write it again."""
+        """If Redis was restarted, failed over or wiped and lost the last commit, write it again.
+
+        Another server may have noticed a wipe before us, and written the documents: our own shards tell.
+        """
         try:
             run_id = self._store.server_run_id()
-            if run_id == self._run_id and self._store.has_job(self._job) and not self._lost_frozen(last):
+            whole = self._store.has_job(self._job) and not self._store.missing(self._job, [*last.leads, *last.frozen])
+            if run_id == self._run_id and whole:
                 return
             self._restore_what_never_changes(last)
             heads = self._store.seal(self._job, last.leads, last.epoch, self._layout)

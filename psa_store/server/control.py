@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from psa_store import telemetry
 from psa_store.coordination import Coordination, MemberKind, Versioned
-from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, Fenced, Rewound
 from psa_store.failpoints import failpoint
 from psa_store.journal import Journal
 from psa_store.layout import Layout, Role
@@ -292,7 +292,12 @@ class Control:
             if shard.role is Role.FROZEN or not self._older_version_exists(plan):
                 raise
             self._log.error("a damaged version is put aside", version=version, why=str(error))
-            self._store.condemn(self._job, head.shard, plan.epoch, version)
+            try:
+                self._store.condemn(self._job, head.shard, plan.epoch, version)
+            except (Fenced, Rewound) as late:
+                self._log.info("overtaken while loading", epoch=plan.epoch, why=str(late))
+                return None  # a newer plan is coming
+            self._journal.record("condemned", epoch=plan.epoch, shard=head.shard, version=version)
             self._ask_for_take_over(plan.epoch, str(error))
             return None
         lead.loaded(manifest)

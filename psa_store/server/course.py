@@ -20,7 +20,7 @@ from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
 from psa_store.plan import Phase, Plan
 from psa_store.server.arithmetic import INLINE_BYTES, Arithmetic
-from psa_store.server.committer import Committer
+from psa_store.server.committer import Committer, Work
 from psa_store.server.lead import Lead
 from psa_store.server.letters import (
     Applied,
@@ -75,6 +75,9 @@ class Course(ABC):
         self._tools = tools
         self._inline = sum(lead.shard.size_bytes for lead in leads.values()) < INLINE_BYTES
         self._reported: ToControl | None = None
+        for lead in self.versioned.values():
+            lead.take_snapshot()  # if Redis is wiped before our first commit, nobody else has it
+        tools.committer.adopt(self._work(plan.resume))
 
     # --- what the engine tells
 
@@ -138,6 +141,11 @@ class Course(ABC):
         """The version at which all shards here stand still and whole; None if there is none."""
 
     # --- for the courses
+
+    def _work(self, version: int) -> Work:
+        """The snapshots are this version."""
+        frozen = {i: lead for i, lead in self.leads.items() if i not in self.versioned}
+        return Work(self.plan.epoch, version, self.versioned, frozen)
 
     def _held(self, version: int, newest: int) -> bool:
         """Whether the plan's phase forbids to go on; tells control once we stand where it wants us.

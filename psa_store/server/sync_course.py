@@ -16,7 +16,6 @@ from psa_store.layout import Role
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Phase, Plan
 from psa_store.server.arithmetic import ShardWork
-from psa_store.server.committer import Work
 from psa_store.server.course import Course, Done, Tools
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Applied, Measured, Moved, Snapped, ToEngine, Updated
@@ -96,8 +95,7 @@ class SyncCourse(Course):
                 self._step.advance()
                 self._stage = Stage.COLLECTING
             case Snapped():
-                frozen = {i: lead for i, lead in self.leads.items() if i not in self.versioned}
-                self._tools.committer.submit(Work(letter.epoch, letter.version, self.versioned, frozen))
+                self._tools.committer.submit(self._work(letter.version))
                 self._stage = Stage.COLLECTING
 
     def end(self) -> None:

@@ -131,6 +131,12 @@ class RedisStore:
             heads.append(head_from_fields(job, shard, dict(zip(flat[::2], flat[1::2], strict=True))))
         return heads
 
+    def missing(self, job: str, shards: Iterable[int]) -> list[int]:
+        """Those of which nothing is known, as after a wipe. Cheaper than reading their heads."""
+        listed = list(shards)
+        exist = self._caller.retrying(partial(self._exist, [keys.head(job, shard) for shard in listed]))
+        return [shard for shard, there in zip(listed, exist, strict=True) if not there]
+
     def heads(self, job: str, shards: Iterable[int]) -> list[Head]:
         """What is committed, without changing anything."""
         listed = list(shards)

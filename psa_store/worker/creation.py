@@ -18,7 +18,7 @@ from typing import Any
 from psa_store import telemetry
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, JobBusy, JobMismatch
+from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch
 from psa_store.failpoints import failpoint
 from psa_store.job import (
     COMMIT_EVERY_DEFAULT,
@@ -84,6 +84,9 @@ def join_or_create(
                 if store.read_job(wanted.name) is None:
                     _create(wanted, arena, layout, settings, store, coordination)
                     log.info("job created", job=wanted.name, shards=len(layout.shards))
+            except Fenced as error:
+                # We slept past our session, and another has taken our place: the job is there, or will be.
+                log.warning("somebody else creates the job", job=wanted.name, why=str(error))
             finally:
                 coordination.release(CREATOR)
         else:

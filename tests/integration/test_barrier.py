@@ -178,3 +178,22 @@ def test_what_is_not_a_barrier_is_refused(members: list[Member], raw: KazooClien
     raw.set(f"/psa/{job}/barriers/{opened}", b"[]")
     with pytest.raises(DataIntegrity, match="not a barrier"):
         members[0].arrive(opened)
+
+
+def test_an_epoch_that_begins_in_the_moment_of_the_decision_aborts(
+    members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last to arrive has read the old epoch and is about to write DONE when a controller takes the next one."""
+    first, last = members
+    epoch = first.door.next_epoch()
+    opened = first.door.open_barrier(epoch, ["a", "b"])
+    first.arrive(opened)
+
+    def at(name: str, _number: int = 0) -> None:
+        if name == "barrier.before_decision":
+            monkeypatch.undo()
+            assert first.door.next_epoch() > epoch
+
+    monkeypatch.setattr("psa_store.coordination.barrier.failpoint", at)
+    seen = last.arrive(opened)
+    assert seen is not None and seen.state is ABORTED, seen

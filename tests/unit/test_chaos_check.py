@@ -74,6 +74,8 @@ class Story:
         self.t += pause_s
 
     def end(self) -> None:
+        self.tell("reader", "0", "read", version=30, digest="d30")
+        self.tell("harness", "0", "reader", exit_code=0)
         self.tell("server", "s0", "durable", epoch=9, version=STEPS)
         self.tell("worker", "w0", "finished", version=STEPS)
         self.tell("harness", "0", "final", version=STEPS, digest="F")
@@ -152,6 +154,36 @@ def test_ranks_that_compute_differently_are_seen(story: Story) -> None:
 def test_another_result_is_seen(story: Story, event: str, fields: dict[str, Any]) -> None:
     story.change(event, -1, **fields)
     assert story.broken() == {"bits"}
+
+
+@pytest.mark.parametrize("event", ["read", "reader"])
+def test_a_reader_that_did_not_look_is_seen(story: Story, event: str) -> None:
+    story.drop(event)
+    assert story.broken() == {"observed"}
+
+
+def test_a_reader_that_never_saw_a_head_is_seen(story: Story) -> None:
+    story.events = [event for event in story.events if event.event != "head"]
+    assert story.broken() == {"observed"}
+
+
+@pytest.mark.parametrize(("loses", "broken"), [(False, {"observed"}), (True, set())])
+def test_a_damaged_value_that_the_reader_met_is_seen(story: Story, loses: bool, broken: set[str]) -> None:
+    story.change("scenario", loses_redis=loses)
+    story.tell("reader", "0", "failed", error="DataIntegrity: job 'x', shard 1: its digest does not match")
+    assert story.broken() == broken
+
+
+def test_an_epoch_that_begins_before_the_one_before_it_is_seen() -> None:
+    """Whoever resumed at 20 has read it from every shard, even if nobody lived to say that it was committed."""
+    story = Story()
+    story.epoch(1, 0, 27)
+    story.events = [event for event in story.events if event.event != "committed"]
+    story.epoch(2, 20, 27)
+    story.fault()
+    story.epoch(3, 10, STEPS)
+    story.end()
+    assert story.broken() == {"durability"}
 
 
 @pytest.mark.parametrize("role", ["train", "reader"])
