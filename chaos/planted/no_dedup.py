@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from psa_store.consistency import RANK_OF_BUFFERS, Offer, ShardStage, SyncStep
+from psa_store.consistency import RANK_OF_BUFFERS, Offer, SyncStep
 from psa_store.server.lead import Lead
 
 
@@ -17,7 +17,7 @@ def plant() -> None:
     def take_all(self: SyncStep, step: int, shard: int, rank: int) -> Offer:
         judged = offer(self, step, shard, rank)
         again = judged is Offer.DUPLICATE and step == self.version and shard in self._trained
-        return Offer.NEW if again and self._stage[shard] is ShardStage.COLLECTING else judged
+        return Offer.NEW if again else judged
 
     def accept_again(self: SyncStep, shard: int, rank: int, *, finite: bool = True) -> bool:
         if shard in self._trained and rank in self._arrived[shard]:

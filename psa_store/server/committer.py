@@ -3,8 +3,8 @@
 Redis may be away: the committer tries again until it succeeds, is abandoned (the epoch is over) or is fenced. Redis
 may come back older than it was (a lost tail of the log, a replica that was behind), or empty (wiped): then the seal is
 renewed and the newest committed version is written again from the snapshot that is still in memory, or the one at which
-the epoch began, so that the loss heals within about a second and not with the next commit. What never changes, the job's
-documents and its frozen shards, is written again as well where it is missing.
+the epoch began, so that the loss heals within about a second and not with the next commit. What never changes (the
+documents of the job, its frozen shards) is written again as well where it is missing.
 
 The snapshot belongs to whoever holds the *reservation*: the engine from :meth:`Committer.reserve` to
 :meth:`Committer.submit` or :meth:`Committer.cancel`, the committer from there until it has posted the outcome.
