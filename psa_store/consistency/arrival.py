@@ -5,15 +5,13 @@ pushes 0, 1, 2, ..., and a shard takes each number once and in this order. So th
 they are committed with it, and after any loss the pushes from the clocks on are what must come again. The *version* of
 a shard is the sum of its clocks. Per shard::
 
-    OPEN ──version is the next commit's──▶ DUE ──snapshot taken──▶ OPEN
+    OPEN ──version is the next commit's──▶ DUE ──all shards here are copied──▶ OPEN
 
 * OPEN: the pushes that wait are applied, one after the other as they came.
-* DUE: nothing is applied until its state is copied for the commit. Commits are due at the same versions for all shards
-  of a job (multiples of an interval, where a hand-over stops, the end), so that a version which all shards have
-  committed always exists, although two shards of one version may hold the pushes of different ranks.
-
-A shard is at most one commit ahead of the slowest here: it is DUE at the next version to commit and stays so until all
-shards have been copied for the one before.
+* DUE: nothing is applied until all shards here have come so far and are copied for the commit. Commits are due at the
+  same versions for all shards of a job (multiples of an interval, where a hand-over stops, the end), so that a version
+  which all shards have committed always exists, although two shards of one version may hold the pushes of different
+  ranks.
 
 Invariants: no push counts twice in a shard, and none is left out (the clocks). With a bound, no rank starts step t
 before all ranks have applied t - bound here; since that holds at every server, it holds for the job.
@@ -88,7 +86,7 @@ class Arrivals:
         return [
             waiting[0]
             for shard, waiting in self._waiting.items()
-            if waiting and self.version_of(shard) not in (self._next_commit(shard), self.limit)
+            if waiting and self.version_of(shard) not in (self.commits_next, self.limit)
         ]
 
     def applied(self, update: Update) -> None:
@@ -146,11 +144,3 @@ class Arrivals:
         self._copied_to = self.commits_next
         self._copied.clear()
         return True
-
-    def _next_commit(self, shard: int) -> int:
-        """The version beyond which a shard may not go now."""
-        version = self.commits_next
-        if shard not in self._copied:
-            return version
-        multiple = (version // self._interval + 1) * self._interval
-        return min([multiple, *(stop for stop in self._stops if stop > version)])

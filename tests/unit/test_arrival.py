@@ -143,7 +143,7 @@ class Job(RuleBasedStateMachine):
         return sum(1 for r, _ in self.history[shard] if r == rank)
 
     def applied_everywhere(self, rank: int) -> int:
-        return min(each.clocks()[rank] for each in self.arrivals.values())
+        return min(self.count(shard, rank) for shard in self.history)
 
     def newest_common(self) -> int:
         return max(set.intersection(*(set(each) for each in self.committed.values())))
@@ -158,6 +158,7 @@ class Job(RuleBasedStateMachine):
             return
         slowest = min(self.applied_everywhere(each) for each in range(RANKS))
         assert step - slowest <= STALENESS
+        assert self.applied_everywhere(rank) == step, "it would not see its own push"
         worker.kept.append(step)
         worker.push(step)
         worker.next += 1
