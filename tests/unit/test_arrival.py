@@ -109,7 +109,7 @@ class Rank:
 
 
 class Job(RuleBasedStateMachine):
-    """Two servers and three ranks: what workers and servers do with connections, leaders and commits, in a few lines."""
+    """Two servers and three ranks: what both do with connections, leaders and commits, in a few lines."""
 
     def __init__(self) -> None:
         super().__init__()

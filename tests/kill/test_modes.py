@@ -1,0 +1,106 @@
+"""Kill processes while pushes are applied on arrival: none that was acknowledged is lost, none counts twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from chaos import journal as journals
+from chaos.check.arrival import check_arrivals
+from psa_store.job import job_config_from_json
+from psa_store.layout import layout_from_json
+from tests.harness import Run, Site
+from tests.kill.test_kill import VICTIMS, kill
+
+STEPS, RANKS = 120, 2
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = int(os.environ.get("PSA_TEST_SEED", secrets.randbelow(1 << 30)))
+    print(f"PSA_TEST_SEED={seed}")
+    return random.Random(seed)
+
+
+def start(site: Site, job: str, mode: str, folder: Path, carrier: str = "auto") -> Run:
+    env = {"PSA_JOURNAL": str(folder), "PSA_CARRIER": carrier}
+    return site.run(job, "--steps", str(STEPS), env=env, workers=2, servers=2, ranks=RANKS, mode=mode, commit_every=3)
+
+
+def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> journals.Journal:
+    journal = journals.read(folder)
+    assert check_arrivals(journal) == []
+    with closing(site.store()) as store:
+        found = store.read_job(job)
+        assert found is not None
+        for head in store.heads(job, [shard.index for shard in layout_from_json(found[1]).versioned]):
+            final = head.manifests[-1]
+            assert final.version == STEPS * RANKS
+            assert [final.scalars[f"clock.{rank}"] for rank in range(RANKS)] == [STEPS] * RANKS
+    return journal
+
+
+@pytest.mark.parametrize(
+    ("mode", "victims", "carrier"),
+    [
+        ("async", "a server", "auto"),
+        ("async", "all servers", "tcp"),
+        ("async", "a worker and a server", "auto"),
+        ("ssp:staleness=2", "a server", "tcp"),
+        ("ssp:staleness=2", "a worker", "auto"),
+        ("ssp:staleness=2", "all workers", "auto"),
+    ],
+)
+def test_every_acknowledged_push_counts_once(
+    site: Site, rng: random.Random, tmp_path: Path, mode: str, victims: str, carrier: str
+) -> None:
+    job = f"{mode.partition(':')[0]}-{carrier}-" + victims.replace(" ", "-")
+    run = start(site, job, mode, tmp_path, carrier)
+    for step in sorted(rng.sample(range(5, STEPS - 30), 2)):
+        run.wait_for_step(step)
+        pids = VICTIMS[victims](site, job, rng)
+        kill(pids)
+        print(f"step {step}: killed {pids}")
+        run.wait_for_line(lambda line: "restarting" in line)
+    assert run.finish() == 0, run.output
+    journal = assert_all_pushes_count_once(site, job, tmp_path)
+    assert journal.of("settled"), "nothing was ever acknowledged"
+    if "server" in victims:
+        assert journal.of("replayed"), "nothing had to be pushed again: the kill proves nothing"
+
+
+def test_everything_is_killed_and_the_same_command_resumes(site: Site, rng: random.Random, tmp_path: Path) -> None:
+    for step in sorted(rng.sample(range(15, STEPS - 30), 2)):
+        run = start(site, "async-everything", "async", tmp_path)
+        run.wait_for_step(step)
+        run.kill()
+        print(f"step {step}: killed everything")
+    run = start(site, "async-everything", "async", tmp_path)
+    assert run.finish() == 0, run.output
+    assert_all_pushes_count_once(site, "async-everything", tmp_path)
+
+
+def test_servers_join_and_leave_without_losing_a_push(site: Site, tmp_path: Path) -> None:
+    run = start(site, "async-elastic", "async", tmp_path)
+    run.wait_for_step(20)
+    guest = Run(["server", "--job", "async-elastic"], {**site.env, "PSA_JOURNAL": str(tmp_path)})
+    run.wait_for_line(lambda line: "hand-over at step" in line)
+    guest.process.terminate()
+    assert guest.finish() == 0, guest.output
+    run.wait_for_line(lambda line: "hand-over at step" in line)
+    assert run.finish() == 0, run.output
+    assert_all_pushes_count_once(site, "async-elastic", tmp_path)
+
+
+def test_a_job_keeps_its_mode(site: Site, tmp_path: Path) -> None:
+    assert start(site, "keeps-mode", "ssp:staleness=1", tmp_path).finish() == 0
+    again = start(site, "keeps-mode", "async", tmp_path)
+    assert again.finish() == 2 and "mode='ssp:staleness=1'" in again.output, again.output
+    with closing(site.store()) as store:
+        found = store.read_job("keeps-mode")
+        assert found is not None and str(job_config_from_json(found[0]).mode) == "ssp:staleness=1"
