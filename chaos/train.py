@@ -108,6 +108,7 @@ def main() -> None:
             worker.step()
             if worker.leads_output and worker.version != before:
                 print(f"step {worker.version} epoch {worker.epoch} loss {loss.item():.6f}", flush=True)
+        journal.record("ended", finished=worker.finished, digest=tensors_digest(model.state_dict()))
         if worker.finished:
             print(f"finished {worker.version}", flush=True)
     sys.exit(0)

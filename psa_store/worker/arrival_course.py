@@ -56,7 +56,9 @@ class ArrivalCourse(Course):
         """By server and version that it has committed, how many pushes of each rank are in it."""
         self._brought: set[str] = set()
         self._awaited: tuple[int, int] | None = None
-        self._to_pull: set[int] = {shard.index for shard in tools.layout.shards_of(Role.FROZEN)}
+        self._to_pull: set[int] = set()
+        """Shards that were asked for and are not here yet."""
+        self._frozen_loaded = False
         self._finite = True
 
     # --- what the worker calls
@@ -81,7 +83,7 @@ class ArrivalCourse(Course):
                     return Draw(self._clocks[rank], rank)
             elif steps is None:
                 self._wait()
-            elif self._make_durable(plan, self._owners(), steps * config.ranks):
+            elif self._fetch_last(plan, steps) and self._make_durable(plan, self._owners(), steps * config.ranks):
                 return None
         return None
 
@@ -175,16 +177,11 @@ class ArrivalCourse(Course):
             return False
         self._plan = plan
         self._committed.clear()
-        try:
-            for shard in self._to_pull:
-                self._fleet.pull(plan, shard, 0)
-            while self._to_pull:
-                if self._epoch_is_over(plan):
-                    return False
-                self._pump()
-        except Disconnected as error:
-            self._out_of_sync(str(error))
-            return False
+        if not self._frozen_loaded:
+            self._to_pull = {shard.index for shard in self._tools.layout.shards_of(Role.FROZEN)}
+            if not self._pull(plan, 0):
+                return False
+            self._frozen_loaded = True
         if not self._ask(plan):
             return False
         self.synced_epoch = plan.epoch
@@ -233,6 +230,29 @@ class ArrivalCourse(Course):
             return False
         self._arena.version_arrived()
         self.version = awaited[1]
+        return True
+
+    def _fetch_last(self, plan: Plan, steps: int) -> bool:
+        """Wait for the last push of all ranks, and have what came of it; False if there is something else to do."""
+        self._to_pull = {shard.index for shard in self._tools.layout.versioned}
+        if not self._pull(plan, steps * self._tools.config.ranks):
+            return False
+        self._arena.version_arrived()
+        self.version = steps
+        return True
+
+    def _pull(self, plan: Plan, version: int) -> bool:
+        """Have the shards of ``_to_pull``, at this version; False if the plan or a connection changed meanwhile."""
+        try:
+            for shard in self._to_pull:
+                self._fleet.pull(plan, shard, version)
+            while self._to_pull:
+                if self._tools.membership.standing.plan is not plan or self._told_to_leave:
+                    return False
+                self._pump()
+        except Disconnected as error:
+            self._out_of_sync(str(error))
+            return False
         return True
 
     def _out_of_sync(self, why: str) -> None:

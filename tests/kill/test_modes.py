@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import psa_store as psa
 from chaos import journal as journals
 from chaos.check.arrival import check_arrivals
+from psa_store.bench.digest import tensors_digest
 from psa_store.job import job_config_from_json
 from psa_store.layout import layout_from_json
 from tests.harness import Run, Site
@@ -27,9 +29,10 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-def start(site: Site, job: str, mode: str, folder: Path, carrier: str = "auto") -> Run:
+def start(site: Site, job: str, mode: str, folder: Path, carrier: str = "auto", pace_s: float = 0.02) -> Run:
     env = {"PSA_JOURNAL": str(folder), "PSA_CARRIER": carrier}
-    return site.run(job, "--steps", str(STEPS), env=env, workers=2, servers=2, ranks=RANKS, mode=mode, commit_every=3)
+    script = ["--steps", str(STEPS), "--pace-s", str(pace_s)]  # slowly enough for what is to happen meanwhile
+    return site.run(job, *script, env=env, workers=2, servers=2, ranks=RANKS, mode=mode, commit_every=3)
 
 
 def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> journals.Journal:
@@ -42,6 +45,9 @@ def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> journals
             final = head.manifests[-1]
             assert final.version == STEPS * RANKS
             assert [final.scalars[f"clock.{rank}"] for rank in range(RANKS)] == [STEPS] * RANKS
+    with psa.Store(job, redis=site.redis) as stored:
+        last = tensors_digest(stored.state_dict())
+    assert {event["digest"] for event in journal.of("ended") if event["finished"]} == {last}, "a model is not the last"
     return journal
 
 
@@ -86,7 +92,7 @@ def test_everything_is_killed_and_the_same_command_resumes(site: Site, rng: rand
 
 
 def test_servers_join_and_leave_without_losing_a_push(site: Site, tmp_path: Path) -> None:
-    run = start(site, "async-elastic", "async", tmp_path)
+    run = start(site, "async-elastic", "async", tmp_path, pace_s=0.1)
     run.wait_for_step(20)
     guest = Run(["server", "--job", "async-elastic"], {**site.env, "PSA_JOURNAL": str(tmp_path)})
     run.wait_for_line(lambda line: "hand-over at step" in line)
