@@ -35,6 +35,8 @@ _LABELS_MAX = 14
 """With more faults than this their names go to the legend alone."""
 _BUCKETS = 40
 _WINDOW = 25
+_WINDOWS = 150
+"""The line of the loss is a running median: of so many losses, or of this share of all of them."""
 
 
 def draw(run: Run, path: Path) -> None:
@@ -77,11 +79,12 @@ def _loss(axes: Axes, journal: Journal, begun: float) -> None:
     if not points:
         return
     times, losses = (np.array(each) for each in zip(*points, strict=True))
-    axes.plot(times, losses, color="#bbbbbb", linewidth=0.6, label="loss of rank 0")
-    if len(losses) > 2 * _WINDOW:
-        windows = np.lib.stride_tricks.sliding_window_view(losses, _WINDOW)
-        half = _WINDOW // 2
-        axes.plot(times[half : half + len(windows)], np.median(windows, axis=1), color="#111111", linewidth=1.4)
+    axes.plot(times, losses, color="#cccccc", linewidth=0.4, zorder=1, label="loss of rank 0")
+    window = max(_WINDOW, len(losses) // _WINDOWS)
+    if len(losses) > 2 * window:
+        windows = np.lib.stride_tricks.sliding_window_view(losses, window)[:: max(1, window // _WINDOW)]
+        middles = times[window // 2 :: max(1, window // _WINDOW)][: len(windows)]
+        axes.plot(middles, np.median(windows, axis=1), color="#111111", linewidth=1.4)
     if losses.min() > 0:
         axes.set_yscale("log")
     axes.set_ylabel("loss of rank 0")
@@ -89,9 +92,11 @@ def _loss(axes: Axes, journal: Journal, begun: float) -> None:
 
 def _fault(axes: Axes, recovery: Recovery, colours: dict[str, str], *, labelled: bool) -> None:
     colour = colours[recovery.kind]
-    axes.axvline(recovery.at_s, color=colour, linewidth=1.1, alpha=0.9)
+    # Hundreds of faults would hide the loss: they are thin then, and behind it.
+    width, alpha = (1.1, 0.9) if labelled else (0.6, 0.45)
+    axes.axvline(recovery.at_s, color=colour, linewidth=width, alpha=alpha, zorder=1.5)
     if recovery.recovery_s:
-        axes.axvspan(recovery.at_s, recovery.at_s + recovery.recovery_s, color=colour, alpha=0.25)
+        axes.axvspan(recovery.at_s, recovery.at_s + recovery.recovery_s, color=colour, alpha=0.25, zorder=1.4)
     if labelled:
         text = f"{recovery.kind} {recovery.recovery_s:.2f} s" if recovery.recovery_s else f"{recovery.kind}, no pause"
         place = axes.get_xaxis_transform()
