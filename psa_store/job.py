@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from psa_store.compression import NONE, Compression, parse_compression
 from psa_store.errors import DataIntegrity, JobMismatch, UsageError
 from psa_store.mode import SYNC, Mode, ModeName, parse_mode
 from psa_store.transport import Transport
@@ -22,6 +23,9 @@ one finished and one unfinished commit."""
 RUN_NODE = "run"
 """Name that a `psa run` holds in ZooKeeper while its run of the job goes on; the text begins with the run's id."""
 
+_AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "transport", "compression")
+"""What a process must have as it is stored; the layout is compared before, tensor by tensor."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -33,6 +37,7 @@ class JobConfig:
     code). ``commit_every``: steps between commits, 0 for none but those at hand-over and at the end.
     ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of failing.
     ``transport``: how gradients and parameters are rounded between workers and servers. ``mode``: who waits for whom.
+    ``compression``: in how many bytes float32 gradients travel.
     """
 
     name: str
@@ -45,6 +50,7 @@ class JobConfig:
     skip_nonfinite: bool = False
     transport: Transport = Transport.EXACT
     mode: Mode = SYNC
+    compression: Compression = NONE
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
@@ -54,6 +60,14 @@ class JobConfig:
             raise UsageError(f"commit_every={self.commit_every}: must be 0 (never) or a number of steps")
         if self.mode.on_arrival and self.commit_every == 0:
             raise UsageError(f"commit_every=0: in mode {self.mode} workers keep gradients until they are committed")
+
+        if self.compression != NONE and self.transport is not Transport.EXACT:
+            raise UsageError(f"transport {self.transport} and compression {self.compression}: choose one of them")
+        if self.compression.needs_residual and not self.mode.on_arrival:
+            raise UsageError(
+                f"compression {self.compression} in mode {self.mode}: what a rank holds back is lost with its worker, "
+                "so the result could not be repeated. Use it in mode async or ssp, or use int8."
+            )
 
     @property
     def commit_interval(self) -> int:
@@ -70,7 +84,12 @@ class JobConfig:
 
     def facts(self) -> dict[str, Any]:
         """All of it as JSON knows it."""
-        return {**asdict(self), "transport": self.transport.value, "mode": str(self.mode)}
+        return {
+            **asdict(self),
+            "transport": self.transport.value,
+            "mode": str(self.mode),
+            "compression": str(self.compression),
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.facts(), sort_keys=True)
@@ -82,7 +101,16 @@ class JobConfig:
             JobMismatch: naming the first fact that differs, both values, and the way out.
         """
         ours, stored_facts = self.facts(), stored.facts()
-        for what in ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "transport"):
+        for what in (
+            "ranks",
+            "seed",
+            "optimizer",
+            "mode",
+            "commit_every",
+            "skip_nonfinite",
+            "transport",
+            "compression",
+        ):
             mine, theirs = ours[what], stored_facts[what]
             if mine != theirs:
                 raise JobMismatch(
@@ -97,6 +125,7 @@ def job_config_from_json(text: str) -> JobConfig:
         facts = json.loads(text)
         facts["transport"] = Transport(facts.get("transport", Transport.EXACT))
         facts["mode"] = parse_mode(facts.get("mode", ModeName.SYNC))
+        facts["compression"] = parse_compression(facts.get("compression", str(NONE)))
         return JobConfig(**facts)
     except (ValueError, TypeError, UsageError) as error:
         raise DataIntegrity(f"the stored job configuration cannot be read: {error}") from error

@@ -10,6 +10,7 @@ import typer
 
 from psa_store import telemetry
 from psa_store.bench.compare.request import STEPS_MAX, Bench, Carrier, Rule
+from psa_store.compression import parse_compression
 from psa_store.config import Settings, load_settings
 from psa_store.errors import PsaError, UsageError
 from psa_store.mode import parse_mode
@@ -42,6 +43,10 @@ def run(
     max_restarts: Annotated[int, typer.Option(min=0, help="restarts of dead processes before giving up")] = 100,
     commit_every: Annotated[int | None, typer.Option(min=0, help="steps between commits of a new job")] = None,
     mode: Annotated[str | None, typer.Option(help="new job: sync, async, or ssp:staleness=N [default: sync]")] = None,
+    compress: Annotated[
+        str | None,
+        typer.Option(help="new job: send gradients as bf16, fp16, int8, int4 or topk:0.01 [default: none]"),
+    ] = None,
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="new job: skip steps with NaN or Inf gradients")
     ] = False,
@@ -68,6 +73,7 @@ def run(
         restarts_max=max_restarts,
         commit_every=commit_every,
         mode=None if mode is None else parse_mode(mode),
+        compression=None if compress is None else parse_compression(compress),
         skip_nonfinite=skip_nonfinite,
         transport=transport,
     )

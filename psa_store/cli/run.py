@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_store import telemetry
+from psa_store.compression import Compression
 from psa_store.config import Settings, load_settings
 from psa_store.coordination import Coordination, MemberKind
 from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
@@ -44,6 +45,7 @@ class RunOptions:
     restarts_max: int
     commit_every: int | None
     mode: Mode | None
+    compression: Compression | None
     skip_nonfinite: bool
     transport: Transport | None
 
@@ -231,6 +233,8 @@ def _environment(options: RunOptions, addresses: Addresses, run_id: str) -> dict
         env["PSA_COMMIT_EVERY"] = str(options.commit_every)
     if options.mode is not None:
         env["PSA_MODE"] = str(options.mode)
+    if options.compression is not None:
+        env["PSA_COMPRESS"] = str(options.compression)
     if options.skip_nonfinite:
         env["PSA_SKIP_NONFINITE"] = "1"
     if options.transport is not None:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from psa_store import telemetry
+from psa_store.codec import decode
 from psa_store.consistency import Offer
 from psa_store.errors import Refused
 from psa_store.job import JobConfig
@@ -29,7 +31,7 @@ from psa_store.server.arrival_course import ArrivalCourse
 from psa_store.server.client import Client
 from psa_store.server.committer import Committer
 from psa_store.server.course import Course, Tools
-from psa_store.server.lead import as_bytes
+from psa_store.server.lead import Lead, as_bytes
 from psa_store.server.letters import (
     Applied,
     CannotServe,
@@ -129,6 +131,8 @@ class Engine:
         """None: no epoch to serve; everything that belongs to one is parked."""
         self._receiving: dict[tuple[int, int], Connection] = {}
         self._dropping: dict[Connection, Reason] = {}
+        self._encoded: dict[Connection, bytearray] = {}
+        """Where the encoding of a gradient arrives."""
         self._lapsed = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="psa-engine")
@@ -267,6 +271,7 @@ class Engine:
 
     def on_gone(self, connection: Connection) -> None:
         self._dropping.pop(connection, None)
+        self._encoded.pop(connection, None)
         self._receiving = {k: v for k, v in self._receiving.items() if v is not connection}
         self._pending.forget(connection)
         self._publication.clients.pop(connection, None)
@@ -349,18 +354,29 @@ class Engine:
             return _NOTHING
         if reason is None:
             lead = course.leads[header.shard]
-            size_bytes = self._wire.size_bytes(lead.shard)
+            compressed = self._compresses(lead)
+            numel = lead.shard.numel
+            size_bytes = (
+                self._config.compression.payload_bytes(numel) if compressed else self._wire.size_bytes(lead.shard)
+            )
             if header.length != size_bytes:
                 raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {size_bytes}")
             if self._is_new(course, header, header.shard):
                 self._divert_former(header.shard, header.rank)
                 self._receiving[header.shard, header.rank] = connection
-                return as_bytes(lead.own_place(header.rank))
+                if not compressed:
+                    return as_bytes(lead.own_place(header.rank))
+                self._encoded[connection] = bytearray(size_bytes)
+                return memoryview(self._encoded[connection])
             reason = Reason.NONE
         if header.length > len(self._scratch):
             raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {len(self._scratch)}")
         self._dropping[connection] = reason
         return self._scratch[: header.length]
+
+    def _compresses(self, lead: Lead) -> bool:
+        """Whether gradients of this shard come encoded."""
+        return lead.shard.role is Role.TRAINED and self._config.compression.applies_to(lead.shard.dtype)
 
     def _reason_against(self, course: Course, connection: Connection, header: Header) -> Reason | None:
         if header.flags & Flag.NONFINITE and not self._config.skip_nonfinite:
@@ -445,13 +461,17 @@ class Engine:
         self._reception.send(connection, Header(Kind.WELCOME, length=len(text)), text)
 
     def _on_push(self, connection: Connection, header: Header) -> None:
+        encoded = self._encoded.pop(connection, None)
         reason = self._dropping.pop(connection, None)
         if reason is not None:
             if reason is not Reason.NONE:
                 self._refuse(connection, header, reason, f"push refused: {reason.name}")
             return
         assert self._course is not None and self._receiving.pop((header.shard, header.rank)) is connection
-        self._course.accept(header, header.shard, self._course.leads[header.shard].own_place(header.rank))
+        place = self._course.leads[header.shard].own_place(header.rank)
+        if encoded is not None:
+            decode(self._config.compression, torch.frombuffer(encoded, dtype=torch.uint8), place)
+        self._course.accept(header, header.shard, place)
 
     def _on_push_by_reference(self, connection: Connection, header: Header) -> None:
         course = self._course
@@ -463,6 +483,8 @@ class Engine:
         client = self._client_of(connection)
         for index in range(header.shard, header.shard + header.count):
             shard = self._layout.shards[index]
+            if self._compresses(course.leads[index]):
+                raise Refused(f"PUSH of shard {index} by reference: this job compresses its gradients")
             if shard.role is not Role.TRAINED:
                 raise Refused(f"PUSH of shard {index} by reference: only gradients are pushed so")
             if self._is_new(course, header, index):

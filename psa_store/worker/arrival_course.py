@@ -13,12 +13,15 @@ User code sees each shard whole, but not all shards after the same pushes: that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from psa_store.errors import Disconnected
 from psa_store.failpoints import failpoint
-from psa_store.layout import Role
+from psa_store.layout import Role, Shard
 from psa_store.optim import from_dict
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Plan
@@ -31,10 +34,15 @@ from psa_store.worker.gradients import GradientMemory
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A push that may have to be made again. ``buffers``: the values of the buffer shards after this step."""
+    """A push that may have to be made again.
+
+    ``gradients``: None if all of it is in ``payloads``, which are by shard. ``buffers``: the values of buffer shards
+    after this step.
+    """
 
     step: int
-    gradients: GradientMemory
+    gradients: GradientMemory | None
+    payloads: Mapping[int, Tensor]
     finite: bool
     buffers: Mapping[int, bytes]
 
@@ -60,6 +68,10 @@ class ArrivalCourse(Course):
         """Shards that were asked for and are not here yet."""
         self._frozen_loaded = False
         self._finite = True
+        self._sent: dict[int, Tensor] = {}
+        """The encodings of this push that have been sent."""
+        self._residuals: dict[int, dict[int, Tensor]] = {}
+        """By rank and shard, what it has held back."""
 
     # --- what the worker calls
 
@@ -90,6 +102,7 @@ class ArrivalCourse(Course):
     def begin(self, draw: Draw) -> None:
         super().begin(draw)
         self._finite = True
+        self._sent = {}
 
     def shards_ready(self, shards: list[int]) -> None:
         """Start pushing them, unless something must be known of the whole gradient before."""
@@ -106,7 +119,11 @@ class ArrivalCourse(Course):
             shard.index: bytes(self._arena.parameters(shard)) for shard in self._tools.layout.shards_of(Role.BUFFER)
         }
         self._push_buffers(draw.step, draw.rank, buffers)
-        self._kept[draw.rank].append(Kept(draw.step, self._gradients, self._finite, buffers))
+        whole = len(self._sent) == len(self._trained)
+        if whole:
+            self._tools.pool.put_back(self._gradients, read=False)
+        gradients = None if whole else self._gradients
+        self._kept[draw.rank].append(Kept(draw.step, gradients, self._sent, self._finite, buffers))
         self._record_pushed()
         self._clocks[draw.rank] = self.version = draw.step + 1
 
@@ -123,13 +140,27 @@ class ArrivalCourse(Course):
                 gradients.scale(self._trained, factor)
         self._push([shard.index for shard in self._trained], finite=self._finite)
 
+    def _payloads(self, shards: Iterable[int]) -> Mapping[int, Tensor]:
+        """Remembered, since what holds something back cannot be encoded a second time."""
+        payloads = super()._payloads(shards)
+        self._sent.update(payloads)
+        return payloads
+
+    def _residual(self, rank: int, shard: Shard) -> Tensor | None:
+        if not self._tools.config.compression.needs_residual:
+            return None
+        own = self._residuals.setdefault(rank, {})
+        if shard.index not in own:
+            own[shard.index] = torch.zeros(shard.numel)
+        return own[shard.index]
+
     def _push_buffers(self, step: int, rank: int, buffers: Mapping[int, bytes]) -> None:
         for shard, value in buffers.items():
             self._fleet.push_value(self._plan, step, rank, shard, memoryview(value))
 
     def _push_again(self, rank: int, kept: Kept) -> None:
         shards = [shard.index for shard in self._trained]
-        self._fleet.push(self._plan, kept.step, rank, shards, kept.gradients, kept.finite)
+        self._send(Draw(kept.step, rank), shards, kept.gradients, kept.payloads, finite=kept.finite)
         self._push_buffers(kept.step, rank, kept.buffers)
 
     # --- where our ranks stand
@@ -150,8 +181,10 @@ class ArrivalCourse(Course):
     def _forget(self, rank: int) -> None:
         """The rank is another's now, and so is the care for its pushes."""
         del self._clocks[rank]
+        self._residuals.pop(rank, None)
         for kept in self._kept.pop(rank):
-            self._tools.pool.put_back(kept.gradients, read=True)
+            if kept.gradients is not None:
+                self._tools.pool.put_back(kept.gradients, read=True)
 
     def _applied_everywhere(self, rank: int) -> int:
         return min((clocks[rank] for clocks in self._applied.values()), default=0)
@@ -295,5 +328,6 @@ class ArrivalCourse(Course):
             durable = min(self._committed[server][version][rank] for server in owners)
             while kept and kept[0].step < durable:
                 done = kept.popleft()
-                self._tools.pool.put_back(done.gradients, read=False)
+                if done.gradients is not None:
+                    self._tools.pool.put_back(done.gradients, read=False)
                 self._tools.journal.record("settled", epoch=self.synced_epoch, rank=rank, step=done.step)

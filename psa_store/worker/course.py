@@ -8,17 +8,22 @@ under a running forward or backward pass.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
 from psa_store import telemetry
+from psa_store.codec import decode, encode, rounding_stream
 from psa_store.errors import Disconnected, NonFiniteGradient, Refused
 from psa_store.failpoints import failpoint
 from psa_store.job import JobConfig
 from psa_store.journal import Journal, fingerprint_text
-from psa_store.layout import Layout
+from psa_store.layout import Layout, Shard
 from psa_store.plan import Plan
-from psa_store.wire import Header
+from psa_store.wire import Flag, Header
 from psa_store.worker.arena import ModelArena
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer, Fleet, Greeting, is_about_plan
@@ -200,10 +205,55 @@ class Course(ABC):
             if flaw and not self._tools.config.skip_nonfinite:
                 self._flaw = self._flaw or flaw
                 return
+            payloads = self._payloads(some)
             if journal.enabled:
-                self._fingerprint += sum(self._gradients.fingerprint(layout.shards[shard]) for shard in some)
-            self._fleet.push(self._plan, self._draw.step, self._draw.rank, some, self._gradients, finite and not flaw)
+                self._fingerprint += sum(self._fingerprint_of(shard, payloads.get(shard)) for shard in some)
+            self._send(self._draw, some, self._gradients, payloads, finite=finite and not flaw)
             failpoint("push.middle", some[-1])
+
+    def _payloads(self, shards: Iterable[int]) -> Mapping[int, Tensor]:
+        """The encodings of those shards that are compressed."""
+        config, layout = self._tools.config, self._tools.layout
+        payloads = {}
+        for shard in (layout.shards[index] for index in shards):
+            if config.compression.applies_to(shard.dtype):
+                payload = torch.empty(config.compression.payload_bytes(shard.numel), dtype=torch.uint8)
+                stream = rounding_stream(config.seed, self._draw.step, self._draw.rank, shard.index)
+                residual = self._residual(self._draw.rank, shard)
+                encode(config.compression, self._gradients.numbers(shard), payload, stream=stream, residual=residual)
+                payloads[shard.index] = payload
+        return payloads
+
+    def _residual(self, rank: int, shard: Shard) -> Tensor | None:
+        """What ``rank`` has held back of this shard so far, where the compression holds something back."""
+        return None
+
+    def _fingerprint_of(self, index: int, payload: Tensor | None) -> int:
+        """Of what the server will apply."""
+        shard = self._tools.layout.shards[index]
+        if payload is None:
+            return self._gradients.fingerprint(shard)
+        decoded = torch.empty(shard.numel)
+        decode(self._tools.config.compression, payload, decoded)
+        return xxh3_64_intdigest(decoded.numpy().data, seed=index)
+
+    def _send(
+        self,
+        draw: Draw,
+        shards: Sequence[int],
+        gradients: GradientMemory | None,
+        payloads: Mapping[int, Tensor],
+        *,
+        finite: bool,
+    ) -> None:
+        """Push what is compressed as ``payloads``, and the other shards as they are, from ``gradients``."""
+        flags = Flag.NONE if finite else Flag.NONFINITE
+        for shard, payload in payloads.items():
+            self._fleet.push_value(self._plan, draw.step, draw.rank, shard, payload.numpy().data, flags)
+        others = [shard for shard in shards if shard not in payloads]
+        if others:
+            assert gradients is not None
+            self._fleet.push(self._plan, draw.step, draw.rank, others, gradients, finite)
 
     def _refuse_flaw(self) -> None:
         if self._flaw:

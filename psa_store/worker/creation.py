@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psa_store import telemetry
+from psa_store.compression import NONE, parse_compression
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch
@@ -136,6 +137,7 @@ def _create(
         commit_every=usual if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=bool(settings.skip_nonfinite),
         transport=Transport(settings.transport or Transport.EXACT),
+        compression=parse_compression(settings.compress or str(NONE)),
     )
     failpoint("create.before_documents")
     store.create_job(wanted.name, config.to_json(), layout.to_json())
@@ -163,6 +165,7 @@ def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str,
         commit_every=stored.commit_every if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=stored.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
         transport=Transport(settings.transport or stored.transport),
+        compression=parse_compression(settings.compress or str(stored.compression)),
     )
     asked.must_agree_with(stored)
     return stored

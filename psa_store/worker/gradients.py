@@ -49,7 +49,7 @@ class GradientMemory:
 
     def flaw(self, shard: Shard) -> str:
         """The name of the first parameter in this shard whose gradient is not finite; empty if all is well."""
-        flat = self._numbers(shard)
+        flat = self.numbers(shard)
         if float(torch.linalg.vector_norm(flat)) < _NORM_SURELY_FINITE:
             return ""
         bad = ~(flat.abs() < _ELEMENT_MAX)  # true for NaN
@@ -57,15 +57,16 @@ class GradientMemory:
 
     def squared_norm(self, shard: Shard) -> float:
         """The squared norm of a shard's gradient; inf or nan if an element is."""
-        return squared_norm(self._numbers(shard).float())
+        return squared_norm(self.numbers(shard).float())
+
+    def numbers(self, shard: Shard) -> Tensor:
+        """A shard's gradient, flat."""
+        return self._slice(shard).view(getattr(torch, self._wire.dtype(shard)))
 
     def scale(self, shards: Iterable[Shard], factor: float) -> None:
         """Multiply the gradients of these shards."""
         for shard in shards:
-            self._numbers(shard).mul_(factor)
-
-    def _numbers(self, shard: Shard) -> Tensor:
-        return self._slice(shard).view(getattr(torch, self._wire.dtype(shard)))
+            self.numbers(shard).mul_(factor)
 
     def _slice(self, shard: Shard) -> Tensor:
         low = self._wire.offset_bytes(shard)

@@ -29,10 +29,20 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-def start(site: Site, job: str, mode: str, folder: Path, carrier: str = "auto", pace_s: float = 0.02) -> Run:
+def start(
+    site: Site,
+    job: str,
+    mode: str,
+    folder: Path,
+    carrier: str = "auto",
+    compress: str = "none",
+    pace_s: float = 0.02,
+) -> Run:
     env = {"PSA_JOURNAL": str(folder), "PSA_CARRIER": carrier}
     script = ["--steps", str(STEPS), "--pace-s", str(pace_s)]  # slowly enough for what is to happen meanwhile
-    return site.run(job, *script, env=env, workers=2, servers=2, ranks=RANKS, mode=mode, commit_every=3)
+    return site.run(
+        job, *script, env=env, workers=2, servers=2, ranks=RANKS, mode=mode, compress=compress, commit_every=3
+    )
 
 
 def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> journals.Journal:
@@ -52,21 +62,21 @@ def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> journals
 
 
 @pytest.mark.parametrize(
-    ("mode", "victims", "carrier"),
+    ("mode", "victims", "carrier", "compress"),
     [
-        ("async", "a server", "auto"),
-        ("async", "all servers", "tcp"),
-        ("async", "a worker and a server", "auto"),
-        ("ssp:staleness=2", "a server", "tcp"),
-        ("ssp:staleness=2", "a worker", "auto"),
-        ("ssp:staleness=2", "all workers", "auto"),
+        ("async", "a server", "auto", "none"),
+        ("async", "all servers", "tcp", "none"),
+        ("async", "a worker and a server", "auto", "topk:0.1"),
+        ("ssp:staleness=2", "a server", "tcp", "int4"),
+        ("ssp:staleness=2", "a worker", "auto", "none"),
+        ("ssp:staleness=2", "all workers", "auto", "none"),
     ],
 )
 def test_every_acknowledged_push_counts_once(
-    site: Site, rng: random.Random, tmp_path: Path, mode: str, victims: str, carrier: str
+    site: Site, rng: random.Random, tmp_path: Path, mode: str, victims: str, carrier: str, compress: str
 ) -> None:
     job = f"{mode.partition(':')[0]}-{carrier}-" + victims.replace(" ", "-")
-    run = start(site, job, mode, tmp_path, carrier)
+    run = start(site, job, mode, tmp_path, carrier, compress)
     for step in sorted(rng.sample(range(5, STEPS - 30), 2)):
         run.wait_for_step(step)
         pids = VICTIMS[victims](site, job, rng)

@@ -21,11 +21,13 @@ FLOORS = {
     "identity": 1,
     "layout": 1,
     "mode": 1,
+    "compression": 1,
     "transport": 2,
     "sampling": 2,
     "consistency": 2,
     "plan": 2,
     "job": 3,
+    "codec": 3,
     "optim": 3,
     "storage": 4,
     "coordination": 4,
@@ -39,7 +41,7 @@ FLOORS = {
     "bench": 9,
     "cli": 10,
 }
-PURE = ("mode", "layout", "transport", "sampling", "consistency", "plan", "job")
+PURE = ("mode", "compression", "layout", "transport", "sampling", "consistency", "plan", "job")
 DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
 ALSO_SOCKETS = {
     "server",
