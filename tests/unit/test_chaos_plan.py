@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chaos.barrier.drill import STRIKES
 from chaos.campaign import rows_of
 from chaos.faults import FAULTS
-from chaos.plan import long_plan, short_plan
+from chaos.plan import REST_S, long_plan, pace_s, short_plan
 from chaos.scenarios import MATRIX, SCENARIOS, SOAK
 from psa_store.errors import UsageError
 from psa_store.failpoints import FAILPOINTS
@@ -58,3 +58,13 @@ def test_all_does_not_set_the_clock_of_the_machine() -> None:
 def test_an_unknown_scenario_is_a_usage_error_that_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="kill-worker"):
         rows_of(["no-such"])
+
+
+def test_a_job_outlasts_its_plan() -> None:
+    """Found by stop-zk-follower, seed 2: the job was over before its last fault."""
+    for row in MATRIX.values():
+        for seed in range(20):
+            plan = short_plan(row.kinds, row.name, seed)
+            assert 200 * pace_s(plan, 200, 0.01) >= max(each.at_s + each.for_s for each in plan) + REST_S - 1e-9
+    assert pace_s([], 200, 0.01) == REST_S / 200
+    assert pace_s([], 10_000, 0.01) == 0.01
