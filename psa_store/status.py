@@ -47,6 +47,8 @@ def describe(job: str, settings: Settings, store: RedisStore) -> dict[str, Any]:
         "job": job,
         "ranks": config.ranks,
         "seed": config.seed,
+        "mode": str(config.mode),
+        "compression": str(config.compression),
         "commit_every": config.commit_every,
         "shards": len(layout.shards),
         "bytes": layout.arena_bytes,

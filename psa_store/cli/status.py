@@ -64,7 +64,8 @@ def _details(console: Console, document: dict[str, Any]) -> None:
     console.print(
         f"job [bold]{document['job']}[/]: {_state(document)}, committed version {document['committed']}, "
         f"epoch {document['epoch'] or '-'} (since version {document['resumed_at']}), "
-        f"{document['ranks']} ranks, {document['shards']} shards, {document['bytes'] / 1e6:.1f} MB"
+        f"mode {document['mode']}, {document['ranks']} ranks, {document['shards']} shards, "
+        f"{document['bytes'] / 1e6:.1f} MB"
     )
     for gone in document["missing"]:
         console.print(f"[red]gone[/]: {gone} (the controller is replacing it)")
@@ -73,7 +74,7 @@ def _details(console: Console, document: dict[str, Any]) -> None:
         marks = [f"[red]{each['sick']}[/]"] if each["sick"] else []
         marks += ["controller"] if each["id"] == document["controller"] else []
         marks += ["leaving"] if each["leaving"] else []
-        lag = "-" if each["version"] is None else f"{each['version'] - each['committed']} steps"
+        lag = "-" if each["version"] is None else f"{each['version'] - each['committed']} versions"
         cells = (each["id"], each["pid"], each["address"], each["shards"], each["version"], lag, ", ".join(marks))
         servers.add_row(*map(str, cells))
     if document["servers"]:

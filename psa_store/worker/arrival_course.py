@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psa_store.errors import Disconnected
 from psa_store.failpoints import failpoint
 from psa_store.layout import Role, Shard
 from psa_store.optim import from_dict
@@ -192,16 +191,12 @@ class ArrivalCourse(Course):
     def _ask(self, plan: Plan) -> bool:
         """Ask all servers for their clocks; False if there is something else to do."""
         self._applied.clear()
-        try:
-            self._fleet.ask_clocks(plan, self._owners())
-            while not self._applied.keys() >= self._owners():
-                if self._epoch_is_over(plan):
-                    return False
-                self._pump()
-        except Disconnected as error:
-            self._out_of_sync(str(error))
-            return False
-        return True
+        owners = self._owners()
+        return self._pump_until(
+            lambda: self._applied.keys() >= owners,
+            lambda: self._epoch_is_over(plan),
+            lambda: self._fleet.ask_clocks(plan, owners),
+        )
 
     def _load(self, plan: Plan) -> bool:
         """Find out what the servers have of our ranks' pushes, and push again what they lack."""
@@ -248,22 +243,18 @@ class ArrivalCourse(Course):
 
     def _bring(self, rank: int) -> bool:
         """Have the parameters with which ``rank`` starts its next step; False if there is something else to do."""
-        awaited = rank, self._clocks[rank]
-        try:
-            owners = self._owners()
-            self._awaited = awaited
-            self._brought.clear()
-            self._fleet.wait_for(self._plan, owners, awaited[1], rank)
-            while not self._brought >= owners:
-                if self._epoch_is_over(self._plan) or rank not in self._holding() or self.synced_epoch == NONE:
-                    return False
-                self._pump()
-        except Disconnected as error:
-            self._out_of_sync(str(error))
-            return False
-        self._arena.version_arrived()
-        self.version = awaited[1]
-        return True
+        plan, step, owners = self._plan, self._clocks[rank], self._owners()
+        self._awaited = rank, step
+        self._brought.clear()
+        brought = self._pump_until(
+            lambda: self._brought >= owners,
+            lambda: self._epoch_is_over(plan) or rank not in self._holding() or self.synced_epoch == NONE,
+            lambda: self._fleet.wait_for(plan, owners, step, rank),
+        )
+        if brought:
+            self._arena.version_arrived()
+            self.version = step
+        return brought
 
     def _fetch_last(self, plan: Plan, steps: int) -> bool:
         """Wait for the last push of all ranks, and have what came of it; False if there is something else to do."""
@@ -276,17 +267,12 @@ class ArrivalCourse(Course):
 
     def _pull(self, plan: Plan, version: int) -> bool:
         """Have the shards of ``_to_pull``, at this version; False if the plan or a connection changed meanwhile."""
-        try:
+
+        def ask() -> None:
             for shard in self._to_pull:
                 self._fleet.pull(plan, shard, version)
-            while self._to_pull:
-                if self._tools.membership.standing.plan is not plan or self._told_to_leave:
-                    return False
-                self._pump()
-        except Disconnected as error:
-            self._out_of_sync(str(error))
-            return False
-        return True
+
+        return self._pump_until(lambda: not self._to_pull, lambda: self._plan_changed(plan), ask)
 
     def _out_of_sync(self, why: str) -> None:
         super()._out_of_sync(why)

@@ -166,6 +166,22 @@ class Course(ABC):
         for answer in self._fleet.pump(WAIT_S):
             self._take(answer)
 
+    def _pump_until(self, done: Callable[[], bool], over: Callable[[], bool], ask: Callable[[], None]) -> bool:
+        """Ask, and listen until it is done; False if it is over before, or a server is gone."""
+        try:
+            ask()
+            while not done():
+                if over():
+                    return False
+                self._pump()
+        except Disconnected as error:
+            self._out_of_sync(str(error))
+            return False
+        return True
+
+    def _plan_changed(self, plan: Plan) -> bool:
+        return self._tools.membership.standing.plan is not plan or self._told_to_leave
+
     @abstractmethod
     def _take(self, answer: Answer) -> None:
         """A server said something."""
@@ -180,16 +196,13 @@ class Course(ABC):
         """Wait until these servers have committed a version; False if there is something else to do before."""
         self._durable.clear()
         wanted = set(servers)
-        try:
-            self._fleet.finish(plan, wanted, version)
-            while not self._durable >= wanted:
-                if self._tools.membership.standing.plan is not plan or self._told_to_leave:
-                    return False
-                self._pump()
-        except Disconnected as error:
-            self._out_of_sync(str(error))
+        self.finished = self._pump_until(
+            lambda: self._durable >= wanted,
+            lambda: self._plan_changed(plan),
+            lambda: self._fleet.finish(plan, wanted, version),
+        )
+        if not self.finished:
             return False
-        self.finished = True
         self._tools.journal.record("finished", version=version)
         return True
 
