@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 import numpy as np
 import pytest
 
+from psa_store.compression import parse_compression
 from psa_store.layout import Role
 from psa_store.wire import Flag, Header, Kind, Reason
 from psa_store.wire.frames import HEADER_BYTES
@@ -443,6 +444,14 @@ def memory_of_a_peer_that_said_it_shares_none(scene: Scene, carrier: str) -> Non
     peer.is_thrown_out("SHARE")
 
 
+@deed
+def clocks_of_a_job_that_has_none(scene: Scene, carrier: str) -> None:
+    peer = scene.peer(carrier)
+    peer.hello()
+    peer.say(Kind.CLOCKS, epoch=scene.plan.epoch)
+    peer.is_thrown_out("CLOCKS")
+
+
 def memfd(kept: ExitStack, size_bytes: int, seals: int) -> int:
     fd = os.memfd_create("psa-peer", os.MFD_ALLOW_SEALING)
     kept.callback(os.close, fd)
@@ -537,6 +546,29 @@ def test_a_peer_that_asks_and_does_not_listen_is_not_answered_for_ever(scene: Sc
     scene.check_that_training_goes_on()
     growth = [resident_bytes(pid) - former for pid, former in zip(scene.pids, before, strict=True)]
     assert max(growth) < 3 * GROWTH_BYTES_MAX, growth
+
+
+def test_encodings_that_are_none_end_the_peer_and_nothing_else(site: Site) -> None:
+    job, int8 = "hostile-int8", parse_compression("int8")
+    run = site.run(job, "--steps", "1000000", "--pace-s", "0.01", workers=1, servers=1, ranks=2, compress="int8")
+    run.wait_for_step(5)
+    with look(site, job) as scene:
+        shard = next(each for each in scene.layout.shards_of(Role.TRAINED) if each.dtype == "float32")
+        with scene.in_the_name_of_the_holder() as pose:
+            size = int8.payload_bytes(shard.numel)
+            for payload, why in ((b"\1" + bytes(size - 1), "scale"), (bytes(shard.size_bytes), "PUSH of")):
+                peer, step = pose("tcp", shard.index)
+                peer.say(Kind.PUSH, payload, step=step, rank=scene.ranks - 1, shard=shard.index)
+                peer.is_thrown_out(why)
+            memory = scene.gradient_memory()
+            peer, step = pose("unix", shard.index)
+            peer.say(Kind.SHARE, fds=[memory.fd])
+            flags = Flag.BY_REFERENCE
+            peer.say(Kind.PUSH, step=step, rank=scene.ranks - 1, shard=shard.index, flags=flags)
+            peer.is_thrown_out("by reference")
+        scene.check_that_training_goes_on()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 0, run.output
 
 
 def test_the_result_has_the_same_bits_as_without_them(site: Site, run: Run) -> None:
