@@ -49,8 +49,22 @@ class Order:
         return self.folder / "output.log"
 
     @property
+    def calm(self) -> Path:
+        """A file that says that no more faults will come: the job may hurry now."""
+        return self.folder / "calm"
+
+    @property
     def script_arguments(self) -> list[str]:
-        return ["--job", self.name, "--steps", str(self.steps), "--pace-s", str(self.pace_s)]
+        return [
+            "--job",
+            self.name,
+            "--steps",
+            str(self.steps),
+            "--pace-s",
+            str(self.pace_s),
+            "--paced-until",
+            str(self.calm),
+        ]
 
     def environment(self, site: Site) -> dict[str, str]:
         return {

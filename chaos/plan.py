@@ -13,7 +13,7 @@ FIRST_S = (0.3, 2.0)
 NEXT_S = (1.0, 4.0)
 """How long after that a second one follows, in half of the short runs."""
 REST_S = 4.0
-"""How long a job goes on after its last fault, at least."""
+"""How long a job goes on after its last fault at its usual pace; then it may hurry."""
 JITTER = 0.5
 """In a long run the faults come every ``every_s``, each earlier or later by up to half of this share of it."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from chaos.job import RANKS, HostedJob, Job, Order, SupervisedJob
-from chaos.plan import Planned
+from chaos.plan import REST_S, Planned
 from chaos.sampler import Sampler
 from chaos.scenarios import Scenario, Shape
 from chaos.site import SESSION_TIMEOUT_S, Site
@@ -114,6 +114,8 @@ class _Runner:
             self._strike(planned, announced=False)
         self._journal.record("quiet")
         self._quiet = True
+        self._wait(REST_S)
+        self._request.order.calm.touch()
         while self._code is None:
             self._turn()
         return self._code
