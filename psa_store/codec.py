@@ -61,11 +61,13 @@ def encode(compression: Compression, flat: Tensor, out: Tensor, *, stream: int, 
         case Form.FP16:
             _encode_half(flat.numpy(), out.numpy())
         case Form.INT8 | Form.INT4:
-            _encode_levels(flat.numpy(), out.numpy(), GRIDS[compression.form], stream)
+            with np.errstate(invalid="ignore"):
+                _encode_levels(flat.numpy(), out.numpy(), GRIDS[compression.form], stream)
         case Form.TOPK:
             if residual is None or residual.numel() != n:
                 raise UsageError(f"encoding {n} elements as {compression}: give it a residual of {n} elements")
-            _encode_largest(flat.numpy(), out.numpy(), residual.numpy(), compression.kept(n))
+            with np.errstate(invalid="ignore", over="ignore"):
+                _encode_largest(flat.numpy(), out.numpy(), residual.numpy(), compression.kept(n))
 
 
 def decode(compression: Compression, payload: Tensor, out: Tensor) -> None:
@@ -142,7 +144,6 @@ _NOT_FINITE_BITS = 0
 _ODD = np.uint64(0x0001_0001_0001_0001)
 
 
-@np.errstate(invalid="ignore")
 def _encode_levels(flat: _Floats, out: _Bytes, grid: Grid, stream: int) -> None:
     n = len(flat)
     scale_bytes, _ = grid.sizes(n)
@@ -213,7 +214,6 @@ def _decode_levels(payload: _Bytes, out: _Floats, grid: Grid) -> None:
 # The largest elements: their places as int32, ascending, then their values as float32.
 
 
-@np.errstate(invalid="ignore", over="ignore")
 def _encode_largest(flat: _Floats, out: _Bytes, residual: _Floats, count: int) -> None:
     residual += flat
     places = _largest(residual, count)

@@ -279,6 +279,15 @@ def test_what_is_finite_stays_finite_at_every_magnitude(text: str, magnitude: fl
     assert float(back.abs().max()) == pytest.approx(magnitude, rel=0.01, abs=2.0**-126)
 
 
+@EVERY_FORM
+@pytest.mark.parametrize("magnitude", [1.2e38, 1.6e38, 2e38, 3.3e38, 3.4028e38])
+def test_what_is_too_large_comes_out_close_or_not_finite_but_is_never_refused(text: str, magnitude: float) -> None:
+    flat = torch.tensor([magnitude, -magnitude, 0.0] * 200)
+    back = there_and_back(parse_compression(text), flat)[:60]  # of which topk:0.1 sends each that is not zero
+    close = (back.double() - flat[:60].double()).abs() < magnitude / 7 * (1 + 2**-7)
+    assert bool((close | ~back.isfinite()).all())
+
+
 @pytest.mark.parametrize("flaw", [math.nan, math.inf, -math.inf])
 @EVERY_FORM
 def test_what_is_not_finite_comes_out_not_finite_and_harms_no_other_block(text: str, flaw: float) -> None:
