@@ -122,8 +122,10 @@ class Arrivals:
         return max((self.version_of(shard) for shard in self._clocks), default=self._copied_to)
 
     def commit_at(self, version: int) -> None:
-        """Commit this version, too. No shard is beyond it."""
-        self._stops.add(version)
+        """Commit this version, too, unless a shard is beyond it: then a later one will do."""
+        self._stops = {stop for stop in self._stops if stop > self._copied_to}
+        if version >= self.newest:
+            self._stops.add(version)
 
     @property
     def commits_next(self) -> int:

@@ -506,6 +506,8 @@ class Engine:
             course.greet_worker(connection)
         elif header.kind is Kind.FINISH:
             self._pending.finish(connection, header)
+        elif header.kind is Kind.AWAIT and header.rank >= self._config.ranks:
+            raise Refused(f"AWAIT of rank {header.rank}, and there are {self._config.ranks}")
         elif header.kind is Kind.AWAIT:
             client = self._client_of(connection)
             if client.reading is not None and client.reading < header.step:

@@ -445,6 +445,14 @@ def memory_of_a_peer_that_said_it_shares_none(scene: Scene, carrier: str) -> Non
 
 
 @deed
+def waiting_for_a_rank_that_does_not_exist(scene: Scene, carrier: str) -> None:
+    peer = scene.peer(carrier)
+    peer.hello()
+    peer.say(Kind.AWAIT, step=1, rank=scene.ranks)
+    peer.is_thrown_out("AWAIT of rank")
+
+
+@deed
 def clocks_of_a_job_that_has_none(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
     peer.hello()

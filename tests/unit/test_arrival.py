@@ -68,6 +68,14 @@ def test_a_limit_stops_even_what_is_copied() -> None:
     assert apply_all(arrivals) == [(0, 1)]
 
 
+def test_a_commit_that_is_asked_for_too_late_holds_nobody_up() -> None:
+    arrivals = one([2, 1, 0])
+    arrivals.commit_at(2)
+    assert arrivals.commits_next == INTERVAL
+    arrivals.commit_at(3)
+    assert arrivals.commits_next == 3 and arrivals.to_copy() == [0]
+
+
 @pytest.mark.parametrize(("lead_max", "may"), [(None, True), (2, True), (1, False)])
 def test_a_rank_may_be_ahead_by_the_bound_and_no_more(lead_max: int | None, may: bool) -> None:
     arrivals = one([2, 0, 1], lead_max=lead_max)
