@@ -72,8 +72,9 @@ def join_or_create(
     _await_our_run(wanted.name, settings, coordination)
     log = telemetry.get_logger()
     while True:
+        known = coordination.read_config() is not None  # before Redis is asked: its documents are written first
         stored = store.read_job(wanted.name)
-        if stored is None and coordination.read_config() is not None:
+        if stored is None and known:
             stored = _await_restoration(wanted.name, settings, store)
         if stored is not None:
             config = _agree(wanted, layout, settings, *stored)
