@@ -19,6 +19,9 @@ SHARD_VERSIONS_KEPT = 3
 """Versions of a shard that Redis keeps. Three suffice for a common one to exist at any moment: a server starts the
 commit of version v+K only when its own commit of v is done, so the heads of two servers are never further apart than
 one finished and one unfinished commit."""
+SHARD_VERSIONS_KEPT_ON_ARRIVAL = 5
+"""There a server may also be ahead of another by one push of every rank, which can be one commit more, and commit where
+a hand-over was called off."""
 
 RUN_NODE = "run"
 """Name that a `psa run` holds in ZooKeeper while its run of the job goes on; the text begins with the run's id."""
@@ -73,6 +76,11 @@ class JobConfig:
     def commit_interval(self) -> int:
         """Versions between commits, 0 for none: a version is a step, or the update of one rank."""
         return self.commit_every * (self.ranks if self.mode.on_arrival else 1)
+
+    @property
+    def versions_kept(self) -> int:
+        """Versions of a shard that Redis keeps."""
+        return SHARD_VERSIONS_KEPT_ON_ARRIVAL if self.mode.on_arrival else SHARD_VERSIONS_KEPT
 
     @property
     def window(self) -> int:

@@ -14,8 +14,9 @@ computes it. Changing the owner of a *shard* needs a new epoch, in one of two wa
        ▲        │          │      (nobody stays: a plan without owners; the next server starts from it)
        └────────┴──────────┘ the reason went away
 
-  FREEZE: owners stop updating and report their version. Versions of two owners differ by one at most, so the larger
-  one can be reached by all. STOP: owners go on to exactly that version, commit it, and report.
+  FREEZE: owners stop updating and report their version. Versions of two owners differ by one at most (by a push of
+  each rank, where pushes are applied on arrival), so the larger one can be reached by all. STOP: owners go on to
+  exactly that version, commit it, and report.
 
 Pure: no I/O, no threads, no clock.
 """
@@ -56,7 +57,9 @@ class Member:
     frozen_mark: int = 0
     """The mark of the FREEZE that this server obeys ..."""
     frozen_at: int = -1
-    """... and the version at which it stands."""
+    """... the newest version that some of its shards have ..."""
+    frozen_whole_at: int = -1
+    """... and the version that all of them have."""
     stopped_at: int = -1
     """The version up to which it has stopped and committed, on a STOP."""
     reload: int = 0
@@ -190,7 +193,7 @@ def _take_over_reason(view: View) -> str:
             return f"server {server.id} is gone"
         if member.reload == plan.epoch:
             return f"server {server.id} cannot serve what it leads"
-    behind = any(view.servers[server.id].frozen_at < plan.mark for server in plan.servers)
+    behind = any(view.servers[server.id].frozen_whole_at < plan.mark for server in plan.servers)
     if plan.phase is Phase.STOP and behind and not view.workers:
         return "no worker is left to finish the step at which to hand over"
     return ""

@@ -40,11 +40,13 @@ class ArrivalCourse(Course):
         self._under_way: Sequence[Update] = ()
         self._copying: Sequence[int] = ()
         self._reserved = False
-        self._copied_clocks = self._committed_clocks = self._arrivals.clocks()
+        self._committed_clocks = self._arrivals.clocks()
+        self._copied_clocks: dict[int, list[int]] = {}
+        """By version that is being committed."""
 
     @property
     def version(self) -> int:
-        return self._arrivals.version
+        return self._arrivals.version if self.versioned else self.committed
 
     @property
     def stage(self) -> str:
@@ -65,6 +67,8 @@ class ArrivalCourse(Course):
     def revise(self, plan: Plan) -> None:
         super().revise(plan)
         stops = plan.phase is Phase.STOP
+        if stops and not self.versioned:
+            self.committed = plan.mark  # nothing here changes, so nothing is to be reached or committed
         self._arrivals.limit = plan.mark if stops else None
         if stops:
             self._arrivals.commit_at(plan.mark)
@@ -80,7 +84,7 @@ class ArrivalCourse(Course):
 
     def on_committed(self, letter: Committed) -> None:
         super().on_committed(letter)
-        self._committed_clocks = self._copied_clocks
+        self._committed_clocks = self._copied_clocks.pop(letter.version)
         for connection in list(self._tools.publication.clients):
             self.greet_worker(connection)
 
@@ -98,7 +102,7 @@ class ArrivalCourse(Course):
                 if self._arrivals.copied(copied):
                     self._reserved = False
                     clocks = [lead.copied_clocks for lead in self.versioned.values()]
-                    self._copied_clocks = [min(each) for each in zip(*clocks, strict=True)]
+                    self._copied_clocks[version] = [min(each) for each in zip(*clocks, strict=True)]
                     self._tools.committer.submit(self._work(version))
 
     def end(self) -> None:
@@ -114,7 +118,10 @@ class ArrivalCourse(Course):
         self._tools.pending.answer(
             Now(self.plan, self.version, self.committed, self.leads, self._tools.publication, self._reached, True)
         )
-        if self._held(self.version, self._arrivals.newest) and self.plan.phase is Phase.FREEZE:
+        if (
+            self._held(self.version, self._arrivals.newest if self.versioned else self.version)
+            and self.plan.phase is Phase.FREEZE
+        ):
             return
         if (shards := self._arrivals.to_copy()) and self._reserve():
             self._copying = shards
@@ -129,7 +136,8 @@ class ArrivalCourse(Course):
             self._apply(updates)
 
     def _reached(self, header: Header) -> int | None:
-        return header.step if self._arrivals.may_start(header.step, header.rank) else None
+        may = not self.versioned or self._arrivals.may_start(header.step, header.rank)
+        return header.step if may else None
 
     def _reserve(self) -> bool:
         """Have the memory of snapshots; False while a commit reads it: if storage is slower, training waits."""

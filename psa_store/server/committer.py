@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from psa_store import telemetry
 from psa_store.errors import DependencyUnreachable, Fenced, PsaError, Rewound
-from psa_store.job import SHARD_VERSIONS_KEPT, JobConfig
+from psa_store.job import JobConfig
 from psa_store.layout import Layout
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Committed, Lost
@@ -53,6 +53,7 @@ class Committer:
         self._job = config.name
         self._documents = config.to_json(), layout.to_json()
         self._layout = layout.fingerprint
+        self._keep = config.versions_kept
         self._post = post
         self._log = telemetry.get_logger()
         self._changed = threading.Condition()
@@ -123,8 +124,10 @@ class Committer:
                 with self._changed:
                     self._work = None
                     self._reserved = False
-                    done = isinstance(outcome, Committed) and work.epoch == self._epoch
-                    self._last = work if done else self._begun_with
+                    if work.epoch != self._epoch:
+                        self._last = self._begun_with  # adopted meanwhile: its snapshots are not those of this work
+                    else:
+                        self._last = work if isinstance(outcome, Committed) else None
                     self._changed.notify_all()
                 if outcome is not None:
                     self._post(outcome)
@@ -165,7 +168,7 @@ class Committer:
             if index not in manifests:
                 expect = lead.committed.version if lead.committed else None
                 states.append(ShardState(index, *lead.snapshot(), expect))
-        keep = SHARD_VERSIONS_KEPT
+        keep = self._keep
         with closing(self._store.commit_each(self._job, work.epoch, work.version, states, keep=keep)) as outcomes:
             for index, outcome in outcomes:
                 lead = work.leads[index]
@@ -183,7 +186,7 @@ class Committer:
         self._restore_what_never_changes(work)
         self._store.seal(self._job, [index], work.epoch, self._layout)
         return self._store.commit(
-            self._job, index, work.epoch, work.version, *lead.snapshot(), keep=SHARD_VERSIONS_KEPT, expect=None
+            self._job, index, work.epoch, work.version, *lead.snapshot(), keep=self._keep, expect=None
         )
 
     def _restore_what_never_changes(self, work: Work) -> None:
@@ -195,7 +198,7 @@ class Committer:
             lead.take_snapshot()
             arrays, _ = lead.snapshot()  # without scalars, as its creator wrote it
             lead.committed = self._store.commit(
-                self._job, index, work.epoch, 0, arrays, {}, keep=SHARD_VERSIONS_KEPT, expect=None
+                self._job, index, work.epoch, 0, arrays, {}, keep=self._keep, expect=None
             )
         if not self._store.has_job(self._job):
             self._log.warning("Redis lost the job: writing it again from memory", job=self._job)

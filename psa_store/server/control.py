@@ -190,7 +190,9 @@ class Control:
         match report:
             case Frozen():
                 failpoint("handover.frozen")
-                self._member = replace(self._member, frozen_mark=report.mark, frozen_at=report.version)
+                self._member = replace(
+                    self._member, frozen_mark=report.mark, frozen_at=report.newest, frozen_whole_at=report.version
+                )
             case Stopped():
                 failpoint("handover.stopped")
                 self._member = replace(self._member, stopped_at=report.version)

@@ -154,7 +154,7 @@ class Course(ABC):
             version: what all shards here have reached; ``newest``: what some have.
         """
         if self.plan.phase is Phase.FREEZE:
-            self._report_once(Frozen(self.plan.mark, newest))
+            self._report_once(Frozen(self.plan.mark, version, newest))
             return True
         if self.plan.phase is Phase.STOP and version >= self.plan.mark:
             if self.committed == version:

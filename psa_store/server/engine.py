@@ -126,7 +126,9 @@ class Engine:
             post=self._mailbox.post,
         )
         self._slots_max = config.ranks * (config.window if config.mode.on_arrival else 1)
-        self._scratch = memoryview(bytearray(max(shard.size_bytes for shard in layout.shards)))
+        self._frozen = {shard.index for shard in layout.shards_of(Role.FROZEN)}
+        sizes = [max(shard.size_bytes, config.compression.payload_bytes(shard.numel)) for shard in layout.shards]
+        self._scratch = memoryview(bytearray(max(sizes)))
         self._course: Course | None = None
         """None: no epoch to serve; everything that belongs to one is parked."""
         self._receiving: dict[tuple[int, int], Connection] = {}
@@ -383,6 +385,9 @@ class Engine:
             raise Refused("PUSH of a gradient with NaN or Inf, which this job does not skip")
         if header.epoch < course.plan.epoch:
             return Reason.STALE
+        frozen = self._frozen.intersection(range(header.shard, header.shard + header.count))
+        if frozen:
+            raise Refused(f"PUSH of shards {sorted(frozen)}, which never change")
         if any(shard not in course.leads for shard in range(header.shard, header.shard + header.count)):
             return Reason.NOT_OWNER
         if header.rank >= self._config.ranks or course.plan.ranks[header.rank] != connection.member:

@@ -125,10 +125,11 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """Standing still at ``version``, for the FREEZE with this mark."""
+    """Standing still at ``version``, for the FREEZE with this mark; some shards may be at ``newest`` already."""
 
     mark: int
     version: int
+    newest: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ User code sees each shard whole, but not all shards after the same pushes: that 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from psa_store.worker.course import NONE, Course, Tools
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer
 from psa_store.worker.gradients import GradientMemory
+
+_PATIENCE_S = 0.2
+"""How long one rank is waited for before another of ours is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,8 @@ class ArrivalCourse(Course):
         self._clocks: dict[int, int] = {}
         """By rank of ours, the step that comes next."""
         self._kept: dict[int, deque[Kept]] = {}
+        self._again: dict[int, deque[Kept]] = {}
+        """What is to be pushed again, one after the other: each when the servers have the one before."""
         self._applied: dict[str, Sequence[int]] = {}
         """By server, how many pushes of each rank it has, as it said since we asked."""
         self._committed: dict[str, dict[int, Sequence[int]]] = {}
@@ -75,7 +81,7 @@ class ArrivalCourse(Course):
     # --- what the worker calls
 
     def next_draw(self) -> Draw | None:
-        steps, config = self._tools.steps, self._tools.config
+        steps = self._tools.steps
         while not self._told_to_leave:
             known = self._tools.membership.standing.plan
             plan = None if known is None or self._plan_is_old(known) else self._settle()
@@ -84,19 +90,43 @@ class ArrivalCourse(Course):
                 continue
             if not self._know_our_ranks(plan):
                 continue
-            todo = [rank for rank in self._holding() if steps is None or self._clocks[rank] < steps]
+            todo = [
+                rank for rank in self._holding() if self._again[rank] or steps is None or self._clocks[rank] < steps
+            ]
             if todo:
-                rank = min(todo, key=lambda each: (self._clocks[each], each))
-                if len(self._kept[rank]) >= config.window:
-                    self._wait()
-                elif self._bring(rank):
-                    self._gradients = self._tools.pool.take()
-                    return Draw(self._clocks[rank], rank)
+                draw = self._next_of(todo)
+                if draw is not None:
+                    return draw
             elif steps is None:
                 self._wait()
-            elif self._fetch_last(plan, steps) and self._make_durable(plan, self._owners(), steps * config.ranks):
+            elif self._fetch_last(plan, steps) and self._make_durable(
+                plan, self._owners(), steps * self._tools.config.ranks
+            ):
                 return None
         return None
+
+    def _next_of(self, todo: Sequence[int]) -> Draw | None:
+        """The next step of one of these ranks, after what it has to push again; None if all of them must wait.
+
+        Each is asked for in turn, the one that is behind first: what a rank waits for may be the push of another of
+        ours, which a shard needs for its next commit.
+        """
+        for rank in sorted(todo, key=lambda each: (self._comes(each), each)):
+            blocked = not self._again[rank] and len(self._kept[rank]) >= self._tools.config.window
+            if blocked or not self._bring(rank, self._comes(rank)):
+                continue
+            if self._again[rank]:
+                self._push_again(rank, self._again[rank].popleft())
+                return None  # look at everything again
+            self._gradients = self._tools.pool.take()
+            return Draw(self._clocks[rank], rank)
+        if all(len(self._kept[rank]) >= self._tools.config.window for rank in todo):
+            self._wait()
+        return None
+
+    def _comes(self, rank: int) -> int:
+        """The step that a rank pushes next."""
+        return self._again[rank][0].step if self._again[rank] else self._clocks[rank]
 
     def begin(self, draw: Draw) -> None:
         super().begin(draw)
@@ -173,13 +203,18 @@ class ArrivalCourse(Course):
         if new and not self._ask(plan):
             return False
         for rank in new:
-            self._clocks[rank] = self._applied_everywhere(rank)
-            self._kept[rank] = deque()
+            self._start(rank, self._applied_everywhere(rank))
         return True
+
+    def _start(self, rank: int, step: int) -> None:
+        """A rank is ours from this step on."""
+        self._clocks[rank] = step
+        self._kept[rank] = deque()
+        self._again[rank] = deque()
 
     def _forget(self, rank: int) -> None:
         """The rank is another's now, and so is the care for its pushes."""
-        del self._clocks[rank]
+        del self._clocks[rank], self._again[rank]
         self._residuals.pop(rank, None)
         for kept in self._kept.pop(rank):
             if kept.gradients is not None:
@@ -229,26 +264,29 @@ class ArrivalCourse(Course):
         if not whole:
             # Others held the rank meanwhile, so we do not have what they pushed: compute these steps again.
             self._forget(rank)
-            self._clocks[rank] = start
-            self._kept[rank] = deque()
+            self._start(rank, start)
             return
-        again = [each for each in kept if each.step >= start]
-        for each in again:
-            self._push_again(rank, each)
+        again = self._again[rank] = deque(each for each in kept if each.step >= start)
         if again:
-            self._log.info("pushing again", rank=rank, first=again[0].step, pushes=len(again))
+            self._log.info("pushing again", rank=rank, first=start, pushes=len(again))
             self._tools.journal.record("replayed", epoch=self.synced_epoch, rank=rank, first=start, pushes=len(again))
 
     # --- parameters
 
-    def _bring(self, rank: int) -> bool:
-        """Have the parameters with which ``rank`` starts its next step; False if there is something else to do."""
-        plan, step, owners = self._plan, self._clocks[rank], self._owners()
+    def _bring(self, rank: int, step: int) -> bool:
+        """Have the parameters with which ``rank`` starts a step; False if there is something else to do, or to try."""
+        plan, owners, ours = self._plan, self._owners(), self._holding()
+        give_up_s = time.monotonic() + _PATIENCE_S
         self._awaited = rank, step
         self._brought.clear()
         brought = self._pump_until(
             lambda: self._brought >= owners,
-            lambda: self._epoch_is_over(plan) or rank not in self._holding() or self.synced_epoch == NONE,
+            lambda: (
+                self._epoch_is_over(plan)
+                or self._holding() != ours
+                or self.synced_epoch == NONE
+                or (len(ours) > 1 and time.monotonic() > give_up_s)
+            ),
             lambda: self._fleet.wait_for(plan, owners, step, rank),
         )
         if brought:
@@ -286,6 +324,8 @@ class ArrivalCourse(Course):
             case Kind.VERSION:
                 if (header.rank, header.step) == self._awaited:
                     self._brought.add(answer.server)
+            case Kind.CLOCKS if header.epoch != self._plan.epoch:
+                pass  # of an epoch that is over: what it says of commits may have been undone
             case Kind.CLOCKS:
                 ranks = self._tools.config.ranks
                 self._applied[answer.server] = answer.clocks[:ranks]

@@ -129,9 +129,9 @@ class Fleet:
             server = plan.servers[owner].id
             if server in self._shared:
                 slot = self._slot(server, gradients)
-                flags |= Flag.BY_REFERENCE
+                here = flags | Flag.BY_REFERENCE
                 header = Header(
-                    Kind.PUSH, plan.epoch, plan.revision, step, rank, first, flags=flags, slot=slot, count=count
+                    Kind.PUSH, plan.epoch, plan.revision, step, rank, first, flags=here, slot=slot, count=count
                 )
                 self._queue(server, header)
             else:
