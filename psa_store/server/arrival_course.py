@@ -118,10 +118,8 @@ class ArrivalCourse(Course):
         self._tools.pending.answer(
             Now(self.plan, self.version, self.committed, self.leads, self._tools.publication, self._reached, True)
         )
-        if (
-            self._held(self.version, self._arrivals.newest if self.versioned else self.version)
-            and self.plan.phase is Phase.FREEZE
-        ):
+        newest = self._arrivals.newest if self.versioned else self.version
+        if self._held(self.version, newest) and self.plan.phase is Phase.FREEZE:
             return
         if (shards := self._arrivals.to_copy()) and self._reserve():
             self._copying = shards

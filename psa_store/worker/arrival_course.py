@@ -81,7 +81,7 @@ class ArrivalCourse(Course):
     # --- what the worker calls
 
     def next_draw(self) -> Draw | None:
-        steps = self._tools.steps
+        steps, ranks = self._tools.steps, self._tools.config.ranks
         while not self._told_to_leave:
             known = self._tools.membership.standing.plan
             plan = None if known is None or self._plan_is_old(known) else self._settle()
@@ -99,9 +99,7 @@ class ArrivalCourse(Course):
                     return draw
             elif steps is None:
                 self._wait()
-            elif self._fetch_last(plan, steps) and self._make_durable(
-                plan, self._owners(), steps * self._tools.config.ranks
-            ):
+            elif self._fetch_last(plan, steps) and self._make_durable(plan, self._owners(), steps * ranks):
                 return None
         return None
 

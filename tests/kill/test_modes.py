@@ -16,7 +16,7 @@ from chaos.check.arrival import check_arrivals
 from psa_store.bench.digest import tensors_digest
 from psa_store.job import job_config_from_json
 from psa_store.layout import layout_from_json
-from tests.harness import Run, Site
+from tests.harness import TRAIN, Run, Site
 from tests.kill.test_kill import VICTIMS, kill
 
 STEPS, RANKS = 120, 2
@@ -99,6 +99,20 @@ def test_everything_is_killed_and_the_same_command_resumes(site: Site, rng: rand
     run = start(site, "async-everything", "async", tmp_path)
     assert run.finish() == 0, run.output
     assert_all_pushes_count_once(site, "async-everything", tmp_path)
+
+
+def test_a_rank_whose_worker_never_comes_back_is_inherited(site: Site, tmp_path: Path) -> None:
+    """The worker that inherits it is waiting for this very rank when it gets it."""
+    job, env = "ssp-inherits", {"PSA_JOURNAL": str(tmp_path)}
+    script = ["--steps", str(STEPS), "--pace-s", "0.02", "--meet", "2"]
+    how = {"workers": 1, "servers": 1, "ranks": RANKS, "mode": "ssp:staleness=1", "commit_every": 3}
+    run = site.run(job, *script, env=env, **how)
+    run.wait_for_step(10)
+    guest = Run(["worker", str(TRAIN), "--job", job, *script], {**site.env, **env})
+    run.wait_for_step(30)
+    guest.kill()
+    assert run.finish() == 0, run.output
+    assert_all_pushes_count_once(site, job, tmp_path)
 
 
 def test_servers_join_and_leave_without_losing_a_push(site: Site, tmp_path: Path) -> None:

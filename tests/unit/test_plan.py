@@ -122,7 +122,7 @@ class Cluster:
             if server.id in self.servers:
                 now = self.servers[server.id]
                 if plan.phase is Phase.FREEZE:
-                    now = replace(now, frozen_mark=plan.mark, frozen_at=self.version)
+                    now = replace(now, frozen_mark=plan.mark, frozen_at=self.version, frozen_whole_at=self.version)
                 if plan.phase is Phase.STOP:
                     now = replace(now, stopped_at=plan.mark)
                 self.servers[server.id] = now
@@ -201,7 +201,7 @@ def test_a_step_that_nobody_can_finish_does_not_block_a_hand_over() -> None:
     assert cluster.plan is not None
     mark = cluster.plan.mark
     for name, at in (("a", 7), ("b", 8)):
-        cluster.servers[name] = replace(cluster.servers[name], frozen_mark=mark, frozen_at=at)
+        cluster.servers[name] = replace(cluster.servers[name], frozen_mark=mark, frozen_at=at, frozen_whole_at=at)
     cluster.decide_once()
     assert cluster.plan.phase is Phase.STOP and cluster.plan.mark == 8
     cluster.workers.clear()
