@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import redis
 
+from chaos.cluster.zookeeper import NoLeader
 from chaos.cluster.zygote import Process as Guest
 from chaos.faults import FAULTS
 from chaos.job import Job, Order, session_of, signal_if_alive, start_role
@@ -194,7 +195,7 @@ def _zookeeper_nodes(scene: Scene, planned: Planned) -> list[int]:
     def leader() -> int | None:
         try:
             return scene.site.zookeeper.leader()
-        except Exception:  # an election is going on
+        except NoLeader:
             return None
 
     leading = scene.until(leader, FIRE_WITHIN_S, "ZooKeeper had no leader to strike")
@@ -227,7 +228,13 @@ def _stop_zookeeper(scene: Scene, planned: Planned) -> Iterator[str]:
 
 @contextmanager
 def _wipe_zookeeper(scene: Scene, _planned: Planned) -> Iterator[str]:
-    before = scene.site.zookeeper.znodes()
+    def count() -> int | None:
+        try:
+            return scene.site.zookeeper.znodes()
+        except NoLeader:
+            return None  # a busy machine, or an election
+
+    before = scene.until(count, FIRE_WITHIN_S, "no ZooKeeper node told how many znodes it has")
     scene.site.zookeeper.wipe()
     yield f"{before} znodes are gone"
     scene.site.zookeeper.start()
