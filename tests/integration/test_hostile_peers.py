@@ -453,6 +453,16 @@ def waiting_for_a_rank_that_does_not_exist(scene: Scene, carrier: str) -> None:
 
 
 @deed
+def a_push_of_what_never_changes(scene: Scene, carrier: str) -> None:
+    frozen = scene.shard(Role.FROZEN)
+    with scene.in_the_name_of_the_holder() as pose:
+        for flags in (Flag.NONE, Flag.BY_REFERENCE):
+            peer, step = pose(carrier, frozen.index)
+            peer.say(Kind.PUSH, step=step, rank=scene.ranks - 1, shard=frozen.index, flags=flags)
+            peer.is_thrown_out("never change")
+
+
+@deed
 def clocks_of_a_job_that_has_none(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
     peer.hello()
