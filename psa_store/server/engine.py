@@ -385,13 +385,13 @@ class Engine:
             raise Refused("PUSH of a gradient with NaN or Inf, which this job does not skip")
         if header.epoch < course.plan.epoch:
             return Reason.STALE
-        frozen = self._frozen.intersection(range(header.shard, header.shard + header.count))
-        if frozen:
-            raise Refused(f"PUSH of shards {sorted(frozen)}, which never change")
         if any(shard not in course.leads for shard in range(header.shard, header.shard + header.count)):
             return Reason.NOT_OWNER
         if header.rank >= self._config.ranks or course.plan.ranks[header.rank] != connection.member:
             return Reason.NOT_HOLDER
+        frozen = self._frozen.intersection(range(header.shard, header.shard + header.count))
+        if frozen:
+            raise Refused(f"PUSH of shards {sorted(frozen)}, which never change")
         return None
 
     def _must_wait(self, course: Course, header: Header) -> bool:
