@@ -29,7 +29,9 @@ class Steps:
     times: Sequence[float]
     versions: Sequence[int]
     normal_s: float
-    """The median gap."""
+    """The median gap, before it is quiet."""
+    paced: int
+    """How many of them were completed before it was quiet: then the job hurries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,11 @@ def steps_of(journal: Journal) -> Steps:
         first.setdefault((event["epoch"], event["version"]), event)
     events = sorted(first.values(), key=lambda event: event.t)
     times = [event.t for event in events]
-    gaps = [later - time for time, later in itertools.pairwise(times)]
-    return Steps(times, [event["version"] for event in events], median(gaps) if gaps else 0.0)
+    quiet = journal.of("quiet")
+    paced = bisect.bisect(times, quiet[0].t) if quiet else len(times)
+    usual = times[:paced] if paced > 1 else times
+    gaps = [later - time for time, later in itertools.pairwise(usual)]
+    return Steps(times, [event["version"] for event in events], median(gaps) if gaps else 0.0, paced)
 
 
 def recoveries(journal: Journal, steps: Steps) -> list[Recovery]:
@@ -98,9 +103,8 @@ def recoveries(journal: Journal, steps: Steps) -> list[Recovery]:
 
 
 def goodput(steps: Steps) -> float:
-    """Useful steps, each at its normal length, in the wall time from the first to the last."""
-    if len(steps.times) < 2:
+    """Useful steps, each at its normal length, in the wall time from the first to the last before it was quiet."""
+    times, versions = steps.times[: steps.paced], steps.versions[: steps.paced]
+    if len(times) < 2:
         return 0.0
-    normal_s = steps.normal_s
-    useful = max(steps.versions) - steps.versions[0]
-    return min(1.0, useful * normal_s / (steps.times[-1] - steps.times[0]))
+    return min(1.0, (max(versions) - versions[0]) * steps.normal_s / (times[-1] - times[0]))

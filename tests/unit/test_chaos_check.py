@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from chaos.check import judge
-from chaos.check.recovery import recoveries, steps_of
+from chaos.check.recovery import Steps, goodput, recoveries, steps_of
 from chaos.journal import Event, Journal, Truth, read
 from chaos.report import Run, write_report
 from psa_store.errors import DataIntegrity
@@ -332,3 +332,16 @@ def test_the_report_shows_the_verdict_and_how_to_play_it_again(story: Story, tmp
     )
     assert "http" not in page.replace("http-equiv", ""), "a page that fetches something from outside"
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_goodput_is_of_the_time_in_which_faults_happen(story: Story) -> None:
+    """After it the job hurries, which must not make up for pauses."""
+    steps = steps_of(Journal(story.events))
+    assert steps.paced == 27 < len(steps.times)
+    hurried = Steps(
+        [*steps.times[: steps.paced], *(steps.times[26] + i * 1e-4 for i in range(1, 9))],
+        [*steps.versions[: steps.paced], *range(28, 36)],
+        steps.normal_s,
+        steps.paced,
+    )
+    assert goodput(hurried) == goodput(steps) == pytest.approx(1.0, abs=0.01)
