@@ -30,10 +30,6 @@ class Scenario:
     """It sets the wall clock of the whole machine: only when asked for by name."""
     commit_every: int = 10
 
-    @property
-    def loses_data(self) -> bool:
-        return any(FAULTS[kind].loses_data for kind in self.kinds)
-
 
 def _rows() -> list[Scenario]:
     supervised = [name for name in FAULTS if name.startswith(("kill-", "stop-"))]

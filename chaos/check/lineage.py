@@ -20,8 +20,6 @@ class Epoch:
     """By server. Who was named by the plan but died before serving is not here: then nothing was applied."""
     applied: Mapping[int, list[Event]]
     """By version: one event of each server, steps that were skipped included."""
-    servers: frozenset[str]
-    """Those whom the plan names."""
 
     @property
     def newest(self) -> int:
@@ -54,7 +52,6 @@ def epochs(journal: Journal) -> list[Epoch]:
                 published_at=source.t,
                 serving={name: each for name, each in serving[number].items() if each["shards"]},
                 applied=applied[number],
-                servers=frozenset(event["servers"] if event else serving[number]),
             )
         )
     return found
