@@ -166,7 +166,9 @@ class Job(RuleBasedStateMachine):
             return
         slowest = min(self.applied_everywhere(each) for each in range(RANKS))
         assert step - slowest <= STALENESS
-        assert self.applied_everywhere(rank) == step, "it would not see its own push"
+        # Beyond it where a rank's holder died with pushes that waited at the servers: the next one computes these steps
+        # a second time, and its pushes are duplicates.
+        assert self.applied_everywhere(rank) >= step, "it would not see its own push"
         worker.kept.append(step)
         worker.push(step)
         worker.next += 1
