@@ -43,11 +43,12 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Net(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, buffers: bool = True) -> None:
         super().__init__()
+        self.counts = buffers
         self.frozen = nn.Linear(12, 12).requires_grad_(False)
         self.first = nn.Linear(12, width)
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = nn.BatchNorm1d(width) if buffers else nn.LayerNorm(width)
         self.middle = nn.Linear(width, width, bias=False)
         self.narrow = nn.Linear(width, width).to(torch.bfloat16)
         self.tied = nn.Linear(width, width, bias=False)
@@ -60,7 +61,8 @@ class Net(nn.Module):
         x = torch.tanh(self.norm(self.first(x + self.frozen(x))))
         x = self.dropout(torch.tanh(self.tied(torch.tanh(self.middle(x)))))
         # What a rank computes depends on its buffers, so those of one rank must not leak into another.
-        self.calls += 1
+        if self.counts:
+            self.calls += 1
         x = x * (1 + 0.001 * self.calls)
         return self.last(self.narrow(x.to(torch.bfloat16)).float())
 
@@ -76,12 +78,13 @@ def main() -> None:
     options.add_argument("--meet", type=int, default=0, help="go on after step 20 once so many workers hold ranks")
     options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
     options.add_argument("--lr", type=float, default=0.01)
+    options.add_argument("--bufferless", action="store_true", help="a model that changes no buffer")
     options.add_argument("--poison-at", type=int, default=-1, help="step at which one gradient is NaN")
     args = options.parse_args()
 
     torch.set_num_threads(1)
     torch.manual_seed(7)
-    model = Net(args.width)
+    model = Net(args.width, buffers=not args.bufferless)
     data = Noisy()
     source = DataLoader(data, num_workers=args.processes) if args.processes else data
     optimizer = psa.optim.AdamW(

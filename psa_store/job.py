@@ -15,6 +15,8 @@ from psa_store.transport import Transport
 COMMIT_EVERY_DEFAULT = 50
 COMMIT_EVERY_ON_ARRIVAL = 4
 """The default where pushes are applied on arrival: workers keep every gradient until it is durable."""
+COMMIT_EVERY_ROUNDS = 10
+"""The default in rounds: with each commit ranks send their state, and a worker's death costs the rounds since."""
 SHARD_VERSIONS_KEPT = 3
 """Versions of a shard that Redis keeps. Three suffice for a common one to exist at any moment: a server starts the
 commit of version v+K only when its own commit of v is done, so the heads of two servers are never further apart than
@@ -29,6 +31,14 @@ RUN_NODE = "run"
 _AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "transport", "compression")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
+
+def commit_every_default(mode: Mode) -> int:
+    """Steps (in rounds: rounds) between commits of a job that does not say it."""
+    if mode.in_rounds:
+        return COMMIT_EVERY_ROUNDS
+    return COMMIT_EVERY_ON_ARRIVAL if mode.on_arrival else COMMIT_EVERY_DEFAULT
+
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -37,7 +47,8 @@ class JobConfig:
     """The fixed facts of one named training run.
 
     ``ranks``: logical data-parallel world size. ``optimizer``: as ``psa.optim`` writes it (names and numbers, no
-    code). ``commit_every``: steps between commits, 0 for none but those at hand-over and at the end.
+    code). ``commit_every``: versions between commits, 0 for none but those at hand-over and at the end; on arrival,
+    steps of all ranks.
     ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of failing.
     ``transport``: how gradients and parameters are rounded between workers and servers. ``mode``: who waits for whom.
     ``compression``: in how many bytes float32 gradients travel.
@@ -63,19 +74,42 @@ class JobConfig:
             raise UsageError(f"commit_every={self.commit_every}: must be 0 (never) or a number of steps")
         if self.mode.on_arrival and self.commit_every == 0:
             raise UsageError(f"commit_every=0: in mode {self.mode} workers keep gradients until they are committed")
-
-        if self.compression != NONE and self.transport is not Transport.EXACT:
+        if self.keeps_rank_state and self.commit_every == 0:
+            raise UsageError(f"commit_every=0: in mode {self.mode} what ranks carry is kept with commits")
+        if self.mode.backup >= self.ranks:
+            raise UsageError(f"mode {self.mode}: a step needs at least one of {self.ranks} ranks")
+        if self.compression != NONE and self.transport is not Transport.EXACT and not self.mode.in_rounds:
             raise UsageError(f"transport {self.transport} and compression {self.compression}: choose one of them")
-        if self.compression.needs_residual and not self.mode.on_arrival:
+        if self.compression.needs_residual and self.mode.may_miss_versions:
             raise UsageError(
-                f"compression {self.compression} in mode {self.mode}: what a rank holds back is lost with its worker, "
-                "so the result could not be repeated. Use it in mode async or ssp, or use int8."
+                f"compression {self.compression} in mode {self.mode}: what a rank holds back cannot be followed where "
+                "others may compute it, or none. Use int8."
             )
 
     @property
     def commit_interval(self) -> int:
         """Versions between commits, 0 for none: a version is a step, or the update of one rank."""
         return self.commit_every * (self.ranks if self.mode.on_arrival else 1)
+
+    @property
+    def keeps_rank_state(self) -> bool:
+        """Whether what a rank carries from version to version is kept with every regular commit.
+
+        Then the bits do not depend on who holds a rank: whoever gets one begins with what was committed. On arrival it
+        is lost with its worker.
+        """
+        return (self.mode.in_rounds and not self.mode.forget) or (
+            self.compression.needs_residual and not self.mode.on_arrival
+        )
+
+    @property
+    def ranks_stay(self) -> bool:
+        """Whether ranks change hands only between epochs, because they carry something."""
+        return self.mode.in_rounds or self.keeps_rank_state
+
+    def rank_state_is_due(self, version: int) -> bool:
+        """Whether the push that makes ``version`` brings the state of its rank, too."""
+        return self.keeps_rank_state and version % self.commit_interval == 0
 
     @property
     def versions_kept(self) -> int:
@@ -109,16 +143,7 @@ class JobConfig:
             JobMismatch: naming the first fact that differs, both values, and the way out.
         """
         ours, stored_facts = self.facts(), stored.facts()
-        for what in (
-            "ranks",
-            "seed",
-            "optimizer",
-            "mode",
-            "commit_every",
-            "skip_nonfinite",
-            "transport",
-            "compression",
-        ):
+        for what in _AGREED:
             mine, theirs = ours[what], stored_facts[what]
             if mine != theirs:
                 raise JobMismatch(

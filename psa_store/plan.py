@@ -5,9 +5,11 @@ and :func:`decide` answers with one action; the controller carries it out and lo
 actions is harmless, because the next controller starts from what is stored.
 
 Changing *ranks* keeps the epoch: a gradient is a pure function of (seed, step, rank), so it does not matter who
-computes it. Changing the owner of a *shard* needs a new epoch, in one of two ways:
+computes it. Changing the owner of a *shard* needs a new epoch, and so does the holder of a rank that carries something
+from step to step, which is committed now and then. In one of two ways:
 
-* Take-over, when an owner died: seal, read heads, resume at the newest version that all shards have committed.
+* Take-over, when an owner died (or a holder): seal, read heads, resume at the newest version that all shards have
+  committed.
 * Hand-over, when a server joins or leaves and everybody is well; no step is lost::
 
       RUN ──▶ FREEZE ──▶ STOP ──▶ take-over at the version where everybody stopped
@@ -16,7 +18,7 @@ computes it. Changing the owner of a *shard* needs a new epoch, in one of two wa
 
   FREEZE: owners stop updating and report their version. Versions of two owners differ by one at most (by a push of
   each rank, where pushes are applied on arrival), so the larger one can be reached by all. STOP: owners go on to
-  exactly that version, commit it, and report.
+  exactly that version (to the next at which ranks bring what they carry), commit it, and report.
 
 Pure: no I/O, no threads, no clock.
 """
@@ -140,6 +142,8 @@ class View:
     workers: Mapping[str, Member]
     shard_sizes: tuple[int, ...]
     ranks: int
+    stop_interval: int = 0
+    """Where ranks carry something: they change hands with an epoch only, which begins at a multiple of this version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +173,12 @@ def decide(view: View) -> TakeOver | Publish | None:
     servers, owners = assign_shards(view.shard_sizes, _in_order(staying, previous))
 
     why = _take_over_reason(view)
+    if why and servers:
+        return TakeOver(servers, owners, ranks, why)
     if why:
-        return TakeOver(servers, owners, ranks, why) if servers else None
+        return _end(plan, f"{why}, and no server stays") if plan is not None and plan.owners else None
     assert plan is not None
-    if {server.id for server in servers} != set(previous):
+    if {server.id for server in servers} != set(previous) or (view.stop_interval and ranks != plan.ranks):
         return _hand_over(view, plan, servers, owners, ranks)
     if plan.phase is not Phase.RUN:
         return _publish(plan, "hand-over no longer needed", ranks=ranks, phase=Phase.RUN, mark=0)
@@ -193,6 +199,8 @@ def _take_over_reason(view: View) -> str:
             return f"server {server.id} is gone"
         if member.reload == plan.epoch:
             return f"server {server.id} cannot serve what it leads"
+    if view.stop_interval and view.workers and any(rank not in view.workers for rank in plan.ranks):
+        return "a rank is without its worker, and what it carries was committed"
     behind = any(view.servers[server.id].frozen_whole_at < plan.mark for server in plan.servers)
     if plan.phase is Phase.STOP and behind and not view.workers:
         return "no worker is left to finish the step at which to hand over"
@@ -203,19 +211,26 @@ def _hand_over(
     view: View, plan: Plan, servers: tuple[Server, ...], owners: tuple[int, ...], ranks: tuple[str, ...]
 ) -> TakeOver | Publish | None:
     members = [view.servers[server.id] for server in plan.servers]
+    meanwhile = plan.ranks if view.stop_interval else ranks
     if plan.phase is Phase.RUN:
-        return _publish(plan, "servers changed", ranks=ranks, phase=Phase.FREEZE, mark=plan.revision + 1)
+        return _publish(plan, "members changed", ranks=meanwhile, phase=Phase.FREEZE, mark=plan.revision + 1)
     if plan.phase is Phase.FREEZE and all(member.frozen_mark == plan.mark for member in members):
         stop = max(member.frozen_at for member in members)
-        return _publish(plan, "all owners are frozen", ranks=ranks, phase=Phase.STOP, mark=stop)
+        if view.stop_interval:
+            stop = -(-stop // view.stop_interval) * view.stop_interval
+        return _publish(plan, "all owners are frozen", ranks=meanwhile, phase=Phase.STOP, mark=stop)
     if plan.phase is Phase.STOP and all(member.stopped_at == plan.mark for member in members):
         if servers:
             return TakeOver(servers, owners, ranks, f"hand-over at step {plan.mark}")
-        ended = _publish(plan, "the last server leaves", ranks=ranks, phase=Phase.RUN, mark=0)
-        return replace(ended, plan=replace(ended.plan, servers=(), owners=(), resume=plan.mark))
-    if ranks != plan.ranks:
-        return _publish(plan, "workers changed", ranks=ranks)
+        return _end(plan, "the last server leaves", ranks=ranks, resume=plan.mark)
+    if meanwhile != plan.ranks:
+        return _publish(plan, "workers changed", ranks=meanwhile)
     return None
+
+
+def _end(plan: Plan, reason: str, **changes: Any) -> Publish:
+    """Nobody leads anything any more; the next server begins with a take-over."""
+    return _publish(plan, reason, phase=Phase.RUN, mark=0, servers=(), owners=(), **changes)
 
 
 def _publish(plan: Plan, reason: str, **changes: Any) -> Publish:

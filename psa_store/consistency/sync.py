@@ -18,13 +18,17 @@ needs a version older than the one that the servers hold.
 
 A gradient is kept by (shard, rank); the first one wins, later ones are DUPLICATE. They are equal anyway.
 
+Two things can be otherwise. With backup ranks a shard is complete when the gradients of fewer ranks are in; the others
+are DUPLICATE from then on, and which they are is a matter of luck. And not every shard need be pushed in every step:
+one that is not is complete from the start.
+
 Pure: no I/O, no threads, no tensors, no clock.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
 
 from psa_store.consistency.offer import Offer
@@ -52,9 +56,12 @@ class SyncStep:
         version: the version that all shards have now; the machine collects the gradients of this step.
         ranks: world size of the job.
         trained: the trained shards that this server leads.
-        buffers: the buffer shards that it leads: only :data:`RANK_OF_BUFFERS` pushes them, nothing is reduced.
+        buffers: the buffer shards that it leads: only :data:`RANK_OF_BUFFERS` pushes them, nothing is reduced. With
+            ``backup`` the first rank's count.
         all_shards: the trained and buffer shards of the whole job.
         needs_norms: whether the norms of gradients matter, because they are clipped.
+        backup: of how many ranks a shard does not wait for the gradients.
+        pushed: by (trained shard, step), whether ranks push it.
     """
 
     def __init__(
@@ -66,9 +73,13 @@ class SyncStep:
         buffers: Iterable[int],
         all_shards: Iterable[int],
         needs_norms: bool,
+        backup: int = 0,
+        pushed: Callable[[int, int], bool] = lambda _shard, _step: True,
     ) -> None:
         self.version = version
-        self._ranks = ranks
+        self._needed = ranks - backup
+        self._backup = backup
+        self._pushed = pushed
         self._trained = tuple(trained)
         self._buffers = frozenset(buffers)
         self._all_shards = tuple(sorted(all_shards))
@@ -85,9 +96,9 @@ class SyncStep:
         """Judge a gradient before its bytes are read. Changes nothing: :meth:`accept` does, once they are here."""
         if step > self.version:
             return Offer.AHEAD
-        if step < self.version or rank in self._arrived[shard]:
+        if step < self.version or rank in self._arrived[shard] or self._stage[shard] is not ShardStage.COLLECTING:
             return Offer.DUPLICATE
-        if shard in self._buffers and rank != RANK_OF_BUFFERS:
+        if shard in self._buffers and not self._brings_buffers(rank):
             return Offer.DUPLICATE
         return Offer.NEW
 
@@ -98,7 +109,7 @@ class SyncStep:
         arrived.add(rank)
         if not finite:
             self._not_finite.add(shard)
-        if len(arrived) < (1 if shard in self._buffers else self._ranks):
+        if len(arrived) < (1 if shard in self._buffers else self._needed):
             return False
         self._stage[shard] = ShardStage.MEASURING
         if self._needs_norms and shard not in self._buffers:
@@ -111,6 +122,22 @@ class SyncStep:
         assert self._stage[shard] is ShardStage.MEASURING
         self._stage[shard] = ShardStage.COMPLETE
         self._norms[shard] = math.nan if shard in self._not_finite else squared_norm
+
+    def _brings_buffers(self, rank: int) -> bool:
+        """With backup ranks nobody is waited for, so the first one's will do."""
+        return rank == RANK_OF_BUFFERS or self._backup > 0
+
+    def clocks(self, ranks: int) -> list[int]:
+        """By rank, how many of its steps have arrived whole here."""
+        waiting = [shard for shard, stage in self._stage.items() if stage is ShardStage.COLLECTING]
+        return [
+            self.version
+            + all(
+                rank in self._arrived[shard] or (shard in self._buffers and not self._brings_buffers(rank))
+                for shard in waiting
+            )
+            for rank in range(ranks)
+        ]
 
     def own_norms(self) -> dict[int, float] | None:
         """The norms to tell the other servers, once all own shards are complete; None before.
@@ -165,3 +192,7 @@ class SyncStep:
         self._not_finite: set[int] = set()
         self._arrived = {shard: set() for shard in (*self._trained, *self._buffers)}
         self._stage = dict.fromkeys(self._arrived, ShardStage.COLLECTING)
+        for shard in self._trained:
+            if not self._pushed(shard, version):
+                self._stage[shard] = ShardStage.COMPLETE
+                self._norms[shard] = 0.0

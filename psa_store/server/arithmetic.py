@@ -39,11 +39,11 @@ class Arithmetic:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="psa-math")
         self._futures: set[Future[None]] = set()
 
-    def measure(self, epoch: int, leads: Sequence[Lead], ranks: int, *, inline: bool) -> None:
+    def measure(self, epoch: int, leads: Sequence[Lead], *, inline: bool) -> None:
         """Compute the norms of the shards' gradients, then post Measured, in several letters perhaps."""
 
         def measure(part: Sequence[Lead]) -> None:
-            norms = {lead.shard.index: lead.squared_norm(ranks, self._scratch()) for lead in part}
+            norms = {lead.shard.index: lead.squared_norm(self._scratch()) for lead in part}
             self._post(Measured(epoch, norms))
 
         for part in self._shares(leads, inline):

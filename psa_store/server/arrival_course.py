@@ -60,7 +60,8 @@ class ArrivalCourse(Course):
     def offer(self, header: Header, shard: int) -> Offer:
         return self._arrivals.offer(header.step, shard, header.rank)
 
-    def accept(self, header: Header, shard: int, gradient: Tensor) -> None:
+    def accept(self, header: Header, shard: int, gradient: Tensor | None, state: Tensor | None = None) -> None:
+        assert gradient is not None and state is None, "on arrival, ranks keep nothing with servers"
         self.leads[shard].take_gradient(header.rank, gradient)
         self._arrivals.accept(header.step, shard, header.rank, finite=not header.flags & Flag.NONFINITE)
 
@@ -116,7 +117,16 @@ class ArrivalCourse(Course):
         for version in self._tools.pending.finishes():
             self._arrivals.commit_at(version)
         self._tools.pending.answer(
-            Now(self.plan, self.version, self.committed, self.leads, self._tools.publication, self._reached, True)
+            Now(
+                self.plan,
+                self.version,
+                self.committed,
+                self.leads,
+                list(self.versioned.values()),
+                self._tools.publication,
+                self._reached,
+                by_value=True,
+            )
         )
         newest = self._arrivals.newest if self.versioned else self.version
         if self._held(self.version, newest) and self.plan.phase is Phase.FREEZE:

@@ -21,6 +21,7 @@ from psa_store import telemetry
 from psa_store.coordination import Coordination, MemberKind, Versioned
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, Fenced, Rewound
 from psa_store.failpoints import failpoint
+from psa_store.job import JobConfig
 from psa_store.journal import Journal
 from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
@@ -72,9 +73,7 @@ class Control:
         self,
         *,
         member: Member,
-        job: str,
-        ranks: int,
-        on_arrival: bool,
+        config: JobConfig,
         layout: Layout,
         wire: WireLayout,
         optimizer: Optimizer,
@@ -87,9 +86,9 @@ class Control:
     ) -> None:
         self._member = member
         self._announced = member
-        self._job = job
-        self._ranks = ranks
-        self._clocks = ranks if on_arrival else 0
+        self._config = config
+        self._job = config.name
+        self._clocks = config.ranks if config.mode.on_arrival else 0
         self._layout = layout
         self._wire = wire
         self._optimizer = optimizer
@@ -320,7 +319,8 @@ class Control:
             servers=self._members(MemberKind.SERVER),
             workers=self._members(MemberKind.WORKER),
             shard_sizes=tuple(shard.size_bytes for shard in self._layout.shards),
-            ranks=self._ranks,
+            ranks=self._config.ranks,
+            stop_interval=self._config.commit_interval if self._config.ranks_stay else 0,
         )
         action = decide(view)
         match action:

@@ -86,8 +86,11 @@ class Course(ABC):
         """Judge a push before its bytes are read."""
 
     @abstractmethod
-    def accept(self, header: Header, shard: int, gradient: Tensor) -> None:
-        """A push is here, whole, and was offered as NEW."""
+    def accept(self, header: Header, shard: int, gradient: Tensor | None, state: Tensor | None = None) -> None:
+        """A push is here, whole, and was offered as NEW.
+
+        ``gradient``: None if this step only brings the ``state`` of the rank (see :mod:`psa_store.rank_state`).
+        """
 
     @abstractmethod
     def obey(self, letter: Done) -> None:

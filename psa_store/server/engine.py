@@ -26,6 +26,7 @@ from psa_store.journal import Journal
 from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
 from psa_store.plan import Plan
+from psa_store.rank_state import rank_state_of
 from psa_store.server.arithmetic import Arithmetic
 from psa_store.server.arrival_course import ArrivalCourse
 from psa_store.server.client import Client
@@ -127,14 +128,21 @@ class Engine:
         )
         self._slots_max = config.ranks * (config.window if config.mode.on_arrival else 1)
         self._frozen = {shard.index for shard in layout.shards_of(Role.FROZEN)}
-        sizes = [max(shard.size_bytes, config.compression.payload_bytes(shard.numel)) for shard in layout.shards]
+        states = {shard.index: rank_state_of(config, shard) for shard in layout.shards}
+        self._states = {shard: state for shard, state in states.items() if state is not None}
+        """By shard, what ranks carry."""
+        sizes = [
+            max(shard.size_bytes, config.compression.payload_bytes(shard.numel))
+            + (self._states[shard.index].size_bytes if shard.index in self._states else 0)
+            for shard in layout.shards
+        ]
         self._scratch = memoryview(bytearray(max(sizes)))
         self._course: Course | None = None
         """None: no epoch to serve; everything that belongs to one is parked."""
         self._receiving: dict[tuple[int, int], Connection] = {}
         self._dropping: dict[Connection, Reason] = {}
         self._encoded: dict[Connection, bytearray] = {}
-        """Where the encoding of a gradient arrives."""
+        """Where a push arrives that is not a gradient as it is."""
         self._lapsed = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="psa-engine")
@@ -263,7 +271,7 @@ class Engine:
             return
         self._course.revise(plan)
         for (shard, rank), connection in list(self._receiving.items()):
-            if plan.ranks[rank] != connection.member:
+            if not self._may_push(plan, rank, connection):
                 connection.divert(self._scratch)
                 self._dropping[connection] = Reason.NOT_HOLDER
                 del self._receiving[shard, rank]
@@ -356,25 +364,33 @@ class Engine:
             return _NOTHING
         if reason is None:
             lead = course.leads[header.shard]
-            compressed = self._compresses(lead)
-            numel = lead.shard.numel
-            size_bytes = (
-                self._config.compression.payload_bytes(numel) if compressed else self._wire.size_bytes(lead.shard)
-            )
-            if header.length != size_bytes:
-                raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {size_bytes}")
+            gradient_bytes, state_bytes = self._push_bytes(lead, header.step)
+            if header.length != gradient_bytes + state_bytes:
+                raise Refused(
+                    f"PUSH of {header.length} bytes for shard {header.shard} of {gradient_bytes + state_bytes}"
+                )
             if self._is_new(course, header, header.shard):
                 self._divert_former(header.shard, header.rank)
                 self._receiving[header.shard, header.rank] = connection
-                if not compressed:
+                if not self._compresses(lead) and not state_bytes:
                     return as_bytes(lead.own_place(header.rank))
-                self._encoded[connection] = bytearray(size_bytes)
+                self._encoded[connection] = bytearray(header.length)
                 return memoryview(self._encoded[connection])
             reason = Reason.NONE
         if header.length > len(self._scratch):
             raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {len(self._scratch)}")
         self._dropping[connection] = reason
         return self._scratch[: header.length]
+
+    def _push_bytes(self, lead: Lead, step: int) -> tuple[int, int]:
+        """What a push of this shard has to bring at a step: bytes of gradient (or buffers), bytes of a rank's state."""
+        state = self._states.get(lead.shard.index)
+        state_bytes = state.size_bytes if state is not None and self._config.rank_state_is_due(step + 1) else 0
+        if lead.shard.role is Role.TRAINED and not self._config.mode.exchanges(lead.shard.index, step):
+            return 0, state_bytes
+        if self._compresses(lead):
+            return self._config.compression.payload_bytes(lead.shard.numel), state_bytes
+        return self._wire.size_bytes(lead.shard), state_bytes
 
     def _compresses(self, lead: Lead) -> bool:
         """Whether gradients of this shard come encoded."""
@@ -387,12 +403,18 @@ class Engine:
             return Reason.STALE
         if any(shard not in course.leads for shard in range(header.shard, header.shard + header.count)):
             return Reason.NOT_OWNER
-        if header.rank >= self._config.ranks or course.plan.ranks[header.rank] != connection.member:
+        if header.rank >= self._config.ranks or not self._may_push(course.plan, header.rank, connection):
             return Reason.NOT_HOLDER
         frozen = self._frozen.intersection(range(header.shard, header.shard + header.count))
         if frozen:
             raise Refused(f"PUSH of shards {sorted(frozen)}, which never change")
         return None
+
+    def _may_push(self, plan: Plan, rank: int, connection: Connection) -> bool:
+        """Whether the plan gives this rank to this worker, or allows it to be faster."""
+        return plan.ranks[rank] == connection.member or (
+            self._config.mode.speculate and connection.member in plan.ranks
+        )
 
     def _must_wait(self, course: Course, header: Header) -> bool:
         """Whether earlier pushes of this rank have to be applied first. Raises Refused where none can be missing."""
@@ -473,10 +495,26 @@ class Engine:
                 self._refuse(connection, header, reason, f"push refused: {reason.name}")
             return
         assert self._course is not None and self._receiving.pop((header.shard, header.rank)) is connection
-        place = self._course.leads[header.shard].own_place(header.rank)
-        if encoded is not None:
-            decode(self._config.compression, torch.frombuffer(encoded, dtype=torch.uint8), place)
-        self._course.accept(header, header.shard, place)
+        if not self._is_new(self._course, header, header.shard):
+            return  # the step went on without it, or somebody else was faster
+        lead = self._course.leads[header.shard]
+        if encoded is None:
+            self._course.accept(header, header.shard, lead.own_place(header.rank))
+            return
+        gradient_bytes, state_bytes = self._push_bytes(lead, header.step)
+        payload = torch.frombuffer(encoded, dtype=torch.uint8)
+        gradient = self._decoded(lead, header.rank, payload[:gradient_bytes]) if gradient_bytes else None
+        self._course.accept(header, header.shard, gradient, payload[gradient_bytes:].clone() if state_bytes else None)
+
+    def _decoded(self, lead: Lead, rank: int, payload: torch.Tensor) -> torch.Tensor:
+        """A gradient in its place, from what came of it."""
+        if not self._compresses(lead):
+            place = lead.own_place(rank)
+            place.view(torch.uint8).copy_(payload)
+            return place
+        place = lead.own_place(rank, decoded=True)
+        decode(self._config.compression, payload, place)
+        return place
 
     def _on_push_by_reference(self, connection: Connection, header: Header) -> None:
         course = self._course

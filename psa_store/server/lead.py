@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.layout import Layout, Role, Shard
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
@@ -23,6 +22,8 @@ from psa_store.wire import SharedMemory
 
 PARAM = "param"
 OPT_STEP = "opt_step"
+_RANK = "rank."
+"""Begins the name of the section that holds what a rank carries, see :mod:`psa_store.rank_state`."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -83,6 +84,10 @@ class Lead:
         self._kernel: ShardKernel | None = None
         self._own_places: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
+        self.rank_states: dict[int, Tensor] = {}
+        """By rank, what it carries at the present version, as bytes; empty if that was not pushed with it."""
+        self._coming_states: dict[int, Tensor] = {}
+        """The same for the version that is being collected."""
         self._snapshot: dict[str, Tensor] = {}
         self._snapshot_opt_step = 0
 
@@ -90,7 +95,12 @@ class Lead:
 
     def places(self, manifest: Manifest) -> dict[str, memoryview]:
         """Where the sections of a manifest are to be read into."""
-        own = {PARAM: self.param, **self.slots}
+        self.rank_states = {
+            int(section.name.removeprefix(_RANK)): torch.empty(section.size_bytes, dtype=torch.uint8)
+            for section in manifest.sections
+            if section.name.startswith(_RANK)
+        }
+        own = self._sections()
         return {section.name: as_bytes(own[section.name]) for section in manifest.sections}
 
     def loaded(self, manifest: Manifest) -> None:
@@ -124,41 +134,66 @@ class Lead:
 
     # --- one step
 
-    def own_place(self, rank: int) -> Tensor:
-        """Memory of our own for the gradient (or, for buffers, the value) of a rank that sends it by value."""
+    def own_place(self, rank: int, *, decoded: bool = False) -> Tensor:
+        """Memory of our own for the gradient (or, for buffers, the value) of a rank that sends it by value.
+
+        ``decoded``: for what came encoded, which is float32 whatever the transport.
+        """
         if rank not in self._own_places:
-            self._own_places[rank] = torch.empty_like(self.published)
+            dtype = torch.float32 if decoded else self.published.dtype
+            self._own_places[rank] = torch.empty_like(self.published, dtype=dtype)
         return self._own_places[rank]
 
     def take_gradient(self, rank: int, gradient: Tensor) -> None:
         """The gradient of a rank has arrived, and lies there until the step is over."""
         self._gradients[rank] = gradient
 
+    def take_state(self, rank: int, state: Tensor) -> None:
+        """What a rank will carry at the version that is being collected has arrived."""
+        self._coming_states[rank] = state
+
+    def turn_states(self) -> None:
+        """That version is made now."""
+        self.rank_states, self._coming_states = self._coming_states, {}
+
     def fingerprints(self) -> dict[int, int]:
         """By rank, a digest of the gradient that counts for the current step."""
         index = self.shard.index
         return {rank: xxh3_64_intdigest(as_bytes(part), seed=index) for rank, part in self._gradients.items()}
 
-    def squared_norm(self, ranks: int, scratch: Tensor) -> float:
+    def squared_norm(self, scratch: Tensor) -> float:
         """|mean gradient|², before it is clipped."""
         assert self._kernel is not None
-        return self._kernel.squared_norm([self._gradients[rank] for rank in range(ranks)], scratch)
+        return self._kernel.squared_norm(self._parts(), scratch)
 
     def apply_one(self, rank: int, scratch: Tensor, *, step: int, finite: bool) -> None:
         """Update parameters and state in place with the push of one rank; one that is not finite only counts."""
         if finite and self._kernel is None:
             self.param.copy_(self._gradients[rank])
         elif finite:
-            self.apply([rank], scratch, step=step, grad_scale=1.0)
+            self._update([self._gradients[rank]], scratch, step=step, grad_scale=1.0)
         del self._gradients[rank]
         self.clocks[rank] += 1
 
-    def apply(self, ranks: Sequence[int], scratch: Tensor, *, step: int, grad_scale: float) -> None:
-        """Update parameters and state in place with the mean gradient, or take over rank 0's buffers."""
+    def apply(self, scratch: Tensor, *, step: int, grad_scale: float) -> None:
+        """Update parameters and state in place with the mean of the gradients, or take over one rank's buffers."""
         if self._kernel is None:
-            self.param.copy_(self._gradients[RANK_OF_BUFFERS])
-            return
-        parts = [self._gradients[rank] for rank in ranks]
+            (values,) = self._gradients.values()
+            self.param.copy_(values)
+        else:
+            self._update(self._parts(), scratch, step=step, grad_scale=grad_scale)
+        self._gradients.clear()
+
+    def skip(self) -> None:
+        """The step is over without an update."""
+        self._gradients.clear()
+
+    def _parts(self) -> list[Tensor]:
+        """The gradients that are here, in the order of ranks."""
+        return [self._gradients[rank] for rank in sorted(self._gradients)]
+
+    def _update(self, parts: Sequence[Tensor], scratch: Tensor, *, step: int, grad_scale: float) -> None:
+        assert self._kernel is not None
         self._kernel.apply(parts, scratch, step=step, opt_step=self.opt_step, grad_scale=grad_scale)
         self.opt_step += 1
 
@@ -166,7 +201,10 @@ class Lead:
 
     def take_snapshot(self) -> None:
         """Copy the state, so that it can be written while the next step changes it."""
-        for name, tensor in {PARAM: self.param, **self.slots}.items():
+        sections = self._sections()
+        for gone in self._snapshot.keys() - sections.keys():
+            del self._snapshot[gone]
+        for name, tensor in sections.items():
             if name not in self._snapshot:
                 self._snapshot[name] = torch.empty_like(tensor)
             self._snapshot[name].copy_(tensor)
@@ -181,6 +219,11 @@ class Lead:
         }
         clocks = {_clock(rank): clock for rank, clock in enumerate(self.copied_clocks)}
         return arrays, {OPT_STEP: self._snapshot_opt_step, **clocks}
+
+    def _sections(self) -> dict[str, Tensor]:
+        """All that is committed, by name."""
+        states = {f"{_RANK}{rank}": state for rank, state in sorted(self.rank_states.items())}
+        return {PARAM: self.param, **self.slots, **states}
 
 
 def _clock(rank: int) -> str:

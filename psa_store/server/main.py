@@ -82,7 +82,7 @@ def serve(job: str, settings: Settings) -> None:
         if found is None:
             return
         config, layout = found
-        optimizer = optim.from_dict(config.optimizer)
+        optimizer = optim.from_dict(config.mode.server_optimizer(config.optimizer))
         member_id = settings.member or new_member_id("server")
         journal = stack.enter_context(closing(Journal(settings.journal, "server", member_id)))
         tcp, address = listen_tcp(settings.bind)
@@ -97,9 +97,7 @@ def serve(job: str, settings: Settings) -> None:
         )
         control = Control(
             member=member,
-            job=job,
-            ranks=config.ranks,
-            on_arrival=config.mode.on_arrival,
+            config=config,
             layout=layout,
             wire=WireLayout(layout, config.transport),
             optimizer=optimizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from psa_store.journal import Journal
@@ -24,6 +24,8 @@ class Now:
     version: int
     committed: int
     leads: Mapping[int, Lead]
+    changed: Sequence[Lead]
+    """What the newest version changed: more than that is of no use to whoever has the one before."""
     publication: Publication
     answer_to: Callable[[Header], int | None]
     """The version with which an AWAIT can be answered; None: not yet."""
@@ -105,7 +107,9 @@ class Pending:
         waiting, self._pulls = self._pulls, []
         for connection, header in waiting:
             lead = now.leads[header.shard]
-            if lead.shard.role is Role.FROZEN:
+            if now.version >= header.step and header.flags & Flag.STATE:
+                self._send_state(now, connection, header)
+            elif lead.shard.role is Role.FROZEN:
                 self._send(now.plan, connection, lead, 0)
             elif now.version >= header.step:
                 self._send(now.plan, connection, lead, now.version)
@@ -117,15 +121,16 @@ class Pending:
             version = now.answer_to(header)
             if version is not None:
                 del self._awaits[client]
-                self._bring(now, client, version, header.rank)
+                one_ahead = version == header.step and not now.by_value
+                self._bring(now, client, version, header.rank, now.changed if one_ahead else list(now.leads.values()))
         self._streaming.clear()
 
-    def _bring(self, now: Now, client: Client, version: int, rank: int) -> None:
+    def _bring(self, now: Now, client: Client, version: int, rank: int, leads: Sequence[Lead]) -> None:
         """By value or by reference, and then VERSION; buffers always go by value."""
         by_reference = client.by_reference and not now.by_value
         if client not in self._streaming:
             by_value = [Role.BUFFER] if by_reference else [Role.TRAINED, Role.BUFFER]
-            for lead in now.leads.values():
+            for lead in leads:
                 if lead.shard.role in by_value:
                     self._send(now.plan, client.connection, lead, version)
         flags, memory, generation = Flag.NONE, None, now.publication.generation
@@ -147,6 +152,14 @@ class Pending:
                 self._reception.send(connection, durable)
             else:
                 self._finishes.append((connection, header))
+
+    def _send_state(self, now: Now, connection: Connection, header: Header) -> None:
+        """STATE: what a rank carries in a shard; of no length where it carries nothing yet."""
+        state = now.leads[header.shard].rank_states.get(header.rank)
+        payload = memoryview(b"") if state is None else as_bytes(state)
+        plan = now.plan
+        answer = Header(Kind.STATE, plan.epoch, plan.revision, now.version, header.rank, header.shard, len(payload))
+        self._reception.send(connection, answer, payload)
 
     def _send(self, plan: Plan, connection: Connection, lead: Lead, version: int) -> None:
         shard, size_bytes = lead.shard, self._wire.size_bytes(lead.shard)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 
 import numpy as np
@@ -15,6 +15,7 @@ from psa_store.journal import fingerprint_text
 from psa_store.layout import Role
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Phase, Plan
+from psa_store.rank_state import rank_state_of
 from psa_store.server.arithmetic import ShardWork
 from psa_store.server.course import Course, Done, Tools
 from psa_store.server.lead import Lead
@@ -46,7 +47,11 @@ class SyncCourse(Course):
             buffers=[i for i, lead in leads.items() if lead.shard.role is Role.BUFFER],
             all_shards=[shard.index for shard in tools.layout.versioned],
             needs_norms=tools.optimizer.clip_grad_norm is not None,
+            backup=tools.config.mode.backup,
+            pushed=self._is_pushed,
         )
+        self._changed = list(self.versioned.values())
+        """The shards that the present version changed."""
         self._committing = plan.resume
         self._told = _NOBODY
         self._to_measure: list[Lead] = []
@@ -67,9 +72,12 @@ class SyncCourse(Course):
     def offer(self, header: Header, shard: int) -> Offer:
         return self._step.offer(header.step, shard, header.rank)
 
-    def accept(self, header: Header, shard: int, gradient: Tensor) -> None:
+    def accept(self, header: Header, shard: int, gradient: Tensor | None, state: Tensor | None = None) -> None:
         lead = self.leads[shard]
-        lead.take_gradient(header.rank, gradient)
+        if gradient is not None:
+            lead.take_gradient(header.rank, gradient)
+        if state is not None:
+            lead.take_state(header.rank, state)
         if self._step.accept(shard, header.rank, finite=not header.flags & Flag.NONFINITE):
             self._to_measure.append(lead)
 
@@ -80,6 +88,15 @@ class SyncCourse(Course):
         """What was on its way when a connection broke is lost: say it again."""
         for step, norms in self._step.norms_to_repeat().items():
             self._send_norms(peer, step, norms)
+
+    def greet_worker(self, connection: Connection) -> None:
+        """CLOCKS, for who speculates: by rank, how many of its steps have arrived here, and how many are committed."""
+        if not self._tools.config.mode.speculate:
+            super().greet_worker(connection)
+        ranks = self._tools.config.ranks
+        payload = np.array([*self._step.clocks(ranks), *[self.committed] * ranks], dtype="<i8").tobytes()
+        header = Header(Kind.CLOCKS, self.plan.epoch, self.plan.revision, self.committed, length=len(payload))
+        self._tools.reception.send(connection, header, payload)
 
     def obey(self, letter: Done) -> None:
         match letter:
@@ -109,18 +126,27 @@ class SyncCourse(Course):
         if self._stage is not Stage.COLLECTING:
             return
         self._tools.pending.answer(
-            Now(self.plan, self.version, self.committed, self.leads, self._tools.publication, self._reached)
+            Now(
+                self.plan,
+                self.version,
+                self.committed,
+                self.leads,
+                self._changed,
+                self._tools.publication,
+                self._reached,
+            )
         )
         if self._to_measure:
             leads, self._to_measure = self._to_measure, []
-            self._tools.arithmetic.measure(self.plan.epoch, leads, self._tools.config.ranks, inline=self._inline)
+            self._tools.arithmetic.measure(self.plan.epoch, leads, inline=self._inline)
         if self._commit_is_due():
             # The state of this version must be copied before it may change: if storage is slower than training,
             # training waits here.
             if self._tools.committer.reserve():
                 self._committing = self.version
                 self._stage = Stage.SNAPPING
-                self._on_leads(lambda lead, _: lead.take_snapshot(), Snapped(self.plan.epoch, self.version))
+                leads = list(self.versioned.values())
+                self._on(leads, lambda lead, _: lead.take_snapshot(), Snapped(self.plan.epoch, self.version))
             return
         self._tell_norms()
         if self._held(self.version, self.version):
@@ -131,6 +157,9 @@ class SyncCourse(Course):
             case Verdict.SKIP:
                 self._log.warning("skipping a step with NaN or Inf gradients", step=self.version)
                 self._tools.journal.record("skipped", epoch=self.plan.epoch, version=self.version + 1)
+                for lead in self.versioned.values():
+                    lead.turn_states()
+                    lead.skip()
                 self._step.advance()
                 self.advance()
             case Verdict.WAIT:
@@ -187,15 +216,21 @@ class SyncCourse(Course):
                 inline=self._inline,
             )
             return
-        step, ranks = self.version, self._tools.config.ranks
+        step, mode = self.version, self._tools.config.mode
+        self._changed = [
+            lead for i, lead in self.versioned.items() if lead.shard.role is not Role.TRAINED or mode.exchanges(i, step)
+        ]
         failpoint("step.complete")
         self._record_applied(step + 1)
         scale = clip_factor(self._step.norms_in_order(), self._tools.optimizer.clip_grad_norm)
         self._tools.reception.detach_all()
+        for lead in self.versioned.values():
+            lead.turn_states()
         self._stage = Stage.APPLYING
         streaming = self._tools.pending.begin_streaming(step + 1)
-        self._on_leads(
-            lambda lead, scratch: lead.apply(range(ranks), scratch, step=step, grad_scale=scale),
+        self._on(
+            self._changed,
+            lambda lead, scratch: lead.apply(scratch, step=step, grad_scale=scale),
             Applied(plan.epoch),
             each=self._say_updated(plan.epoch, step + 1) if streaming else None,
         )
@@ -206,7 +241,7 @@ class SyncCourse(Course):
         if not journal.enabled:
             return
         ranks = range(self._tools.config.ranks)
-        prints = [lead.fingerprints() for lead in self.trained]
+        prints = [each for each in (lead.fingerprints() for lead in self.trained) if each]
         counts = {rank: sum(rank in each for each in prints) for rank in ranks}
         sums = {rank: fingerprint_text(sum(each.get(rank, 0) for each in prints)) for rank in ranks}
         journal.record("applied", epoch=self.plan.epoch, version=version, ranks=counts, sums=sums)
@@ -214,6 +249,14 @@ class SyncCourse(Course):
     def _say_updated(self, epoch: int, version: int) -> Callable[[Lead], None]:
         return lambda lead: self._tools.post(Updated(epoch, lead.shard.index, version))
 
-    def _on_leads(self, work: ShardWork, done: ToEngine, each: Callable[[Lead], None] | None = None) -> None:
-        leads = list(self.versioned.values())
+    def _is_pushed(self, shard: int, step: int) -> bool:
+        """Whether the ranks push this shard in this step: to be exchanged, or at least to bring what they carry."""
+        config = self._tools.config
+        return config.mode.exchanges(shard, step) or (
+            config.rank_state_is_due(step + 1) and rank_state_of(config, self.leads[shard].shard) is not None
+        )
+
+    def _on(
+        self, leads: Sequence[Lead], work: ShardWork, done: ToEngine, each: Callable[[Lead], None] | None = None
+    ) -> None:
         self._tools.arithmetic.on_all(self.plan.epoch, leads, work, done, inline=self._inline, each=each)

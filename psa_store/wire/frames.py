@@ -4,7 +4,7 @@
     HELLO   who I am            WELCOME  who you reached    HELLO, WELCOME
     SHARE   memory for gradients, its descriptor passed     NORM  squared norms of reduced shards
     PUSH    gradient of (step, rank, shards)
-    PULL    shard at >= step    PARAMS   shard at step
+    PULL    shard at >= step    PARAMS   shard at step, or STATE of a rank there
     AWAIT   all, at >= step     PARAMS ..., then VERSION    all of it is with you
     FINISH  make step durable   DURABLE  step is durable
     CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
@@ -37,7 +37,7 @@ from typing import Any
 
 from psa_store.errors import Refused
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAGIC = b"PSA\x02"
 _HEADER = struct.Struct("<4sBBHIIQQqQII8x")
 HEADER_BYTES = _HEADER.size
@@ -62,6 +62,7 @@ class Kind(IntEnum):
     AWAIT = 13
     VERSION = 14
     CLOCKS = 15
+    STATE = 16
 
 
 _BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT})
@@ -75,6 +76,8 @@ class Flag(IntFlag, boundary=STRICT):
     BY_REFERENCE = 1
     NONFINITE = 2
     """The gradient holds NaN or Inf; the job skips such steps."""
+    STATE = 4
+    """PULL: not the parameters, but what a rank carries."""
 
 
 class Reason(IntEnum):
@@ -138,7 +141,7 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         )
     except ValueError as error:
         raise Refused(f"frame of another protocol version: {error}") from error
-    limit = PAYLOAD_BYTES_MAX if header.kind in (Kind.PUSH, Kind.PARAMS) else TEXT_BYTES_MAX
+    limit = PAYLOAD_BYTES_MAX if header.kind in (Kind.PUSH, Kind.PARAMS, Kind.STATE) else TEXT_BYTES_MAX
     if header.flags & Flag.BY_REFERENCE or header.kind in _BARE:
         limit = 0
     if length > limit:

@@ -176,6 +176,12 @@ class ModelArena:
         for slot, tensor in self._each():
             self._bind(slot, tensor)
 
+    def show_parameters(self) -> None:
+        """The parameters in the arena have changed: bring them into tensors that are not views."""
+        for slot, tensor in self._each():
+            if slot.spec.role is Role.TRAINED:
+                self._bind(slot, tensor)
+
     def collect_buffers(self) -> None:
         """Bring buffers that the model moved elsewhere, or that live on an accelerator, into the arena."""
         for slot, tensor in self._each():
@@ -184,12 +190,16 @@ class ModelArena:
 
     # --- gradients
 
-    def begin(self, gradients: GradientMemory) -> None:
-        """Get ready for the forward and backward pass of one rank: buffers of the version, no gradients."""
+    def begin(self, gradients: GradientMemory, *, keep_buffers: bool = False) -> None:
+        """Get ready for the forward and backward pass of one rank: no gradients, and the buffers of the version.
+
+        ``keep_buffers``: those that the pass before left, rather.
+        """
         self._gradients = gradients
-        self._memory[self._buffers_low : self._buffers_high].copy_(self._buffers_kept)
+        if not keep_buffers:
+            self._memory[self._buffers_low : self._buffers_high].copy_(self._buffers_kept)
         for slot, tensor in self._each():
-            if slot.spec.role is Role.BUFFER:
+            if slot.spec.role is Role.BUFFER and not keep_buffers:
                 self._bind(slot, tensor)
             elif slot.spec.role is Role.TRAINED:
                 tensor.grad = None

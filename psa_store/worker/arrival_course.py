@@ -151,7 +151,7 @@ class ArrivalCourse(Course):
             self._tools.pool.put_back(self._gradients, read=False)
         gradients = None if whole else self._gradients
         self._kept[draw.rank].append(Kept(draw.step, gradients, self._sent, self._finite, buffers))
-        self._record_pushed()
+        self._record_pushed(draw.step, draw.rank)
         self._clocks[draw.rank] = self.version = draw.step + 1
 
     # --- pushing

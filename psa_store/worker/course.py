@@ -1,8 +1,8 @@
 """What a worker asks of its job's mode: which rank's step comes next, and what becomes of its gradient.
 
-``sync_course`` and ``arrival_course`` are the two. A course lives as long as the worker, in the thread that runs the
-model. It listens to servers only in :meth:`Course.next_draw` and :meth:`Course.hand_over`, so the model cannot change
-under a running forward or backward pass.
+``sync_course``, ``arrival_course`` and ``round_course`` are the three. A course lives as long as the worker, in the
+thread that runs the model. It listens to servers only in :meth:`Course.next_draw` and :meth:`Course.hand_over`, so the
+model cannot change under a running forward or backward pass.
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class Course(ABC):
             NonFiniteGradient: the gradient holds NaN or Inf and the job refuses such.
         """
 
+    def place(self, shard: Shard) -> memoryview:
+        """Where a shard that comes by value is to be received."""
+        return self._arena.place(shard)
+
     # --- for the courses: the plan
 
     @property
@@ -162,8 +166,8 @@ class Course(ABC):
         except Disconnected as error:
             self._out_of_sync(str(error))
 
-    def _pump(self) -> None:
-        for answer in self._fleet.pump(WAIT_S):
+    def _pump(self, timeout_s: float = WAIT_S) -> None:
+        for answer in self._fleet.pump(timeout_s):
             self._take(answer)
 
     def _pump_until(self, done: Callable[[], bool], over: Callable[[], bool], ask: Callable[[], None]) -> bool:
@@ -246,6 +250,8 @@ class Course(ABC):
         shard = self._tools.layout.shards[index]
         if payload is None:
             return self._gradients.fingerprint(shard)
+        if not self._tools.config.compression.applies_to(shard.dtype):
+            return xxh3_64_intdigest(payload.numpy().data, seed=index)
         decoded = torch.empty(shard.numel)
         decode(self._tools.config.compression, payload, decoded)
         return xxh3_64_intdigest(decoded.numpy().data, seed=index)
@@ -275,12 +281,12 @@ class Course(ABC):
                 f"{self._flaw}. Lower the learning rate, clip, or skip such steps (--skip-nonfinite on a new job)."
             )
 
-    def _record_pushed(self) -> None:
+    def _record_pushed(self, step: int, rank: int) -> None:
         self._tools.journal.record(
             "pushed",
             epoch=self.synced_epoch,
-            step=self._draw.step,
-            rank=self._draw.rank,
+            step=step,
+            rank=rank,
             sum=fingerprint_text(self._fingerprint),
         )
         failpoint("push.done")

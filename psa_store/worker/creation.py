@@ -22,11 +22,10 @@ from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch
 from psa_store.failpoints import failpoint
 from psa_store.job import (
-    COMMIT_EVERY_DEFAULT,
-    COMMIT_EVERY_ON_ARRIVAL,
     RUN_NODE,
     SHARD_VERSIONS_KEPT,
     JobConfig,
+    commit_every_default,
     job_config_from_json,
 )
 from psa_store.layout import Layout, describe_difference, layout_from_json
@@ -127,7 +126,6 @@ def _create(
         if not isinstance(outcome, Manifest):
             raise outcome
     mode = _wanted_mode(wanted, settings) or SYNC
-    usual = COMMIT_EVERY_ON_ARRIVAL if mode.on_arrival else COMMIT_EVERY_DEFAULT
     config = JobConfig(
         name=wanted.name,
         ranks=wanted.ranks or settings.ranks or settings.default_ranks,
@@ -135,7 +133,7 @@ def _create(
         optimizer=wanted.optimizer,
         layout=wanted.layout,
         mode=mode,
-        commit_every=usual if settings.commit_every is None else settings.commit_every,
+        commit_every=commit_every_default(mode) if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=bool(settings.skip_nonfinite),
         transport=Transport(settings.transport or Transport.EXACT),
         compression=parse_compression(settings.compress or str(NONE)),

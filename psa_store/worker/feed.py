@@ -79,18 +79,21 @@ class _Drawn(Dataset[Any]):
 
 
 class _Foresight:
-    """The draws that come if nothing changes: the same ranks, step after step."""
+    """The draws that come if nothing changes: the same ranks, round after round, each with all its steps in a row."""
 
-    def __init__(self, first: Draw, ranks: Sequence[int]) -> None:
+    def __init__(self, first: Draw, ranks: Sequence[int], round_steps: int) -> None:
         self._first = first
         self._ranks = ranks
+        self._round_steps = round_steps
 
     def __iter__(self) -> Iterator[Draw]:
-        step = self._first.step
-        ranks = [rank for rank in self._ranks if rank >= self._first.rank]
+        first, length = self._first, self._round_steps
+        low = first.step - first.step % length
+        yield from (Draw(step, first.rank) for step in range(first.step, low + length))
+        ranks = [rank for rank in self._ranks if rank > first.rank]
         while True:
-            yield from (Draw(step, rank) for rank in ranks)
-            step, ranks = step + 1, list(self._ranks)
+            yield from (Draw(step, rank) for rank in ranks for step in range(low, low + length))
+            low, ranks = low + length, list(self._ranks)
 
 
 class Feed:
@@ -99,9 +102,10 @@ class Feed:
     Args:
         data: a map-style dataset or a DataLoader over one.
         batch_size: samples per step over *all* ranks; None takes ``DataLoader.batch_size`` times the ranks.
+        round_steps: steps that a rank makes in a row.
     """
 
-    def __init__(self, data: Any, batch_size: int | None, *, seed: int, ranks: int) -> None:
+    def __init__(self, data: Any, batch_size: int | None, *, seed: int, ranks: int, round_steps: int = 1) -> None:
         loader = data if isinstance(data, DataLoader) else None
         dataset: Any = loader.dataset if loader is not None else data
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
@@ -115,6 +119,7 @@ class Feed:
             batch_size = loader.batch_size * ranks
         collate = loader.collate_fn if loader is not None else default_collate
         self._drawn = _Drawn(dataset, collate, seed, ranks, batch_size)
+        self._round_steps = round_steps
         self._loader = loader if loader is not None and loader.num_workers > 0 else None
         self._ahead: Iterator[Any] | None = None
         self._expected: Iterator[Draw] = iter(())
@@ -133,13 +138,13 @@ class Feed:
 
     def _restart(self, loader: DataLoader[Any], draw: Draw, ranks: Sequence[int]) -> None:
         self._ahead = None  # ends the worker processes of the former one
-        self._expected = iter(_Foresight(draw, ranks))
+        self._expected = iter(_Foresight(draw, ranks, self._round_steps))
         next(self._expected)
         self._ahead = iter(
             DataLoader(
                 self._drawn,
                 batch_size=None,
-                sampler=_Foresight(draw, ranks),
+                sampler=_Foresight(draw, ranks, self._round_steps),
                 num_workers=loader.num_workers,
                 pin_memory=loader.pin_memory,
                 worker_init_fn=loader.worker_init_fn,

@@ -38,6 +38,7 @@ from psa_store.worker.gradients import GradientMemory
 _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
 _NUMBER_BYTES = 8
+_NOTHING = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +52,27 @@ class Greeting:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A frame from a server: PARAMS whose payload is in place, VERSION, DURABLE, CLOCKS, or REFUSED with its text."""
+    """A frame from a server: PARAMS whose payload is in place, STATE, VERSION, DURABLE, CLOCKS, or REFUSED."""
 
     header: Header
     server: str
     text: str = ""
     clocks: Sequence[int] = ()
     """With CLOCKS: by rank, how many pushes count; then by rank, how many are in the version ``header.step``."""
+    payload: memoryview = _NOTHING
+    """With STATE."""
     descriptor: int | None = None
     """With VERSION: memory in which the server publishes parameters from now on. The receiver owns it."""
 
 
 class Fleet:
-    """``place(header)`` names the memory for PARAMS; ``mailbox`` wakes :meth:`pump` from other threads.
+    """``place(header)`` names the memory for PARAMS; ``mailbox`` wakes :meth:`pump` from other threads."""
 
-    ``carrier``: "auto", or "tcp" to share no memory.
-    """
-
-    def __init__(
-        self, layout: Layout, place: Callable[[Header], memoryview], mailbox: Mailbox[None], carrier: str
-    ) -> None:
+    def __init__(self, layout: Layout, place: Callable[[Header], memoryview], mailbox: Mailbox[None]) -> None:
         self._layout = layout
         self._place = place
         self._mailbox = mailbox
-        self._share = carrier == "auto" and can_show()
+        self._share = False
         self._shared: dict[str, dict[GradientMemory, int]] = {}
         """Memory that each server of this host has the descriptor of, and its slot there."""
         self._selector = selectors.DefaultSelector()
@@ -86,6 +84,10 @@ class Fleet:
     def close(self) -> None:
         self.disconnect()
         self._selector.close()
+
+    def share_memory(self) -> None:
+        """From the next connection on, share memory with servers of this host, where that is possible."""
+        self._share = can_show()
 
     def disconnect(self) -> None:
         """Drop all connections, with whatever was in flight."""
@@ -159,6 +161,11 @@ class Fleet:
         """Ask for a shard as soon as its version is ``at_least``."""
         self._send(plan.owner_of(shard).id, Header(Kind.PULL, plan.epoch, plan.revision, at_least, shard=shard))
 
+    def pull_state(self, plan: Plan, shard: int, version: int, rank: int) -> None:
+        """Ask for what a rank carries in a shard at a version; answered by STATE."""
+        header = Header(Kind.PULL, plan.epoch, plan.revision, version, rank, shard, flags=Flag.STATE)
+        self._send(plan.owner_of(shard).id, header)
+
     def wait_for(self, plan: Plan, servers: Iterable[str], version: int, rank: int = 0) -> None:
         """Have done with all versions below; each server brings this one when it is there, and says VERSION.
 
@@ -221,6 +228,8 @@ class Fleet:
             return []
         if header.kind is Kind.REFUSED:
             return [Answer(header, server, str(decode_text(payload).get("why", "")))]
+        if header.kind is Kind.STATE:
+            return [Answer(header, server, payload=payload)]
         if header.kind is Kind.CLOCKS:
             if header.length % _NUMBER_BYTES:
                 raise Refused(f"CLOCKS of {header.length} bytes: not numbers")
@@ -238,7 +247,7 @@ class Fleet:
     def _admit(self, _connection: Connection, header: Header) -> memoryview | Park:
         if header.kind is Kind.PARAMS:
             return self._place(header)
-        if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS):
+        if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE):
             return memoryview(bytearray(header.length))
         raise Refused(f"a worker takes no {header.kind.name}")
 

@@ -3,22 +3,33 @@
 The loop that matters is :meth:`SyncCourse.next_draw`: look at the plan, have the parameters of its epoch, and find a
 rank of ours that has not pushed its gradient for the present version. Every disturbance (a new epoch, a lost
 connection, a rank more or less) only changes what that loop finds the next time.
+
+With speculation, who waits for longer than half of its own step asks which ranks are missing. The holder of the next
+rank after a missing one computes that, too: the model still has the version, since parameters come by value, and only
+once the step is complete.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Sequence
+
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.errors import Disconnected
 from psa_store.failpoints import failpoint
-from psa_store.layout import Role
+from psa_store.layout import Role, Shard
 from psa_store.plan import Plan
 from psa_store.wire import Kind
-from psa_store.worker.course import NONE, Course, Tools
+from psa_store.worker.course import NONE, WAIT_S, Course, Tools
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer
 
 _NEVER = 1 << 62
 """A version that no job reaches: waiting for it is waiting for something else."""
+_PATIENCE = 0.5
+"""Parts of our own step's time after which a missing rank counts as slow."""
+_ASK_AGAIN_S = 0.02
+"""How often who waits with speculation looks at that time, and asks again which ranks are missing."""
 
 
 class SyncCourse(Course):
@@ -33,6 +44,18 @@ class SyncCourse(Course):
         self._arrived: dict[int, int] = {}
         """The version in which each shard has arrived since we began to load."""
         self._frozen_loaded = False
+        self._overwritten = False
+        """Whether parameters of a newer version have begun to come into the model."""
+        self._speculates = tools.config.mode.speculate
+        self._clocks: dict[str, Sequence[int]] = {}
+        """By server, how many steps of each rank it has, as it said since we asked."""
+        self._help: Draw | None = None
+        """A rank of somebody else that we compute next."""
+        self._helped: set[int] = set()
+        """Those that we have computed of the present version."""
+        self._begun_s = 0.0
+        self._took_s = 0.0
+        """How long our last step took."""
 
     # --- what the worker calls
 
@@ -53,11 +76,19 @@ class SyncCourse(Course):
                     self._out_of_sync("more ranks came in the middle of a step")
                 elif self._take_gradient_memory():
                     return Draw(self.version, todo[0])
+            elif self._help is not None:
+                draw, self._help = self._help, None
+                if self._take_gradient_memory() and not self._overwritten and draw.step == self.version:
+                    return draw
             elif self._holding():
                 self._await(self.version + 1)
             else:
                 self._await(steps if steps is not None else _NEVER)
         return None
+
+    def begin(self, draw: Draw) -> None:
+        super().begin(draw)
+        self._begun_s = time.monotonic()
 
     def shards_ready(self, shards: list[int]) -> None:
         """Start pushing them."""
@@ -67,11 +98,12 @@ class SyncCourse(Course):
         """With the gradient that is the step's last, wait for the next version and load it."""
         self._refuse_flaw()
         draw = self._draw
-        if draw.rank == RANK_OF_BUFFERS:
+        self._took_s = time.monotonic() - self._begun_s
+        if draw.rank == RANK_OF_BUFFERS or self._tools.config.mode.backup > 0:
             self._arena.collect_buffers()
             for shard in self._tools.layout.shards_of(Role.BUFFER):
                 self._fleet.push_value(self._plan, draw.step, draw.rank, shard.index, self._arena.parameters(shard))
-        self._record_pushed()
+        self._record_pushed(draw.step, draw.rank)
         self._pushed.add(draw.rank)
         if self._pushed.issuperset(self._holding()):
             self._await(self.version + 1)
@@ -92,30 +124,65 @@ class SyncCourse(Course):
         return self._told_to_leave or not self._pushed.issuperset(self._holding())
 
     def _await(self, version: int) -> None:
-        """Wait until the model has ``version``; come back early when there is something else to do."""
+        """Wait until the model has ``version``, or a newer one, where a step may be complete without our ranks.
+
+        Comes back early when there is something else to do.
+        """
         idle = not self._holding()
+        slow_at_s = time.monotonic() + _PATIENCE * self._took_s
         try:
             owners = self._owners()
             if self._awaited != version:
                 self._awaited = version
                 self._brought = {}
+                self._overwritten = False
                 self._fleet.wait_for(self._plan, owners, version)
             while not self._disturbed():
                 if len(self._brought) == len(owners):
-                    if set(self._brought.values()) == {version}:
-                        self._tools.journal.record("acked", epoch=self.synced_epoch, version=version)
-                        self._version_arrived(version)
-                    else:  # the job went on without us while our ranks were with others
-                        self.synced_epoch = NONE
+                    newest = max(self._brought.values())
+                    behind = [server for server, brought in self._brought.items() if brought < newest]
+                    if newest != version and not self._tools.config.mode.may_miss_versions:
+                        self.synced_epoch = NONE  # the job went on without us while our ranks were with others
+                        return
+                    if not behind:
+                        self._tools.journal.record("acked", epoch=self.synced_epoch, version=newest)
+                        self._version_arrived(newest)
+                        return
+                    for server in behind:
+                        del self._brought[server]
+                    self._fleet.wait_for(self._plan, behind, newest)
+                if self._speculates and not idle and time.monotonic() >= slow_at_s and self._found_to_help():
                     return
-                self._pump()
+                self._pump(_ASK_AGAIN_S if self._speculates else WAIT_S)
         except Disconnected as error:
             self._out_of_sync(str(error))
         if idle:
             self.synced_epoch = NONE  # we watched from the side: the model is not at the present version
 
+    def _found_to_help(self) -> bool:
+        """Look for a rank that all wait for and that is ours to help with; asks servers which are missing."""
+        owners = self._owners()
+        if self._overwritten or self._help is not None:
+            return False
+        if not self._clocks.keys() >= owners:
+            self._fleet.ask_clocks(self._plan, owners - self._clocks.keys())
+            return False
+        clocks = [min(each) for each in zip(*self._clocks.values(), strict=True)]
+        self._clocks = {}
+        rank = rank_to_help(clocks, self.version, self._holding(), self._helped)
+        if rank is None:
+            return False
+        self._log.debug("computing the rank of a slow worker", step=self.version, rank=rank)
+        self._tools.journal.record("speculated", epoch=self.synced_epoch, step=self.version, rank=rank)
+        self._helped.add(rank)
+        self._help = Draw(self.version, rank)
+        return True
+
     def _version_arrived(self, version: int) -> None:
         self.version = version
+        self._helped.clear()
+        self._help = None
+        self._clocks = {}
         self._pushed.clear()
         self._awaited = NONE
         self._tools.pool.release()
@@ -177,7 +244,13 @@ class SyncCourse(Course):
         self._version_arrived(newest)
         return True
 
+    def place(self, shard: Shard) -> memoryview:
+        self._overwritten = True
+        return super().place(shard)
+
     def _out_of_sync(self, why: str) -> None:
+        self._help = None
+        self._clocks = {}
         self._tools.pool.give_up()
         super()._out_of_sync(why)
         self._awaited = NONE
@@ -193,6 +266,8 @@ class SyncCourse(Course):
                 self._brought[answer.server] = header.step
                 if answer.descriptor is not None:
                     self._arena.show(answer.server, answer.descriptor, self._trained_shards_of(answer.server))
+            case Kind.CLOCKS:
+                self._clocks[answer.server] = answer.clocks[: self._tools.config.ranks]
             case Kind.DURABLE:
                 self._durable.add(answer.server)
             case Kind.REFUSED:
@@ -205,3 +280,19 @@ class SyncCourse(Course):
     def _trained_shards_of(self, server: str) -> list[int]:
         layout = self._tools.layout
         return [i for i in self._plan.shards_of(server) if layout.shards[i].role is Role.TRAINED]
+
+
+def rank_to_help(clocks: Sequence[int], version: int, holding: Collection[int], helped: Collection[int]) -> int | None:
+    """Which missing rank a worker computes that holds these: one after whose place comes a rank of ours that is not
+    missing, with only missing ones in between. So two workers do not compute the same.
+
+    Args:
+        clocks: by rank, how many of its steps servers have.
+        helped: ranks that this worker has computed already.
+    """
+    ranks = len(clocks)
+    for missing in (rank for rank in range(ranks) if clocks[rank] <= version and rank not in helped):
+        helper = next((after for i in range(1, ranks) if clocks[after := (missing + i) % ranks] > version), None)
+        if helper in holding:
+            return missing
+    return None

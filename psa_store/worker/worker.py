@@ -27,7 +27,7 @@ from psa_store.mode import parse_mode
 from psa_store.optim import Optimizer
 from psa_store.plan import NOBODY
 from psa_store.storage import RedisStore
-from psa_store.transport import WireLayout
+from psa_store.transport import Transport, WireLayout
 from psa_store.wire import Header, Mailbox, announce
 from psa_store.worker.arena import ModelArena, describe_model
 from psa_store.worker.arrival_course import ArrivalCourse
@@ -37,6 +37,7 @@ from psa_store.worker.feed import Draw, Feed, seed_everything
 from psa_store.worker.fleet import Fleet
 from psa_store.worker.gradients import GradientPool
 from psa_store.worker.membership import Membership
+from psa_store.worker.round_course import RoundCourse
 from psa_store.worker.sync_course import SyncCourse
 
 
@@ -50,8 +51,8 @@ class Worker:
         ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or 1.
         steps: where the job ends; None: never.
         seed: root of all randomness: order of samples, and torch's, numpy's and Python's generators per (step, rank).
-        mode: who waits for whom: "sync", "async" or "ssp:staleness=2" (see ``psa_store.mode``), fixed when the job is
-            created. None: the stored one, or ``PSA_MODE``, or "sync".
+        mode: who waits for whom: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see ``psa_store.mode``), fixed
+            when the job is created. None: the stored one, or ``PSA_MODE``, or "sync".
         shard_bytes: size of a shard, a multiple of 4096. None: chosen by the size of the model.
 
     Raises:
@@ -168,9 +169,7 @@ class Worker:
                     )
                 )
             )
-            self._fleet = stack.enter_context(
-                closing(Fleet(self._layout, self._place, self._mailbox, settings.carrier))
-            )
+            self._fleet = stack.enter_context(closing(Fleet(self._layout, self._place, self._mailbox)))
             # Closed before the connections are: servers leave alone what we read until we are gone.
             self._arena = stack.enter_context(closing(ModelArena(self._model, self._layout, self._on_shards_ready)))
             stack.enter_context(_sigterm_calls(self._on_sigterm))
@@ -181,10 +180,13 @@ class Worker:
             self._config = join_or_create(
                 self._wanted, self._arena, self._layout, settings, member, store, coordination
             )
+            if settings.carrier == "auto" and not self._config.mode.by_value:
+                self._fleet.share_memory()
             wire = WireLayout(self._layout, self._config.transport)
             self._arena.carry(wire)
             self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
-            course_of = ArrivalCourse if self._config.mode.on_arrival else SyncCourse
+            mode = self._config.mode
+            course_of = ArrivalCourse if mode.on_arrival else RoundCourse if mode.in_rounds else SyncCourse
             self._course: Course = course_of(
                 Tools(
                     config=self._config,
@@ -193,7 +195,10 @@ class Worker:
                     arena=self._arena,
                     fleet=self._fleet,
                     membership=self._membership,
-                    pool=GradientPool(self._layout, wire),
+                    # A gradient that does not travel is not rounded for the way.
+                    pool=GradientPool(
+                        self._layout, WireLayout(self._layout, Transport.EXACT) if mode.in_rounds else wire
+                    ),
                     journal=self._journal,
                     leaving=lambda: self._leaving,
                 )
@@ -226,7 +231,8 @@ class Worker:
         """
         if not self._opened:
             raise UsageError("use the worker in a `with` statement")
-        feed = Feed(data, batch_size, seed=self._config.seed, ranks=self._config.ranks)
+        config = self._config
+        feed = Feed(data, batch_size, seed=config.seed, ranks=config.ranks, round_steps=config.mode.round_steps)
         with closing(feed):
             while True:
                 draw = self._course.next_draw()
@@ -234,7 +240,7 @@ class Worker:
                     return
                 batch = feed.get(draw, self._holding())
                 self._course.begin(draw)
-                seed_everything(self._config.seed, draw, "compute")
+                seed_everything(config.seed, draw, "compute")
                 self._current = draw
                 yield batch
                 if self._current is not None:
@@ -262,10 +268,10 @@ class Worker:
         return standing.plan.ranks_of(standing.member) if standing.plan else ()
 
     def _place(self, header: Header) -> memoryview:
-        """Where PARAMS go: straight into the model."""
+        """Where PARAMS go: as a rule straight into the model."""
         if header.shard >= len(self._layout.shards):
             raise Refused(f"PARAMS of shard {header.shard}, which does not exist")
-        return self._arena.place(self._layout.shards[header.shard])
+        return self._course.place(self._layout.shards[header.shard])
 
     def _on_shards_ready(self, shards: list[int]) -> None:
         self._course.shards_ready(shards)

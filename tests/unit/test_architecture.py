@@ -29,6 +29,7 @@ FLOORS = {
     "job": 3,
     "codec": 3,
     "optim": 3,
+    "rank_state": 4,
     "storage": 4,
     "coordination": 4,
     "wire": 4,

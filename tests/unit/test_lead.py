@@ -64,8 +64,8 @@ def test_gradients_are_added_in_the_order_of_ranks_whoever_came_first(ranks: int
         total += part
     expected = (-0.5 * total.double() / ranks).to(lead.param.dtype)
     scratch = make_scratch()
-    norm = lead.squared_norm(ranks, scratch)
-    lead.apply(range(ranks), scratch, step=0, grad_scale=1.0)
+    norm = lead.squared_norm(scratch)
+    lead.apply(scratch, step=0, grad_scale=1.0)
     torch.testing.assert_close(lead.param, expected, rtol=1e-6 if wide is torch.float32 else 1e-14, atol=0.0)
     assert math.isclose(norm, float((total.double() / ranks).square().sum()), rel_tol=1e-5)
 
@@ -76,7 +76,7 @@ def test_shards_updated_by_many_threads_have_the_bits_of_one() -> None:
         lead, _ = make(numel=40_000)
         for rank, part in enumerate(gradients(lead, 2, seed)):
             lead.take_gradient(rank, part)
-        lead.apply(range(2), make_scratch(), step=0, grad_scale=0.3)
+        lead.apply(make_scratch(), step=0, grad_scale=0.3)
         return lead.param
 
     alone = [update(seed) for seed in range(8)]
@@ -89,10 +89,11 @@ def test_memory_that_is_left_keeps_its_version_and_training_goes_on_in_the_other
     lead, layout = make()
     other = SharedMemory.create("other", layout.arena_bytes)
     lead.take_gradient(0, torch.ones_like(lead.param))
-    lead.apply(range(1), make_scratch(), step=0, grad_scale=1.0)
+    lead.apply(make_scratch(), step=0, grad_scale=1.0)
     left = lead.param
     lead.move_to(other)
-    lead.apply(range(1), make_scratch(), step=1, grad_scale=1.0)
+    lead.take_gradient(0, torch.ones_like(lead.param))
+    lead.apply(make_scratch(), step=1, grad_scale=1.0)
     assert bool((left == -0.5).all()) and bool((lead.param == -1.0).all())
 
 
@@ -101,16 +102,16 @@ def test_a_snapshot_does_not_follow_the_next_step() -> None:
     lead.take_snapshot()
     before = bytes(lead.snapshot()[0]["param"][1])
     lead.take_gradient(0, torch.ones_like(lead.param))
-    lead.apply(range(1), make_scratch(), step=0, grad_scale=1.0)
+    lead.apply(make_scratch(), step=0, grad_scale=1.0)
     arrays, scalars = lead.snapshot()
     assert bytes(arrays["param"][1]) == before != bytes(as_bytes(lead.param))
     assert scalars == {"opt_step": 0} and lead.opt_step == 1
 
 
-def test_buffers_are_taken_over_from_rank_0() -> None:
+def test_buffers_are_taken_over() -> None:
     lead, _ = make(role=Role.BUFFER)
     lead.take_gradient(0, torch.full_like(lead.param, 3.0))
-    lead.apply(range(1), make_scratch(), step=0, grad_scale=1.0)
+    lead.apply(make_scratch(), step=0, grad_scale=1.0)
     assert bool((lead.param == 3.0).all())
 
 
@@ -125,7 +126,7 @@ def test_rounded_transport_changes_what_workers_see_and_nothing_that_is_kept() -
     for lead in leads:
         lead.own_place(0).copy_(gradient)
         lead.take_gradient(0, lead.own_place(0))
-        lead.apply(range(1), make_scratch(), step=0, grad_scale=1.0)
+        lead.apply(make_scratch(), step=0, grad_scale=1.0)
     exact, rounded = leads
     assert torch.equal(exact.param, rounded.param) and exact.published is exact.param
     assert torch.equal(rounded.published, rounded.param.to(torch.bfloat16))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from psa_store.journal import Journal
+from psa_store.mode import SYNC
 from psa_store.plan import Plan
 from psa_store.server.course import Tools
 from psa_store.server.letters import Applied
@@ -34,7 +35,7 @@ def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
         adopt=lambda work: None,
     )
     tools = SimpleNamespace(
-        config=SimpleNamespace(ranks=2, commit_every=0),
+        config=SimpleNamespace(ranks=2, commit_every=0, mode=SYNC),
         layout=SimpleNamespace(versioned=()),
         optimizer=SimpleNamespace(clip_grad_norm=None),
         arithmetic=arithmetic,

@@ -1,0 +1,172 @@
+"""Kill processes while ranks make steps of their own: the bits stay, those of what ranks carry included."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from chaos import journal as journals
+from chaos.check import exactly_once
+from chaos.journal import Truth
+from psa_store.job import job_config_from_json
+from psa_store.journal import Journal
+from psa_store.layout import Role, layout_from_json
+from psa_store.mode import parse_mode
+from psa_store.rank_state import rank_state_of
+from tests.harness import TRAIN, Run, Site
+from tests.kill.test_kill import VICTIMS, kill
+
+STEPS, RANKS, COMMIT_EVERY = 120, 2, 3
+PLAIN = "local:steps=4"
+VARIANTS = {
+    "plain": (PLAIN, "none"),
+    "int8": (PLAIN, "int8"),
+    "topk": (PLAIN, "topk:0.1"),
+    "streaming": ("local:steps=4,fragments=2", "int4"),
+    "overlap": ("local:steps=4,fragments=2,overlap", "none"),
+}
+"""Mode and compression, by a word for it."""
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    seed = int(os.environ.get("PSA_TEST_SEED", secrets.randbelow(1 << 30)))
+    print(f"PSA_TEST_SEED={seed}")
+    return random.Random(seed)
+
+
+def start(site: Site, job: str, variant: str, folder: Path, **options: object) -> Run:
+    mode, compress = VARIANTS[variant]
+    defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": RANKS, "commit_every": COMMIT_EVERY}
+    script = ["--steps", str(STEPS), "--pace-s", "0.01", *(["--bufferless"] if "overlap" in mode else [])]
+    env = {"PSA_JOURNAL": str(folder)}
+    return site.run(job, *script, env=env, mode=mode, compress=compress, **{**defaults, **options})
+
+
+def final(mode: str) -> int:
+    return STEPS // parse_mode(mode).round_steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """By variant, the digest of the run that nobody disturbed: one worker, one server."""
+    known: dict[str, str] = {}
+
+    def of(variant: str) -> str:
+        if variant not in known:
+            job = f"calm-{variant}"
+            run = start(site, job, variant, tmp_path_factory.mktemp(job), workers=1, servers=1)
+            assert run.finish() == 0, run.output
+            known[variant] = site.digest(job, final(VARIANTS[variant][0]))
+        return known[variant]
+
+    return of
+
+
+def assert_each_round_counts_once(folder: Path, mode: str) -> None:
+    with closing(Journal(folder, "test", "judge")) as own:
+        own.record("scenario", steps=final(mode), ranks=RANKS)
+    violations = exactly_once.check(journals.read(folder), Truth({}, ""))
+    assert violations == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "victims"),
+    [
+        ("plain", "a worker"),
+        ("plain", "a server"),
+        ("plain", "all workers"),
+        ("int8", "a worker and a server"),
+        ("topk", "a worker"),
+        ("streaming", "a worker and a server"),
+        ("overlap", "a worker"),
+        ("overlap", "all servers"),
+    ],
+)
+def test_killing_processes_changes_no_bit(
+    site: Site, undisturbed: Callable[[str], str], rng: random.Random, tmp_path: Path, variant: str, victims: str
+) -> None:
+    job, mode = f"rounds-{variant}-" + victims.replace(" ", "-"), VARIANTS[variant][0]
+    run = start(site, job, variant, tmp_path)
+    for step in sorted(rng.sample(range(5, STEPS - 30), 2)):
+        run.wait_for_step(step)
+        pids = VICTIMS[victims](site, job, rng)
+        kill(pids)
+        print(f"step {step}: killed {pids}")
+        run.wait_for_line(lambda line: "restarting" in line)
+    assert run.finish() == 0, run.output
+    assert site.digest(job, final(mode)) == undisturbed(variant)
+    if parse_mode(mode).fragments == 1:
+        assert_each_round_counts_once(tmp_path, mode)
+
+
+def test_everything_is_killed_and_the_same_command_resumes(
+    site: Site, undisturbed: Callable[[str], str], rng: random.Random, tmp_path: Path
+) -> None:
+    for step in sorted(rng.sample(range(20, STEPS - 30), 2)):
+        run = start(site, "rounds-everything", "plain", tmp_path)
+        run.wait_for_step(step)
+        run.kill()
+    run = start(site, "rounds-everything", "plain", tmp_path)
+    assert run.finish() == 0, run.output
+    first = next(line for line in run.lines if line.startswith("step "))
+    assert int(first.split()[1]) > 4, "the job started over instead of resuming"
+    assert site.digest("rounds-everything", final(PLAIN)) == undisturbed("plain")
+
+
+def test_workers_and_servers_come_and_go_without_a_lost_round(
+    site: Site, undisturbed: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Who comes waits for a version at which the ranks' state is with the servers; nobody goes back for it."""
+    job, env = "rounds-elastic", {"PSA_JOURNAL": str(tmp_path)}
+    run = start(site, job, "plain", tmp_path, workers=1, servers=1)
+    run.wait_for_step(10)
+    server = Run(["server", "--job", job], {**site.env, **env})
+    run.wait_for_line(lambda line: "hand-over at step" in line)
+    worker = Run(["worker", str(TRAIN), "--job", job, "--steps", str(STEPS), "--pace-s", "0.01"], {**site.env, **env})
+    worker.wait_for_line(lambda line: line.startswith("step ") or "finished" in line)
+    server.process.terminate()
+    assert server.finish() == 0, server.output
+    assert run.finish() == 0 and worker.finish() == 0, run.output + worker.output
+    assert site.digest(job, final(PLAIN)) == undisturbed("plain")
+    published = journals.read(tmp_path).of("published")
+    assert all(event["resume"] % COMMIT_EVERY == 0 for event in published)
+    begun = {(event["step"], event["rank"]) for event in journals.read(tmp_path).of("pushed")}
+    assert len(begun) == final(PLAIN) * RANKS == len(journals.read(tmp_path).of("pushed")), "a round was lost"
+
+
+def test_what_ranks_carry_lies_with_their_commits(site: Site, tmp_path: Path) -> None:
+    for forget in (False, True):
+        job, mode = f"rounds-forget-{forget}", PLAIN + (",forget" if forget else "")
+        run = site.run(
+            job, "--steps", str(STEPS), workers=1, servers=1, ranks=RANKS, commit_every=COMMIT_EVERY, mode=mode
+        )
+        assert run.finish() == 0, run.output
+        with closing(site.store()) as store:
+            found = store.read_job(job)
+            assert found is not None
+            config, layout = job_config_from_json(found[0]), layout_from_json(found[1])
+            for shard in layout.shards_of(Role.TRAINED):
+                (head,) = store.heads(job, [shard.index])
+                sizes = {s.name: s.size_bytes for s in head.manifests[-1].sections if s.name.startswith("rank.")}
+                state = rank_state_of(config, shard)
+                assert (state is None) is forget
+                assert sizes == ({} if state is None else {f"rank.{r}": state.size_bytes for r in range(RANKS)})
+
+
+def test_overlap_refuses_buffers_that_would_come_late(site: Site, tmp_path: Path) -> None:
+    mode = "local:steps=4,overlap"
+    run = site.run("rounds-late", "--steps", str(STEPS), workers=1, servers=1, ranks=RANKS, mode=mode)
+    assert run.finish() == 2
+    assert "changes its buffers" in run.output and "Traceback" not in run.output
+
+
+def test_steps_must_be_whole_rounds(site: Site) -> None:
+    run = site.run("rounds-uneven", "--steps", "121", workers=1, servers=1, ranks=RANKS, mode=PLAIN)
+    assert run.finish() == 2 and "use a multiple of 4" in run.output, run.output
