@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     ranks: int | None = Field(default=None, ge=1, le=65536, description="world size of a new job")
     default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nobody says otherwise")
     commit_every: int | None = Field(default=None, ge=0, description="steps between commits of a new job; 0: never")
-    mode: str | None = Field(default=None, description="sync, async or ssp:staleness=N (new jobs)")
+    mode: str | None = Field(default=None, description="sync, async, ssp:staleness=N or local:steps=H (new jobs)")
     compress: str | None = Field(default=None, description="none, bf16, fp16, int8, int4 or topk:F (new jobs)")
     transport: str | None = Field(
         default=None, pattern="^(exact|bf16)$", description="rounding between workers and servers (new jobs)"

@@ -42,7 +42,10 @@ def run(
     ranks: Annotated[int | None, typer.Option(min=1, help="world size of a new job [default: --workers]")] = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="restarts of dead processes before giving up")] = 100,
     commit_every: Annotated[int | None, typer.Option(min=0, help="steps between commits of a new job")] = None,
-    mode: Annotated[str | None, typer.Option(help="new job: sync, async, or ssp:staleness=N [default: sync]")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="new job: sync, async, ssp:staleness=N, or local:steps=H; see the README [default: sync]"),
+    ] = None,
     compress: Annotated[
         str | None,
         typer.Option(help="new job: send gradients as bf16, fp16, int8, int4 or topk:0.01 [default: none]"),

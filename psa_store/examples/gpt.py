@@ -266,7 +266,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=2000, help="where the job ends; may be raised later")
     add("--batch-size", type=int, default=12, help="windows per step, over all ranks")
     add("--ranks", type=int, help="world size of a new job (default: as `psa run` says)")
-    add("--mode", help="sync, async, or ssp:staleness=N (default: sync)")
+    add("--mode", help="sync, async, ssp:staleness=N, or local:steps=H (default: sync)")
     add("--seed", type=int, default=1337)
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)

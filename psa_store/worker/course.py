@@ -21,14 +21,16 @@ from psa_store.errors import Disconnected, NonFiniteGradient, Refused
 from psa_store.failpoints import failpoint
 from psa_store.job import JobConfig
 from psa_store.journal import Journal, fingerprint_text
-from psa_store.layout import Layout, Shard
+from psa_store.layout import Layout, Role, Shard
 from psa_store.plan import Plan
+from psa_store.rank_state import rank_state_of
 from psa_store.wire import Flag, Header
 from psa_store.worker.arena import ModelArena
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer, Fleet, Greeting, is_about_plan
 from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.membership import Membership
+from psa_store.worker.rank_memory import RankMemory
 
 WAIT_S = 0.5
 """How long one wait lasts at most before everything is looked at again; nothing depends on it but signals."""
@@ -75,6 +77,11 @@ class Course(ABC):
         self._fingerprint = 0
         """Of the gradient that is being computed, for the journal."""
         self._durable: set[str] = set()
+        states = {shard.index: rank_state_of(tools.config, shard) for shard in tools.layout.shards_of(Role.TRAINED)}
+        self._states = {shard: state for shard, state in states.items() if state is not None}
+        """By shard, what servers keep of each rank."""
+        self._states_to_pull: dict[tuple[int, int], RankMemory] = {}
+        """By rank and shard, where what servers keep is to go."""
 
     # --- what the worker calls, in this order
 
@@ -209,6 +216,28 @@ class Course(ABC):
             return False
         self._tools.journal.record("finished", version=version)
         return True
+
+    # --- for the courses: what ranks carry
+
+    def _pull_states(self, plan: Plan, memories: Mapping[int, RankMemory]) -> bool:
+        """Have in ``memories``, by rank, what servers keep where the epoch begins; False if it is over before.
+
+        Nothing has been pushed for our ranks in this epoch, so servers still stand there.
+        """
+        self._states_to_pull = {(rank, shard): memory for rank, memory in memories.items() for shard in self._states}
+
+        def ask() -> None:
+            for rank, shard in self._states_to_pull:
+                self._fleet.pull_state(plan, shard, plan.resume, rank)
+
+        return self._pump_until(lambda: not self._states_to_pull, lambda: self._epoch_is_over(plan), ask)
+
+    def _take_state(self, answer: Answer) -> None:
+        """STATE: of no length where a rank carries nothing yet."""
+        shard = answer.header.shard
+        memory = self._states_to_pull.pop((answer.header.rank, shard), None)
+        if memory is not None and len(answer.payload):
+            memory.unpack(self._tools.layout.shards[shard], self._states[shard], answer.payload)
 
     # --- for the courses: gradients
 

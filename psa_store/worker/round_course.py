@@ -33,7 +33,7 @@ from psa_store.optim import from_dict
 from psa_store.optim.kernels import MASTER, ShardKernel, init_slots, make_scratch
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Plan
-from psa_store.rank_state import LOCAL, RESIDUAL, START, rank_state_of
+from psa_store.rank_state import LOCAL, RESIDUAL, START
 from psa_store.transport import WireLayout
 from psa_store.wire import Kind
 from psa_store.worker.course import NONE, Course, Tools
@@ -78,7 +78,6 @@ class RoundCourse(Course):
                 f"steps={tools.steps}: mode {config.mode} ends after whole rounds; use a multiple of {self._mode.steps}"
             )
         self._rounds = None if tools.steps is None else tools.steps // self._mode.round_steps
-        self._states = {shard.index: rank_state_of(config, shard) for shard in self._trained}
         wire = WireLayout(layout, config.transport)
         self._model = {
             s.index: torch.frombuffer(self._arena.parameters(s), dtype=_dtype(s.dtype)) for s in self._changing
@@ -98,7 +97,6 @@ class RoundCourse(Course):
         self._epoch = NONE
         self._frozen_loaded = False
         self._to_pull: set[int] = set()
-        self._states_to_pull: set[tuple[int, int]] = set()
 
     @property
     def _changing(self) -> tuple[Shard, ...]:
@@ -231,9 +229,8 @@ class RoundCourse(Course):
         self._fingerprint = 0
         for shard in self._trained:
             payload = [self._movement(state, shard, rank)] if self._mode.exchanges(shard.index, self._round) else []
-            layout = self._states[shard.index]
-            if due and layout is not None:
-                payload.append(state.memory.pack(shard, layout))
+            if due and shard.index in self._states:
+                payload.append(state.memory.pack(shard, self._states[shard.index]))
             if payload:
                 pushes.append((shard.index, payload[0] if len(payload) == 1 else torch.cat(payload)))
         if rank == RANK_OF_BUFFERS:
@@ -393,7 +390,7 @@ class RoundCourse(Course):
         self._keep_buffers()
         for version in range(plan.resume - self._mode.fragments, plan.resume):
             self._adopt(version)
-        if not self._pull_states(plan):
+        if not self._pull_states(plan, {rank: state.memory for rank, state in self._ranks.items()}):
             return False
         if not self._mode.overlap:
             self._adopt(plan.resume - 1)  # what was pushed with a round is older than what came of it
@@ -425,17 +422,6 @@ class RoundCourse(Course):
                 parts[shard.index][RESIDUAL] = torch.zeros(shard.numel)
         return RankMemory(parts)
 
-    def _pull_states(self, plan: Plan) -> bool:
-        """Have what servers keep of our ranks."""
-        kept = [shard for shard, state in self._states.items() if state is not None]
-        self._states_to_pull = {(rank, shard) for rank in self._ranks for shard in kept}
-
-        def ask() -> None:
-            for rank, shard in self._states_to_pull:
-                self._fleet.pull_state(plan, shard, plan.resume, rank)
-
-        return self._pump_until(lambda: not self._states_to_pull, lambda: self._epoch_is_over(plan), ask)
-
     # --- servers
 
     def place(self, shard: Shard) -> memoryview:
@@ -457,7 +443,7 @@ class RoundCourse(Course):
                         if state.pushed_step < self._have:
                             state.pushed = []
             case Kind.STATE:
-                self._take_state(header.rank, header.shard, answer.payload)
+                self._take_state(answer)
             case Kind.DURABLE:
                 self._durable.add(answer.server)
             case Kind.REFUSED:
@@ -465,14 +451,6 @@ class RoundCourse(Course):
                 self.synced_epoch = NONE
             case _:
                 pass
-
-    def _take_state(self, rank: int, index: int, payload: memoryview) -> None:
-        if (rank, index) not in self._states_to_pull:
-            return
-        self._states_to_pull.discard((rank, index))
-        layout = self._states[index]
-        if len(payload) and layout is not None:
-            self._ranks[rank].memory.unpack(self._tools.layout.shards[index], layout, payload)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -12,17 +12,23 @@ once the step is complete.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.errors import Disconnected
 from psa_store.failpoints import failpoint
 from psa_store.layout import Role, Shard
 from psa_store.plan import Plan
+from psa_store.rank_state import RESIDUAL
 from psa_store.wire import Kind
 from psa_store.worker.course import NONE, WAIT_S, Course, Tools
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer
+from psa_store.worker.gradients import GradientMemory
+from psa_store.worker.rank_memory import RankMemory
 
 _NEVER = 1 << 62
 """A version that no job reaches: waiting for it is waiting for something else."""
@@ -53,6 +59,12 @@ class SyncCourse(Course):
         """A rank of somebody else that we compute next."""
         self._helped: set[int] = set()
         """Those that we have computed of the present version."""
+        self._carried: dict[int, RankMemory] = {}
+        """By rank of ours, what it carries at the present version ..."""
+        self._carried_next: dict[int, RankMemory] = {}
+        """... and what it will carry at the next: until that is here, a step may have to be made again."""
+        self._carried_since = NONE
+        """The epoch in which that began."""
         self._begun_s = 0.0
         self._took_s = 0.0
         """How long our last step took."""
@@ -111,6 +123,46 @@ class SyncCourse(Course):
         while self.synced_epoch == NONE and not self._told_to_leave:
             if self._settle() is None:
                 self._wait()
+
+    # --- what ranks carry
+
+    def _residual(self, rank: int, shard: Shard) -> Tensor | None:
+        if rank not in self._carried:
+            return None
+        place = self._carried_next[rank].parts[shard.index][RESIDUAL]
+        return place.copy_(self._carried[rank].parts[shard.index][RESIDUAL])
+
+    def _send(
+        self,
+        draw: Draw,
+        shards: Sequence[int],
+        gradients: GradientMemory | None,
+        payloads: Mapping[int, Tensor],
+        *,
+        finite: bool,
+    ) -> None:
+        """With what the rank will carry, where that is due."""
+        if self._states and self._tools.config.rank_state_is_due(draw.step + 1):
+            of, layout = self._carried_next[draw.rank], self._tools.layout
+            payloads = {
+                i: torch.cat([payload, of.pack(layout.shards[i], self._states[i])]) for i, payload in payloads.items()
+            }
+        super()._send(draw, shards, gradients, payloads, finite=finite)
+
+    def _take_up(self, plan: Plan) -> bool:
+        """Have what our ranks carry where the epoch begins; False if something came in between."""
+        if not self._states or self._carried_since == plan.epoch:
+            return True
+        mine = plan.ranks_of(self._tools.membership.standing.member)
+        self._carried = {rank: self._new_memory() for rank in mine}
+        self._carried_next = {rank: self._new_memory() for rank in mine}
+        if not self._pull_states(plan, self._carried):
+            return False
+        self._carried_since = plan.epoch
+        return True
+
+    def _new_memory(self) -> RankMemory:
+        return RankMemory({i: {RESIDUAL: torch.zeros(state.numel)} for i, state in self._states.items()})
 
     # --- waiting for a version
 
@@ -179,6 +231,8 @@ class SyncCourse(Course):
         return True
 
     def _version_arrived(self, version: int) -> None:
+        if version == self.version + 1:
+            self._carried, self._carried_next = self._carried_next, self._carried
         self.version = version
         self._helped.clear()
         self._help = None
@@ -238,6 +292,10 @@ class SyncCourse(Course):
             self._out_of_sync(str(error))
             return False
         self._frozen_loaded = True
+        if self._states and self._carried_since != plan.epoch:
+            self.version = newest  # whatever we had been at, what our ranks carry is what comes now
+        if not self._take_up(plan):
+            return False
         self.synced_epoch = plan.epoch
         self._tools.journal.record("loaded", epoch=plan.epoch, version=newest)
         failpoint("worker.loaded")
@@ -266,6 +324,8 @@ class SyncCourse(Course):
                 self._brought[answer.server] = header.step
                 if answer.descriptor is not None:
                     self._arena.show(answer.server, answer.descriptor, self._trained_shards_of(answer.server))
+            case Kind.STATE:
+                self._take_state(answer)
             case Kind.CLOCKS:
                 self._clocks[answer.server] = answer.clocks[: self._tools.config.ranks]
             case Kind.DURABLE:
