@@ -84,9 +84,13 @@ def test_newest_common_is_common_and_newest(versions: dict[int, set[int]]) -> No
 
 
 class Cluster:
-    """Carries decisions out as a controller, obedient servers and a job that goes on would."""
+    """Carries decisions out as a controller, obedient servers and a job that goes on would.
 
-    def __init__(self) -> None:
+    ``interval``: where ranks carry something, the versions between two commits of that.
+    """
+
+    def __init__(self, interval: int = 0) -> None:
+        self.interval = interval
         self.plan: Plan | None = None
         self.servers: dict[str, Member] = {}
         self.workers: dict[str, Member] = {}
@@ -94,7 +98,7 @@ class Cluster:
         self.epochs: list[int] = []
 
     def view(self) -> View:
-        return View(self.plan, dict(self.servers), dict(self.workers), (4, 4, 4, 4, 4, 4), 4)
+        return View(self.plan, dict(self.servers), dict(self.workers), (4, 4, 4, 4, 4, 4), 4, self.interval)
 
     def decide_once(self) -> bool:
         action = decide(self.view())
@@ -104,6 +108,8 @@ class Cluster:
             epoch = (self.plan.epoch if self.plan else 0) + 1
             revision = (self.plan.revision if self.plan else 0) + 1
             self.epochs.append(epoch)
+            if self.interval:
+                self.version -= self.version % self.interval
             self.plan = Plan(epoch, revision, self.version, action.servers, action.owners, action.ranks)
         else:
             assert isinstance(action, Publish)
@@ -111,6 +117,9 @@ class Cluster:
             assert action.plan.revision == self.plan.revision + 1
             if action.plan.owners:
                 assert action.plan.owners == self.plan.owners, "ownership changed without a new epoch"
+            if self.interval and action.plan.owners:
+                assert action.plan.ranks == self.plan.ranks, "what ranks carry changed hands without a new epoch"
+                assert action.plan.phase is not Phase.STOP or action.plan.mark % self.interval == 0
             self.plan = action.plan
         return True
 
@@ -123,8 +132,10 @@ class Cluster:
                 now = self.servers[server.id]
                 if plan.phase is Phase.FREEZE:
                     now = replace(now, frozen_mark=plan.mark, frozen_at=self.version, frozen_whole_at=self.version)
-                if plan.phase is Phase.STOP:
-                    now = replace(now, stopped_at=plan.mark)
+                if plan.phase is Phase.STOP and self.workers:
+                    self.version = max(self.version, plan.mark)
+                if plan.phase is Phase.STOP and self.version >= plan.mark:
+                    now = replace(now, stopped_at=plan.mark, frozen_whole_at=self.version)
                 self.servers[server.id] = now
 
     def settle(self) -> None:
@@ -136,14 +147,15 @@ class Cluster:
 
 
 events = st.lists(
-    st.tuples(st.sampled_from(["join", "die", "leave", "worker", "worker dies", "look", "reload"]), names), max_size=25
+    st.tuples(st.sampled_from(["join", "die", "leave", "worker", "worker dies", "look", "reload", "step"]), names),
+    max_size=25,
 )
 
 
 @settings(max_examples=300)
-@given(events=events)
-def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[str, str]]) -> None:
-    cluster = Cluster()
+@given(events=events, interval=st.sampled_from([0, 3]))
+def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[str, str]], interval: int) -> None:
+    cluster = Cluster(interval)
     for what, name in events:
         match what:
             case "join":
@@ -158,6 +170,8 @@ def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[s
                 cluster.workers[name] = member(name)
             case "worker dies":
                 cluster.workers.pop(name, None)
+            case "step" if cluster.plan is not None and cluster.plan.phase is Phase.RUN and cluster.workers:
+                cluster.version += 1
             case "look":
                 cluster.servers_obey()
                 cluster.decide_once()
@@ -190,6 +204,42 @@ def test_a_joining_server_is_given_shards_without_a_lost_step() -> None:
         cluster.servers_obey()
     assert phases == [Phase.FREEZE, Phase.STOP, Phase.RUN]
     assert cluster.plan is not None and cluster.plan.resume == 17
+
+
+def test_a_joining_worker_waits_for_what_ranks_carry() -> None:
+    cluster = Cluster(interval=10)
+    cluster.servers, cluster.workers = members("a"), members("v")
+    cluster.settle()
+    cluster.version = 17
+    cluster.workers["w"] = member("w")
+    cluster.settle()
+    assert cluster.plan is not None and cluster.plan.resume == 20
+    assert sorted(cluster.plan.ranks) == ["v", "v", "w", "w"]
+
+
+def test_a_rank_whose_worker_died_goes_back_to_what_was_committed_of_it() -> None:
+    cluster = Cluster(interval=10)
+    cluster.servers, cluster.workers = members("a"), members("v", "w")
+    cluster.settle()
+    cluster.version = 17
+    del cluster.workers["w"]
+    action = decide(cluster.view())
+    assert isinstance(action, TakeOver) and set(action.ranks) == {"v"}
+
+
+def test_nobody_waits_for_a_round_that_nobody_computes() -> None:
+    """Ctrl-C: the workers leave first, in the middle of what is committed together, and then all servers."""
+    cluster = Cluster(interval=10)
+    cluster.servers, cluster.workers = members("a", "b"), members("w")
+    cluster.settle()
+    cluster.version = 17
+    cluster.workers.clear()
+    cluster.servers_obey()
+    cluster.decide_once()
+    for name in "ab":
+        cluster.servers[name] = replace(cluster.servers[name], leaving=True)
+    cluster.settle()
+    assert cluster.plan is not None and cluster.plan.owners == ()
 
 
 def test_a_step_that_nobody_can_finish_does_not_block_a_hand_over() -> None:
