@@ -98,9 +98,9 @@ class JobConfig:
         Then the bits do not depend on who holds a rank: whoever gets one begins with what was committed. On arrival it
         is lost with its worker.
         """
-        return (self.mode.in_rounds and not self.mode.forget) or (
-            self.compression.needs_residual and not self.mode.on_arrival
-        )
+        if self.mode.on_arrival or self.mode.forget:
+            return False
+        return self.mode.in_rounds or self.compression.needs_residual
 
     @property
     def ranks_stay(self) -> bool:

@@ -463,6 +463,16 @@ def a_push_of_what_never_changes(scene: Scene, carrier: str) -> None:
 
 
 @deed
+def what_ranks_carry_in_a_job_where_they_carry_nothing(scene: Scene, carrier: str) -> None:
+    peer = scene.peer(carrier)
+    peer.hello()
+    for rank in (0, scene.ranks, (1 << 32) - 1):
+        peer.say(Kind.PULL, shard=scene.shard().index, rank=rank, flags=Flag.STATE)
+        answer = peer.next_of(Kind.STATE)
+        assert answer.header.rank == rank and answer.header.length == 0
+
+
+@deed
 def clocks_of_a_job_that_has_none(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
     peer.hello()

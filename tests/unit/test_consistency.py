@@ -132,6 +132,52 @@ def test_without_clipping_a_shard_is_complete_with_its_last_gradient() -> None:
     assert step.verdict() is Verdict.APPLY and step.norms_in_order() == [0.0] * 5
 
 
+@given(st.randoms(use_true_random=False), st.integers(0, RANKS - 1))
+def test_with_backup_ranks_the_first_to_come_count_and_nobody_else(rng: random.Random, backup: int) -> None:
+    step = SyncStep(
+        version=0, ranks=RANKS, trained=(0, 1), buffers=(2,), all_shards=(0, 1, 2), needs_norms=True, backup=backup
+    )
+    arrivals = [(shard, rank) for shard in range(3) for rank in range(RANKS)]
+    rng.shuffle(arrivals)
+    counted: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for shard, rank in arrivals:
+        if step.offer(0, shard, rank) is Offer.NEW:
+            counted[shard].append(rank)
+            push(step, shard, rank)
+        whole = all(len(counted[s]) == RANKS - backup for s in (0, 1)) and len(counted[2]) == 1
+        assert step.verdict() is (Verdict.APPLY if whole else Verdict.WAIT)
+    first_of = {shard: [rank for s, rank in arrivals if s == shard] for shard in counted}
+    for shard in (0, 1):
+        assert counted[shard] == first_of[shard][: RANKS - backup]
+    assert counted[2] == (first_of[2][:1] if backup else [0])
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 3), st.integers(0, 5))
+def test_a_shard_that_is_not_pushed_in_a_step_is_not_waited_for(
+    rng: random.Random, fragments: int, version: int
+) -> None:
+    step = SyncStep(
+        version=version,
+        ranks=RANKS,
+        trained=TRAINED,
+        buffers=(),
+        all_shards=TRAINED,
+        needs_norms=False,
+        pushed=lambda shard, at: (shard - at) % fragments == 0,
+    )
+    for _ in range(2 * fragments):
+        awaited = [(s, r) for s in TRAINED if (s - step.version) % fragments == 0 for r in range(RANKS)]
+        rng.shuffle(awaited)
+        for shard, rank in awaited:
+            assert step.verdict() is Verdict.WAIT
+            assert step.clocks(RANKS)[rank] == step.version
+            push(step, shard, rank)
+        for shard in TRAINED:
+            assert step.offer(step.version, shard, 0) is Offer.DUPLICATE
+        assert step.verdict() is Verdict.APPLY and step.clocks(RANKS) == [step.version + 1] * RANKS
+        step.advance()
+
+
 class Server:
     """One of two servers whose connection breaks, with whatever was on its way."""
 
