@@ -284,6 +284,7 @@ class Control:
         assert manifest is not None
         kept = held.leads.get(head.shard)
         if kept is not None and kept.committed == manifest and held.version in (plan.resume, 0):
+            kept.drop_pushes()
             kept.move_to(memory)  # not in place: workers may still be reading the old epoch's
             return kept  # a hand-over: we stand where the epoch begins, with what Redis holds
         lead = Lead(shard, self._layout, self._wire, self._optimizer, memory, self._clocks)

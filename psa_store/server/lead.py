@@ -184,9 +184,10 @@ class Lead:
             self._update(self._parts(), scratch, step=step, grad_scale=grad_scale)
         self._gradients.clear()
 
-    def skip(self) -> None:
-        """The step is over without an update."""
+    def drop_pushes(self) -> None:
+        """What was pushed for the present step does not count: it is over without an update, or its epoch is."""
         self._gradients.clear()
+        self._coming_states.clear()
 
     def _parts(self) -> list[Tensor]:
         """The gradients that are here, in the order of ranks."""

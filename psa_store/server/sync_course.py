@@ -159,7 +159,7 @@ class SyncCourse(Course):
                 self._tools.journal.record("skipped", epoch=self.plan.epoch, version=self.version + 1)
                 for lead in self.versioned.values():
                     lead.turn_states()
-                    lead.skip()
+                    lead.drop_pushes()
                 self._step.advance()
                 self.advance()
             case Verdict.WAIT:
