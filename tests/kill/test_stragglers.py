@@ -33,7 +33,8 @@ def test_steps_go_on_while_a_worker_is_stopped(site: Site, tmp_path: Path, mode:
     victim = others(site, job)[0]
     os.kill(victim, signal.SIGSTOP)
     try:
-        run.wait_for_step(40)  # about half a second: its session lives on, so it keeps its rank
+        run.wait_for_step(25)
+        assert victim in [each["pid"] for each in site.describe(job)["workers"] if each["ranks"]], "it lost its rank"
     finally:
         os.kill(victim, signal.SIGCONT)
     assert run.finish() == 0, run.output
