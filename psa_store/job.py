@@ -78,7 +78,7 @@ class JobConfig:
             raise UsageError(f"commit_every=0: in mode {self.mode} what ranks carry is kept with commits")
         if self.mode.backup >= self.ranks:
             raise UsageError(f"mode {self.mode}: a step needs at least one of {self.ranks} ranks")
-        if self.compression != NONE and self.transport is not Transport.EXACT and not self.mode.in_rounds:
+        if self.compression != NONE and self.transport is not Transport.EXACT:
             raise UsageError(f"transport {self.transport} and compression {self.compression}: choose one of them")
         if self.compression.needs_residual and self.mode.may_miss_versions:
             raise UsageError(
@@ -101,6 +101,11 @@ class JobConfig:
         if self.mode.on_arrival or self.mode.forget:
             return False
         return self.mode.in_rounds or self.compression.needs_residual
+
+    @property
+    def publishes_movements(self) -> bool:
+        """Whether parameters travel compressed, too: each version as what it adds to the one before."""
+        return self.mode.in_rounds and self.compression != NONE
 
     @property
     def ranks_stay(self) -> bool:

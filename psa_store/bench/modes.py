@@ -2,7 +2,7 @@
 
     python -m psa_store.bench.modes --data shakespeare.txt --link 0 --png modes.png
     python -m psa_store.bench.modes --slow-worker --workers 3 --steps 300 sync async ssp:staleness=2 sync:speculate
-    python -m psa_store.bench.modes --link 20 sync@30 local:steps=20/int8/bf16@600
+    python -m psa_store.bench.modes --link 20 sync@30 local:steps=20/int8@600
 
 A variant is ``MODE``, ``MODE/COMPRESSION`` or ``MODE/COMPRESSION/TRANSPORT``, and may end in ``@STEPS``; otherwise all
 see the same number of tokens. ``--slow-worker`` lets one worker run for a third of the time only (SIGSTOP and SIGCONT
@@ -39,7 +39,7 @@ _DEFAULT = (
     "ssp:staleness=2",
     "async",
     "local:steps=20",
-    "local:steps=20/int8/bf16",
+    "local:steps=20/int8",
     "sync/int8",
     "async/topk:0.01",
 )

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from psa_store import telemetry
+from psa_store.compression import NONE
 from psa_store.coordination import Coordination, MemberKind, Versioned
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, Fenced, Rewound
 from psa_store.failpoints import failpoint
@@ -287,7 +288,17 @@ class Control:
             kept.drop_pushes()
             kept.move_to(memory)  # not in place: workers may still be reading the old epoch's
             return kept  # a hand-over: we stand where the epoch begins, with what Redis holds
-        lead = Lead(shard, self._layout, self._wire, self._optimizer, memory, self._clocks)
+        config = self._config
+        lead = Lead(
+            shard,
+            self._layout,
+            self._wire,
+            self._optimizer,
+            memory,
+            self._clocks,
+            movements=config.compression if config.publishes_movements else NONE,
+            seed=config.seed,
+        )
         try:
             self._store.load(self._job, head.shard, manifest, lead.places(manifest))
         except DataIntegrity as error:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+from psa_store.codec import decode, encode, rounding_stream
+from psa_store.compression import NONE, Compression
 from psa_store.layout import Layout, Role, Shard
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
@@ -21,9 +23,12 @@ from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory
 
 PARAM = "param"
+PUBLISHED = "published"
 OPT_STEP = "opt_step"
 _RANK = "rank."
 """Begins the name of the section that holds what a rank carries, see :mod:`psa_store.rank_state`."""
+_NO_RANK = 65536
+"""Whose random numbers round what servers publish: no job has so many ranks."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -48,7 +53,9 @@ class Lead:
     """One shard: parameters, optimizer slots, the gradients of the current step, and the snapshot being committed.
 
     ``memory``: where parameters are published, in the places of ``wire``. ``clocks``: of how many ranks the pushes are
-    counted; 0 in a synchronous job.
+    counted; 0 in a synchronous job. ``movements``: with which compression what is published moves from version to
+    version; then it follows the parameters as closely as that allows (what one movement leaves out is in the next), and
+    ``seed`` is the root of what is rounded at random.
     """
 
     def __init__(
@@ -59,8 +66,17 @@ class Lead:
         optimizer: Optimizer,
         memory: SharedMemory,
         clocks: int = 0,
+        movements: Compression = NONE,
+        seed: int = 0,
     ) -> None:
         self.shard = shard
+        self._movements = movements
+        self._seed = seed
+        trained = shard.role is Role.TRAINED
+        self.movement: Tensor | None = None
+        """What the newest version added to what is published, encoded; None if it is published as it is."""
+        if trained and movements.applies_to(shard.dtype):
+            self.movement = torch.zeros(movements.payload_bytes(shard.numel), dtype=torch.uint8)
         self._layout = layout
         self._wire = wire
         self._optimizer = optimizer
@@ -71,9 +87,8 @@ class Lead:
         self.committed: Manifest | None = None
         self.published = tensor_in(memory, shard, wire)
         """What workers see: the parameters themselves, or a rounding of them."""
-        exact = wire.dtype(shard) == shard.dtype
+        exact = wire.dtype(shard) == shard.dtype and self.movement is None
         self.param = self.published if exact else torch.zeros(shard.numel, dtype=torch_dtype(shard.dtype))
-        trained = shard.role is Role.TRAINED
         self.slots: dict[str, Tensor] = {}
         if trained:
             dtypes = slot_dtype(optimizer, shard.dtype)
@@ -111,7 +126,7 @@ class Lead:
         slots_are_new = not any(section.name in self.slots for section in manifest.sections)
         if self.shard.role is Role.TRAINED and slots_are_new:
             self.slots = init_slots(self._optimizer, self.param, self.shard, self._layout)
-        if self.published is not self.param:
+        if self.published is not self.param and not any(section.name == PUBLISHED for section in manifest.sections):
             self.published.copy_(self.param)
         self._make_kernel()
         self.opt_step = int(manifest.scalars.get(OPT_STEP, 0))
@@ -129,7 +144,7 @@ class Lead:
 
     def _make_kernel(self) -> None:
         if self.shard.role is Role.TRAINED:
-            rounded = None if self.published is self.param else self.published
+            rounded = None if self.published is self.param or self.movement is not None else self.published
             self._kernel = ShardKernel(self._optimizer, self._layout, self.shard, self.param, self.slots, rounded)
 
     # --- one step
@@ -182,7 +197,18 @@ class Lead:
             self.param.copy_(values)
         else:
             self._update(self._parts(), scratch, step=step, grad_scale=grad_scale)
+            if self.movement is not None:
+                self._publish(self.movement, step)
         self._gradients.clear()
+
+    def _publish(self, movement: Tensor, step: int) -> None:
+        """Let what workers see follow the parameters, by an amount that has few bytes."""
+        moved = self.param - self.published
+        stream = rounding_stream(self._seed, step, _NO_RANK, self.shard.index)
+        residual = torch.zeros_like(moved) if self._movements.needs_residual else None
+        encode(self._movements, moved, movement, stream=stream, residual=residual)
+        decode(self._movements, movement, moved)
+        self.published.add_(moved)
 
     def drop_pushes(self) -> None:
         """What was pushed for the present step does not count: it is over without an update, or its epoch is."""
@@ -224,7 +250,8 @@ class Lead:
     def _sections(self) -> dict[str, Tensor]:
         """All that is committed, by name."""
         states = {f"{_RANK}{rank}": state for rank, state in sorted(self.rank_states.items())}
-        return {PARAM: self.param, **self.slots, **states}
+        published = {} if self.movement is None else {PUBLISHED: self.published}
+        return {PARAM: self.param, **published, **self.slots, **states}
 
 
 def _clock(rank: int) -> str:

@@ -98,7 +98,7 @@ class Pending:
     def stream(self, plan: Plan, lead: Lead, version: int) -> None:
         """One shard of that version is made: send it on."""
         for client in list(self._streaming):
-            self._send(plan, client.connection, lead, version)
+            self._send(plan, client.connection, lead, version, one_ahead=True)
 
     # --- answers
 
@@ -122,17 +122,17 @@ class Pending:
             if version is not None:
                 del self._awaits[client]
                 one_ahead = version == header.step and not now.by_value
-                self._bring(now, client, version, header.rank, now.changed if one_ahead else list(now.leads.values()))
+                self._bring(now, client, version, header.rank, one_ahead=one_ahead)
         self._streaming.clear()
 
-    def _bring(self, now: Now, client: Client, version: int, rank: int, leads: Sequence[Lead]) -> None:
+    def _bring(self, now: Now, client: Client, version: int, rank: int, *, one_ahead: bool) -> None:
         """By value or by reference, and then VERSION; buffers always go by value."""
         by_reference = client.by_reference and not now.by_value
         if client not in self._streaming:
             by_value = [Role.BUFFER] if by_reference else [Role.TRAINED, Role.BUFFER]
-            for lead in leads:
+            for lead in now.changed if one_ahead else now.leads.values():
                 if lead.shard.role in by_value:
-                    self._send(now.plan, client.connection, lead, version)
+                    self._send(now.plan, client.connection, lead, version, one_ahead=one_ahead)
         flags, memory, generation = Flag.NONE, None, now.publication.generation
         if by_reference:
             flags = Flag.BY_REFERENCE
@@ -161,7 +161,12 @@ class Pending:
         answer = Header(Kind.STATE, plan.epoch, plan.revision, now.version, header.rank, header.shard, len(payload))
         self._reception.send(connection, answer, payload)
 
-    def _send(self, plan: Plan, connection: Connection, lead: Lead, version: int) -> None:
-        shard, size_bytes = lead.shard, self._wire.size_bytes(lead.shard)
-        header = Header(Kind.PARAMS, plan.epoch, plan.revision, version, shard=shard.index, length=size_bytes)
-        self._reception.send(connection, header, as_bytes(lead.published))
+    def _send(self, plan: Plan, connection: Connection, lead: Lead, version: int, *, one_ahead: bool = False) -> None:
+        """A shard; to who has the version before it, the movement will do."""
+        moved = lead.movement if one_ahead else None
+        data = as_bytes(lead.published if moved is None else moved)
+        flags = Flag.NONE if moved is None else Flag.MOVEMENT
+        header = Header(
+            Kind.PARAMS, plan.epoch, plan.revision, version, shard=lead.shard.index, length=len(data), flags=flags
+        )
+        self._reception.send(connection, header, data)

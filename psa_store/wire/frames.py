@@ -78,6 +78,8 @@ class Flag(IntFlag, boundary=STRICT):
     """The gradient holds NaN or Inf; the job skips such steps."""
     STATE = 4
     """PULL: not the parameters, but what a rank carries."""
+    MOVEMENT = 8
+    """PARAMS: what the version adds to the one before, encoded as the job's gradients are."""
 
 
 class Reason(IntEnum):

@@ -109,8 +109,10 @@ class Course(ABC):
             NonFiniteGradient: the gradient holds NaN or Inf and the job refuses such.
         """
 
-    def place(self, shard: Shard) -> memoryview:
+    def place(self, header: Header, shard: Shard) -> memoryview:
         """Where a shard that comes by value is to be received."""
+        if header.flags & Flag.MOVEMENT:
+            raise Refused(f"a movement of shard {shard.index}, in a job that publishes none")
         return self._arena.place(shard)
 
     # --- for the courses: the plan

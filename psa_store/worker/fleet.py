@@ -60,7 +60,7 @@ class Answer:
     clocks: Sequence[int] = ()
     """With CLOCKS: by rank, how many pushes count; then by rank, how many are in the version ``header.step``."""
     payload: memoryview = _NOTHING
-    """With STATE."""
+    """With STATE and PARAMS."""
     descriptor: int | None = None
     """With VERSION: memory in which the server publishes parameters from now on. The receiver owns it."""
 
@@ -234,7 +234,7 @@ class Fleet:
             if header.length % _NUMBER_BYTES:
                 raise Refused(f"CLOCKS of {header.length} bytes: not numbers")
             return [Answer(header, server, clocks=tuple(np.frombuffer(payload, dtype="<i8").tolist()))]
-        return [Answer(header, server, descriptor=connection.take_descriptor())]
+        return [Answer(header, server, payload=payload, descriptor=connection.take_descriptor())]
 
     def _open(self, server: Server) -> Connection:
         local = server.local if self._share else ""

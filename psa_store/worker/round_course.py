@@ -24,7 +24,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from psa_store.codec import encode, rounding_stream
+from psa_store.codec import decode, encode, rounding_stream
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.errors import Disconnected, NonFiniteGradient, UsageError
 from psa_store.failpoints import failpoint
@@ -35,7 +35,7 @@ from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Plan
 from psa_store.rank_state import LOCAL, RESIDUAL, START
 from psa_store.transport import WireLayout
-from psa_store.wire import Kind
+from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.course import NONE, Course, Tools
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer
@@ -91,6 +91,8 @@ class RoundCourse(Course):
         """The version that the global parameters are."""
         self._asked = NONE
         """The version that servers were asked to bring."""
+        self._versions: dict[int, int] = {}
+        """That of each global shard: a movement that comes a second time, after a lost connection, is known by it."""
         self._brought: set[str] = set()
         self._round_buffers: dict[int, Tensor] = {}
         """The buffers with which a rank begins the present round."""
@@ -355,6 +357,14 @@ class RoundCourse(Course):
         self._frozen_loaded = True
         return True
 
+    def _move(self, header: Header, payload: memoryview) -> None:
+        """A version comes as what it adds to the one before, which we have."""
+        if header.step > self._versions[header.shard]:
+            moved = torch.empty_like(self._global[header.shard])
+            decode(self._tools.config.compression, torch.frombuffer(payload, dtype=torch.uint8), moved)
+            self._global[header.shard].add_(moved)
+            self._versions[header.shard] = header.step
+
     # --- epochs
 
     def _load(self, plan: Plan) -> bool:
@@ -424,16 +434,21 @@ class RoundCourse(Course):
 
     # --- servers
 
-    def place(self, shard: Shard) -> memoryview:
-        if shard.role is Role.FROZEN:
-            return super().place(shard)
+    def place(self, header: Header, shard: Shard) -> memoryview:
+        if header.flags & Flag.MOVEMENT and self._tools.config.publishes_movements:
+            return memoryview(bytearray(self._tools.config.compression.payload_bytes(shard.numel)))
+        if shard.role is Role.FROZEN or header.flags & Flag.MOVEMENT:
+            return super().place(header, shard)
         return self._global[shard.index].view(torch.uint8).numpy().data
 
     def _take(self, answer: Answer) -> None:
         header = answer.header
         match header.kind:
+            case Kind.PARAMS if header.flags & Flag.MOVEMENT:
+                self._move(header, answer.payload)
             case Kind.PARAMS:
                 self._to_pull.discard(header.shard)
+                self._versions[header.shard] = header.step
             case Kind.VERSION if header.step == self._asked:
                 self._brought.add(answer.server)
                 if self._brought >= self._owners():

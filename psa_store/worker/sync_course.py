@@ -23,7 +23,7 @@ from psa_store.failpoints import failpoint
 from psa_store.layout import Role, Shard
 from psa_store.plan import Plan
 from psa_store.rank_state import RESIDUAL
-from psa_store.wire import Kind
+from psa_store.wire import Header, Kind
 from psa_store.worker.course import NONE, WAIT_S, Course, Tools
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer
@@ -302,9 +302,9 @@ class SyncCourse(Course):
         self._version_arrived(newest)
         return True
 
-    def place(self, shard: Shard) -> memoryview:
+    def place(self, header: Header, shard: Shard) -> memoryview:
         self._overwritten = True
-        return super().place(shard)
+        return super().place(header, shard)
 
     def _out_of_sync(self, why: str) -> None:
         self._help = None

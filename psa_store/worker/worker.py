@@ -271,7 +271,7 @@ class Worker:
         """Where PARAMS go: as a rule straight into the model."""
         if header.shard >= len(self._layout.shards):
             raise Refused(f"PARAMS of shard {header.shard}, which does not exist")
-        return self._course.place(self._layout.shards[header.shard])
+        return self._course.place(header, self._layout.shards[header.shard])
 
     def _on_shards_ready(self, shards: list[int]) -> None:
         self._course.shards_ready(shards)
