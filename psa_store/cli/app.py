@@ -144,6 +144,23 @@ def status(
 
 
 @app.command()
+def doctor(
+    job: Annotated[str | None, typer.Argument(help="job whose versions must fit into Redis [default: none]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Check this machine, Redis and ZooKeeper: versions, durability, memory, quorum, speed; and say how to mend them.
+
+    Takes seconds, changes nothing, and may be run beside a job: it moves 32 MiB through Redis where there is room, in
+    keys of its own that it removes. Exits with 3 if anything is unfit.
+
+    Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181,zk3:2181 psa doctor shakespeare
+    """
+    from psa_store.cli.doctor import examine
+
+    raise typer.Exit(examine(job, as_json, _begin("doctor")))
+
+
+@app.command()
 def bench(
     megabytes: Annotated[float, typer.Option(help="size of the parameters, float32, 10^6 bytes each")] = 100.0,
     workers: Annotated[

@@ -2,5 +2,14 @@
 
 from psa_store.coordination.barrier import Barrier, BarrierState
 from psa_store.coordination.coordination import Coordination, MemberKind, Versioned
+from psa_store.coordination.examination import ZooKeeperMember, examine_zookeeper
 
-__all__ = ["Barrier", "BarrierState", "Coordination", "MemberKind", "Versioned"]
+__all__ = [
+    "Barrier",
+    "BarrierState",
+    "Coordination",
+    "MemberKind",
+    "Versioned",
+    "ZooKeeperMember",
+    "examine_zookeeper",
+]

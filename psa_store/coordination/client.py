@@ -2,7 +2,8 @@
 
 All that depends on the inside of Kazoo is in this file: it names Kazoo's threads, limits how long one attempt to
 connect may take, can abandon a connection that hangs, keeps the session timeout that the server granted, which Kazoo
-itself forgets, and finds back to a ZooKeeper that has lost its data. Only ``session.py`` may use it.
+itself forgets, and finds back to a ZooKeeper that has lost its data. Only ``session.py`` may use the client; the
+four-letter words, which need none, are for ``examination.py``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _RECONNECT_DELAY_S = 0.05
 _RECONNECT_DELAY_MAX_S = 0.25
 _RECONNECT_JITTER = 0.2  # of the delay: at most 0.3 s in all
 _ABANDON_AGAIN_S = 0.05
+_ANSWER_BYTES_MAX = 1 << 16
 
 
 class Client(KazooClient):  # type: ignore[misc]
@@ -135,3 +137,20 @@ class _Connection(ConnectionHandler):  # type: ignore[misc]
         if isinstance(request, Connect) and answer[0].time_out > 0:
             self.client.granted_s = answer[0].time_out / 1000.0
         return answer
+
+
+def four_letters(address: tuple[str, int], word: bytes, timeout_s: float) -> str:
+    """Say one of ZooKeeper's four-letter words to a server; what it says until it hangs up, or is silent so long.
+
+    Raises:
+        OSError: there is no connection.
+    """
+    answer = b""
+    with socket.create_connection(address, timeout=timeout_s) as sock:
+        end_s = time.monotonic() + timeout_s
+        with contextlib.suppress(OSError):
+            sock.sendall(word)
+            while len(answer) < _ANSWER_BYTES_MAX and (part := sock.recv(4096)):
+                answer += part
+                sock.settimeout(max(0.001, end_s - time.monotonic()))
+    return answer.decode(errors="replace")

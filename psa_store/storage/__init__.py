@@ -2,7 +2,21 @@
 
 from psa_store.storage.committing import ShardState
 from psa_store.storage.connecting import printable
+from psa_store.storage.examination import PROBE_BYTES, RedisFacts, RedisRates, examine_redis, measure_redis
 from psa_store.storage.records import CHUNK_BYTES, Head, Manifest, Section
 from psa_store.storage.redis_store import RedisStore
 
-__all__ = ["CHUNK_BYTES", "Head", "Manifest", "RedisStore", "Section", "ShardState", "printable"]
+__all__ = [
+    "CHUNK_BYTES",
+    "PROBE_BYTES",
+    "Head",
+    "Manifest",
+    "RedisFacts",
+    "RedisRates",
+    "RedisStore",
+    "Section",
+    "ShardState",
+    "examine_redis",
+    "measure_redis",
+    "printable",
+]

@@ -19,3 +19,8 @@ def head(job: str, shard: int) -> str:
 
 def chunk(job: str, shard: int, version: int, epoch: int, nonce: str, section: str, index: int) -> str:
     return f"psa:{{{job}:{shard}}}:{version}:{epoch}:{nonce}:{section}:{index}"
+
+
+def probe(token: str, index: int) -> str:
+    """A key of `psa doctor`. No job's begins like this: theirs have a brace at once."""
+    return f"psa:probe:{{{token}}}:{index}"

@@ -5,6 +5,7 @@ from psa_store.wire.announce import announce
 from psa_store.wire.connection import PARK, Admit, Connection, Park
 from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason, decode_text, encode_text
 from psa_store.wire.inspect import inspect
+from psa_store.wire.loopback import measure_loopback
 from psa_store.wire.mailbox import Mailbox
 from psa_store.wire.memory import SharedMemory, Window, can_show
 
@@ -30,4 +31,5 @@ __all__ = [
     "inspect",
     "listen_local",
     "listen_tcp",
+    "measure_loopback",
 ]

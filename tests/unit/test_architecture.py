@@ -38,6 +38,7 @@ FLOORS = {
     "store": 5,
     "local": 6,
     "status": 6,
+    "doctor": 6,
     "examples": 8,
     "bench": 9,
     "cli": 10,

@@ -1,0 +1,53 @@
+"""`psa doctor`: what the doctor found, printed as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from psa_store.config import Settings
+from psa_store.doctor import Check, Verdict, visit
+from psa_store.local import fill_addresses
+
+_UNFIT = 3
+_STYLES = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
+
+
+def examine(job: str | None, as_json: bool, settings: Settings) -> int:
+    """Look, print, and return the exit code.
+
+    Raises:
+        UsageError: no address of Redis or ZooKeeper is known.
+        UnknownJob: there is no such job.
+    """
+    settings = fill_addresses(settings)
+    assert settings.redis is not None and settings.zookeeper is not None
+    checks = visit(
+        settings.redis,
+        settings.zookeeper,
+        job,
+        session_timeout_s=settings.session_timeout_s,
+        timeout_s=settings.connect_timeout_s,
+    )
+    failed = any(check.verdict is Verdict.FAIL for check in checks)
+    if as_json:
+        print(json.dumps({"fit": not failed, "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        Console(highlight=False).print(_table(checks))
+    return _UNFIT if failed else 0
+
+
+def _table(checks: Sequence[Check]) -> Table:
+    """One row each; below what was found, how to mend it. Text and not markup: addresses may hold brackets."""
+    table = Table("check", "", "found")
+    for check in checks:
+        cell = Text(check.found)
+        if check.fix:
+            cell.append(f"\n→ {check.fix}", style="bold")
+        table.add_row(check.name, Text(check.verdict.upper(), style=_STYLES[check.verdict]), cell)
+    return table

@@ -1,0 +1,93 @@
+"""What each member of a ZooKeeper ensemble is like, asked one by one. For `psa doctor`; nothing is written.
+
+A member is asked twice. ``srvr``, one of ZooKeeper's four-letter words, is answered by a member that has no quorum as
+well, which tells it from one that is down, and names its version and its part in the ensemble. A session is granted by
+a quorum only, so that a member which gives us one serves.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+
+from kazoo.hosts import collect_hosts
+
+from psa_store.coordination.client import four_letters
+from psa_store.coordination.requests import Requests
+from psa_store.coordination.session import Session
+from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
+
+_ROUND_TRIPS = 15
+_ASKED_AT_ONCE = 8
+_NO_QUORUM = "not currently serving"
+_VERSION = re.compile(r"^Zookeeper version: (\d+(?:\.\d+)*)", re.MULTILINE)
+_MODE = re.compile(r"^Mode: (\w+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class ZooKeeperMember:
+    """One address of the connect string, and what answered there."""
+
+    address: str
+    problem: str = ""
+    """Why it does not serve; empty if it does."""
+    version: str = ""
+    mode: str = ""
+    """standalone, leader, follower or observer; like the version, empty if it does not tell."""
+    granted_s: float = 0.0
+    """Session timeout that it granted."""
+    round_trips_s: Sequence[float] = ()
+    """Each through this member to the leader and back."""
+
+    @property
+    def serves(self) -> bool:
+        return not self.problem
+
+
+def examine_zookeeper(hosts: str, *, session_timeout_s: float, connect_timeout_s: float) -> list[ZooKeeperMember]:
+    """Ask every address of ``hosts`` ("host:port,host:port/chroot"), in their order.
+
+    Raises:
+        UsageError: ``hosts`` cannot be read.
+    """
+    try:
+        addresses, _ = collect_hosts(hosts)
+    except ValueError as error:
+        raise UsageError(f"ZooKeeper address {hosts!r}: {error}. Write host:port,host:port/chroot") from error
+
+    def ask(address: tuple[str, int]) -> ZooKeeperMember:
+        return _examine(*address, session_timeout_s, connect_timeout_s)
+
+    with ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="psa-doctor") as pool:
+        return list(pool.map(ask, addresses))
+
+
+def _examine(host: str, port: int, session_timeout_s: float, connect_timeout_s: float) -> ZooKeeperMember:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        told = four_letters((host, port), b"srvr", connect_timeout_s)
+    except OSError as error:
+        return ZooKeeperMember(address, f"no connection: {error.strerror or error}")
+    if _NO_QUORUM in told:
+        return ZooKeeperMember(address, "it runs, but without a quorum")
+    version, mode = (found[1] if (found := pattern.search(told)) else "" for pattern in (_VERSION, _MODE))
+    session = Session(
+        address, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=lambda: None
+    )
+    try:
+        with closing(session):
+            session.start()
+            trips_s = [session.run(_round_trip) for _ in range(_ROUND_TRIPS)]
+            return ZooKeeperMember(address, "", version, mode, session.granted_s, tuple(trips_s))
+    except (DependencyUnreachable, Disconnected):
+        return ZooKeeperMember(address, f"it gives no session within {connect_timeout_s:g} s", version, mode)
+
+
+def _round_trip(requests: Requests) -> float:
+    started_s = time.perf_counter()
+    requests.sync()
+    return time.perf_counter() - started_s

@@ -1,0 +1,48 @@
+"""How much of a job Redis keeps, from what the job is: before its first version is stored as well.
+
+Pure: no I/O, no threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psa_store.job import JobConfig
+from psa_store.layout import ITEM_BYTES, Layout, Role
+from psa_store.optim import from_dict
+from psa_store.optim.kernels import slot_dtype
+from psa_store.rank_state import rank_state_of
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of a job in Redis, without what Redis adds to them."""
+
+    version_bytes: int
+    """One version: parameters, buffers, the optimizer's slots, and what ranks carry."""
+    frozen_bytes: int
+    """What is stored once."""
+    versions: int
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.versions * self.version_bytes + self.frozen_bytes
+
+
+def footprint_of(config: JobConfig, layout: Layout) -> Footprint:
+    """What the job takes when Redis keeps as many versions as it ever will.
+
+    Raises:
+        DataIntegrity: the optimizer cannot be read.
+    """
+    optimizer = from_dict(config.mode.server_optimizer(config.optimizer))
+    version = 0
+    for shard in layout.versioned:
+        version += shard.size_bytes
+        if shard.role is Role.TRAINED:
+            version += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slot_dtype(optimizer, shard.dtype).values())
+        carried = rank_state_of(config, shard)
+        if carried is not None:
+            version += config.ranks * carried.size_bytes
+    frozen = sum(shard.size_bytes for shard in layout.shards_of(Role.FROZEN))
+    return Footprint(version, frozen, config.versions_kept)
