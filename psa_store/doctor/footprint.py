@@ -19,7 +19,7 @@ class Footprint:
     """Bytes of a job in Redis, without what Redis adds to them."""
 
     version_bytes: int
-    """One version: parameters, buffers, the optimizer's slots, and what ranks carry."""
+    """One version: parameters, buffers, the optimizer's slots, what is published beside them, and what ranks carry."""
     frozen_bytes: int
     """What is stored once."""
     versions: int
@@ -41,6 +41,8 @@ def footprint_of(config: JobConfig, layout: Layout) -> Footprint:
         version += shard.size_bytes
         if shard.role is Role.TRAINED:
             version += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slot_dtype(optimizer, shard.dtype).values())
+            if config.publishes_movements and config.compression.applies_to(shard.dtype):
+                version += shard.size_bytes
         carried = rank_state_of(config, shard)
         if carried is not None:
             version += config.ranks * carried.size_bytes

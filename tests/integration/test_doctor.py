@@ -201,10 +201,13 @@ class TestJob:
         run = Run(["doctor", "larger"], own.env)
         assert run.finish() == 2 and "known jobs: large" in run.output and "Traceback" not in run.output
 
-    @pytest.mark.parametrize("mode", ["sync", "local:steps=4", "async"])
-    def test_what_is_foretold_is_what_a_job_stores(self, site: Site, mode: str) -> None:
-        job = f"stored-{mode.partition(':')[0]}"
-        run = site.run(job, "--steps", "64", workers=1, ranks=2, commit_every=2, mode=mode)
+    @pytest.mark.parametrize(
+        ("mode", "compress"),
+        [("sync", "none"), ("local:steps=4", "none"), ("local:steps=4", "int8"), ("async", "none")],
+    )
+    def test_what_is_foretold_is_what_a_job_stores(self, site: Site, mode: str, compress: str) -> None:
+        job = f"stored-{mode.partition(':')[0]}-{compress}"
+        run = site.run(job, "--steps", "64", workers=1, ranks=2, commit_every=2, mode=mode, compress=compress)
         assert run.finish() == 0, run.output
         with closing(site.store()) as store:
             found = store.read_job(job)
