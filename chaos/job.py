@@ -76,6 +76,7 @@ class Order:
             "PSA_FAILPOINTS": str(self.failpoints),
             "PSA_COMMIT_EVERY": str(self.commit_every),
             "PSA_RANKS": str(RANKS),
+            "PSA_CONFIG": "",
             **self.env,
         }
 

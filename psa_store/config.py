@@ -1,27 +1,80 @@
-"""Settings that come from the environment (``PSA_*``), with their documented defaults.
+"""Settings: from the environment (``PSA_*``), else from ``psa.toml``, else their documented defaults.
 
-Flags of the CLI win over the environment; the environment wins over the defaults here. What belongs to a *job*
-(optimizer, ranks, seed, layout) is not a setting: it is stored with the job, see ``job.py``.
+Flags of the CLI win over all of them. The file is looked for in the current directory only, or where ``PSA_CONFIG``
+says; a name in it that is no setting is an error. In the environment such a name is an error for commands of the CLI
+(:func:`check_environment`), not for scripts that use the package: the environment is not theirs alone.
+
+What belongs to a *job* (optimizer, ranks, seed, layout) is stored with the job, see ``job.py``; a setting for it counts
+when the job is created.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
+from psa_store import failpoints
+from psa_store.compression import parse_compression
 from psa_store.errors import UsageError
+from psa_store.mode import parse_mode
+
+FILE = "psa.toml"
+FILE_VARIABLE = "PSA_CONFIG"
+"""Where the file is, if not in the current directory; empty: no file is read."""
+DEFAULT = "default"
+_PREFIX = "PSA_"
+_OTHER_VARIABLES = frozenset(
+    {
+        FILE_VARIABLE,
+        failpoints.ENV,  # read where a failpoint is passed, which must cost nothing
+        "PSA_TEST_SEED",  # read by tests/kill, whose commands inherit it
+        "PSA_BENCH_TEST",  # by which tests/integration/test_bench.py knows the processes of its commands
+    }
+)
+"""Every variable of our own that is no setting. A test compares it with what the repository reads."""
+
+
+def _taken_by(parse: Callable[[str], object]) -> AfterValidator:
+    """Refuse here, with the name of the setting, the text that ``parse`` would refuse in every worker."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return text
+
+    return AfterValidator(check)
+
+
+# A shell expands ~ in the environment, but nobody does in a file.
+_Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Settings(BaseSettings):
-    """Where the dependencies are, and how patient to be with them."""
+    """Where the dependencies are, how patient to be with them, and what a new job is like."""
 
-    model_config = SettingsConfigDict(env_prefix="PSA_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="ignore")
 
-    redis: str | None = Field(default=None, description="redis://host:port/db, rediss://…, or unix:///path")
-    zookeeper: str | None = Field(default=None, description="host:port,host:port/chroot")
-    home: Path = Field(
+    redis: str | None = Field(
+        default=None,
+        pattern="^(redis|rediss|unix)://",
+        description="where Redis is: redis://host:port/db, rediss://…, or unix:///path",
+    )
+    zookeeper: str | None = Field(default=None, description="where ZooKeeper is: host:port,host:port/chroot")
+    home: _Folder = Field(
         default=Path.home() / ".local" / "share" / "psa_store", description="data of the private servers"
     )
     bind: str = Field(default="127.0.0.1", description="address on which servers listen and which they advertise")
@@ -38,35 +91,130 @@ class Settings(BaseSettings):
         description="how a worker reaches the servers of its own host: auto shares memory with them, tcp does not",
     )
     server_threads: int = Field(default=2, ge=1, le=64, description="threads of a server that reduce and update shards")
-    log_level: str = Field(default="info", pattern="^(debug|info|warning|error)$")
-    journal: Path | None = Field(
+    log_level: str = Field(
+        default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
+    )
+    journal: _Folder | None = Field(
         default=None, description="existing folder in which every process writes down what it does, for `psa chaos`"
     )
+    job: str | None = Field(default=None, description="job name, where the script does not give one")
+    ranks: int | None = Field(default=None, ge=1, le=65536, description="world size of a new job")
+    commit_every: int | None = Field(default=None, ge=0, description="steps between commits of a new job; 0: never")
+    mode: Annotated[str, _taken_by(parse_mode)] | None = Field(
+        default=None, description="sync, async, ssp:staleness=N or local:steps=H (new jobs)"
+    )
+    compress: Annotated[str, _taken_by(parse_compression)] | None = Field(
+        default=None, description="none, bf16, fp16, int8, int4 or topk:F (new jobs)"
+    )
+    transport: str | None = Field(
+        default=None,
+        pattern="^(exact|bf16)$",
+        description="exact, or rounded to bf16 between workers and servers (new jobs)",
+    )
+    skip_nonfinite: bool | None = Field(default=None, description="skip steps with NaN or Inf gradients (new jobs)")
     # Set by `psa run` for the processes it starts; not for people.
     member: str | None = Field(default=None, description="identity of this process in ZooKeeper")
     supervisor: Path | None = Field(default=None, description="socket of the supervisor that started this process")
     run: str | None = Field(default=None, description="id of the `psa run` that started this process")
-    job: str | None = Field(default=None, description="job name, where the script does not give one")
-    ranks: int | None = Field(default=None, ge=1, le=65536, description="world size of a new job")
     default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nobody says otherwise")
-    commit_every: int | None = Field(default=None, ge=0, description="steps between commits of a new job; 0: never")
-    mode: str | None = Field(default=None, description="sync, async, ssp:staleness=N or local:steps=H (new jobs)")
-    compress: str | None = Field(default=None, description="none, bf16, fp16, int8, int4 or topk:F (new jobs)")
-    transport: str | None = Field(
-        default=None, pattern="^(exact|bf16)$", description="rounding between workers and servers (new jobs)"
-    )
-    skip_nonfinite: bool | None = Field(default=None, description="skip steps with NaN or Inf gradients (new jobs)")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The first source that has a value wins."""
+        return init_settings, env_settings, _SettingsFile()
+
+
+FOR_PEOPLE = tuple(
+    name for name in Settings.model_fields if name not in ("member", "supervisor", "run", "default_ranks")
+)
+"""Names of the settings that a person may choose, which are also the keys of the file."""
+
+
+class _SettingsFile(TomlConfigSettingsSource):
+    """What the file says, if there is one.
+
+    Raises:
+        UsageError: the file cannot be read, or has a key that is no setting.
+    """
+
+    def __init__(self) -> None:
+        self.path = _file()
+        try:
+            super().__init__(Settings, toml_file=self.path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.path}: {error}. Correct or remove it.") from error
+        for key in self.toml_data:
+            if key not in FOR_PEOPLE:
+                raise UsageError(f"{self.path}: there is no setting {key!r}{_nearest(key, FOR_PEOPLE)}")
 
 
 def load_settings() -> Settings:
-    """Read ``PSA_*`` from the environment.
+    """Read the environment and the file.
 
     Raises:
-        UsageError: a variable has a value that cannot be used; the message names it.
+        UsageError: a value cannot be used, or the file cannot; the message names the value and where it stands.
     """
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
-        name = "PSA_" + "_".join(str(part) for part in first["loc"]).upper()
-        raise UsageError(f"{name}={first['input']!r}: {first['msg']}. Correct or unset it.") from error
+        name, why = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
+        origin = origins()[name]
+        if origin != variable_of(name):
+            raise UsageError(f"{origin}: {name}: {why}. Correct or remove it.") from error
+        value = "" if name == "redis" else f"={first['input']!r}"  # a URL may hold a password
+        raise UsageError(f"{origin}{value}: {why}. Correct or unset it.") from error
+
+
+def check_environment() -> None:
+    """Raise UsageError if a ``PSA_*`` variable is one that nobody reads: most likely it is misspelt."""
+    known = _OTHER_VARIABLES | {variable_of(name) for name in Settings.model_fields}
+    for variable in sorted(os.environ):
+        if variable.startswith(_PREFIX) and variable not in known:
+            meant = _nearest(variable, [FILE_VARIABLE, *map(variable_of, FOR_PEOPLE)])
+            raise UsageError(f"{variable} in the environment is no setting{meant}")
+
+
+def origins() -> dict[str, str]:
+    """Where the value of each setting comes from: a variable, the path of the file, or DEFAULT."""
+    environment, file = EnvSettingsSource(Settings)(), _SettingsFile()
+    return {
+        name: variable_of(name) if name in environment else str(file.path) if name in file.toml_data else DEFAULT
+        for name in Settings.model_fields
+    }
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """The variables that give another process these settings, wherever it works: it reads no file."""
+    values = settings.model_dump(include=set(FOR_PEOPLE), exclude_none=True)
+    texts = {name: str(value.absolute() if isinstance(value, Path) else value) for name, value in values.items()}
+    return {variable_of(name): text for name, text in texts.items()} | {FILE_VARIABLE: ""}
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return _PREFIX + name.upper()
+
+
+def _file() -> Path | None:
+    named = os.environ.get(FILE_VARIABLE)
+    path = Path(FILE if named is None else named)
+    if path.is_file():
+        return path.absolute()
+    if named:
+        raise UsageError(f"{FILE_VARIABLE}={named!r}: there is no such file. Correct or unset it.")
+    return None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    by_lower = {each.lower(): each for each in known}
+    close = get_close_matches(name.lower(), by_lower, n=1)
+    return f": did you mean {by_lower[close[0]]!r}?" if close else "; `psa config show` lists all of them."

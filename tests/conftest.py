@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -12,8 +13,12 @@ from tests.harness import LIVE, Site
 
 
 def pytest_configure() -> None:
-    """A shell that runs us in the background has Ctrl-C ignored, by everything that tests start as well."""
+    """What surrounds us is not to be seen, by us nor by what tests start.
+
+    A shell that runs us in the background has Ctrl-C ignored; a checkout may hold the psa.toml of whoever works there.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["PSA_CONFIG"] = ""
 
 
 @pytest.fixture(scope="session")

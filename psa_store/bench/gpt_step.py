@@ -160,6 +160,7 @@ def _dependencies(folder: Path) -> Iterator[dict[str, str]]:
             "PSA_REDIS": redis.url,
             "PSA_ZOOKEEPER": zookeeper.hosts,
             "PSA_HOME": str(folder / "home"),
+            "PSA_CONFIG": "",
         }
 
 

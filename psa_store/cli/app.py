@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 from psa_store import telemetry
 from psa_store.bench.compare.request import STEPS_MAX, Bench, Carrier, Rule
 from psa_store.compression import parse_compression
-from psa_store.config import Settings, load_settings
+from psa_store.config import Settings, as_environment, check_environment, load_settings
 from psa_store.errors import PsaError, UsageError
 from psa_store.mode import parse_mode
 from psa_store.transport import Transport
@@ -59,8 +60,8 @@ def run(
 ) -> None:
     """Train: start workers and servers on this machine, watch them, restart what dies. Running it again resumes.
 
-    Uses the Redis and ZooKeeper of PSA_REDIS and PSA_ZOOKEEPER; where these are unset, the ones of `psa up` or
-    private ones that end with the run. Their data stay in PSA_HOME.
+    Uses the Redis and ZooKeeper of PSA_REDIS and PSA_ZOOKEEPER (or of psa.toml, see `psa config show`); where these
+    are unset, the ones of `psa up` or private ones that end with the run. Their data stay in PSA_HOME.
 
     Example: psa run --workers 2 --servers 1 train.py --steps 2000
     """
@@ -105,7 +106,7 @@ def worker(
     """
     from psa_store.cli.run import run_script
 
-    _begin("worker")
+    os.environ.update(as_environment(_begin("worker")))  # the script reads them again, maybe in another directory
     run_script(str(_script(script)), context.args)
 
 
@@ -141,6 +142,26 @@ def status(
     from psa_store.cli.status import show
 
     show(job, as_json, _begin("status"))
+
+
+config_app = typer.Typer(help="Settings: from flags, else PSA_* variables, else psa.toml, else defaults.")
+app.add_typer(config_app, name="config")
+
+
+@config_app.command("show")
+def config_show(
+    origin: Annotated[bool, typer.Option("--origin", help="also where each value comes from")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Show each setting, its value and its meaning. Passwords are hidden.
+
+    psa.toml is the one in the current directory, or the file that PSA_CONFIG names. Its keys are the names shown here.
+
+    Example: psa config show --origin
+    """
+    from psa_store.cli.config import show
+
+    show(origin, as_json, _begin("config"))
 
 
 @app.command()
@@ -253,6 +274,7 @@ def main() -> None:
 
 
 def _begin(role: str) -> Settings:
+    check_environment()
     settings = load_settings()
     telemetry.configure(settings.log_level, role)
     return settings

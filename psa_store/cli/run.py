@@ -18,7 +18,7 @@ from typing import Any
 
 from psa_store import telemetry
 from psa_store.compression import Compression
-from psa_store.config import Settings, load_settings
+from psa_store.config import Settings, as_environment, load_settings
 from psa_store.coordination import Coordination, MemberKind
 from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
 from psa_store.job import RUN_NODE
@@ -65,7 +65,7 @@ def run_job(options: RunOptions, settings: Settings) -> int:
         supervisor = Supervisor(
             preload=["psa_store.cli.preload"],
             restarts_max=options.restarts_max,
-            env=_environment(options, addresses, job.run_id),
+            env=environment_of(options, settings, addresses, job.run_id),
             on_exit=job.report_death,
             on_message=lambda message: start_servers(message["job"]),
         )
@@ -187,7 +187,7 @@ def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | N
     if (settings.redis is not None and settings.zookeeper is not None) or running(settings.home) is not None:
         return None
     if settings.redis is not None or settings.zookeeper is not None:
-        raise UsageError("set both PSA_REDIS and PSA_ZOOKEEPER, or none of them")
+        raise UsageError("set both PSA_REDIS and PSA_ZOOKEEPER (in psa.toml: redis, zookeeper), or none of them")
     let_go = hold_home(settings.home)
     if let_go is None:
         raise DependencyUnreachable(f"another process is starting private servers in {settings.home}: try again")
@@ -223,12 +223,13 @@ def _known_addresses(settings: Settings) -> Addresses:
     return Addresses(redis, zookeeper)
 
 
-def _environment(options: RunOptions, addresses: Addresses, run_id: str) -> dict[str, str]:
-    env = {"PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper, "PSA_RUN": run_id}
-    ranks = options.ranks or load_settings().ranks
+def environment_of(options: RunOptions, settings: Settings, addresses: Addresses, run_id: str) -> dict[str, str]:
+    """What children get: our settings, and what flags say instead, so that no file decides for them again."""
+    env = as_environment(settings)
+    env |= {"PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper, "PSA_RUN": run_id}
     env["PSA_DEFAULT_RANKS"] = str(options.workers)
-    if ranks is not None:
-        env["PSA_RANKS"] = str(ranks)
+    if options.ranks is not None:
+        env["PSA_RANKS"] = str(options.ranks)
     if options.commit_every is not None:
         env["PSA_COMMIT_EVERY"] = str(options.commit_every)
     if options.mode is not None:

@@ -14,7 +14,6 @@ PACKAGE = Path(psa_store.__file__).parent
 # Lower numbers may not import higher ones; rooms of the same number may not import each other.
 FLOORS = {
     "errors": 0,
-    "config": 1,
     "telemetry": 1,
     "failpoints": 1,
     "journal": 1,
@@ -22,6 +21,7 @@ FLOORS = {
     "layout": 1,
     "mode": 1,
     "compression": 1,
+    "config": 2,
     "transport": 2,
     "sampling": 2,
     "consistency": 2,

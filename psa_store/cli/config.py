@@ -1,0 +1,42 @@
+"""`psa config show`: every setting, its value and its meaning, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+from psa_store.config import FOR_PEOPLE, Settings, origins
+from psa_store.storage import printable
+
+
+def show(with_origin: bool, as_json: bool, settings: Settings) -> None:
+    """Print the settings; passwords are hidden."""
+    values = settings.model_dump(mode="json")
+    if settings.redis is not None:
+        values["redis"] = printable(settings.redis)
+    found = origins() if with_origin else {}
+    document = {
+        name: {
+            "value": values[name],
+            **({"origin": found[name]} if with_origin else {}),
+            "meaning": Settings.model_fields[name].description,
+        }
+        for name in FOR_PEOPLE
+    }
+    if as_json:
+        print(json.dumps(document, indent=1))
+    else:
+        # Values are not ours: a bracket in a path is no markup, and a port is no emoji.
+        Console(markup=False, emoji=False, highlight=False).print(_table(document, with_origin))
+
+
+def _table(document: dict[str, dict[str, object]], with_origin: bool) -> Table:
+    table = Table("setting")
+    for heading in ["value", "origin"] if with_origin else ["value"]:
+        table.add_column(heading, overflow="fold")
+    table.add_column("meaning")
+    for name, cells in document.items():
+        table.add_row(name, *("-" if cell is None else str(cell) for cell in cells.values()))
+    return table
