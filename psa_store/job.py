@@ -74,8 +74,8 @@ class JobConfig:
             raise UsageError(f"commit_every={self.commit_every}: must be 0 (never) or a number of steps")
         if self.mode.on_arrival and self.commit_every == 0:
             raise UsageError(f"commit_every=0: in mode {self.mode} workers keep gradients until they are committed")
-        if self.keeps_rank_state and self.commit_every == 0:
-            raise UsageError(f"commit_every=0: in mode {self.mode} what ranks carry is kept with commits")
+        if self.ranks_stay and self.commit_every == 0:
+            raise UsageError(f"commit_every=0: in mode {self.mode} ranks change hands at commits")
         if self.mode.backup >= self.ranks:
             raise UsageError(f"mode {self.mode}: a step needs at least one of {self.ranks} ranks")
         if self.compression != NONE and self.transport is not Transport.EXACT:

@@ -105,7 +105,9 @@ class Mode:
         options = []
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if field.name not in _OPTIONS[self.name] or value == field.default:
+            if field.name not in _OPTIONS[self.name]:
+                continue
+            if value == field.default and field.name != _REQUIRED.get(self.name):
                 continue
             options.append(field.name if value is True else f"{field.name}={value}")
         return f"{self.name.value}:{','.join(options)}" if options else self.name.value

@@ -139,7 +139,7 @@ class Engine:
         self._scratch = memoryview(bytearray(max(sizes)))
         self._course: Course | None = None
         """None: no epoch to serve; everything that belongs to one is parked."""
-        self._receiving: dict[tuple[int, int], Connection] = {}
+        self._receiving: dict[tuple[int, int, str], Connection] = {}
         self._dropping: dict[Connection, Reason] = {}
         self._encoded: dict[Connection, bytearray] = {}
         """Where a push arrives that is not a gradient as it is."""
@@ -235,7 +235,7 @@ class Engine:
         self._arithmetic.settle()
         if self._course is not None:
             self._course.end()
-        for (shard, rank), connection in self._receiving.items():
+        for (shard, rank, _), connection in self._receiving.items():
             self._log.debug("diverting a push of the old epoch", shard=shard, rank=rank)
             connection.divert(self._scratch)
             self._dropping[connection] = Reason.STALE
@@ -270,11 +270,11 @@ class Engine:
         if self._course is None or plan.epoch != self._course.plan.epoch:
             return
         self._course.revise(plan)
-        for (shard, rank), connection in list(self._receiving.items()):
+        for (shard, rank, member), connection in list(self._receiving.items()):
             if not self._may_push(plan, rank, connection):
                 connection.divert(self._scratch)
                 self._dropping[connection] = Reason.NOT_HOLDER
-                del self._receiving[shard, rank]
+                del self._receiving[shard, rank, member]
         self._reception.wake_parked()
 
     # --- connections
@@ -364,15 +364,15 @@ class Engine:
             return _NOTHING
         if reason is None:
             lead = course.leads[header.shard]
-            gradient_bytes, state_bytes = self._push_bytes(lead, header.step)
+            gradient_bytes, state_bytes = self._push_bytes(lead, header)
             if header.length != gradient_bytes + state_bytes:
                 raise Refused(
                     f"PUSH of {header.length} bytes for shard {header.shard} of {gradient_bytes + state_bytes}"
                 )
             if self._is_new(course, header, header.shard):
-                self._divert_former(header.shard, header.rank)
-                self._receiving[header.shard, header.rank] = connection
-                if not self._compresses(lead) and not state_bytes:
+                self._divert_former(header.shard, header.rank, connection)
+                self._receiving[self._reception_of(header.shard, header.rank, connection)] = connection
+                if not self._compresses(lead) and not state_bytes and not self._config.mode.speculate:
                     return as_bytes(lead.own_place(header.rank))
                 self._encoded[connection] = bytearray(header.length)
                 return memoryview(self._encoded[connection])
@@ -382,11 +382,12 @@ class Engine:
         self._dropping[connection] = reason
         return self._scratch[: header.length]
 
-    def _push_bytes(self, lead: Lead, step: int) -> tuple[int, int]:
-        """What a push of this shard has to bring at a step: bytes of gradient (or buffers), bytes of a rank's state."""
+    def _push_bytes(self, lead: Lead, header: Header) -> tuple[int, int]:
+        """What a push of this shard has to bring: bytes of gradient (or buffers), bytes of a rank's state."""
         state = self._states.get(lead.shard.index)
-        state_bytes = state.size_bytes if state is not None and self._config.rank_state_is_due(step + 1) else 0
-        if lead.shard.role is Role.TRAINED and not self._config.mode.exchanges(lead.shard.index, step):
+        due = bool(header.flags & Flag.STATE) or self._config.rank_state_is_due(header.step + 1)
+        state_bytes = state.size_bytes if state is not None and due else 0
+        if lead.shard.role is Role.TRAINED and not self._config.mode.exchanges(lead.shard.index, header.step):
             return 0, state_bytes
         if self._compresses(lead):
             return self._config.compression.payload_bytes(lead.shard.numel), state_bytes
@@ -397,7 +398,7 @@ class Engine:
         return lead.shard.role is Role.TRAINED and self._config.compression.applies_to(lead.shard.dtype)
 
     def _reason_against(self, course: Course, connection: Connection, header: Header) -> Reason | None:
-        if header.flags & Flag.NONFINITE and not self._config.skip_nonfinite:
+        if header.flags & Flag.NONFINITE and (not self._config.skip_nonfinite or self._config.mode.in_rounds):
             raise Refused("PUSH of a gradient with NaN or Inf, which this job does not skip")
         if header.epoch < course.plan.epoch:
             return Reason.STALE
@@ -429,9 +430,13 @@ class Engine:
         """Whether a gradient is wanted; False if we have it or its step is over."""
         return course.offer(header, shard) is Offer.NEW
 
-    def _divert_former(self, shard: int, rank: int) -> None:
-        """The same gradient is being received from somebody else: what is still to come of it is not wanted."""
-        former = self._receiving.pop((shard, rank), None)
+    def _reception_of(self, shard: int, rank: int, connection: Connection) -> tuple[int, int, str]:
+        """What is received once at a time: where two workers may race with a gradient, once from each of them."""
+        return shard, rank, connection.member if self._config.mode.speculate else ""
+
+    def _divert_former(self, shard: int, rank: int, connection: Connection) -> None:
+        """The same gradient is being received already: what is still to come of it is not wanted."""
+        former = self._receiving.pop(self._reception_of(shard, rank, connection), None)
         if former is not None:
             former.divert(self._scratch)
             self._dropping[former] = Reason.NONE
@@ -483,6 +488,8 @@ class Engine:
             self._reception.close(other)  # its owner has left it: one member has one connection
         connection.member = connection.peer = member
         by_reference = connection.is_local and bool(hello.get("by_reference"))
+        if self._config.mode.by_value and "by_reference" in hello:
+            connection.be_patient()  # a worker that computes does not read, for as long as its step takes
         self._publication.clients[connection] = Client(connection, member, by_reference)
         text = encode_text({"server": self._member})
         self._reception.send(connection, Header(Kind.WELCOME, length=len(text)), text)
@@ -494,14 +501,15 @@ class Engine:
             if reason is not Reason.NONE:
                 self._refuse(connection, header, reason, f"push refused: {reason.name}")
             return
-        assert self._course is not None and self._receiving.pop((header.shard, header.rank)) is connection
+        assert self._course is not None
+        assert self._receiving.pop(self._reception_of(header.shard, header.rank, connection)) is connection
         if not self._is_new(self._course, header, header.shard):
             return  # the step went on without it, or somebody else was faster
         lead = self._course.leads[header.shard]
         if encoded is None:
             self._course.accept(header, header.shard, lead.own_place(header.rank))
             return
-        gradient_bytes, state_bytes = self._push_bytes(lead, header.step)
+        gradient_bytes, state_bytes = self._push_bytes(lead, header)
         payload = torch.frombuffer(encoded, dtype=torch.uint8)
         gradient = self._decoded(lead, header.rank, payload[:gradient_bytes]) if gradient_bytes else None
         self._course.accept(header, header.shard, gradient, payload[gradient_bytes:].clone() if state_bytes else None)
@@ -523,6 +531,8 @@ class Engine:
         if reason is not None:
             self._refuse(connection, header, reason, f"push refused: {reason.name}")
             return
+        if self._config.mode.by_value:
+            raise Refused(f"PUSH by reference: in mode {self._config.mode} no memory is shared")
         client = self._client_of(connection)
         for index in range(header.shard, header.shard + header.count):
             shard = self._layout.shards[index]
@@ -531,7 +541,7 @@ class Engine:
             if shard.role is not Role.TRAINED:
                 raise Refused(f"PUSH of shard {index} by reference: only gradients are pushed so")
             if self._is_new(course, header, index):
-                self._divert_former(index, header.rank)
+                self._divert_former(index, header.rank, connection)
                 course.accept(header, index, client.gradient(header.slot, shard, self._wire))
 
     def _client_of(self, connection: Connection) -> Client:

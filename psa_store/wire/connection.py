@@ -80,6 +80,11 @@ class Connection:
             self._descriptor = None
         self._sock.close()
 
+    def be_patient(self) -> None:
+        """Wait without limit for a peer that lives and does not read. One that is cut off makes a new connection."""
+        if not self.is_local and hasattr(socket, "TCP_USER_TIMEOUT"):
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
+
     # --- sending
 
     @property

@@ -126,6 +126,10 @@ class Course(ABC):
         standing = self._tools.membership.standing
         return standing.plan.ranks_of(standing.member) if standing.plan else ()
 
+    def _held_in(self, plan: Plan) -> tuple[int, ...]:
+        """The ranks that this plan gives us; it may not be the newest."""
+        return plan.ranks_of(self._tools.membership.standing.member)
+
     def _settle(self) -> Plan | None:
         """Follow the present plan and stand in its epoch; None if that is not possible yet."""
         plan = self._tools.membership.standing.plan
@@ -240,6 +244,13 @@ class Course(ABC):
         memory = self._states_to_pull.pop((answer.header.rank, shard), None)
         if memory is not None and len(answer.payload):
             memory.unpack(self._tools.layout.shards[shard], self._states[shard], answer.payload)
+        elif memory is not None and answer.header.step > 0:
+            self._log.warning(
+                "a rank begins anew what it carries: the job had ended between two commits of that",
+                rank=answer.header.rank,
+                shard=shard,
+                version=answer.header.step,
+            )
 
     # --- for the courses: gradients
 
@@ -295,9 +306,10 @@ class Course(ABC):
         payloads: Mapping[int, Tensor],
         *,
         finite: bool,
+        flags: Flag = Flag.NONE,
     ) -> None:
         """Push what is compressed as ``payloads``, and the other shards as they are, from ``gradients``."""
-        flags = Flag.NONE if finite else Flag.NONFINITE
+        flags |= Flag.NONE if finite else Flag.NONFINITE
         for shard, payload in payloads.items():
             self._fleet.push_value(self._plan, draw.step, draw.rank, shard, payload.numpy().data, flags)
         others = [shard for shard in shards if shard not in payloads]

@@ -19,7 +19,7 @@ from psa_store import telemetry
 from psa_store.compression import NONE, parse_compression
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch
+from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, UsageError
 from psa_store.failpoints import failpoint
 from psa_store.job import (
     RUN_NODE,
@@ -28,7 +28,7 @@ from psa_store.job import (
     commit_every_default,
     job_config_from_json,
 )
-from psa_store.layout import Layout, describe_difference, layout_from_json
+from psa_store.layout import Layout, Role, describe_difference, layout_from_json
 from psa_store.mode import SYNC, Mode, parse_mode
 from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.transport import Transport
@@ -116,6 +116,10 @@ def _create(
     store: RedisStore,
     coordination: Coordination,
 ) -> None:
+    mode = _wanted_mode(wanted, settings) or SYNC
+    trained = len(layout.shards_of(Role.TRAINED))
+    if mode.fragments > max(1, trained):
+        raise UsageError(f"mode {mode}: this model has {trained} trained shards, so use at most {trained} fragments")
     every = [shard.index for shard in layout.shards]
     known = max((head.epoch for head in store.heads(wanted.name, every)), default=0)
     epoch = coordination.next_epoch(at_least=known)
@@ -125,7 +129,6 @@ def _create(
     for _, outcome in store.commit_each(wanted.name, epoch, 0, states, keep=SHARD_VERSIONS_KEPT):
         if not isinstance(outcome, Manifest):
             raise outcome
-    mode = _wanted_mode(wanted, settings) or SYNC
     config = JobConfig(
         name=wanted.name,
         ranks=wanted.ranks or settings.ranks or settings.default_ranks,

@@ -225,8 +225,8 @@ class RoundCourse(Course):
 
     def _push_round(self, rank: int) -> None:
         """Push what this rank has moved in the shards whose turn it is, and what it carries, if that is due."""
-        state, config = self._ranks[rank], self._tools.config
-        due = config.rank_state_is_due(self._round + 1)
+        state = self._ranks[rank]
+        due = self._state_is_due(self._round + 1)
         pushes: list[tuple[int, Tensor]] = []
         self._fingerprint = 0
         for shard in self._trained:
@@ -242,6 +242,11 @@ class RoundCourse(Course):
         self._push_kept(rank)
         state.stage = _Stage.PUSHED
         self._record_pushed(self._round, rank)
+
+    def _state_is_due(self, version: int) -> bool:
+        """With the commits of that, and at the end, where every shard is pushed: the job may go on from there."""
+        ends = version == self._rounds and self._mode.fragments == 1 and self._tools.config.keeps_rank_state
+        return ends or self._tools.config.rank_state_is_due(version)
 
     def _movement(self, state: _Rank, shard: Shard, rank: int) -> Tensor:
         """What to push of a shard; with overlap, move on from there."""
@@ -269,8 +274,9 @@ class RoundCourse(Course):
 
     def _push_kept(self, rank: int) -> None:
         state = self._ranks[rank]
+        flags = Flag.STATE if self._state_is_due(state.pushed_step + 1) else Flag.NONE
         for shard, payload in state.pushed:
-            self._fleet.push_value(self._plan, state.pushed_step, rank, shard, payload.numpy().data)
+            self._fleet.push_value(self._plan, state.pushed_step, rank, shard, payload.numpy().data, flags)
 
     def _end_round(self) -> None:
         """All of ours are pushed: go on to the next round, with or without the version that this one makes."""

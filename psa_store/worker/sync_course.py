@@ -23,7 +23,7 @@ from psa_store.failpoints import failpoint
 from psa_store.layout import Role, Shard
 from psa_store.plan import Plan
 from psa_store.rank_state import RESIDUAL
-from psa_store.wire import Header, Kind
+from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.course import NONE, WAIT_S, Course, Tools
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer
@@ -82,7 +82,7 @@ class SyncCourse(Course):
                     return None
             elif self._plan_is_old(plan):
                 self._wait()
-            elif todo := [rank for rank in self._holding() if rank not in self._pushed]:
+            elif todo := [rank for rank in self._held_in(plan) if rank not in self._pushed]:
                 if self._awaited != NONE:
                     # We told the servers that we have done with this version, so it may change where the model has it.
                     self._out_of_sync("more ranks came in the middle of a step")
@@ -140,14 +140,18 @@ class SyncCourse(Course):
         payloads: Mapping[int, Tensor],
         *,
         finite: bool,
+        flags: Flag = Flag.NONE,
     ) -> None:
         """With what the rank will carry, where that is due."""
-        if self._states and self._tools.config.rank_state_is_due(draw.step + 1):
+        flags = Flag.NONE
+        due = self._tools.config.rank_state_is_due(draw.step + 1) or draw.step + 1 == self._tools.steps
+        if self._states and due:
+            flags = Flag.STATE
             of, layout = self._carried_next[draw.rank], self._tools.layout
             payloads = {
                 i: torch.cat([payload, of.pack(layout.shards[i], self._states[i])]) for i, payload in payloads.items()
             }
-        super()._send(draw, shards, gradients, payloads, finite=finite)
+        super()._send(draw, shards, gradients, payloads, finite=finite, flags=flags)
 
     def _take_up(self, plan: Plan) -> bool:
         """Have what our ranks carry where the epoch begins; False if something came in between."""

@@ -160,6 +160,32 @@ def test_what_ranks_carry_lies_with_their_commits(site: Site, tmp_path: Path) ->
                 assert sizes == ({} if state is None else {f"rank.{r}": state.size_bytes for r in range(RANKS)})
 
 
+@pytest.mark.parametrize(("mode", "compress"), [(PLAIN, "int8"), ("sync", "topk:0.1")])
+def test_a_job_that_goes_on_beyond_its_end_has_the_bits_of_one_that_did_not_stop(
+    site: Site, mode: str, compress: str
+) -> None:
+    """It ended between two commits of what ranks carry, which the last pushes bring all the same."""
+    total = "120"
+    how: dict[str, object] = {"workers": 1, "servers": 1, "ranks": RANKS, "commit_every": 7}
+    name = f"beyond-{mode.partition(':')[0]}"
+    for job, ends in ((name, ("60", total)), (f"{name}-at-once", (total,))):
+        for steps in ends:
+            script = ["--steps", steps, "--total", total]
+            run = site.run(job, *script, mode=mode, compress=compress, **how)
+            assert run.finish() == 0, run.output
+            assert "begins anew" not in run.output
+    version = int(total) // parse_mode(mode).round_steps
+    assert site.digest(name, version) == site.digest(f"{name}-at-once", version)
+
+
+def test_more_fragments_than_shards_are_refused_before_the_job_exists(site: Site) -> None:
+    mode = "local:steps=20,fragments=20"
+    run = site.run("rounds-few", "--steps", "20", workers=1, servers=1, ranks=RANKS, mode=mode)
+    assert run.finish() == 2 and "trained shards, so use at most" in run.output, run.output
+    with closing(site.store()) as store:
+        assert store.read_job("rounds-few") is None
+
+
 def test_overlap_refuses_buffers_that_would_come_late(site: Site, tmp_path: Path) -> None:
     mode = "local:steps=4,overlap"
     run = site.run("rounds-late", "--steps", str(STEPS), workers=1, servers=1, ranks=RANKS, mode=mode)
