@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -60,7 +61,7 @@ def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def of(variant: str) -> str:
         if variant not in known:
-            job = f"calm-{variant}"
+            job = f"rounds-calm-{variant}"
             run = start(site, job, variant, tmp_path_factory.mktemp(job), workers=1, servers=1)
             assert run.finish() == 0, run.output
             known[variant] = site.digest(job, final(VARIANTS[variant][0]))
@@ -123,7 +124,10 @@ def test_everything_is_killed_and_the_same_command_resumes(
 def test_workers_and_servers_come_and_go_without_a_lost_round(
     site: Site, undisturbed: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """Who comes waits for a version at which the ranks' state is with the servers; nobody goes back for it."""
+    """Who comes waits for a version at which the ranks' state is with the servers; nobody goes back for it.
+
+    Only the round that is under way when an epoch begins is computed again.
+    """
     job, env = "rounds-elastic", {"PSA_JOURNAL": str(tmp_path)}
     run = start(site, job, "plain", tmp_path, workers=1, servers=1)
     run.wait_for_step(10)
@@ -135,10 +139,12 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
     assert server.finish() == 0, server.output
     assert run.finish() == 0 and worker.finish() == 0, run.output + worker.output
     assert site.digest(job, final(PLAIN)) == undisturbed("plain")
-    published = journals.read(tmp_path).of("published")
-    assert all(event["resume"] % COMMIT_EVERY == 0 for event in published)
-    begun = {(event["step"], event["rank"]) for event in journals.read(tmp_path).of("pushed")}
-    assert len(begun) == final(PLAIN) * RANKS == len(journals.read(tmp_path).of("pushed")), "a round was lost"
+    journal = journals.read(tmp_path)
+    resumed = {event["resume"] for event in journal.of("published")}
+    assert all(version % COMMIT_EVERY == 0 for version in resumed)
+    times = Counter((event["step"], event["rank"]) for event in journal.of("pushed"))
+    assert len(times) == final(PLAIN) * RANKS
+    assert {step for (step, _), count in times.items() if count > 1} <= resumed, "a round was lost"
 
 
 def test_what_ranks_carry_lies_with_their_commits(site: Site, tmp_path: Path) -> None:
@@ -160,7 +166,7 @@ def test_what_ranks_carry_lies_with_their_commits(site: Site, tmp_path: Path) ->
                 assert sizes == ({} if state is None else {f"rank.{r}": state.size_bytes for r in range(RANKS)})
 
 
-@pytest.mark.parametrize(("mode", "compress"), [(PLAIN, "int8"), ("sync", "topk:0.1")])
+@pytest.mark.parametrize(("mode", "compress"), [(PLAIN, "none"), ("sync", "topk:0.1")])
 def test_a_job_that_goes_on_beyond_its_end_has_the_bits_of_one_that_did_not_stop(
     site: Site, mode: str, compress: str
 ) -> None:
