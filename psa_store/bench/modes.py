@@ -4,11 +4,11 @@
     python -m psa_store.bench.modes --slow-worker --workers 3 --steps 300 sync async ssp:staleness=2 sync:speculate
     python -m psa_store.bench.modes --link 20 sync@30 local:steps=20/int8@600
 
-A variant is ``MODE``, ``MODE/COMPRESSION`` or ``MODE/COMPRESSION/TRANSPORT``, and may end in ``@STEPS``; otherwise all
-see the same number of tokens. ``--slow-worker`` lets one worker run for a third of the time only (SIGSTOP and SIGCONT
-in turns). ``--link`` runs everything in a network namespace of its own whose only link, the loopback, lets so many
-Mbit/s through, 0 for any number; then nothing goes through shared memory, and every byte between processes is counted
-but those to Redis. It needs root, and ip, tc and unshare. The picture needs matplotlib.
+A variant is ``MODE`` or ``MODE/COMPRESSION``, and may end in ``@STEPS``; otherwise all see the same number of tokens.
+``--slow-worker`` lets one worker run for a third of the time only (SIGSTOP and SIGCONT in turns). ``--link`` runs
+everything in a network namespace of its own whose only link, the loopback, lets so many Mbit/s through, 0 for any
+number; then nothing goes through shared memory, and every byte between processes is counted but those to Redis. It
+needs root, and ip, tc and unshare. The picture needs matplotlib.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Result:
 def train(variant: str, args: argparse.Namespace, addresses: Addresses) -> Result:
     """One run."""
     what, _, own_steps = variant.partition("@")
-    text, compression, transport = (what.split("/") + ["none", "exact"][what.count("/") :])[:3]
+    text, _, compression = what.partition("/")
     mode, steps = parse_mode(text), own_steps or str(args.steps)
     result = Result(variant)
     result.samples_per_version = args.batch_size * mode.round_steps / (args.workers if mode.on_arrival else 1)
@@ -90,7 +90,7 @@ def train(variant: str, args: argparse.Namespace, addresses: Addresses) -> Resul
     settings = Settings(redis=addresses.redis, zookeeper=addresses.zookeeper)
     job = re.sub(r"[^A-Za-z0-9]+", "-", variant)
     command = [sys.executable, "-m", "psa_store.cli", "run", "--workers", str(args.workers), "--servers", "1"]
-    command += ["--mode", str(mode), "--compress", compression, "--transport", transport, str(Path(gpt.__file__))]
+    command += ["--mode", str(mode), "--compress", compression or "none", str(Path(gpt.__file__))]
     command += ["--job", job, "--steps", steps, "--decay-steps", str(args.steps), "--sample", "0"]
     command += ["--batch-size", str(args.batch_size), *(["--data", str(args.data)] if args.data else [])]
     env = {**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper}

@@ -516,12 +516,11 @@ class Engine:
 
     def _decoded(self, lead: Lead, rank: int, payload: torch.Tensor) -> torch.Tensor:
         """A gradient in its place, from what came of it."""
-        if not self._compresses(lead):
-            place = lead.own_place(rank)
+        place = lead.own_place(rank)
+        if self._compresses(lead):
+            decode(self._config.compression, payload, place)
+        else:
             place.view(torch.uint8).copy_(payload)
-            return place
-        place = lead.own_place(rank, decoded=True)
-        decode(self._config.compression, payload, place)
         return place
 
     def _on_push_by_reference(self, connection: Connection, header: Header) -> None:

@@ -149,14 +149,10 @@ class Lead:
 
     # --- one step
 
-    def own_place(self, rank: int, *, decoded: bool = False) -> Tensor:
-        """Memory of our own for the gradient (or, for buffers, the value) of a rank that sends it by value.
-
-        ``decoded``: for what came encoded, which is float32 whatever the transport.
-        """
+    def own_place(self, rank: int) -> Tensor:
+        """Memory of our own for the gradient (or, for buffers, the value) of a rank that sends it by value."""
         if rank not in self._own_places:
-            dtype = torch.float32 if decoded else self.published.dtype
-            self._own_places[rank] = torch.empty_like(self.published, dtype=dtype)
+            self._own_places[rank] = torch.empty_like(self.published)
         return self._own_places[rank]
 
     def take_gradient(self, rank: int, gradient: Tensor) -> None:

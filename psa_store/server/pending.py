@@ -121,7 +121,7 @@ class Pending:
             version = now.answer_to(header)
             if version is not None:
                 del self._awaits[client]
-                one_ahead = version == header.step and not now.by_value
+                one_ahead = version == header.step
                 self._bring(now, client, version, header.rank, one_ahead=one_ahead)
         self._streaming.clear()
 

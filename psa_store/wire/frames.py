@@ -77,7 +77,7 @@ class Flag(IntFlag, boundary=STRICT):
     NONFINITE = 2
     """The gradient holds NaN or Inf; the job skips such steps."""
     STATE = 4
-    """PULL: not the parameters, but what a rank carries."""
+    """PULL: not the parameters, but what a rank carries. PUSH: that comes behind the gradient, though none is due."""
     MOVEMENT = 8
     """PARAMS: what the version adds to the one before, encoded as the job's gradients are."""
 

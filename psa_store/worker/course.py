@@ -283,6 +283,10 @@ class Course(ABC):
                 payloads[shard.index] = payload
         return payloads
 
+    def _with_state(self, draw: Draw, payloads: Mapping[int, Tensor]) -> tuple[Flag, Mapping[int, Tensor]]:
+        """The payloads, each with what the rank will carry behind it where that is due, and the flag that says so."""
+        return Flag.NONE, payloads
+
     def _residual(self, rank: int, shard: Shard) -> Tensor | None:
         """What ``rank`` has held back of this shard so far, where the compression holds something back."""
         return None
@@ -306,9 +310,9 @@ class Course(ABC):
         payloads: Mapping[int, Tensor],
         *,
         finite: bool,
-        flags: Flag = Flag.NONE,
     ) -> None:
         """Push what is compressed as ``payloads``, and the other shards as they are, from ``gradients``."""
+        flags, payloads = self._with_state(draw, payloads)
         flags |= Flag.NONE if finite else Flag.NONFINITE
         for shard, payload in payloads.items():
             self._fleet.push_value(self._plan, draw.step, draw.rank, shard, payload.numpy().data, flags)

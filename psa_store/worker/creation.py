@@ -120,15 +120,6 @@ def _create(
     trained = len(layout.shards_of(Role.TRAINED))
     if mode.fragments > max(1, trained):
         raise UsageError(f"mode {mode}: this model has {trained} trained shards, so use at most {trained} fragments")
-    every = [shard.index for shard in layout.shards]
-    known = max((head.epoch for head in store.heads(wanted.name, every)), default=0)
-    epoch = coordination.next_epoch(at_least=known)
-    store.seal(wanted.name, every, epoch, layout.fingerprint)
-    failpoint("create.sealed")
-    states = [ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
-    for _, outcome in store.commit_each(wanted.name, epoch, 0, states, keep=SHARD_VERSIONS_KEPT):
-        if not isinstance(outcome, Manifest):
-            raise outcome
     config = JobConfig(
         name=wanted.name,
         ranks=wanted.ranks or settings.ranks or settings.default_ranks,
@@ -141,6 +132,15 @@ def _create(
         transport=Transport(settings.transport or Transport.EXACT),
         compression=parse_compression(settings.compress or str(NONE)),
     )
+    every = [shard.index for shard in layout.shards]
+    known = max((head.epoch for head in store.heads(wanted.name, every)), default=0)
+    epoch = coordination.next_epoch(at_least=known)
+    store.seal(wanted.name, every, epoch, layout.fingerprint)
+    failpoint("create.sealed")
+    states = [ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
+    for _, outcome in store.commit_each(wanted.name, epoch, 0, states, keep=SHARD_VERSIONS_KEPT):
+        if not isinstance(outcome, Manifest):
+            raise outcome
     failpoint("create.before_documents")
     store.create_job(wanted.name, config.to_json(), layout.to_json())
 

@@ -399,7 +399,7 @@ class RoundCourse(Course):
         self._have = self._asked = NONE
         if not self._pull(plan, plan.resume):
             return False
-        mine = plan.ranks_of(self._tools.membership.standing.member)
+        mine = self._held_in(plan)
         self._ranks = {rank: self._taken_up(rank) for rank in mine}
         self._round = self._have = plan.resume
         self.version = plan.resume * self._mode.round_steps

@@ -27,7 +27,6 @@ from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.course import NONE, WAIT_S, Course, Tools
 from psa_store.worker.feed import Draw
 from psa_store.worker.fleet import Answer
-from psa_store.worker.gradients import GradientMemory
 from psa_store.worker.rank_memory import RankMemory
 
 _NEVER = 1 << 62
@@ -132,32 +131,21 @@ class SyncCourse(Course):
         place = self._carried_next[rank].parts[shard.index][RESIDUAL]
         return place.copy_(self._carried[rank].parts[shard.index][RESIDUAL])
 
-    def _send(
-        self,
-        draw: Draw,
-        shards: Sequence[int],
-        gradients: GradientMemory | None,
-        payloads: Mapping[int, Tensor],
-        *,
-        finite: bool,
-        flags: Flag = Flag.NONE,
-    ) -> None:
-        """With what the rank will carry, where that is due."""
-        flags = Flag.NONE
-        due = self._tools.config.rank_state_is_due(draw.step + 1) or draw.step + 1 == self._tools.steps
-        if self._states and due:
-            flags = Flag.STATE
-            of, layout = self._carried_next[draw.rank], self._tools.layout
-            payloads = {
-                i: torch.cat([payload, of.pack(layout.shards[i], self._states[i])]) for i, payload in payloads.items()
-            }
-        super()._send(draw, shards, gradients, payloads, finite=finite, flags=flags)
+    def _with_state(self, draw: Draw, payloads: Mapping[int, Tensor]) -> tuple[Flag, Mapping[int, Tensor]]:
+        version = draw.step + 1
+        due = self._tools.config.rank_state_is_due(version) or version == self._tools.steps
+        if not self._states or not due:
+            return Flag.NONE, payloads
+        memory, shards = self._carried_next[draw.rank], self._tools.layout.shards
+        return Flag.STATE, {
+            i: torch.cat([payload, memory.pack(shards[i], self._states[i])]) for i, payload in payloads.items()
+        }
 
     def _take_up(self, plan: Plan) -> bool:
         """Have what our ranks carry where the epoch begins; False if something came in between."""
         if not self._states or self._carried_since == plan.epoch:
             return True
-        mine = plan.ranks_of(self._tools.membership.standing.member)
+        mine = self._held_in(plan)
         self._carried = {rank: self._new_memory() for rank in mine}
         self._carried_next = {rank: self._new_memory() for rank in mine}
         if not self._pull_states(plan, self._carried):

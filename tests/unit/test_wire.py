@@ -6,6 +6,7 @@ import array
 import os
 import random
 import resource
+import select
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -135,6 +136,28 @@ def test_a_peer_that_dies_in_the_middle_of_a_frame_is_noticed(pair: tuple[Connec
     sender.close()
     with pytest.raises(Disconnected, match="closed"):
         list(peer.connection.receive())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on unread bytes is Linux's")
+@pytest.mark.parametrize("patient", [False, True])
+def test_only_the_patient_wait_for_a_peer_that_lives_and_does_not_read(patient: bool) -> None:
+    """A worker reads between its steps only; elsewhere nobody may hold a connection up for longer than 5 s."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    connection = Connection(near, "peer", lambda _connection, header: memoryview(bytearray(header.length)))
+    try:
+        if patient:
+            connection.be_patient()
+        payload = bytes(64 << 20)  # more than all buffers on the way
+        connection.send(Header(Kind.PARAMS, length=len(payload)), payload)
+        connection.flush()
+        poll = select.poll()
+        poll.register(connection.fileno(), select.POLLERR)
+        assert bool(poll.poll(8_000)) is not patient
+    finally:
+        connection.close()
+        far.close()
 
 
 def test_a_diverted_payload_leaves_its_first_place_alone(pair: tuple[Connection, Peer]) -> None:
