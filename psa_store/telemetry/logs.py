@@ -1,4 +1,4 @@
-"""Logging: one line per event on standard error, through structlog. Everyone may use it."""
+"""Logging: one line per event on standard error, through structlog."""
 
 from __future__ import annotations
 
