@@ -91,6 +91,13 @@ class Settings(BaseSettings):
         description="how a worker reaches the servers of its own host: auto shares memory with them, tcp does not",
     )
     server_threads: int = Field(default=2, ge=1, le=64, description="threads of a server that reduce and update shards")
+    checkpoint_every_s: float | None = Field(
+        default=None, ge=1.0, description="seconds between automatic checkpoints; with it also one when a job ends"
+    )
+    checkpoint_keep: int = Field(default=3, ge=1, description="automatic checkpoints that are kept, the newest")
+    checkpoint_keep_s: float | None = Field(
+        default=None, gt=0.0, description="age in seconds at which automatic checkpoints go, even if they are fewer"
+    )
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
     )

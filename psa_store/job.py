@@ -28,6 +28,9 @@ a hand-over was called off."""
 RUN_NODE = "run"
 """Name that a `psa run` holds in ZooKeeper while its run of the job goes on; the text begins with the run's id."""
 
+CREATOR = "creator"
+"""Name that who creates a job holds in ZooKeeper while he does."""
+
 _AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "transport", "compression")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
@@ -171,6 +174,13 @@ def job_config_from_json(text: str) -> JobConfig:
 
 def check_job_name(name: str) -> str:
     """Return ``name`` if it can be part of Redis keys and znodes; raises UsageError if not."""
+    return check_name(name, "job name")
+
+
+def check_name(name: str, what: str) -> str:
+    """The same for the name of ``what``."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"job name {name!r}: use up to 100 letters, digits, '_', '.' and '-'")
+        raise UsageError(
+            f"{what} {name!r}: use up to 100 letters, digits, '_', '.' and '-', the first a letter or digit"
+        )
     return name

@@ -82,6 +82,16 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a checkpoint is to be taken while training goes on: servers commit this, pin it, and enter the barrier."""
+
+    name: str
+    barrier: str
+    version: int = -1
+    """-1 where pushes are applied on arrival: there workers mark, for each rank, with which push it ends."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One small znode. ``owners[s]`` is the index in ``servers`` of shard s's owner; ``ranks[r]`` a worker's id."""
 
@@ -96,6 +106,8 @@ class Plan:
     phase: Phase = Phase.RUN
     mark: int = 0
     """FREEZE: the revision at which it began. STOP: the version to stop at."""
+    cut: Cut | None = None
+    """The checkpoint that is being taken."""
 
     def owner_of(self, shard: int) -> Server:
         return self.servers[self.owners[shard]]
@@ -120,6 +132,7 @@ def plan_from_json(text: str) -> Plan:
         document["owners"] = tuple(index for index, length in document["owners"] for _ in range(length))
         document["ranks"] = tuple(document["ranks"])
         document["phase"] = Phase(document["phase"])
+        document["cut"] = Cut(**document["cut"]) if document.get("cut") else None
         return Plan(**document)
     except (ValueError, KeyError, TypeError) as error:
         raise DataIntegrity(f"the plan in ZooKeeper cannot be read: {error}") from error
@@ -144,6 +157,8 @@ class View:
     ranks: int
     stop_interval: int = 0
     """Where ranks carry something: they change hands with an epoch only, which begins at a multiple of this version."""
+    on_arrival: bool = False
+    """Whether pushes are applied as they come, so that a cut needs the marks of those who hold the ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +198,8 @@ def decide(view: View) -> TakeOver | Publish | None:
     if plan.phase is not Phase.RUN:
         return _publish(plan, "hand-over no longer needed", ranks=ranks, phase=Phase.RUN, mark=0)
     if ranks != plan.ranks:
-        return _publish(plan, "workers changed", ranks=ranks)
+        # The marks of a cut on arrival are those of the workers that held the ranks.
+        return _publish(plan, "workers changed", ranks=ranks, cut=None if view.on_arrival else plan.cut)
     return None
 
 
@@ -213,7 +229,8 @@ def _hand_over(
     members = [view.servers[server.id] for server in plan.servers]
     meanwhile = plan.ranks if view.stop_interval else ranks
     if plan.phase is Phase.RUN:
-        return _publish(plan, "members changed", ranks=meanwhile, phase=Phase.FREEZE, mark=plan.revision + 1)
+        mark = plan.revision + 1
+        return _publish(plan, "members changed", ranks=meanwhile, phase=Phase.FREEZE, mark=mark, cut=None)
     if plan.phase is Phase.FREEZE and all(member.frozen_mark == plan.mark for member in members):
         stop = max(member.frozen_at for member in members)
         if view.stop_interval:

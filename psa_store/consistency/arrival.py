@@ -13,6 +13,11 @@ a shard is the sum of its clocks. Per shard::
   which all shards have committed always exists, although two shards of one version may hold the pushes of different
   ranks.
 
+A *cut* ends with a certain push of each rank, the same in all shards of the job: whoever computes a rank marks the
+place. From its mark on a rank is not applied until all ranks have come to theirs and the shards are copied; they have
+the same pushes then, and so one version, which is committed. (Aligned barriers, as in Carbone et al., "Lightweight
+Asynchronous Snapshots for Distributed Dataflows", 2015.)
+
 Invariants: no push counts twice in a shard, and none is left out (the clocks). With a bound, no rank starts step t
 before all ranks have applied t - bound here; since that holds at every server, it holds for the job.
 
@@ -63,6 +68,8 @@ class Arrivals:
         self._copied: set[int] = set()
         """Shards that have been copied for the version after it."""
         self._stops: set[int] = set()
+        self._marks: dict[int, int] = {}
+        """By rank, how many of its pushes belong to the cut."""
         self.limit: int | None = None
         """Apply nothing beyond this version; no shard is."""
 
@@ -83,16 +90,44 @@ class Arrivals:
 
     def due(self) -> list[Update]:
         """What can be applied now, one update per shard; say :meth:`applied` of each."""
-        return [
-            waiting[0]
+        first = {
+            shard: next((update for update in waiting if not self._is_held(update)), None)
             for shard, waiting in self._waiting.items()
-            if waiting and self.version_of(shard) not in (self.commits_next, self.limit)
-        ]
+            if self.version_of(shard) not in (self.commits_next, self.limit)
+        }
+        return [update for update in first.values() if update is not None]
+
+    def _is_held(self, update: Update) -> bool:
+        """Whether it comes behind the mark of its rank."""
+        return update.step >= self._marks.get(update.rank, update.step + 1)
 
     def applied(self, update: Update) -> None:
         """The update is in the shard."""
-        assert self._waiting[update.shard].popleft() == update
+        self._waiting[update.shard].remove(update)
         self._clocks[update.shard][update.rank] += 1
+
+    # --- a cut
+
+    def mark(self, rank: int, clock: int) -> bool:
+        """The cut ends with the first ``clock`` pushes of a rank; False if more of them are in a shard already."""
+        if any(clocks[rank] > clock for clocks in self._clocks.values()):
+            return False
+        self._marks[rank] = clock
+        if self.cut is not None:
+            if self._copied_to == self.cut:
+                self._copied_to -= 1  # copied as any other version: once more, for the cut
+            self._stops.add(self.cut)
+        return True
+
+    def forget_marks(self) -> None:
+        """There is no cut, or it is copied: all go on."""
+        self._marks.clear()
+
+    @property
+    def cut(self) -> int | None:
+        """The version of the cut; None until all ranks have marked it."""
+        ranks = len(next(iter(self._clocks.values()), ()))
+        return sum(self._marks.values()) if ranks and len(self._marks) == ranks else None
 
     # --- ranks
 

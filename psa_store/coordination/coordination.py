@@ -6,6 +6,7 @@
     /psa/<job>/servers/<id>        a server; workers/<id> a worker     ephemeral
     /psa/<job>/election/<s>-<n>    candidates for controller           ephemeral, sequential
     /psa/<job>/barriers/<n>        who must arrive, what came of it    replaced once
+    /psa/<job>/checkpoints/<name>  somebody wants one                  goes when it is there, or cannot be
     /psa/<job>/<name>              a held name                         ephemeral
 
 Every call is made of idempotent attempts and ends within ``connect_timeout_s``, or raises DependencyUnreachable; then
@@ -215,6 +216,31 @@ class Coordination:
 
         return self._session.run(attempt)
 
+    # --- wishes for checkpoints
+
+    def ask_for_checkpoint(self, name: str, text: str) -> bool:
+        """Ask the controller for a checkpoint; False if somebody has asked for one of this name."""
+        path = f"{self._checkpoints}/{name}"
+        return self._session.run(lambda requests: _create_document(requests, path, text))
+
+    def wishes(self, *, watch: bool = False) -> list[str]:
+        """Names of the checkpoints that are asked for. ``watch``: wake when one comes or goes."""
+        return self._session.run(lambda requests: requests.children(self._checkpoints, watch=watch))
+
+    def read_wish(self, name: str, *, watch: bool = False) -> Versioned | None:
+        """What was asked, or answered; None if it is gone. ``watch``: wake when that changes."""
+        path = f"{self._checkpoints}/{name}"
+        node = self._session.run(lambda requests: requests.get(path, watch=watch))
+        return Versioned(node.text, node.version) if node is not None else None
+
+    def answer_wish(self, name: str, text: str) -> None:
+        """Say what came of it, if it is still there."""
+        self._session.run(lambda requests: requests.set(f"{self._checkpoints}/{name}", text))
+
+    def withdraw_wish(self, name: str) -> None:
+        """Ask no longer. Idempotent."""
+        self._session.run(lambda requests: requests.delete(f"{self._checkpoints}/{name}"))
+
     # --- a held name
 
     def hold(self, name: str, text: str) -> str | None:
@@ -261,6 +287,10 @@ class Coordination:
     @property
     def _barriers(self) -> str:
         return f"{self._job}/barriers"
+
+    @property
+    def _checkpoints(self) -> str:
+        return f"{self._job}/checkpoints"
 
     @property
     def _epoch(self) -> str:

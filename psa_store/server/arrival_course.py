@@ -66,6 +66,8 @@ class ArrivalCourse(Course):
         self._arrivals.accept(header.step, shard, header.rank, finite=not header.flags & Flag.NONFINITE)
 
     def revise(self, plan: Plan) -> None:
+        if plan.cut != self.plan.cut:
+            self._arrivals.forget_marks()
         super().revise(plan)
         stops = plan.phase is Phase.STOP
         if stops and not self.versioned:
@@ -73,6 +75,13 @@ class ArrivalCourse(Course):
         self._arrivals.limit = plan.mark if stops else None
         if stops:
             self._arrivals.commit_at(plan.mark)
+
+    def mark(self, barrier: int, rank: int, clock: int) -> None:
+        if self._cut is None or int(self._cut.barrier) != barrier:
+            return  # of a checkpoint that is over
+        if not self._arrivals.mark(rank, clock):
+            self._miss()
+            self._arrivals.forget_marks()
 
     def greet(self, peer: Connection) -> None:
         """Servers have nothing to tell each other here."""
@@ -85,7 +94,8 @@ class ArrivalCourse(Course):
 
     def on_committed(self, letter: Committed) -> None:
         super().on_committed(letter)
-        self._committed_clocks = self._copied_clocks.pop(letter.version)
+        # A version that is committed a second time, to be pinned, may have been copied before the first was reported.
+        self._committed_clocks = self._copied_clocks.pop(letter.version, self._committed_clocks)
         for connection in list(self._tools.publication.clients):
             self.greet_worker(connection)
 
@@ -104,7 +114,12 @@ class ArrivalCourse(Course):
                     self._reserved = False
                     clocks = [lead.copied_clocks for lead in self.versioned.values()]
                     self._copied_clocks[version] = [min(each) for each in zip(*clocks, strict=True)]
-                    self._tools.committer.submit(self._work(version))
+                    pin = self._cut if version == self._arrivals.cut else None
+                    if pin is not None:
+                        self._cut = None
+                        self._arrivals.forget_marks()
+                    self._tools.committer.submit(self._work(version, pin))
+                    self._tools.reception.wake_parked()
 
     def end(self) -> None:
         if self._reserved:

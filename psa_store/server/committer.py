@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 
 from psa_store import telemetry
 from psa_store.errors import DependencyUnreachable, Fenced, PsaError, Rewound
+from psa_store.failpoints import failpoint
 from psa_store.job import JobConfig
 from psa_store.layout import Layout
+from psa_store.plan import Cut
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Committed, Lost
 from psa_store.storage import Manifest, RedisStore, ShardState
@@ -34,13 +36,15 @@ _WATCH_S = 1.0
 class Work:
     """The snapshots of ``leads`` are version ``version``; write them under ``epoch``.
 
-    ``frozen`` is what this server leads besides, which was committed when the job was created.
+    ``frozen`` is what this server leads besides, which was committed when the job was created. ``pin``: the checkpoint
+    for which this version is to be kept. It is pinned before the next commit, which might drop it.
     """
 
     epoch: int
     version: int
     leads: Mapping[int, Lead]
     frozen: Mapping[int, Lead]
+    pin: Cut | None = None
 
 
 class Committer:
@@ -145,11 +149,17 @@ class Committer:
         """Write all shards of ``work``; None if the epoch ended meanwhile."""
         manifests: dict[int, Manifest] = {}
         run_id = self._redis_run_id()  # before the first shard: a restart in mid-commit must be noticed afterwards
-        while len(manifests) < len(work.leads):
+        pinned = None
+        while True:
             if not self._wanted(work):
                 return None
             try:
-                self._write(work, manifests)
+                if len(manifests) < len(work.leads):
+                    self._write(work, manifests)
+                    continue
+                if work.pin is not None:
+                    pinned = self._pin(work, work.pin)
+                break
             except DependencyUnreachable as error:
                 left = len(work.leads) - len(manifests)
                 self._log.warning("commit delayed, trying again", shards_left=left, error=str(error))
@@ -159,7 +169,18 @@ class Committer:
                 # Fenced, mostly. Whatever it is, this epoch cannot be committed: a take-over starts from Redis.
                 return Lost(work.epoch, str(error) if isinstance(error, PsaError) else repr(error))
         self._run_id = run_id
-        return Committed(work.epoch, work.version, manifests)
+        return Committed(work.epoch, work.version, manifests, pinned)
+
+    def _pin(self, work: Work, cut: Cut) -> Cut | None:
+        """Keep what was just committed for a checkpoint; None if Redis has lost it, which ends that attempt."""
+        failpoint("checkpoint.before_pins")
+        try:
+            self._store.pin(self._job, work.leads, work.version, cut.name, epoch=work.epoch)
+        except Rewound as error:
+            self._log.warning("not pinned", checkpoint=cut.name, why=str(error))
+            return None
+        failpoint("checkpoint.pinned")
+        return cut
 
     def _write(self, work: Work, manifests: dict[int, Manifest]) -> None:
         """Commit the shards that ``manifests`` lacks, and put theirs into it; stops early if the epoch ends."""

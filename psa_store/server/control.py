@@ -6,6 +6,7 @@ inside a watch: everything that happens sets one event, and each turn looks at t
 
 from __future__ import annotations
 
+import json
 import math
 import queue
 import secrets
@@ -38,13 +39,16 @@ from psa_store.plan import (
     newest_common,
     plan_from_json,
 )
+from psa_store.server.checkpoints import Checkpoints, Policy
 from psa_store.server.engine import Engine
 from psa_store.server.lead import Lead
 from psa_store.server.letters import (
     CannotServe,
     Frozen,
     Join,
+    Missed,
     PeerGone,
+    Pinned,
     Release,
     Released,
     Revise,
@@ -83,6 +87,7 @@ class Control:
         woken: threading.Event,
         leaving: Callable[[], bool],
         leave_timeout_s: float,
+        policy: Policy,
         journal: Journal,
     ) -> None:
         self._member = member
@@ -102,6 +107,7 @@ class Control:
         self._asked_to_leave = leaving
         self._leave_timeout_s = leave_timeout_s
         self._journal = journal
+        self._checkpoints = Checkpoints(config, layout, store, coordination, policy)
         self._leaving = False
         self._generation = -1
         self._governs = False
@@ -163,8 +169,8 @@ class Control:
             self._log.info("elected controller", member=self._member.id)
             self._journal.record("elected", member=self._member.id)
         self._governs = elected
-        if elected:
-            self._govern(seen, plan)
+        if elected and not self._govern(seen, plan) and seen is not None and plan is not None and plan.owners:
+            self._checkpoints.turn(seen, plan)
         return not (self._leaving and (plan is None or not plan.shards_of(self._member.id)))
 
     def _keep_membership(self) -> None:
@@ -198,6 +204,11 @@ class Control:
                 self._member = replace(self._member, stopped_at=report.version)
             case CannotServe():
                 self._ask_for_take_over(report.epoch, report.why)
+            case Pinned() if self._plan is not None and report.epoch == self._plan.epoch:
+                text = json.dumps({"version": report.version})
+                self._coordination.arrive(report.cut.barrier, self._member.id, text)
+            case Missed() if self._plan is not None and report.epoch == self._plan.epoch:
+                self._coordination.settle_barrier(report.cut.barrier, expired=True)
             case PeerGone() if self._plan is not None and report.epoch == self._plan.epoch:
                 for server in self._plan.servers:
                     if server.id == report.server:
@@ -324,8 +335,11 @@ class Control:
 
     # --- governing
 
-    def _govern(self, seen: Versioned | None, plan: Plan | None) -> None:
-        """Controller only: make the plan fit the members. One action a turn; the plan's watch brings the next."""
+    def _govern(self, seen: Versioned | None, plan: Plan | None) -> bool:
+        """Controller only: make the plan fit the members; whether there was something to do.
+
+        One action a turn; the plan's watch brings the next.
+        """
         view = View(
             plan=plan,
             servers=self._members(MemberKind.SERVER),
@@ -333,6 +347,7 @@ class Control:
             shard_sizes=tuple(shard.size_bytes for shard in self._layout.shards),
             ranks=self._config.ranks,
             stop_interval=self._config.commit_interval if self._config.ranks_stay else 0,
+            on_arrival=self._config.mode.on_arrival,
         )
         action = decide(view)
         match action:
@@ -350,8 +365,9 @@ class Control:
                 self._log.info("new plan", why=action.reason, phase=action.plan.phase.value)
                 self._coordination.write_plan(action.plan.to_json(), seen.version if seen else None)
             case None:
-                return
+                return False
         self._woken.set()
+        return True
 
     def _members(self, kind: MemberKind) -> dict[str, Member]:
         found = self._coordination.members(kind, watch=True)

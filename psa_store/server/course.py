@@ -18,7 +18,7 @@ from psa_store.job import JobConfig
 from psa_store.journal import Journal
 from psa_store.layout import Layout, Role
 from psa_store.optim import Optimizer
-from psa_store.plan import Phase, Plan
+from psa_store.plan import Cut, Phase, Plan
 from psa_store.server.arithmetic import INLINE_BYTES, Arithmetic
 from psa_store.server.committer import Committer, Work
 from psa_store.server.lead import Lead
@@ -27,7 +27,9 @@ from psa_store.server.letters import (
     Committed,
     Frozen,
     Measured,
+    Missed,
     Moved,
+    Pinned,
     Snapped,
     Stopped,
     ToControl,
@@ -75,6 +77,8 @@ class Course(ABC):
         self._tools = tools
         self._inline = sum(lead.shard.size_bytes for lead in leads.values()) < INLINE_BYTES
         self._reported: ToControl | None = None
+        self._cut: Cut | None = None
+        """The checkpoint that this epoch is asked for and that is not committed here yet."""
         for lead in self.versioned.values():
             lead.take_snapshot()  # if Redis is wiped before our first commit, nobody else has it
         tools.committer.adopt(self._work(plan.resume))
@@ -102,13 +106,24 @@ class Course(ABC):
 
     def revise(self, plan: Plan) -> None:
         """The same epoch, but other ranks or another phase."""
+        if plan.cut != self.plan.cut:
+            self._cut = plan.cut
         self.plan = plan
         self._reported = None
+        if self._cut is not None and not self.versioned:
+            self._tools.report(Pinned(plan.epoch, self._cut, self._cut.version))  # nothing here changes
+            self._cut = None
 
     def on_committed(self, letter: Committed) -> None:
         """A version of all shards here is durable."""
         self.committed = letter.version
         self._tools.journal.record("committed", epoch=letter.epoch, version=letter.version)
+        if letter.pinned is not None:
+            self._tools.report(Pinned(letter.epoch, letter.pinned, letter.version))
+
+    def mark(self, barrier: int, rank: int, clock: int) -> None:
+        """A worker says with which push of a rank a checkpoint ends."""
+        raise Refused("MARK in a synchronous job")
 
     def hear(self, step: int, norms: Mapping[int, float]) -> None:
         """Another server tells the norms of its shards."""
@@ -145,10 +160,16 @@ class Course(ABC):
 
     # --- for the courses
 
-    def _work(self, version: int) -> Work:
+    def _work(self, version: int, pin: Cut | None = None) -> Work:
         """The snapshots are this version."""
         frozen = {i: lead for i, lead in self.leads.items() if i not in self.versioned}
-        return Work(self.plan.epoch, version, self.versioned, frozen)
+        return Work(self.plan.epoch, version, self.versioned, frozen, pin)
+
+    def _miss(self) -> None:
+        """The checkpoint cannot be taken here any more."""
+        assert self._cut is not None
+        self._tools.report(Missed(self.plan.epoch, self._cut))
+        self._cut = None
 
     def _held(self, version: int, newest: int) -> bool:
         """Whether the plan's phase forbids to go on; tells control once we stand where it wants us.

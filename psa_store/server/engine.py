@@ -77,7 +77,7 @@ _NOTHING = memoryview(b"")
 _NUMBER_BYTES = 8
 _MEMBER = re.compile(r"[!-~]+")
 _LAPSED_PAUSE_S = 0.02
-_OF_MEMBERS = frozenset({Kind.SHARE, Kind.PUSH, Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS})
+_OF_MEMBERS = frozenset({Kind.SHARE, Kind.PUSH, Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.MARK})
 """Frames that only who said HELLO may send; all but SHARE belong to an epoch."""
 
 
@@ -451,7 +451,7 @@ class Engine:
                 self._on_push_by_reference(connection, header)
             case Kind.PUSH:
                 self._on_push(connection, header)
-            case Kind.PULL | Kind.AWAIT | Kind.FINISH | Kind.CLOCKS:
+            case Kind.PULL | Kind.AWAIT | Kind.FINISH | Kind.CLOCKS | Kind.MARK:
                 self._on_request(connection, header)
             case Kind.NORM:
                 if self._course is not None and header.epoch == self._course.plan.epoch:
@@ -556,6 +556,12 @@ class Engine:
             self._refuse(connection, header, Reason.STALE, "the epoch is over")
         elif header.kind is Kind.CLOCKS:
             course.greet_worker(connection)
+        elif header.kind is Kind.MARK and header.rank >= self._config.ranks:
+            raise Refused(f"MARK of rank {header.rank}, and there are {self._config.ranks}")
+        elif header.kind is Kind.MARK and course.plan.ranks[header.rank] != connection.member:
+            self._refuse(connection, header, Reason.NOT_HOLDER, f"rank {header.rank} is held by another worker")
+        elif header.kind is Kind.MARK:
+            course.mark(header.slot, header.rank, header.step)
         elif header.kind is Kind.FINISH:
             self._pending.finish(connection, header)
         elif header.kind is Kind.AWAIT and header.rank >= self._config.ranks:

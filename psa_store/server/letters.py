@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from psa_store.plan import Plan
+from psa_store.plan import Cut, Plan
 from psa_store.server.lead import Lead
 from psa_store.storage import Manifest
 from psa_store.wire import SharedMemory
@@ -90,11 +90,12 @@ class Snapped:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """All shards of this server are durable at ``version``."""
+    """All shards of this server are durable at ``version``. ``pinned``: for this checkpoint they are kept."""
 
     epoch: int
     version: int
     manifests: Mapping[int, Manifest]
+    pinned: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,4 +156,21 @@ class PeerGone:
     server: str
 
 
-ToControl = Released | Frozen | Stopped | CannotServe | PeerGone
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What this server leads is kept at ``version`` for a checkpoint."""
+
+    epoch: int
+    cut: Cut
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """This server is beyond the version of a checkpoint: it was told too late."""
+
+    epoch: int
+    cut: Cut
+
+
+ToControl = Released | Frozen | Stopped | CannotServe | PeerGone | Pinned | Missed

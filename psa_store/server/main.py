@@ -20,6 +20,7 @@ from psa_store.job import JobConfig, check_job_name, job_config_from_json
 from psa_store.journal import Journal
 from psa_store.layout import Layout, layout_from_json
 from psa_store.plan import Member
+from psa_store.server.checkpoints import Policy, checkpoint_at_end
 from psa_store.server.committer import Committer
 from psa_store.server.control import Control
 from psa_store.server.engine import Engine
@@ -95,6 +96,9 @@ def serve(job: str, settings: Settings) -> None:
             address=address,
             local=local_name if local is not None else "",
         )
+        policy = Policy(
+            every_s=settings.checkpoint_every_s, keep=settings.checkpoint_keep, older_than_s=settings.checkpoint_keep_s
+        )
         control = Control(
             member=member,
             config=config,
@@ -106,6 +110,7 @@ def serve(job: str, settings: Settings) -> None:
             woken=woken,
             leaving=lambda: leave.asked,
             leave_timeout_s=settings.leave_timeout_s,
+            policy=policy,
             journal=journal,
         )
         engine = Engine(
@@ -130,6 +135,8 @@ def serve(job: str, settings: Settings) -> None:
                 governing.result()
         finally:
             engine.close()
+        if policy.automatic:
+            checkpoint_at_end(config, layout, store, coordination, policy)
 
 
 def _wait_for_job(job: str, store: RedisStore, leave: _Leave) -> tuple[JobConfig, Layout] | None:

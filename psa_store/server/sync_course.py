@@ -112,7 +112,9 @@ class SyncCourse(Course):
                 self._step.advance()
                 self._stage = Stage.COLLECTING
             case Snapped():
-                self._tools.committer.submit(self._work(letter.version))
+                pin = self._cut if self._is_cut(letter.version) else None
+                self._cut = None if pin is not None else self._cut
+                self._tools.committer.submit(self._work(letter.version, pin))
                 self._stage = Stage.COLLECTING
 
     def end(self) -> None:
@@ -125,6 +127,8 @@ class SyncCourse(Course):
         """Do what can be done now: answer, commit, tell norms, and go on to the next version."""
         if self._stage is not Stage.COLLECTING:
             return
+        if self._cut is not None and self.version > self._cut.version:
+            self._miss()
         self._tools.pending.answer(
             Now(
                 self.plan,
@@ -168,8 +172,14 @@ class SyncCourse(Course):
     def _reached(self, header: Header) -> int | None:
         return self.version if self.version >= header.step else None
 
+    def _is_cut(self, version: int) -> bool:
+        """Whether a checkpoint is to be taken at this version."""
+        return self._cut is not None and self._cut.version == version
+
     def _commit_is_due(self) -> bool:
         version = self.version
+        if self._is_cut(version):
+            return True  # also if it is committed already: to be pinned it is committed once more
         if version in (self._committing, self.committed):
             return False
         every = self._tools.config.commit_every

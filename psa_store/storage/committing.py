@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -31,7 +31,7 @@ from psa_store.storage.records import (
     Section,
     chunk_sizes,
     epoch_text,
-    identities,
+    identity,
     split_chunks,
     version_field,
 )
@@ -153,8 +153,7 @@ class Commit:
         match reply[0]:
             case b"ok":
                 self._unflipped.difference_update(manifest.chunk_keys(self._job, head.shard))
-                for old in _old(head, manifest, self._keep):
-                    self._dropped += old.chunk_keys(self._job, head.shard)
+                self._dropped += head.freed(self._job, _old(head, manifest, self._keep))
                 return manifest
             case b"fenced":
                 return Fenced(
@@ -194,26 +193,41 @@ class Commit:
 
 def flip(job: str, head: Head, manifest: Manifest, keep: int, expect: int | None) -> FunctionCall:
     """The call that makes ``manifest`` one of the ``keep`` versions of ``head``, as long as that is still the head."""
-    old = _old(head, manifest, keep)
-    chunks = manifest.chunk_keys(job, head.shard)
     sizes = [size for section in manifest.sections for size in chunk_sizes(section.size_bytes)]
+    chunks = list(zip(manifest.chunk_keys(job, head.shard), sizes, strict=True))
+    expected = "" if expect is None else version_field(expect)
+    return put(job, head, manifest.field, manifest, chunks, _old(head, manifest, keep), expected, manifest.epoch)
+
+
+def put(
+    job: str,
+    head: Head,
+    name: str,
+    manifest: Manifest,
+    chunks: Sequence[tuple[str, int]],
+    gone: Collection[str],
+    expect: str,
+    epoch: int,
+) -> FunctionCall:
+    """The call that writes one field of ``head`` as it was read, and takes ``gone`` out of it.
+
+    Args:
+        chunks: those that must be there, with their sizes, and become permanent.
+        gone: other fields, or ``name`` itself, which is replaced.
+        expect: a field that must be there; empty for none.
+    """
     return (
         "psa_commit",
+        [keys.head(job, head.shard), *(key for key, _ in chunks), *head.freed(job, gone)],
         [
-            keys.head(job, head.shard),
-            *chunks,
-            *(key for each in old for key in each.chunk_keys(job, head.shard)),
-        ],
-        [
-            epoch_text(manifest.epoch),
-            manifest.field,
+            epoch_text(epoch),
+            name,
             manifest.to_json(),
-            "" if expect is None else version_field(expect),
+            expect,
             len(chunks),
-            *sizes,
-            len(head.manifests),
-            *identities(head.manifests),
-            *(each.field for each in old),
+            *(size for _, size in chunks),
+            *identity(head),
+            *gone,
         ],
     )
 
@@ -226,11 +240,11 @@ def write_chunks(caller: Caller, job: str, manifest: Manifest, state: ShardState
         caller.retrying(stream.next_answer)
 
 
-def _old(head: Head, manifest: Manifest, keep: int) -> list[Manifest]:
-    """The versions of ``head`` that make room for ``manifest``."""
+def _old(head: Head, manifest: Manifest, keep: int) -> list[str]:
+    """The fields of the versions that make room for ``manifest``."""
     others = [each.version for each in head.manifests if each.version != manifest.version]
     kept = sorted([*others, manifest.version])[-keep:]
-    return [each for each in head.manifests if each.version == manifest.version or each.version not in kept]
+    return [each.field for each in head.manifests if each.version == manifest.version or each.version not in kept]
 
 
 def unsettled(caller: Caller, job: str, shard: int, what: str) -> str:

@@ -24,18 +24,24 @@ local function stranger(head, epoch)
   return nil
 end
 
--- Whether the head's version in this field is the one that the caller has read. The field alone does not tell: the
--- same version may have been written again since, and a call whose connection broke may still arrive after that.
-local function holds(head, field, nonce)
-  local manifest = redis.call('HGET', head, field)
-  return manifest and cjson.decode(manifest).nonce == nonce
+-- Whether the head is the one that the caller has read: args, from `at` on, say how many fields it has besides epoch and
+-- layout, and name and nonce of each. The name alone does not tell: the same version may have been written again since,
+-- and a call whose connection broke may still arrive after that. Returns where the next argument is, or nil.
+local function unchanged(head, args, at)
+  local seen = tonumber(args[at])
+  if redis.call('HLEN', head) ~= seen + 2 then return nil end
+  for i = at + 1, at + 2 * seen, 2 do
+    local manifest = redis.call('HGET', head, args[i])
+    if not manifest or cjson.decode(manifest).nonce ~= args[i + 1] then return nil end
+  end
+  return at + 2 * seen + 1
 end
 
--- psa_commit: make one version of a shard the head's, and drop old ones, in one step. Their chunks expire; whoever
--- has the time removes them earlier with psa_sweep.
+-- psa_commit: write one field of a head (a version, or a pin, which needs no new chunks), and drop old ones, in one
+-- step. Their chunks expire; whoever has the time removes them earlier with psa_sweep.
 -- keys: head, then the new chunks, then the chunks to drop.
--- args: epoch, version field, manifest, field that must be there ('' for none), number of new chunks,
---       their sizes (that many), number of versions in the head, field and nonce of each, then the fields to drop.
+-- args: epoch, field, manifest, field that must be there ('' for none), number of new chunks, their sizes (that many),
+--       the head as it was read (see unchanged), then the fields to drop.
 -- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', what}, {'missing', key} or {'changed'} if the head
 -- is not the one that the caller has read.
 local function commit(keys, args)
@@ -47,13 +53,10 @@ local function commit(keys, args)
   for i = 1, count do
     if redis.call('STRLEN', keys[1 + i]) ~= tonumber(args[5 + i]) then return {'missing', keys[1 + i]} end
   end
-  local seen = tonumber(args[6 + count])
-  if redis.call('HLEN', head) ~= seen + 2 then return {'changed'} end
-  for i = 1, seen do
-    if not holds(head, args[5 + count + 2 * i], args[6 + count + 2 * i]) then return {'changed'} end
-  end
+  local gone = unchanged(head, args, 6 + count)
+  if not gone then return {'changed'} end
   for i = 1, count do redis.call('PERSIST', keys[1 + i]) end
-  for i = 7 + count + 2 * seen, #args do redis.call('HDEL', head, args[i]) end
+  for i = gone, #args do redis.call('HDEL', head, args[i]) end
   redis.call('HSET', head, field, manifest)
   for i = 2 + count, #keys do redis.call('EXPIRE', keys[i], DROPPED_EXPIRY_S) end
   return {'ok'}
@@ -69,19 +72,15 @@ local function sweep(keys)
   return gone
 end
 
--- psa_drop: take versions out of a head.
--- keys: head, then the chunks of those versions. args: epoch, then field and nonce of each.
--- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', epoch}, or {'changed'} if one of them was written again.
--- Idempotent: a version that is gone already is no reason to refuse.
+-- psa_drop: take fields out of a head.
+-- keys: head, then the chunks that only they name. args: epoch, the head as it was read (see unchanged), the fields.
+-- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', epoch}, or {'changed'}, also if it was done already.
 local function drop(keys, args)
   local refusal = stranger(keys[1], args[1])
   if refusal then return refusal end
-  for i = 2, #args, 2 do
-    if redis.call('HEXISTS', keys[1], args[i]) == 1 and not holds(keys[1], args[i], args[i + 1]) then
-      return {'changed'}
-    end
-  end
-  for i = 2, #args, 2 do redis.call('HDEL', keys[1], args[i]) end
+  local gone = unchanged(keys[1], args, 2)
+  if not gone then return {'changed'} end
+  for i = gone, #args do redis.call('HDEL', keys[1], args[i]) end
   for i = 2, #keys do redis.call('UNLINK', keys[i]) end
   return {'ok'}
 end

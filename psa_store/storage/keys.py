@@ -13,6 +13,10 @@ def layout(job: str) -> str:
     return f"psa:{{{job}}}:layout"
 
 
+def checkpoints(job: str) -> str:
+    return f"psa:{{{job}}}:checkpoints"
+
+
 def head(job: str, shard: int) -> str:
     return f"psa:{{{job}:{shard}}}:head"
 

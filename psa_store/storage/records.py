@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 
 from psa_store.errors import DataIntegrity
 from psa_store.storage import keys
@@ -12,6 +12,7 @@ from psa_store.storage import keys
 CHUNK_BYTES = 4 << 20
 """Redis moves values of this size fastest, both ways."""
 VERSION_PREFIX = "v:"
+PIN_PREFIX = "c:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,19 @@ class Manifest:
     """Random, per attempt to commit: no attempt ever overwrites the chunks of another."""
     sections: tuple[Section, ...]
     scalars: dict[str, float | int]
+    home: str = ""
+    """The job whose chunks these are, if a fork shares them with the job that it began from."""
 
     @property
     def field(self) -> str:
         return version_field(self.version)
 
+    def chunk_key(self, job: str, shard: int, section: str, index: int) -> str:
+        return keys.chunk(self.home or job, shard, self.version, self.epoch, self.nonce, section, index)
+
     def chunk_keys(self, job: str, shard: int) -> list[str]:
         return [
-            keys.chunk(job, shard, self.version, self.epoch, self.nonce, section.name, index)
+            self.chunk_key(job, shard, section.name, index)
             for section in self.sections
             for index in range(len(section.digests))
         ]
@@ -60,9 +66,27 @@ class Head:
     layout: str
     """Fingerprint of the layout; empty if the shard does not exist yet."""
     manifests: tuple[Manifest, ...]
+    pins: Mapping[str, Manifest] = field(default_factory=dict)
+    """By name of a checkpoint, the version that it keeps, also when it is none of ``manifests`` any more."""
 
     def manifest(self, version: int) -> Manifest | None:
         return next((each for each in self.manifests if each.version == version), None)
+
+    def entries(self) -> dict[str, Manifest]:
+        """All that the head names, by field."""
+        pins = {pin_field(name): manifest for name, manifest in self.pins.items()}
+        return {each.field: each for each in self.manifests} | pins
+
+    def freed(self, job: str, gone: Collection[str]) -> list[str]:
+        """The chunks that no field names any more once these are gone. What is shared with another job is not ours."""
+        entries = self.entries()
+        left = {manifest.nonce for each, manifest in entries.items() if each not in gone}
+        freed = {
+            manifest.nonce: manifest
+            for each, manifest in entries.items()
+            if each in gone and manifest.nonce not in left and not manifest.home
+        }
+        return [key for manifest in freed.values() for key in manifest.chunk_keys(job, self.shard)]
 
 
 def version_field(version: int) -> str:
@@ -74,9 +98,14 @@ def epoch_text(epoch: int) -> str:
     return f"{epoch:016x}"
 
 
-def identities(manifests: Iterable[Manifest]) -> list[str]:
-    """Field and nonce of each, by which a function recognises what the caller has read."""
-    return [part for each in manifests for part in (each.field, each.nonce)]
+def pin_field(name: str) -> str:
+    return PIN_PREFIX + name
+
+
+def identity(head: Head) -> list[str | int]:
+    """How many fields, then name and nonce of each: by this a function knows the head that the caller has read."""
+    entries = head.entries()
+    return [len(entries), *(part for each, manifest in entries.items() for part in (each, manifest.nonce))]
 
 
 def chunk_sizes(size_bytes: int) -> list[int]:
@@ -92,12 +121,18 @@ def split_chunks(data: memoryview) -> list[memoryview]:
 def head_from_fields(job: str, shard: int, fields: Mapping[bytes, bytes]) -> Head:
     """Decode a head; raises DataIntegrity naming job and shard if it cannot be read."""
     try:
-        manifests = [_manifest(value) for field, value in fields.items() if field.startswith(VERSION_PREFIX.encode())]
+        manifests = [_manifest(value) for name, value in fields.items() if name.startswith(VERSION_PREFIX.encode())]
+        pins = {
+            name.decode().removeprefix(PIN_PREFIX): _manifest(value)
+            for name, value in fields.items()
+            if name.startswith(PIN_PREFIX.encode())
+        }
         return Head(
             shard,
             int(fields.get(b"epoch", b"0"), 16),
             fields.get(b"layout", b"").decode(),
             tuple(sorted(manifests, key=lambda manifest: manifest.version)),
+            pins,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataIntegrity(f"job {job!r}, shard {shard}: the head in Redis cannot be read: {error}") from error

@@ -6,7 +6,7 @@ was lost; tenacity does that, in one place, until ``timeout_s`` is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,24 @@ from xxhash import xxh3_128_hexdigest
 from psa_store.errors import (
     DataIntegrity,
     DependencyUnfit,
-    DependencyUnreachable,
     Fenced,
     JobMismatch,
-    Rewound,
 )
-from psa_store.storage import keys
+from psa_store.failpoints import failpoint
+from psa_store.storage import keys, pinning
 from psa_store.storage.calling import Caller
-from psa_store.storage.committing import TRIES_MAX, Commit, Outcomes, ShardState, unsettled
+from psa_store.storage.committing import Commit, Outcomes, ShardState
 from psa_store.storage.connecting import text, translated
 from psa_store.storage.reading import read_into
-from psa_store.storage.records import Head, Manifest, epoch_text, head_from_fields, identities, split_chunks
+from psa_store.storage.records import (
+    Head,
+    Manifest,
+    epoch_text,
+    head_from_fields,
+    pin_field,
+    split_chunks,
+    version_field,
+)
 
 _PIPELINE_SHARDS = 256
 
@@ -108,9 +115,9 @@ class RedisStore:
     def delete_job(self, job: str, n_shards: int) -> None:
         """Remove everything of a job. Nothing may be running on it."""
         for head in self.heads(job, range(n_shards)):
-            gone = [key for manifest in head.manifests for key in manifest.chunk_keys(job, head.shard)]
+            gone = head.freed(job, list(head.entries()))
             self._caller.retrying(partial(self._client.unlink, keys.head(job, head.shard), *gone))
-        self._caller.retrying(lambda: self._client.unlink(keys.config(job), keys.layout(job)))
+        self._caller.retrying(lambda: self._client.unlink(keys.config(job), keys.layout(job), keys.checkpoints(job)))
         self._caller.retrying(lambda: self._client.srem(keys.JOBS, job))
 
     # --- the fence
@@ -200,37 +207,81 @@ class RedisStore:
 
     def trim(self, job: str, shards: Iterable[int], epoch: int, newest: int) -> None:
         """Drop versions newer than ``newest``; raises Fenced or Rewound if ``epoch`` does not own a shard."""
-        for head in self.heads(job, shards):
-            self._drop(job, head, epoch, lambda version: version > newest)
+        pinning.drop(self._caller, self.heads, job, shards, _versions(lambda version: version > newest), epoch)
 
     def condemn(self, job: str, shard: int, epoch: int, version: int) -> None:
         """Drop one version that was found damaged; raises Fenced or Rewound if ``epoch`` does not own the shard."""
-        (head,) = self.heads(job, [shard])
-        self._drop(job, head, epoch, lambda each: each == version)
+        pinning.drop(self._caller, self.heads, job, [shard], _versions(lambda each: each == version), epoch)
 
-    def _drop(self, job: str, head: Head, epoch: int, unwanted: Callable[[int], bool]) -> None:
-        where = f"job {job!r}, shard {head.shard}"
-        for _ in range(TRIES_MAX):
-            gone = [each for each in head.manifests if unwanted(each.version)]
-            if not gone:
-                return
-            reply = self._function(
-                "psa_drop",
-                [keys.head(job, head.shard), *(key for each in gone for key in each.chunk_keys(job, head.shard))],
-                [epoch_text(epoch), *identities(gone)],
-            )
-            match reply[0]:
-                case b"ok":
-                    return
-                case b"fenced":
-                    raise Fenced(f"{where}: epoch {int(reply[1], 16)} owns it, ours is {epoch}")
-                case b"rewound":
-                    raise Rewound(f"{where}: Redis lost the seal of epoch {epoch}")
-            (head,) = self.heads(job, [head.shard])
-        versions = [each.version for each in gone]
-        raise DependencyUnreachable(
-            unsettled(self._caller, job, head.shard, f"versions {versions} could not be dropped")
-        )
+    # --- checkpoints
+
+    def pin(self, job: str, shards: Iterable[int], version: int, name: str, *, epoch: int | None = None) -> None:
+        """Keep ``version`` of these shards under a name, whatever is committed later. Replaces what the name kept.
+
+        Args:
+            epoch: refuse unless it owns the shards; None: whoever owns them.
+
+        Raises:
+            Fenced, Rewound: ``epoch`` does not own a shard, or the version is gone. Some others may be pinned.
+        """
+        wanted = version_field(version)
+        pinning.copy(self._caller, self.heads, job, shards, lambda _: (wanted, pin_field(name)), epoch)
+
+    def share(self, job: str, nonces: Mapping[int, str], name: str) -> None:
+        """Keep, under a name, those versions of these shards that have these nonces, wherever they are named now.
+
+        Raises:
+            Rewound: a shard has none with its nonce any more.
+        """
+
+        def fields(head: Head) -> tuple[str, str]:
+            named = [each for each, manifest in head.entries().items() if manifest.nonce == nonces[head.shard]]
+            return named[0] if named else f"a version of nonce {nonces[head.shard]}", pin_field(name)
+
+        pinning.copy(self._caller, self.heads, job, nonces, fields, None)
+
+    def unpin(self, job: str, shards: Iterable[int], names: Collection[str]) -> None:
+        """Keep no longer what these names keep; what nothing else names is removed. Idempotent."""
+        fields = [pin_field(name) for name in names]
+        pinning.drop(self._caller, self.heads, job, shards, lambda head: [f for f in fields if f in head.entries()])
+
+    def unwind(self, job: str, shards: Sequence[int], epoch: int, version: int, name: str | None) -> None:
+        """Make ``version`` the newest of these shards, as ``name`` keeps it (None: as it is stored).
+
+        First it is put in its place everywhere, only then is what is newer dropped: whoever is cut off in between has
+        changed nothing, or is done in all that matters.
+
+        Raises:
+            Fenced, Rewound: ``epoch`` does not own a shard, or it has not got this version.
+        """
+        failpoint("rollback.begun")
+        if name is not None:
+            there = version_field(version)
+            pinning.copy(self._caller, self.heads, job, shards, lambda _: (pin_field(name), there), epoch)
+        failpoint("rollback.restored")
+        self.trim(job, shards, epoch, version)
+
+    def write_checkpoint(self, job: str, name: str, document: str) -> None:
+        """Store what is known of a checkpoint, or replace it."""
+        self._caller.retrying(lambda: self._client.hset(keys.checkpoints(job), name, document))
+
+    def read_checkpoints(self, job: str) -> dict[str, str]:
+        """The documents of all checkpoints, by name."""
+        found: Mapping[Any, Any] = self._caller.retrying(lambda: self._client.hgetall(keys.checkpoints(job)))
+        return {text(name): text(document) for name, document in found.items()}
+
+    def forget_checkpoints(self, job: str, names: Collection[str]) -> None:
+        """Remove documents. Idempotent."""
+        if names:
+            self._caller.retrying(lambda: self._client.hdel(keys.checkpoints(job), *names))
+
+    def adopt(self, job: str, shard: int, manifest: Manifest, epoch: int) -> None:
+        """Let a shard of ``job`` have a version whose chunks are stored already, as those of ``manifest.home``.
+
+        Raises:
+            Fenced, Rewound: ``epoch`` does not own the shard.
+        """
+        pinning.write(self._caller, self.heads, job, shard, manifest.field, manifest, epoch)
 
     def load(self, job: str, shard: int, manifest: Manifest, into: Mapping[str, memoryview]) -> None:
         """Read sections straight into the given memory and check their digests.
@@ -247,7 +298,7 @@ class RedisStore:
             if len(place) != section.size_bytes:
                 raise DataIntegrity(f"{where}: {section.size_bytes} bytes stored, {len(place)} expected")
             for index, (part, digest) in enumerate(zip(split_chunks(place), section.digests, strict=True)):
-                key = keys.chunk(job, shard, manifest.version, manifest.epoch, manifest.nonce, section.name, index)
+                key = manifest.chunk_key(job, shard, section.name, index)
                 wanted.append((key, part, digest, f"{where}, chunk {index}"))
         found = self._caller.retrying(lambda: read_into(self._caller.pool, [(key, part) for key, part, _, _ in wanted]))
         for (_, part, digest, where), problem in zip(wanted, found, strict=True):
@@ -259,3 +310,7 @@ class RedisStore:
     def _function(self, name: str, its_keys: list[str], args: Sequence[Any]) -> list[Any]:
         (reply,) = self._caller.functions([(name, its_keys, args)])
         return list(reply)
+
+
+def _versions(unwanted: Callable[[int], bool]) -> Callable[[Head], list[str]]:
+    return lambda head: [each.field for each in head.manifests if unwanted(each.version)]

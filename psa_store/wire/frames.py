@@ -8,6 +8,7 @@
     AWAIT   all, at >= step     PARAMS ..., then VERSION    all of it is with you
     FINISH  make step durable   DURABLE  step is durable
     CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
+    MARK    a checkpoint ends with the first pushes of a rank: so many (on arrival)
     INSPECT                     REPORT   what the server does, as JSON
                                 REFUSED  which frame, and why
 
@@ -37,7 +38,7 @@ from typing import Any
 
 from psa_store.errors import Refused
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAGIC = b"PSA\x02"
 _HEADER = struct.Struct("<4sBBHIIQQqQII8x")
 HEADER_BYTES = _HEADER.size
@@ -63,9 +64,10 @@ class Kind(IntEnum):
     VERSION = 14
     CLOCKS = 15
     STATE = 16
+    MARK = 17
 
 
-_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT})
+_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT, Kind.MARK})
 """Kinds whose header says everything."""
 WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.VERSION})
 """Kinds that may come with a descriptor."""

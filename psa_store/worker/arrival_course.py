@@ -75,6 +75,10 @@ class ArrivalCourse(Course):
         self._finite = True
         self._sent: dict[int, Tensor] = {}
         """The encodings of this push that have been sent."""
+        self._marked = NONE, ""
+        """Epoch and barrier of the checkpoint of which the servers were told, on these connections."""
+        self._cut_at: tuple[str, dict[int, int]] | None = None
+        """Its barrier, and by rank of ours how many pushes belong to it: the same on all connections."""
         self._residuals: dict[int, dict[int, Tensor]] = {}
         """By rank and shard, what it has held back."""
 
@@ -90,6 +94,7 @@ class ArrivalCourse(Course):
                 continue
             if not self._know_our_ranks(plan):
                 continue
+            self._mark_cut(plan)
             todo = [
                 rank for rank in self._holding() if self._again[rank] or steps is None or self._clocks[rank] < steps
             ]
@@ -190,6 +195,24 @@ class ArrivalCourse(Course):
         self._send(Draw(kept.step, rank), shards, kept.gradients, kept.payloads, finite=kept.finite)
         self._push_buffers(kept.step, rank, kept.buffers)
 
+    # --- checkpoints
+
+    def _must_mark(self) -> bool:
+        """Whether a checkpoint is asked for that we have not told the servers of, on these connections."""
+        plan = self._tools.membership.standing.plan
+        return plan is not None and plan.cut is not None and self._marked != (plan.epoch, plan.cut.barrier)
+
+    def _mark_cut(self, plan: Plan) -> None:
+        """Before any push that comes behind it, tell where the cut is in each of our ranks: here."""
+        cut = plan.cut
+        if cut is None or self._marked == (plan.epoch, cut.barrier):
+            return
+        if self._cut_at is None or self._cut_at[0] != cut.barrier:
+            self._cut_at = cut.barrier, {rank: self._clocks[rank] for rank in self._holding()}
+        for rank, clock in self._cut_at[1].items():
+            self._fleet.mark(plan, self._owners(), cut, rank, clock)
+        self._marked = plan.epoch, cut.barrier
+
     # --- where our ranks stand
 
     def _know_our_ranks(self, plan: Plan) -> bool:
@@ -283,6 +306,7 @@ class ArrivalCourse(Course):
                 self._epoch_is_over(plan)
                 or self._holding() != ours
                 or self.synced_epoch == NONE
+                or self._must_mark()  # a rank that others wait for may be waiting for this
                 or (len(ours) > 1 and time.monotonic() > give_up_s)
             ),
             lambda: self._fleet.wait_for(plan, owners, step, rank),
@@ -313,6 +337,7 @@ class ArrivalCourse(Course):
     def _out_of_sync(self, why: str) -> None:
         super()._out_of_sync(why)
         self._awaited = None
+        self._marked = NONE, ""
 
     def _take(self, answer: Answer) -> None:
         header = answer.header

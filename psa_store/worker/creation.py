@@ -22,6 +22,7 @@ from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, UsageError
 from psa_store.failpoints import failpoint
 from psa_store.job import (
+    CREATOR,
     RUN_NODE,
     SHARD_VERSIONS_KEPT,
     JobConfig,
@@ -34,7 +35,6 @@ from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.transport import Transport
 from psa_store.worker.arena import ModelArena
 
-CREATOR = "creator"
 _POLL_S = 0.05
 _RUN_GRACE_S = 2.0
 

@@ -17,7 +17,7 @@ import numpy as np
 from psa_store import telemetry
 from psa_store.errors import Disconnected, Refused
 from psa_store.layout import Layout
-from psa_store.plan import Plan, Server
+from psa_store.plan import Cut, Plan, Server
 from psa_store.wire import (
     PROTOCOL,
     Connection,
@@ -183,6 +183,11 @@ class Fleet:
         """Ask how many pushes of each rank count; each answers CLOCKS, as it does after every commit."""
         for server in servers:
             self._send(server, Header(Kind.CLOCKS, plan.epoch, plan.revision))
+
+    def mark(self, plan: Plan, servers: Iterable[str], cut: Cut, rank: int, clock: int) -> None:
+        """Tell with how many pushes of a rank a checkpoint ends."""
+        for server in servers:
+            self._send(server, Header(Kind.MARK, plan.epoch, plan.revision, clock, rank, slot=int(cut.barrier)))
 
     @property
     def shares(self) -> bool:

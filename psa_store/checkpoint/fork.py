@@ -1,0 +1,61 @@
+"""Another job that begins where this one has a checkpoint. It shares the chunks, so it costs nothing but its heads.
+
+The new job's manifests name the job whose chunks they are; that job keeps them, under a pin of the fork's name, until
+no version and no checkpoint of the fork names them any more (see ``catalog.sweep``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from psa_store.checkpoint.catalog import FORK_PREFIX, read_job
+from psa_store.coordination import Coordination
+from psa_store.errors import JobBusy, JobMismatch
+from psa_store.failpoints import failpoint
+from psa_store.job import CREATOR, check_job_name
+from psa_store.storage import Manifest, RedisStore
+
+
+def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new: str) -> int:
+    """Create job ``new`` from a checkpoint, or a version, of ``job``; returns the version at which it begins.
+
+    Args:
+        coordination: a session for the new job.
+
+    Raises:
+        UsageError: there is no such checkpoint or version; JobMismatch if there is a job ``new``; JobBusy if somebody
+            creates it now.
+        Rewound: the version was dropped meanwhile. Try again, or take a checkpoint before.
+    """
+    check_job_name(new)
+    stored = read_job(store, job)
+    manifests = stored.manifests(what)
+    if store.has_job(new) or coordination.read_config() is not None:
+        raise JobMismatch(f"there is a job {new!r} already: use another name")
+    holder = coordination.hold(CREATOR, "psa checkpoint fork")
+    if holder is not None:
+        raise JobBusy(f"job {new!r} is being created by {holder}")
+    try:
+        shared = {shard: replace(manifest, home=manifest.home or job) for shard, manifest in manifests.items()}
+        _keep(store, shared, new)
+        shards = sorted(shared)
+        epoch = coordination.next_epoch(at_least=max(head.epoch for head in store.heads(new, shards)))
+        store.seal(new, shards, epoch, stored.layout.fingerprint)
+        for shard, manifest in shared.items():
+            store.adopt(new, shard, manifest, epoch)
+        failpoint("fork.adopted")
+        _keep(store, shared, new)  # a sweep before these heads existed would have found the pins of no use
+        config = replace(stored.config, name=new)
+        store.create_job(new, config.to_json(), stored.layout.to_json())
+        coordination.create_config(config.to_json())
+    finally:
+        coordination.release(CREATOR)
+    return stored.version_of(what)
+
+
+def _keep(store: RedisStore, shared: Mapping[int, Manifest], new: str) -> None:
+    """Have the jobs whose chunks these are keep them."""
+    for home in {manifest.home for manifest in shared.values()}:
+        nonces = {shard: manifest.nonce for shard, manifest in shared.items() if manifest.home == home}
+        store.share(home, nonces, FORK_PREFIX + new)

@@ -1,0 +1,73 @@
+"""Back to an older version, of a job that runs or rests: the same steps as a take-over, with one more in the middle.
+
+Take an epoch, seal, put the version in its place and drop what is newer, publish a plan that begins there. Servers that
+live follow it as they would after a death; where none does, the next one finds what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from psa_store import telemetry
+from psa_store.checkpoint.catalog import read_job
+from psa_store.checkpoint.verification import verify
+from psa_store.coordination import Coordination
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
+from psa_store.failpoints import failpoint
+from psa_store.plan import Phase, plan_from_json
+from psa_store.storage import RedisStore
+
+_TRIES_MAX = 10
+"""Each fails only if a controller took an epoch meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """Where a job stands now. ``lost``: versions that were newer and that no checkpoint keeps."""
+
+    version: int
+    epoch: int
+    lost: tuple[int, ...]
+
+
+def rollback(store: RedisStore, coordination: Coordination, job: str, what: str) -> RolledBack:
+    """Return to a checkpoint, or to a version that is still stored. Its bytes are checked before anything is changed.
+
+    Raises:
+        UsageError: there is no such checkpoint or version.
+        DataIntegrity: it is damaged; nothing was changed.
+        DependencyUnreachable: Redis or ZooKeeper does not answer, or other epochs began all the time. Whether the job
+            has gone back is told by its status.
+    """
+    damage = verify(store, job, what)
+    if damage:
+        raise DataIntegrity(f"job {job!r}: {what} is damaged, the job stays as it is: {'; '.join(damage)}")
+    log = telemetry.get_logger()
+    for _ in range(_TRIES_MAX):
+        stored = read_job(store, job)
+        stored.manifests(what)
+        version = stored.version_of(what)
+        name = what if what in stored.checkpoints else None
+        seen = coordination.read_plan()
+        before = plan_from_json(seen.text) if seen else None
+        known = max((head.epoch for head in stored.heads.values()), default=0)
+        epoch = coordination.next_epoch(at_least=max(known, before.epoch if before else 0))
+        try:
+            store.seal(job, stored.heads, epoch, stored.layout.fingerprint)
+            store.unwind(job, [shard.index for shard in stored.layout.versioned], epoch, version, name)
+        except (Fenced, Rewound) as error:
+            log.info("a controller was faster: again", epoch=epoch, why=str(error))
+            continue
+        failpoint("rollback.unwound")
+        kept = {each.version for each in stored.checkpoints.values()}
+        lost = tuple(each for each in stored.versions() if each > version and each not in kept)
+        if seen is None or before is None or not before.owners:
+            return RolledBack(version, epoch, lost)
+        plan = replace(
+            before, epoch=epoch, revision=before.revision + 1, resume=version, phase=Phase.RUN, mark=0, cut=None
+        )
+        if coordination.write_plan(plan.to_json(), seen.version) is not None:
+            return RolledBack(version, epoch, lost)
+    raise DependencyUnreachable(
+        f"job {job!r}: {_TRIES_MAX} epochs began while it was to go back to {what}. See `psa status {job}`, and repeat."
+    )

@@ -1,0 +1,116 @@
+"""Changes of heads that move no tensor: a version gets a second name, or loses one.
+
+A checkpoint is a second name (a *pin*) for one version of every shard: a copy of its manifest in the same head. Chunks
+live as long as any field of their head names them, so nothing is copied and nothing is counted. Every change is made on
+the head as it was read and refused if that has changed; then it is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from psa_store.errors import DependencyUnreachable, Fenced, Rewound
+from psa_store.storage import keys
+from psa_store.storage.calling import Caller, FunctionCall
+from psa_store.storage.committing import TRIES_MAX, put, unsettled
+from psa_store.storage.records import Head, Manifest, epoch_text, identity
+
+Heads = Callable[[str, Iterable[int]], list[Head]]
+"""Reads heads of a job."""
+
+
+def copy(
+    caller: Caller,
+    heads: Heads,
+    job: str,
+    shards: Iterable[int],
+    fields: Callable[[Head], tuple[str, str]],
+    epoch: int | None,
+) -> None:
+    """Give what one field of each head names to a second one, whatever that named before.
+
+    Raises:
+        Fenced: ``epoch`` does not own a shard.
+        Rewound: Redis does not know ``epoch``, or the first field is not there.
+    """
+
+    def change(head: Head) -> FunctionCall | None:
+        source, target = fields(head)
+        entries = head.entries()
+        if source not in entries:
+            raise Rewound(f"job {job!r}, shard {head.shard}: {source!r} is not stored any more")
+        if target in entries and entries[target].nonce == entries[source].nonce:
+            return None
+        gone = [target] if target in entries else []
+        return put(job, head, target, entries[source], [], gone, source, head.epoch if epoch is None else epoch)
+
+    _change(caller, heads, job, shards, change)
+
+
+def drop(
+    caller: Caller,
+    heads: Heads,
+    job: str,
+    shards: Iterable[int],
+    unwanted: Callable[[Head], Sequence[str]],
+    epoch: int | None = None,
+) -> None:
+    """Take fields out of heads; raises Fenced or Rewound if ``epoch`` (None: anybody) does not own a shard."""
+
+    def change(head: Head) -> FunctionCall | None:
+        gone = unwanted(head)
+        if not gone:
+            return None
+        owner = head.epoch if epoch is None else epoch
+        return (
+            "psa_drop",
+            [keys.head(job, head.shard), *head.freed(job, gone)],
+            [epoch_text(owner), *identity(head), *gone],
+        )
+
+    _change(caller, heads, job, shards, change)
+
+
+def write(caller: Caller, heads: Heads, job: str, shard: int, name: str, manifest: Manifest, epoch: int) -> None:
+    """Let a field of a head name chunks that are stored already. Idempotent."""
+
+    def change(head: Head) -> FunctionCall | None:
+        there = head.entries().get(name)
+        if there is not None and there.nonce == manifest.nonce:
+            return None
+        return put(job, head, name, manifest, [], [name] if there is not None else [], "", epoch)
+
+    _change(caller, heads, job, [shard], change)
+
+
+def _change(
+    caller: Caller,
+    heads: Heads,
+    job: str,
+    shards: Iterable[int],
+    change: Callable[[Head], FunctionCall | None],
+) -> None:
+    """Make a change of each head, all in one round trip; those that had changed meanwhile are looked at again."""
+    left = list(shards)
+    for _ in range(TRIES_MAX):
+        calls = {head.shard: call for head in heads(job, left) if (call := change(head)) is not None}
+        if not calls:
+            return
+        replies = caller.functions(list(calls.values()))
+        left = [shard for shard, reply in zip(calls, replies, strict=True) if not _done(job, shard, reply)]
+        if not left:
+            return
+    raise DependencyUnreachable(unsettled(caller, job, left[0], "its versions could not be changed"))
+
+
+def _done(job: str, shard: int, reply: Sequence[Any]) -> bool:
+    where = f"job {job!r}, shard {shard}"
+    match reply[0]:
+        case b"ok":
+            return True
+        case b"fenced":
+            raise Fenced(f"{where}: epoch {int(reply[1], 16)} owns it")
+        case b"rewound":
+            raise Rewound(f"{where}: Redis lost what we wrote, or does not know our epoch")
+    return False
