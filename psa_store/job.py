@@ -27,9 +27,8 @@ a hand-over was called off."""
 
 RUN_NODE = "run"
 """Name that a `psa run` holds in ZooKeeper while its run of the job goes on; the text begins with the run's id."""
-
-CREATOR = "creator"
-"""Name that who creates a job holds in ZooKeeper while he does."""
+CREATOR_NODE = "creator"
+"""Name that a process holds in ZooKeeper while it creates the job."""
 
 _AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "transport", "compression")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""

@@ -1,1 +1,1 @@
-"""Checkpoints: versions of a job that are kept under a name, and what can be done with them."""
+"""Versions of a job as a whole: kept under a name, compared, gone back to, forked, and written to files."""

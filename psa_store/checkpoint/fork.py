@@ -13,7 +13,7 @@ from psa_store.checkpoint.catalog import FORK_PREFIX, read_job
 from psa_store.coordination import Coordination
 from psa_store.errors import JobBusy, JobMismatch
 from psa_store.failpoints import failpoint
-from psa_store.job import CREATOR, check_job_name
+from psa_store.job import CREATOR_NODE, check_job_name
 from psa_store.storage import Manifest, RedisStore
 
 
@@ -33,7 +33,7 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
     manifests = stored.manifests(what)
     if store.has_job(new) or coordination.read_config() is not None:
         raise JobMismatch(f"there is a job {new!r} already: use another name")
-    holder = coordination.hold(CREATOR, "psa checkpoint fork")
+    holder = coordination.hold(CREATOR_NODE, "psa checkpoint fork")
     if holder is not None:
         raise JobBusy(f"job {new!r} is being created by {holder}")
     try:
@@ -50,7 +50,7 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         store.create_job(new, config.to_json(), stored.layout.to_json())
         coordination.create_config(config.to_json())
     finally:
-        coordination.release(CREATOR)
+        coordination.release(CREATOR_NODE)
     return stored.version_of(what)
 
 

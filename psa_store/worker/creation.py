@@ -1,9 +1,6 @@
 """Joining a job, or creating it when it does not exist yet.
 
-The first worker brings the initial parameters. It proceeds like a controller that takes over: hold the right to
-create, take an epoch, seal, write version 0 of every shard, and last of all store the job's documents. That last
-write is the moment at which the job exists; a creator that dies before leaves nothing that the next one, under its
-higher epoch, does not replace, and one that was only asleep finds its writes fenced.
+The first worker brings the initial parameters as version 0 of every shard (see ``checkpoint.creating``).
 
 ZooKeeper remembers that a job exists. If Redis does not know it, Redis was wiped: servers that live write the job
 again, so we wait for them, and never start over from the beginning where somebody believes that he resumes.
@@ -16,22 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from psa_store import telemetry
+from psa_store.checkpoint.creating import write_new_job
 from psa_store.compression import NONE, parse_compression
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, UsageError
-from psa_store.failpoints import failpoint
-from psa_store.job import (
-    CREATOR,
-    RUN_NODE,
-    SHARD_VERSIONS_KEPT,
-    JobConfig,
-    commit_every_default,
-    job_config_from_json,
-)
-from psa_store.layout import Layout, Role, describe_difference, layout_from_json
+from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch
+from psa_store.job import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
+from psa_store.layout import Layout, describe_difference, layout_from_json
 from psa_store.mode import SYNC, Mode, parse_mode
-from psa_store.storage import Manifest, RedisStore, ShardState
+from psa_store.storage import RedisStore, ShardState
 from psa_store.transport import Transport
 from psa_store.worker.arena import ModelArena
 
@@ -79,17 +69,21 @@ def join_or_create(
             config = _agree(wanted, layout, settings, *stored)
             coordination.create_config(stored[0])
             return config
-        holder = coordination.hold(CREATOR, member)
+        holder = coordination.hold(CREATOR_NODE, member)
         if holder is None:
             try:
                 if store.read_job(wanted.name) is None:
-                    _create(wanted, arena, layout, settings, store, coordination)
+                    states = [
+                        ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None)
+                        for s in layout.shards
+                    ]
+                    write_new_job(new_config(wanted, settings), layout, 0, states, store, coordination)
                     log.info("job created", job=wanted.name, shards=len(layout.shards))
             except Fenced as error:
                 # We slept past our session, and another has taken our place: the job is there, or will be.
                 log.warning("somebody else creates the job", job=wanted.name, why=str(error))
             finally:
-                coordination.release(CREATOR)
+                coordination.release(CREATOR_NODE)
         else:
             time.sleep(_POLL_S)  # its session ends with its process, so this wait ends too
 
@@ -108,19 +102,10 @@ def _await_restoration(job: str, settings: Settings, store: RedisStore) -> tuple
     return stored
 
 
-def _create(
-    wanted: Wanted,
-    arena: ModelArena,
-    layout: Layout,
-    settings: Settings,
-    store: RedisStore,
-    coordination: Coordination,
-) -> None:
+def new_config(wanted: Wanted, settings: Settings) -> JobConfig:
+    """The facts of a job that does not exist yet: what its process wants, else the settings, else the defaults."""
     mode = _wanted_mode(wanted, settings) or SYNC
-    trained = len(layout.shards_of(Role.TRAINED))
-    if mode.fragments > max(1, trained):
-        raise UsageError(f"mode {mode}: this model has {trained} trained shards, so use at most {trained} fragments")
-    config = JobConfig(
+    return JobConfig(
         name=wanted.name,
         ranks=wanted.ranks or settings.ranks or settings.default_ranks,
         seed=wanted.seed,
@@ -132,17 +117,6 @@ def _create(
         transport=Transport(settings.transport or Transport.EXACT),
         compression=parse_compression(settings.compress or str(NONE)),
     )
-    every = [shard.index for shard in layout.shards]
-    known = max((head.epoch for head in store.heads(wanted.name, every)), default=0)
-    epoch = coordination.next_epoch(at_least=known)
-    store.seal(wanted.name, every, epoch, layout.fingerprint)
-    failpoint("create.sealed")
-    states = [ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
-    for _, outcome in store.commit_each(wanted.name, epoch, 0, states, keep=SHARD_VERSIONS_KEPT):
-        if not isinstance(outcome, Manifest):
-            raise outcome
-    failpoint("create.before_documents")
-    store.create_job(wanted.name, config.to_json(), layout.to_json())
 
 
 def _wanted_mode(wanted: Wanted, settings: Settings) -> Mode | None:

@@ -1,0 +1,95 @@
+"""Writing a job that does not exist yet: at version 0, or at the version that was exported from another.
+
+Whoever creates proceeds like a controller that takes over: hold the right to create, take an epoch, seal, write one
+version of every shard, and last of all store the job's documents. That last write is the moment at which the job
+exists; a creator that dies before leaves nothing that the next one does not replace, and one that was only asleep finds
+its writes fenced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from psa_store.coordination import Coordination
+from psa_store.errors import Fenced, UsageError
+from psa_store.failpoints import failpoint
+from psa_store.job import JobConfig
+from psa_store.layout import Layout, Role
+from psa_store.storage import Head, Manifest, RedisStore, ShardState
+
+_HEADS_AT_ONCE = 256
+_STREAM_BYTES = 64 << 20
+"""About how much is committed in one stream: so much memory is needed, if states are made as they are taken."""
+_NO_VERSION = -1
+
+
+def write_new_job(
+    config: JobConfig,
+    layout: Layout,
+    version: int,
+    states: Iterable[ShardState],
+    store: RedisStore,
+    coordination: Coordination,
+) -> None:
+    """Create a job that Redis does not have, with these shards; the caller holds ``CREATOR_NODE``.
+
+    Args:
+        version: of the shards that change; frozen ones are written at version 0.
+        states: one of each shard, in any order, taken as they are written.
+
+    Raises:
+        UsageError: its mode does not fit its layout; nothing was written.
+        Fenced: the caller has slept past its session, and another creates the job.
+        JobMismatch: another process has created it.
+        DependencyUnreachable: Redis or ZooKeeper does not answer.
+    """
+    job, fragments = config.name, config.mode.fragments
+    trained = len(layout.shards_of(Role.TRAINED))
+    if fragments > max(1, trained):
+        raise UsageError(
+            f"mode {config.mode}: this model has {trained} trained shards, so use at most {trained} fragments"
+        )
+    left = _left_over(job, store)
+    epoch = coordination.next_epoch(at_least=max((head.epoch for head in left), default=0))
+    # A creator that died may have had another layout, or a newer version: none of its shards may be taken for ours.
+    if left:
+        store.delete_job(job, len(left))
+    every = [shard.index for shard in layout.shards]
+    heads = store.seal(job, every, epoch, layout.fingerprint)
+    if any(head.layout != layout.fingerprint for head in heads):
+        raise Fenced(f"job {job!r}: another process creates it at the same time, with another layout")
+    store.trim(job, every, epoch, _NO_VERSION)
+    failpoint("create.sealed")
+    for at, some in _streams(layout, version, states):
+        for _, outcome in store.commit_each(job, epoch, at, some, keep=config.versions_kept):
+            if not isinstance(outcome, Manifest):
+                raise outcome
+    failpoint("create.before_documents")
+    store.create_job(job, config.to_json(), layout.to_json())
+
+
+def _left_over(job: str, store: RedisStore) -> list[Head]:
+    """The shards of a creator that died; they have no gaps, because all are sealed in one go."""
+    heads: list[Head] = []
+    while True:
+        block = store.heads(job, range(len(heads), len(heads) + _HEADS_AT_ONCE))
+        there = [head for head in block if head.epoch]
+        heads += there
+        if len(there) < _HEADS_AT_ONCE:
+            return heads
+
+
+def _streams(layout: Layout, version: int, states: Iterable[ShardState]) -> Iterator[tuple[int, list[ShardState]]]:
+    """What to commit together, with its version."""
+    some: list[ShardState] = []
+    size_bytes, at = 0, 0
+    for state in states:
+        its = 0 if layout.shards[state.shard].role is Role.FROZEN else version
+        if some and (its != at or size_bytes >= _STREAM_BYTES):
+            yield at, some
+            some, size_bytes = [], 0
+        at = its
+        some.append(state)
+        size_bytes += sum(data.nbytes for _, data in state.arrays.values())
+    if some:
+        yield at, some
