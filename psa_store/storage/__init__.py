@@ -3,6 +3,7 @@
 from psa_store.storage.committing import ShardState
 from psa_store.storage.connecting import printable
 from psa_store.storage.examination import PROBE_BYTES, RedisFacts, RedisRates, examine_redis, measure_redis
+from psa_store.storage.history import History
 from psa_store.storage.records import CHUNK_BYTES, Head, Manifest, Section
 from psa_store.storage.redis_store import RedisStore
 
@@ -10,6 +11,7 @@ __all__ = [
     "CHUNK_BYTES",
     "PROBE_BYTES",
     "Head",
+    "History",
     "Manifest",
     "RedisFacts",
     "RedisRates",

@@ -95,6 +95,41 @@ local function create(keys, args)
   return {redis.call('GET', keys[1]), redis.call('GET', keys[2])}
 end
 
+local EVENTS_COMPARED = 64
+local POINT_EARLY_MS = 500
+
+-- psa_event: add an event to a stream, unless the same is among its newest: then an answer was lost. keys: stream.
+-- args: the event, how many to keep. returns 1 if it was added. Idempotent.
+local function event(keys, args)
+  for _, entry in ipairs(redis.call('XREVRANGE', keys[1], '+', '-', 'COUNT', EVENTS_COMPARED)) do
+    if entry[2][2] == args[1] then return 0 end
+  end
+  redis.call('XADD', keys[1], 'MAXLEN', '=', args[2], '*', 'json', args[1])
+  return 1
+end
+
+-- psa_point: add a point to a curve if its interval has passed since the newest, by the clock of Redis. When there are
+-- too many, every other one goes, but for the first and the last, and the interval doubles.
+-- keys: stream, interval in seconds. args: the point, how many to keep. returns 1 if it was added. Idempotent.
+local function point(keys, args)
+  local interval_s = tonumber(redis.call('GET', keys[2]) or 1)
+  local newest = redis.call('XREVRANGE', keys[1], '+', '-', 'COUNT', 1)[1]
+  if newest then
+    local time = redis.call('TIME')
+    local passed_ms = time[1] * 1000 + math.floor(time[2] / 1000) - tonumber(string.match(newest[1], '^%d+'))
+    if passed_ms >= 0 and passed_ms < interval_s * 1000 - POINT_EARLY_MS then return 0 end
+  end
+  redis.call('XADD', keys[1], '*', 'json', args[1])
+  if redis.call('XLEN', keys[1]) > tonumber(args[2]) then
+    local entries = redis.call('XRANGE', keys[1], '-', '+')
+    for i = 2, #entries - 1, 2 do redis.call('XDEL', keys[1], entries[i][1]) end
+    redis.call('SET', keys[2], interval_s * 2)
+  end
+  return 1
+end
+
+redis.register_function('psa_event', event)
+redis.register_function('psa_point', point)
 redis.register_function('psa_seal', seal)
 redis.register_function('psa_commit', commit)
 redis.register_function{function_name = 'psa_sweep', callback = sweep, flags = {'allow-oom'}}

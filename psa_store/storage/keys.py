@@ -17,6 +17,27 @@ def checkpoints(job: str) -> str:
     return f"psa:{{{job}}}:checkpoints"
 
 
+def pulses(job: str) -> str:
+    return f"psa:{{{job}}}:pulses"
+
+
+def events(job: str) -> str:
+    return f"psa:{{{job}}}:events"
+
+
+def curve(job: str) -> str:
+    return f"psa:{{{job}}}:curve"
+
+
+def curve_interval(job: str) -> str:
+    return f"psa:{{{job}}}:curve-interval"
+
+
+def history(job: str) -> list[str]:
+    """All four."""
+    return [pulses(job), events(job), curve(job), curve_interval(job)]
+
+
 def head(job: str, shard: int) -> str:
     return f"psa:{{{job}:{shard}}}:head"
 

@@ -117,7 +117,8 @@ class RedisStore:
         for head in self.heads(job, range(n_shards)):
             gone = head.freed(job, list(head.entries()))
             self._caller.retrying(partial(self._client.unlink, keys.head(job, head.shard), *gone))
-        self._caller.retrying(lambda: self._client.unlink(keys.config(job), keys.layout(job), keys.checkpoints(job)))
+        small = [keys.config(job), keys.layout(job), keys.checkpoints(job), *keys.history(job)]
+        self._caller.retrying(lambda: self._client.unlink(*small))
         self._caller.retrying(lambda: self._client.srem(keys.JOBS, job))
 
     # --- the fence

@@ -1,0 +1,143 @@
+"""Pulses, events and the curve, in a real Redis: bounded, counted once, and gone with the job."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+import redis
+
+from chaos.proxy import Proxy
+from psa_store.errors import DataIntegrity, DependencyUnreachable
+from psa_store.local import PrivateRedis
+from psa_store.storage import History, RedisStore, keys
+from psa_store.storage.history import EVENTS_MAX, POINTS_MAX
+
+JOB = "job"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
+    private = PrivateRedis(tmp_path_factory.mktemp("redis"))
+    private.start(10)
+    yield private
+    private.stop()
+
+
+@pytest.fixture
+def raw(server: PrivateRedis) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url) as client:
+        client.flushdb()
+        client.function_flush()
+        yield client
+
+
+@pytest.fixture
+def history(server: PrivateRedis, raw: redis.Redis) -> Iterator[History]:
+    with closing(History(server.url, timeout_s=5.0)) as history:
+        yield history
+
+
+def backdate(raw: redis.Redis, age_ms: int, document: dict[str, Any]) -> None:
+    """Put a point onto the curve as if it had been added so long ago."""
+    seconds, micros = raw.time()
+    moment_ms = seconds * 1000 + micros // 1000 - age_ms
+    raw.xadd(keys.curve(JOB), {"json": json.dumps(document)}, id=f"{moment_ms}-0")
+
+
+def test_the_newest_pulse_of_each_member_is_there_until_it_is_forgotten(history: History) -> None:
+    assert history.pulses(JOB) == {}
+    history.pulse(JOB, "a", '{"time": 1}')
+    history.pulse(JOB, "b", '{"time": 2}')
+    history.pulse(JOB, "a", '{"time": 3}')
+    assert history.pulses(JOB) == {"a": {"time": 3}, "b": {"time": 2}}
+    history.forget(JOB, [])
+    history.forget(JOB, ["a", "nobody"])
+    assert history.pulses(JOB) == {"b": {"time": 2}}
+
+
+def test_events_are_kept_in_order_and_each_once(history: History) -> None:
+    first, second = {"time": 1.5, "text": "one", "epoch": None}, {"time": 1.5, "text": "two", "epoch": 3}
+    for event in (first, second, first, second):
+        history.event(JOB, event)
+    assert history.events(JOB) == [first, second]
+
+
+def test_only_the_newest_events_are_kept(history: History, raw: redis.Redis) -> None:
+    with raw.pipeline(transaction=False) as pipeline:
+        for number in range(EVENTS_MAX):
+            pipeline.xadd(keys.events(JOB), {"json": json.dumps({"number": number})})
+        pipeline.execute()
+    history.event(JOB, {"number": EVENTS_MAX})
+    assert [event["number"] for event in history.events(JOB)] == list(range(1, EVENTS_MAX + 1))
+
+
+def test_a_second_point_within_the_interval_is_not_kept(history: History, raw: redis.Redis) -> None:
+    backdate(raw, 1_100, {"version": 0})
+    history.point(JOB, {"version": 1})
+    history.point(JOB, {"version": 2})
+    assert [point["version"] for point in history.curve(JOB)] == [0, 1]
+
+
+def test_a_curve_with_too_many_points_keeps_every_other_and_doubles_its_interval(
+    history: History, raw: redis.Redis
+) -> None:
+    for number in range(POINTS_MAX):
+        backdate(raw, 1_000 * (POINTS_MAX - number), {"version": number})
+    history.point(JOB, {"version": POINTS_MAX})
+    assert [point["version"] for point in history.curve(JOB)] == list(range(0, POINTS_MAX + 1, 2))
+    assert raw.get(keys.curve_interval(JOB)) == b"2"
+
+
+@pytest.mark.parametrize(("age_ms", "kept"), [(1_200, False), (1_900, True)])
+def test_whoever_goes_on_with_a_curve_goes_on_with_its_interval(
+    history: History, raw: redis.Redis, age_ms: int, kept: bool
+) -> None:
+    raw.set(keys.curve_interval(JOB), 2)
+    backdate(raw, age_ms, {"version": 1})
+    history.point(JOB, {"version": 2})
+    assert (len(history.curve(JOB)) == 2) is kept
+
+
+def test_a_clock_of_redis_that_went_back_does_not_stop_the_curve(history: History, raw: redis.Redis) -> None:
+    backdate(raw, -3_600_000, {"version": 1})
+    history.point(JOB, {"version": 2})
+    assert [point["version"] for point in history.curve(JOB)] == [1, 2]
+
+
+@pytest.mark.parametrize("found", ["{", "[1]"])
+@pytest.mark.parametrize("read", [History.pulses, History.events, History.curve])
+def test_what_cannot_be_read_is_named(
+    history: History, raw: redis.Redis, read: Callable[[History, str], object], found: str
+) -> None:
+    raw.hset(keys.pulses(JOB), "a", found)
+    raw.xadd(keys.events(JOB), {"json": found})
+    raw.xadd(keys.curve(JOB), {"json": found})
+    with pytest.raises(DataIntegrity, match=rf"psa:\{{job\}}:{read.__name__}"):
+        read(history, JOB)
+
+
+def test_a_job_that_is_deleted_leaves_nothing(history: History, server: PrivateRedis, raw: redis.Redis) -> None:
+    history.pulse(JOB, "a", "{}")
+    history.event(JOB, {"number": 1})
+    for number in range(POINTS_MAX):
+        backdate(raw, 1_000 * (POINTS_MAX - number), {"version": number})
+    history.point(JOB, {"version": POINTS_MAX})
+    assert set(raw.keys()) == {key.encode() for key in keys.history(JOB)}
+    with closing(RedisStore(server.url, timeout_s=5.0)) as store:
+        store.delete_job(JOB, 3)
+    assert raw.keys() == []
+
+
+def test_a_redis_that_is_away_is_given_up_in_time(server: PrivateRedis) -> None:
+    with closing(Proxy(server.address)) as proxy:
+        gone = f"redis://127.0.0.1:{proxy.port}"
+    with closing(History(gone, timeout_s=0.3)) as history:
+        begun_s = time.monotonic()
+        with pytest.raises(DependencyUnreachable):
+            history.pulse(JOB, "a", "{}")
+        assert time.monotonic() - begun_s < 3.0
