@@ -110,6 +110,32 @@ def worker(
     run_script(str(_script(script)), context.args)
 
 
+@app.command(context_settings=_SCRIPT)
+def plan(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")],
+    workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
+    servers: Annotated[int, typer.Option(min=1, help="server processes")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="world size [default: --workers]")] = None,
+    compute_ms: Annotated[
+        float | None, typer.Option(min=0, help="forward and backward of a step, to add [default: unknown]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Tell what a job would take: shards, bytes a step sends, memory of Redis, and time, from speeds measured here.
+
+    Runs the script up to its psa.Worker and stops it there; nothing is trained or stored, and neither Redis nor
+    ZooKeeper is needed. Where Redis is known, 32 MiB are moved through it in keys of their own, as `psa doctor` does.
+    Mode, compression and the like are those of the script, of PSA_MODE, PSA_COMPRESS, … and of psa.toml, as for
+    `psa run`.
+
+    Example: psa plan --workers 8 --servers 2 train.py --layers 12
+    """
+    from psa_store.cli.plan import Wish, show_plan
+
+    show_plan(Wish(_script(script), tuple(context.args), workers, servers, ranks, compute_ms, as_json), _begin("plan"))
+
+
 @app.command()
 def up(
     ensemble: Annotated[int, typer.Option(help="ZooKeeper nodes: 1 or 3")] = 1,

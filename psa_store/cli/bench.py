@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -16,6 +13,7 @@ from psa_store.bench.compare.document import to_document
 from psa_store.bench.compare.driver import run_bench
 from psa_store.bench.compare.report import print_report
 from psa_store.bench.compare.request import Bench
+from psa_store.cli.signals import sigterm_interrupts
 from psa_store.errors import UsageError
 
 
@@ -33,7 +31,7 @@ def compare(bench: Bench, json_path: Path | None, png_path: Path | None) -> None
     if png_path is not None:
         check_matplotlib()
     progress = Console(stderr=True, highlight=False, style="dim")
-    with _sigterm_interrupts():
+    with sigterm_interrupts():
         comparison = run_bench(bench, progress.print)
     print_report(comparison, Console(highlight=False))
     if json_path is not None:
@@ -48,17 +46,3 @@ def numbers(option: str, words: Sequence[str]) -> tuple[int, ...]:
         return tuple(int(part) for word in words for part in word.split(","))
     except ValueError as error:
         raise UsageError(f"{option} {','.join(words)}: use numbers, for example {option} 2,4") from error
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: by an exception, so that everything is cleaned up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from psa_store.job import JobConfig
-from psa_store.layout import ITEM_BYTES, Layout, Role
+from psa_store.layout import ITEM_BYTES, Layout, Role, Shard
 from psa_store.optim import from_dict
 from psa_store.optim.kernels import slot_dtype
 from psa_store.rank_state import rank_state_of
@@ -35,16 +35,18 @@ def footprint_of(config: JobConfig, layout: Layout) -> Footprint:
     Raises:
         DataIntegrity: the optimizer cannot be read.
     """
-    optimizer = from_dict(config.mode.server_optimizer(config.optimizer))
-    version = 0
-    for shard in layout.versioned:
-        version += shard.size_bytes
-        if shard.role is Role.TRAINED:
-            version += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slot_dtype(optimizer, shard.dtype).values())
-            if config.publishes_movements and config.compression.applies_to(shard.dtype):
-                version += shard.size_bytes
-        carried = rank_state_of(config, shard)
-        if carried is not None:
-            version += config.ranks * carried.size_bytes
+    version = sum(stored_bytes(config, shard) for shard in layout.versioned)
     frozen = sum(shard.size_bytes for shard in layout.shards_of(Role.FROZEN))
     return Footprint(version, frozen, config.versions_kept)
+
+
+def stored_bytes(config: JobConfig, shard: Shard) -> int:
+    """One version of one shard that changes; raises DataIntegrity if the optimizer cannot be read."""
+    count = shard.size_bytes
+    if shard.role is Role.TRAINED:
+        optimizer = from_dict(config.mode.server_optimizer(config.optimizer))
+        count += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slot_dtype(optimizer, shard.dtype).values())
+        if config.publishes_movements and config.compression.applies_to(shard.dtype):
+            count += shard.size_bytes
+    carried = rank_state_of(config, shard)
+    return count if carried is None else count + config.ranks * carried.size_bytes

@@ -32,12 +32,13 @@ from psa_store.wire import Header, Mailbox, announce
 from psa_store.worker.arena import ModelArena, describe_model
 from psa_store.worker.arrival_course import ArrivalCourse
 from psa_store.worker.course import Course, Tools
-from psa_store.worker.creation import Wanted, join_or_create
+from psa_store.worker.creation import Wanted, join_or_create, new_config
 from psa_store.worker.feed import Draw, Feed, seed_everything
 from psa_store.worker.fleet import Fleet
 from psa_store.worker.gradients import GradientPool
 from psa_store.worker.membership import Membership
 from psa_store.worker.round_course import RoundCourse
+from psa_store.worker.sketch import sketch_of
 from psa_store.worker.sync_course import SyncCourse
 
 
@@ -99,6 +100,11 @@ class Worker:
             layout=self._layout.fingerprint,
             mode=None if mode is None else parse_mode(mode),
         )
+
+        if self._settings.sketch is not None:
+            # `psa plan` wants to know what the job would be: nothing else of the script is to happen.
+            sketch_of(new_config(self._wanted, self._settings), self._layout, self._settings.sketch)
+            raise SystemExit(0)
 
         self._current: Draw | None = None
         self._leaving = False

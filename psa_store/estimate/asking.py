@@ -1,0 +1,51 @@
+"""Asks a training script what job it would create: runs it, as a process of its own, up to its first ``psa.Worker``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from psa_store.errors import UsageError, UserCodeFailed
+from psa_store.job import JobConfig
+from psa_store.layout import Layout
+from psa_store.worker.sketch import read_sketch
+
+
+def ask_script(
+    script: Path, arguments: Sequence[str], environment: Mapping[str, str], timeout_s: float
+) -> tuple[JobConfig, Layout]:
+    """Run ``python script arguments…`` until it makes a Worker. What it prints goes to standard error.
+
+    Raises:
+        UserCodeFailed: it failed, or took longer than ``timeout_s``.
+        UsageError: it ended without a Worker.
+    """
+    with tempfile.TemporaryDirectory(prefix="psa-plan-") as folder:
+        path = Path(folder) / "sketch.json"
+        try:
+            done = subprocess.run(
+                [sys.executable, str(script), *arguments],
+                env={**environment, "PSA_SKETCH": str(path)},
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserCodeFailed(
+                f"{script} has made no psa.Worker in {timeout_s:g} s, and was ended. "
+                "Make the Worker before anything that takes long, as training does."
+            ) from None
+        found = read_sketch(path)
+    if found is not None:
+        return found
+    if done.returncode != 0:
+        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise UserCodeFailed(f"{script} ended with {how} before it made a psa.Worker; what it printed stands above")
+    raise UsageError(
+        f"{script} ended without making a psa.Worker, so there is nothing to plan. Give it the arguments with which it "
+        "trains, and see that it trains when run as a program."
+    )

@@ -1,0 +1,208 @@
+"""What `psa plan` foretells: bytes of every kind of job, and time from speeds that are given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from psa_store.compression import NONE, Compression, parse_compression
+from psa_store.doctor.footprint import footprint_of
+from psa_store.estimate import Forecast, Speeds, Traffic, forecast, traffic_of
+from psa_store.job import JobConfig, commit_every_default
+from psa_store.layout import Layout, Role, TensorSpec, plan_layout
+from psa_store.mode import parse_mode
+from psa_store.optim import AdamW
+from psa_store.transport import Transport
+
+PAGE_ELEMENTS = 1024
+TRAINED = 16 * PAGE_ELEMENTS  # elements, four shards
+TRAINED_BYTES = 4 * TRAINED
+BUFFER_BYTES = 4096
+FROZEN_BYTES = 8192
+SHARD_BYTES = 4 * 4096
+
+SPEEDS = Speeds(
+    cores=4,
+    copy_bytes_per_s=4e9,
+    wire_bytes_per_s=1e9,
+    check_s=1e-9,
+    encode_s=0.0,
+    decode_s=0.0,
+    update_s=4e-9,
+    part_s=1e-9,
+    local_update_s=0.0,
+    redis_bytes_per_s=1e8,
+)
+
+
+def layout_of(trained: int = TRAINED) -> Layout:
+    return plan_layout(
+        [
+            TensorSpec(("weight",), (trained,), "float32", Role.TRAINED),
+            TensorSpec(("mean",), (BUFFER_BYTES // 4,), "float32", Role.BUFFER),
+            TensorSpec(("table",), (FROZEN_BYTES // 4,), "float32", Role.FROZEN),
+        ],
+        SHARD_BYTES,
+    )
+
+
+LAYOUT = layout_of()
+
+
+def job(mode: str = "sync", *, ranks: int = 2, compression: Compression = NONE, bf16: bool = False) -> JobConfig:
+    parsed = parse_mode(mode)
+    return JobConfig(
+        "demo",
+        ranks,
+        0,
+        AdamW().to_dict(),
+        LAYOUT.fingerprint,
+        commit_every=commit_every_default(parsed),
+        transport=Transport.BF16 if bf16 else Transport.EXACT,
+        mode=parsed,
+        compression=compression,
+    )
+
+
+def traffic(config: JobConfig, workers: int = 2, servers: int = 1, *, shared: bool = False) -> Traffic:
+    return traffic_of(config, LAYOUT, workers, servers, shares_memory=shared)
+
+
+def up(found: Traffic) -> list[float]:
+    """What each worker sends in a step."""
+    return [sum(link.up_bytes for link in links) for links in found.links]
+
+
+def down(found: Traffic) -> list[float]:
+    return [sum(link.down_bytes for link in links) for links in found.links]
+
+
+class TestBytesOfAStep:
+    def test_sync_sends_gradients_of_every_rank_and_buffers_of_rank_0(self) -> None:
+        found = traffic(job(ranks=3))
+        assert found.ranks == ((0, 2), (1,))
+        assert up(found) == [2 * TRAINED_BYTES + BUFFER_BYTES, TRAINED_BYTES]
+        assert down(found) == [TRAINED_BYTES + BUFFER_BYTES] * 2, "once for all ranks of a worker"
+
+    def test_on_one_host_only_buffers_travel(self) -> None:
+        found = traffic(job(), shared=True)
+        assert up(found) == [BUFFER_BYTES, 0] and down(found) == [BUFFER_BYTES] * 2
+
+    def test_who_holds_no_rank_gets_nothing(self) -> None:
+        found = traffic(job(ranks=1))
+        assert found.ranks == ((0,), ()) and up(found)[1] == down(found)[1] == 0
+
+    def test_links_follow_the_shards(self) -> None:
+        found = traffic(job(), servers=2)
+        leads = [server.parameter_bytes for server in found.servers]
+        assert sum(leads) == LAYOUT.arena_bytes and min(leads) > 0
+        (first, second), _ = found.links
+        assert first.up_bytes + second.up_bytes == TRAINED_BYTES + BUFFER_BYTES
+        assert first.up_bytes == leads[0], "the first server leads trained shards only"
+
+    def test_a_server_beyond_the_shards_leads_nothing(self) -> None:
+        found = traffic(job(), servers=9)
+        assert len(found.servers) == 9 and any(server.shards == 0 for server in found.servers)
+        assert sum(server.shards for server in found.servers) == len(LAYOUT.shards)
+
+    def test_bf16_halves_both_directions(self) -> None:
+        found = traffic(job(bf16=True))
+        assert up(found)[1] == TRAINED_BYTES / 2 and down(found)[1] == TRAINED_BYTES / 2 + BUFFER_BYTES
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_compressed_gradients_always_travel_and_parameters_stay_whole(self, shared: bool) -> None:
+        found = traffic(job(compression=parse_compression("int8")), shared=shared)
+        assert up(found)[1] == TRAINED + 2 * TRAINED / 256
+        assert down(found)[1] == BUFFER_BYTES + (0 if shared else TRAINED_BYTES)
+
+    def test_what_topk_holds_back_is_sent_with_commits(self) -> None:
+        config = job(compression=parse_compression("topk:0.25"))
+        payload, carried = 8 * TRAINED / 4, TRAINED_BYTES + 4 * 8
+        assert up(traffic(config))[1] == pytest.approx(payload + carried / config.commit_every)
+
+    def test_on_arrival_every_rank_fetches_parameters_also_within_a_host(self) -> None:
+        found = traffic(job("async", ranks=3), shared=True)
+        assert up(found) == [2 * BUFFER_BYTES, BUFFER_BYTES], "gradients are read where they lie"
+        assert down(found) == [2 * (TRAINED_BYTES + BUFFER_BYTES), TRAINED_BYTES + BUFFER_BYTES]
+        assert up(traffic(job("ssp:staleness=2")))[1] == TRAINED_BYTES + BUFFER_BYTES
+
+    def test_with_backup_ranks_everybody_sends_buffers(self) -> None:
+        assert up(traffic(job("sync:backup=1")))[1] == TRAINED_BYTES + BUFFER_BYTES
+
+    @pytest.mark.parametrize("mode", ["local:steps=8,forget", "local:steps=8,fragments=2,forget"])
+    def test_a_round_sends_once_in_all_its_steps(self, mode: str) -> None:
+        config = job(mode)
+        per_round = config.mode.fragments
+        found = traffic(config, shared=True)
+        assert up(found) == [(TRAINED_BYTES + per_round * BUFFER_BYTES) / 8, TRAINED_BYTES / 8]
+        assert down(found) == [(TRAINED_BYTES + per_round * BUFFER_BYTES) / 8] * 2
+
+    def test_in_rounds_both_directions_are_compressed_and_state_is_added(self) -> None:
+        int8 = parse_compression("int8")
+        found = traffic(job("local:steps=8,forget", compression=int8))
+        assert up(found)[1] == int8.payload_bytes(TRAINED) / 8
+        assert down(found)[1] == (int8.payload_bytes(TRAINED) + BUFFER_BYTES) / 8
+        config = job("local:steps=8")
+        carried = 2 * TRAINED_BYTES + 4 * 8  # AdamW's two averages, and a count in each shard
+        assert up(traffic(config))[1] == pytest.approx((TRAINED_BYTES + carried / config.commit_every) / 8)
+
+    def test_a_commit_is_one_version(self) -> None:
+        for config in (job(), job("local:steps=8"), job("local:steps=8", compression=parse_compression("int8"))):
+            found = traffic(config, servers=3)
+            assert found.commit_bytes == footprint_of(config, LAYOUT).version_bytes > TRAINED_BYTES
+
+
+def foretold(
+    config: JobConfig, layout: Layout = LAYOUT, *, shared: bool = False, speeds: Speeds = SPEEDS, compute_s: float = 0.0
+) -> Forecast:
+    found = traffic_of(config, layout, 2, 1, shares_memory=shared)
+    return forecast(config, layout, found, speeds, threads=2, compute_s=compute_s)
+
+
+def parts(found: Forecast) -> dict[str, float]:
+    return {term.what: term.seconds for term in found.terms}
+
+
+class TestTimeOfAStep:
+    def test_bytes_take_their_time_on_the_busiest_process(self) -> None:
+        config = job()
+        found = parts(foretold(config))
+        assert found["gradients travel"] == pytest.approx((2 * TRAINED_BYTES + BUFFER_BYTES) / 1e9)
+        slower = parts(foretold(config, speeds=replace(SPEEDS, wire_bytes_per_s=1e8)))
+        assert slower["gradients travel"] == pytest.approx(10 * found["gradients travel"])
+        assert slower["servers: reduce, update"] == found["servers: reduce, update"]
+
+    def test_the_sum_grows_with_ranks_and_a_small_server_uses_one_thread(self) -> None:
+        assert parts(foretold(job(ranks=4)))["servers: reduce, update"] == pytest.approx(TRAINED * 7e-9)
+        large = layout_of(trained=2 << 20)
+        assert parts(foretold(job(ranks=4), large))["servers: reduce, update"] == pytest.approx((2 << 20) * 7e-9 / 2)
+
+    def test_on_arrival_each_rank_is_an_update(self) -> None:
+        assert parts(foretold(job("async", ranks=4)))["servers: reduce, update"] == pytest.approx(4 * TRAINED * 4e-9)
+
+    def test_a_step_of_a_round_costs_its_share(self) -> None:
+        every, seldom = (parts(foretold(job(f"local:steps={steps},forget"))) for steps in (1, 10))
+        for what in ("gradients travel", "servers: reduce, update", "parameters travel", "messages"):
+            assert seldom[what] == pytest.approx(every[what] / 10)
+
+    def test_ranks_update_themselves_in_each_step_of_a_round(self) -> None:
+        found = parts(foretold(job("local:steps=10"), speeds=replace(SPEEDS, local_update_s=5e-9)))
+        assert found["ranks: own update"] == pytest.approx(TRAINED * 5e-9), "two ranks, two workers"
+
+    def test_training_waits_for_a_redis_that_is_slower_than_the_steps_between_commits(self) -> None:
+        config = job()
+        assert "waiting for Redis" not in parts(foretold(config))
+        slow = foretold(config, speeds=replace(SPEEDS, redis_bytes_per_s=1e5))
+        assert slow.commit_s is not None and slow.commit_interval_steps == config.commit_every
+        assert slow.seconds == pytest.approx(slow.commit_s / config.commit_every)
+        assert "waiting for Redis" not in parts(
+            foretold(config, speeds=replace(SPEEDS, redis_bytes_per_s=1e5), compute_s=1.0)
+        ), "there is time while the script computes"
+
+    def test_what_was_not_measured_is_not_told(self) -> None:
+        found = foretold(job(), speeds=replace(SPEEDS, redis_bytes_per_s=None))
+        assert found.commit_s is None and "waiting for Redis" not in parts(found)
+
+    def test_computing_is_added_where_it_is_known(self) -> None:
+        assert foretold(job(), compute_s=0.04).seconds == pytest.approx(foretold(job()).seconds + 0.04)
