@@ -248,6 +248,129 @@ def bench(
     compare(wanted, json, png)
 
 
+checkpoint_app = typer.Typer(
+    help="Versions that are kept: take, compare, check, go back to, fork, remove, move to files. "
+    "WHAT is the name of a checkpoint, or the number of a version that is still stored."
+)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+_Job = Annotated[str, typer.Argument(help="name of the job")]
+_What = Annotated[str, typer.Argument(help="a checkpoint, or the number of a version")]
+_Json = Annotated[bool, typer.Option("--json", help="for programs")]
+_Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
+
+
+@checkpoint_app.command("save")
+def checkpoint_save(
+    job: _Job,
+    name: Annotated[
+        str | None, typer.Option(help="keep it under this name until it is pruned [default: the time, and retention]")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1.0, help="seconds that it may take")] = 120.0,
+) -> None:
+    """Take a checkpoint now, while the job goes on; of a job that rests, keep its newest version.
+
+    Example: psa checkpoint save shakespeare --name before-lr-change
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.save(job, name, timeout, _begin("checkpoint"))
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(job: _Job, as_json: _Json = False) -> None:
+    """List checkpoints, oldest version first, and the versions that training keeps.
+
+    Example: psa checkpoint ls shakespeare
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.ls(job, as_json, _begin("checkpoint"))
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(job: _Job, what: _What, as_json: _Json = False) -> None:
+    """Tell all about a checkpoint: when and why it was taken, how large its parts are, what the job is.
+
+    Example: psa checkpoint show shakespeare before-lr-change
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.show(job, what, as_json, _begin("checkpoint"))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    job: _Job,
+    what: Annotated[str | None, typer.Argument(help="a checkpoint, or a version [default: all of both]")] = None,
+) -> None:
+    """Read every byte and compare digests; exits with 4 if anything is damaged.
+
+    Example: psa checkpoint verify shakespeare
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.verify(job, what, _begin("checkpoint"))
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    job: _Job,
+    a: _What,
+    b: _What,
+    of: Annotated[str | None, typer.Option(help="the job whose B is meant, such as a fork [default: JOB]")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show how far each parameter moved from A to B: norm, largest element, cosine.
+
+    Example: psa checkpoint diff shakespeare before-lr-change 2000
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.diff(job, a, b, of, as_json, _begin("checkpoint"))
+
+
+@checkpoint_app.command("rollback")
+def checkpoint_rollback(job: _Job, what: _What, yes: _Yes = False) -> None:
+    """Return to a checkpoint or an older version. A job that runs goes on from there; checkpoints stay.
+
+    Example: psa checkpoint rollback shakespeare before-lr-change --yes
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.rollback(job, what, yes, _begin("checkpoint"))
+
+
+@checkpoint_app.command("fork")
+def checkpoint_fork(
+    job: _Job, what: _What, new: Annotated[str, typer.Option("--as", help="name of the new job")]
+) -> None:
+    """Begin another job with a checkpoint of this one. Nothing is copied: both share what is stored.
+
+    Example: psa checkpoint fork shakespeare before-lr-change --as hamlet
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.fork(job, what, new, _begin("checkpoint"))
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    job: _Job,
+    names: Annotated[list[str] | None, typer.Argument(help="checkpoints to remove")] = None,
+    keep: Annotated[int | None, typer.Option(min=0, help="of those without a name, keep the newest so many")] = None,
+    older_than: Annotated[float | None, typer.Option(min=0.0, help="of those, remove what is older (seconds)")] = None,
+    yes: _Yes = False,
+) -> None:
+    """Remove checkpoints, and free what nothing else needs. Those with a name go only when they are named here.
+
+    Example: psa checkpoint prune shakespeare --keep 2 --yes
+    """
+    from psa_store.cli import checkpoint
+
+    checkpoint.prune(job, names or [], keep, older_than, yes, _begin("checkpoint"))
+
+
 chaos_app = typer.Typer(
     help="Prove the promises: train while nodes are killed, paused and cut off. From a checkout only."
 )

@@ -1,0 +1,215 @@
+"""`psa checkpoint`: what its commands print. What they do is in :mod:`psa_store.checkpoint`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from psa_store.checkpoint import catalog
+from psa_store.checkpoint.catalog import Checkpoint, Stored, read_job
+from psa_store.checkpoint.comparison import compare
+from psa_store.checkpoint.fork import fork as make_fork
+from psa_store.checkpoint.rollback import rollback as roll_back
+from psa_store.checkpoint.saving import save as take
+from psa_store.checkpoint.verification import verify as find_damage
+from psa_store.config import Settings
+from psa_store.coordination import Coordination
+from psa_store.errors import DataIntegrity, UsageError
+from psa_store.job import check_job_name
+from psa_store.local import fill_addresses
+from psa_store.storage import RedisStore
+
+
+def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> None:
+    """Take a checkpoint and say which."""
+    woken = threading.Event()
+    with _store(settings) as store, _coordination(job, settings, store, woken.set) as coordination:
+        done = take(store, coordination, woken, job, name, timeout_s)
+    print(f"checkpoint {done.name} of job {job}: version {done.version}, {done.bytes / 1e6:.1f} MB")
+
+
+def ls(job: str, as_json: bool, settings: Settings) -> None:
+    """List checkpoints, and the versions that training keeps."""
+    with _store(settings) as store:
+        stored = read_job(store, job)
+    if as_json:
+        listed = [{**asdict(each), "whole": stored.whole(each.name)} for each in stored.checkpoints.values()]
+        print(json.dumps({"job": job, "checkpoints": listed, "versions": stored.versions()}, indent=1))
+        return
+    table = Table("checkpoint", "version", "step", "taken", "why", "MB", "")
+    for each in stored.checkpoints.values():
+        marks = [] if stored.whole(each.name) else ["[red]not whole[/]"]
+        marks += ["named: kept until pruned"] if each.named else []
+        cells = (each.name, each.version, each.step, _when(each), each.reason.value, f"{each.bytes / 1e6:.1f}")
+        table.add_row(*map(str, cells), ", ".join(marks))
+    console = Console()
+    if stored.checkpoints:
+        console.print(table)
+    else:
+        console.print(f"job {job} has no checkpoints")
+    console.print(f"versions that training keeps: {', '.join(map(str, stored.versions())) or 'none'}")
+
+
+def show(job: str, what: str, as_json: bool, settings: Settings) -> None:
+    """Everything about one checkpoint, or one version."""
+    with _store(settings) as store:
+        stored = read_job(store, job)
+    document = _document(stored, what)
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    for key, value in document.items():
+        print(f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+
+
+def _document(stored: Stored, what: str) -> dict[str, object]:
+    manifests = stored.manifests(what)
+    sections: dict[str, int] = {}
+    for manifest in manifests.values():
+        for section in manifest.sections:
+            sections[section.name] = sections.get(section.name, 0) + section.size_bytes
+    own = asdict(stored.checkpoints[what]) if what in stored.checkpoints else {}
+    return {
+        "job": stored.config.name,
+        "version": stored.version_of(what),
+        **own,
+        "config": stored.config.facts(),
+        "shards": len(manifests),
+        "tensors": len(stored.layout.tensors),
+        "section_bytes": dict(sorted(sections.items())),
+        "epochs_written": sorted({manifest.epoch for manifest in manifests.values()}),
+        "shared_with": sorted({manifest.home for manifest in manifests.values()} - {""}),
+    }
+
+
+def verify(job: str, what: str | None, settings: Settings) -> None:
+    """Read a checkpoint or version, or everything that is stored; raises DataIntegrity if anything is damaged."""
+    with _store(settings) as store:
+        stored = read_job(store, job)
+        names = [what] if what is not None else [*stored.checkpoints, *map(str, stored.versions())]
+        damage = []
+        for each in names:
+            found = _damage(store, job, each)
+            print(f"{each}: {'damaged' if found else 'whole'}")
+            damage += found
+    if damage:
+        raise DataIntegrity("; ".join(dict.fromkeys(damage)))
+
+
+def _damage(store: RedisStore, job: str, what: str) -> list[str]:
+    try:
+        return find_damage(store, job, what)
+    except DataIntegrity as error:
+        return [str(error)]
+
+
+def diff(job: str, a: str, b: str, other: str | None, as_json: bool, settings: Settings) -> None:
+    """How far every parameter is from A to B."""
+    with _store(settings) as store:
+        changes = compare(store, job, a, b, other)
+    if as_json:
+        print(json.dumps([asdict(each) for each in changes], indent=1))
+        return
+    table = Table("parameter", "elements", "|B-A|", "|B-A| / |A|", "max |B-A|", "cosine(A, B)")
+    for each in changes:
+        numbers = [f"{each.norm:.4g}", f"{each.relative:.4g}", f"{each.largest:.4g}", f"{each.cosine:.6f}"]
+        table.add_row(each.name, str(each.elements), *numbers)
+    Console().print(table)
+
+
+def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
+    """Return to an older version, after asking."""
+    with _store(settings) as store, _coordination(job, settings, store, _nobody) as coordination:
+        stored = read_job(store, job)
+        version = stored.version_of(what)
+        kept = {each.version for each in stored.checkpoints.values()}
+        lost = [each for each in stored.versions() if each > version and each not in kept]
+        loss = f" Versions {', '.join(map(str, lost))} are lost." if lost else ""
+        _confirm(f"Job {job} returns to version {version}.{loss}", yes)
+        done = roll_back(store, coordination, job, what)
+    print(f"job {job} is at version {done.version}, epoch {done.epoch}")
+
+
+def fork(job: str, what: str, new: str, settings: Settings) -> None:
+    """Begin another job with a checkpoint."""
+    check_job_name(new)
+    with _store(settings) as store, _coordination(new, settings, store, _nobody, known=False) as coordination:
+        version = make_fork(store, coordination, job, what, new)
+    print(f"job {new} begins at version {version} of job {job}; run the same script with this job name")
+
+
+def prune(
+    job: str, names: list[str], keep: int | None, older_than_s: float | None, yes: bool, settings: Settings
+) -> None:
+    """Remove checkpoints, after asking, and what attempts that were cut off have left."""
+    if not names and keep is None and older_than_s is None:
+        raise UsageError("say which: names of checkpoints, --keep N or --older-than SECONDS")
+    with _store(settings) as store:
+        stored = read_job(store, job)
+        for name in names:
+            if name not in stored.checkpoints:
+                known = ", ".join(stored.checkpoints) or "none"
+                raise UsageError(f"job {job!r} has no checkpoint {name!r}; checkpoints: {known}")
+        found = catalog.superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than_s)
+        gone = list(dict.fromkeys([*names, *found]))
+        if gone:
+            _confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)
+        catalog.remove(store, job, stored.layout, gone)
+        catalog.sweep(store, job, stored.layout, None)
+    print(f"removed: {', '.join(gone) or 'none'}")
+
+
+def _confirm(what: str, yes: bool) -> None:
+    """Ask, unless that was answered beforehand; raises UsageError where nobody can be asked."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{what} Confirm with --yes.")
+    typer.confirm(f"{what} Go on?", abort=True)
+
+
+def _when(checkpoint: Checkpoint) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.created_s))
+
+
+def _nobody() -> None:
+    """Wakes nobody."""
+
+
+@contextmanager
+def _store(settings: Settings) -> Iterator[RedisStore]:
+    settings = fill_addresses(settings)
+    assert settings.redis is not None
+    with closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)) as store:
+        yield store
+
+
+@contextmanager
+def _coordination(
+    job: str, settings: Settings, store: RedisStore, wake: Callable[[], None], *, known: bool = True
+) -> Iterator[Coordination]:
+    """A session for a job, which must exist if it is ``known``."""
+    if known:
+        read_job(store, job)
+    store.check()
+    settings = fill_addresses(settings)
+    assert settings.zookeeper is not None
+    coordination = Coordination(
+        settings.zookeeper,
+        job,
+        session_timeout_s=settings.session_timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        wake=wake,
+    )
+    with closing(coordination):
+        coordination.start()
+        yield coordination
