@@ -61,8 +61,8 @@ def save(
         if asked:
             coordination.withdraw_wish(chosen)
     raise DependencyUnreachable(
-        f"no checkpoint of job {job!r} in {timeout_s:g} s: see `psa status {job}` whether it moves, or give it more time "
-        "with --timeout"
+        f"no checkpoint of job {job!r} in {timeout_s:g} s: see `psa status {job}` whether it moves, or "
+        "give it more time with --timeout"
     )
 
 
