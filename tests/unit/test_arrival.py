@@ -15,6 +15,7 @@ from psa_store.consistency import Arrivals, Offer
 RANKS, STEPS, INTERVAL, STALENESS = 3, 6, 4, 2
 LEADS = {"a": (0, 1), "b": (2,)}
 """Shards by server."""
+MARK = -1
 History = dict[int, list[tuple[int, int]]]
 """By shard, the pushes (rank, step) that are in it, in order."""
 
@@ -106,10 +107,18 @@ class Rank:
         self.next = 0
         self.kept: deque[int] = deque()
         self.on_its_way: dict[str, deque[tuple[int, int]]] = {server: deque() for server in LEADS}
+        """Step and shard of pushes; MARK instead of a shard: the cut ends with so many."""
+        self.cut: int | None = None
 
     def push(self, step: int) -> None:
         for server, shards in LEADS.items():
             self.on_its_way[server].extend((step, shard) for shard in shards)
+
+    def mark(self) -> None:
+        """Where the cut is: in the same place on every connection."""
+        self.cut = self.next if self.cut is None else self.cut
+        for queue in self.on_its_way.values():
+            queue.append((self.cut, MARK))
 
     def hang_up(self) -> None:
         for queue in self.on_its_way.values():
@@ -127,6 +136,9 @@ class Job(RuleBasedStateMachine):
         self.committed: dict[str, dict[int, History]] = {
             server: {0: {shard: [] for shard in shards}} for server, shards in LEADS.items()
         }
+        self.cut: dict[str, History] | None = None
+        """By server, what it has copied for the checkpoint that is being taken; None: none is."""
+        self.checkpoints = 0
         self.begin(0)
 
     def begin(self, version: int) -> None:
@@ -146,6 +158,17 @@ class Job(RuleBasedStateMachine):
         }
         for each in self.arrivals.values():
             each.commit_at(STEPS * RANKS)
+        self.cut_ends()
+
+    def cut_ends(self) -> None:
+        """It is taken, or aborted: all servers are told, and all workers."""
+        self.cut = None
+        for each in self.arrivals.values():
+            each.forget_marks()
+        for worker in self.ranks:
+            worker.cut = None
+            for server, queue in worker.on_its_way.items():
+                worker.on_its_way[server] = deque(each for each in queue if each[1] != MARK)
 
     def count(self, shard: int, rank: int) -> int:
         return sum(1 for r, _ in self.history[shard] if r == rank)
@@ -179,6 +202,11 @@ class Job(RuleBasedStateMachine):
         if not queue:
             return
         step, shard = queue[0]
+        if shard == MARK:
+            queue.popleft()
+            if self.cut is not None and server not in self.cut:
+                assert arrivals.mark(rank, step), "a mark came later than a push behind it"
+            return
         offer = arrivals.offer(step, shard, rank)
         if offer is Offer.AHEAD:
             return  # it waits at the door
@@ -203,6 +231,32 @@ class Job(RuleBasedStateMachine):
         if arrivals.copied(shards):
             self.committed[server][version] = copy
             self.drop_durable()
+            if self.cut is not None and server not in self.cut and version == arrivals.cut:
+                self.cut[server] = copy
+                arrivals.forget_marks()
+                self.see_whether_the_cut_is_whole()
+
+    def see_whether_the_cut_is_whole(self) -> None:
+        assert self.cut is not None
+        if len(self.cut) == len(LEADS):
+            in_it = {
+                tuple(self.count_in(pushes, rank) for rank in range(RANKS))
+                for copy in self.cut.values()
+                for pushes in copy.values()
+            }
+            assert in_it == {tuple(worker.cut for worker in self.ranks)}, "shards of a checkpoint hold unlike pushes"
+            self.checkpoints += 1
+            self.cut_ends()
+
+    @rule()
+    def a_checkpoint_begins(self) -> None:
+        if self.cut is None:
+            self.cut = {}
+
+    @rule(rank=st.integers(0, RANKS - 1))
+    def a_rank_marks(self, rank: int) -> None:
+        if self.cut is not None and self.ranks[rank].cut is None:
+            self.ranks[rank].mark()
 
     def drop_durable(self) -> None:
         common = self.newest_common()
@@ -231,6 +285,8 @@ class Job(RuleBasedStateMachine):
         """The worker comes back and pushes again what the servers lack, and one push more, to be sure."""
         worker = self.ranks[rank]
         worker.hang_up()
+        if worker.cut is not None:
+            worker.mark()
         start = self.applied_everywhere(rank)
         for step in worker.kept:
             if step >= start - 1:
@@ -240,6 +296,7 @@ class Job(RuleBasedStateMachine):
     def a_worker_dies(self, rank: int) -> None:
         worker = self.ranks[rank] = Rank()
         worker.next = self.applied_everywhere(rank)
+        self.cut_ends()
 
     # --- what must hold
 
@@ -268,6 +325,7 @@ class Job(RuleBasedStateMachine):
         """Left in peace, the job ends, with everything committed."""
         work: list[Callable[[], None]] = []
         for rank in range(RANKS):
+            work.append(lambda rank=rank: self.a_rank_marks(rank))
             work.append(lambda rank=rank: self.a_rank_computes(rank))
             work += [lambda rank=rank, server=server: self.something_arrives(server, rank) for server in LEADS] * 3
         for server in LEADS:
@@ -277,6 +335,7 @@ class Job(RuleBasedStateMachine):
             for each in work:
                 each()
         assert self.newest_common() == STEPS * RANKS, "the job stands still"
+        assert self.cut is None, "a checkpoint was never taken"
 
 
 Job.TestCase.settings = settings(max_examples=60, stateful_step_count=80, deadline=None)
