@@ -8,12 +8,15 @@ its writes fenced.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from psa_store.coordination import Coordination
-from psa_store.errors import Fenced, UsageError
+from psa_store.errors import Fenced, JobBusy, UsageError
 from psa_store.failpoints import failpoint
-from psa_store.job import JobConfig
+from psa_store.identity import new_member_id
+from psa_store.job import CREATOR_NODE, JobConfig
 from psa_store.layout import Layout, Role
 from psa_store.storage import Head, Manifest, RedisStore, ShardState
 
@@ -21,6 +24,22 @@ _HEADS_AT_ONCE = 256
 _STREAM_BYTES = 64 << 20
 """About how much is committed in one stream: so much memory is needed, if states are made as they are taken."""
 _NO_VERSION = -1
+_GRACE_S = 10.0
+_POLL_S = 0.05
+
+
+@contextmanager
+def right_to_create(job: str, role: str, coordination: Coordination) -> Iterator[None]:
+    """Be the one process that may create the job; raises JobBusy if another is, and stays."""
+    member, deadline_s = new_member_id(role), time.monotonic() + _GRACE_S
+    while (holder := coordination.hold(CREATOR_NODE, member)) is not None and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)  # one that has died holds it until its session ends
+    if holder is not None:
+        raise JobBusy(f"job {job!r}: {holder} creates it at this moment. Wait for it, or use another job name.")
+    try:
+        yield
+    finally:
+        coordination.release(CREATOR_NODE)
 
 
 def write_new_job(

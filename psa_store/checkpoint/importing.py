@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from psa_store.checkpoint.creating import write_new_job
+from psa_store.checkpoint.creating import right_to_create, write_new_job
 from psa_store.checkpoint.export import Export, verify_export
 from psa_store.checkpoint.files import Folder
 from psa_store.checkpoint.tensor_files import (
@@ -25,8 +25,7 @@ from psa_store.checkpoint.tensor_files import (
 from psa_store.checkpoint.version import CLOCK, OPT_STEP, PARAM, RANK
 from psa_store.coordination import Coordination, MemberKind
 from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
-from psa_store.identity import new_member_id
-from psa_store.job import CREATOR_NODE, JobConfig, job_config_from_json
+from psa_store.job import JobConfig, job_config_from_json
 from psa_store.layout import ITEM_BYTES, Layout, Role, Shard, plan_layout
 from psa_store.storage import RedisStore, ShardState
 
@@ -70,18 +69,13 @@ def import_export(
         commit_every=export.config.commit_every if commit_every is None else commit_every,
         layout=layout.fingerprint,
     )
-    source = _Source(export, config, layout)
+    source = Source(export, config, layout)
     _refuse_known(config, store, coordination, restore=restore)
     verify_export(export)
     source.look()
-    holder = coordination.hold(CREATOR_NODE, new_member_id("import"))
-    if holder is not None:
-        raise JobBusy(f"job {job!r}: {holder} creates it at this moment. Wait for it, or use another job name.")
-    try:
+    with right_to_create(job, "import", coordination):
         _refuse_known(config, store, coordination, restore=restore)
         write_new_job(config, layout, source.version, source.states(), store, coordination)
-    finally:
-        coordination.release(CREATOR_NODE)
     coordination.create_config(config.to_json())
     return config
 
@@ -117,8 +111,12 @@ class _Part:
     place: int
 
 
-class _Source:
-    """The shards of the new job, from files."""
+class Source:
+    """The shards of a new job with these facts and this layout, from the files of an export.
+
+    Raises:
+        UsageError: the export cannot be cut like that.
+    """
 
     def __init__(self, export: Export, config: JobConfig, layout: Layout) -> None:
         self._export = export

@@ -1,0 +1,1 @@
+"""psa_store with the interfaces of other libraries."""
