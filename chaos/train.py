@@ -79,6 +79,8 @@ def main() -> None:
     options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
     options.add_argument("--lr", type=float, default=0.01)
     options.add_argument("--bufferless", action="store_true", help="a model that changes no buffer")
+    options.add_argument("--clip", type=float, default=0.5, help="of the global norm; 0: none")
+    options.add_argument("--shard-bytes", type=int, default=8192)
     options.add_argument("--poison-at", type=int, default=-1, help="step at which one gradient is NaN")
     args = options.parse_args()
 
@@ -89,13 +91,15 @@ def main() -> None:
     source = DataLoader(data, num_workers=args.processes) if args.processes else data
     optimizer = psa.optim.AdamW(
         lr=psa.optim.warmup_cosine(args.lr, warmup=5, total=args.total or args.steps, final=args.lr / 10),
-        clip_grad_norm=0.5,
+        clip_grad_norm=args.clip or None,
         groups=[psa.optim.group("matrices", weight_decay=0.1)],
     )
     journal = Journal(load_settings().journal, "train", str(os.getpid()))
     with (
         closing(journal),
-        psa.Worker(args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=8192) as worker,
+        psa.Worker(
+            args.job, model, optimizer=optimizer, steps=args.steps, seed=3, shard_bytes=args.shard_bytes
+        ) as worker,
     ):
         for x, y in worker.batches(source, batch_size=12):
             if journal.enabled:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -15,12 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 import psa_store as psa
+from psa_store.checkpoint import creating
 from psa_store.checkpoint.export import export_version, newest_export, open_export, verify_export
 from psa_store.checkpoint.importing import import_export
 from psa_store.checkpoint.version import StoredVersion, stored_version
 from psa_store.cli.transfer import export_files, import_files
 from psa_store.coordination import Coordination, MemberKind
-from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
+from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UnknownJob, UsageError
+from psa_store.failpoints import ENV, Strike, arm, struck
 from psa_store.job import CREATOR_NODE, JobConfig, job_config_from_json
 from psa_store.layout import Role, TensorSpec, plan_layout
 from psa_store.mode import parse_mode
@@ -317,7 +323,10 @@ def test_an_existing_job_is_not_touched(store: RedisStore, site: Site, tmp_path:
     assert site.digest("taken", VERSION) == before
 
 
-def test_one_process_creates_a_job(store: RedisStore, site: Site, tmp_path: Path) -> None:
+def test_one_process_creates_a_job(
+    store: RedisStore, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(creating, "_GRACE_S", 0.1)
     export = export_version(commit(store, "held-from"), str(tmp_path))
     with coordination(site, "held") as ours, coordination(site, "held") as theirs:
         assert theirs.hold(CREATOR_NODE, "somebody") is None
@@ -363,6 +372,87 @@ def test_what_a_dead_importer_left_is_not_mixed_in(store: RedisStore, site: Site
     assert len(again.layout.shards) < len(left.layout.shards)
     assert not list(store._client.scan_iter(f"psa:{{clean:{len(left.layout.shards) - 1}}}:*"))
     assert max(head.epoch for head in store.heads("clean", range(len(again.layout.shards)))) > 1
+
+
+IMPORT = """
+import sys
+from psa_store.cli.transfer import import_files
+from psa_store.config import load_settings
+import_files(sys.argv[1], sys.argv[2], load_settings(), None, 16384)
+"""
+
+
+@pytest.mark.parametrize("where", ["create.sealed", "commit.chunk", "commit.after_flip", "create.before_documents"])
+def test_an_importer_that_dies_leaves_no_job_and_may_be_run_again(
+    store: RedisStore, site: Site, tmp_path: Path, where: str
+) -> None:
+    job = where.replace(".", "-")
+    before = export_version(commit(store, f"{job}-from"), str(tmp_path / "out"))
+    points = tmp_path / "points"
+    points.mkdir()
+    arm(points, where, Strike.KILL, 3 if where == "commit.chunk" else 0)
+    command = [sys.executable, "-c", IMPORT, str(tmp_path / "out"), job]
+    env = {**os.environ, **site.env, ENV: str(points)}
+    assert subprocess.run(command, env=env, timeout=60, check=False).returncode == -signal.SIGKILL
+    assert struck(points, where)
+    with pytest.raises(UnknownJob):
+        stored_version(store, job)
+    subprocess.run(command, env=env, timeout=60, check=True)
+    export_version(stored_version(store, job), str(tmp_path / "again"))
+    found, expected = tensors_in(tmp_path / "again"), tensors_in(tmp_path / "out")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert stored_version(store, job).version == before.version
+
+
+# --- going on
+
+HALF, WHOLE = 20, 40
+
+
+def train(site: Site, job: str, steps: int, *options: str, servers: int = 1) -> None:
+    arguments = ("--steps", str(steps), "--total", str(WHOLE), "--pace-s", "0", *options)
+    run = site.run(job, *arguments, workers=2, servers=servers, ranks=2, commit_every=10)
+    assert run.finish() == 0, run.output
+
+
+def test_an_imported_job_goes_on_with_the_same_bits(store: RedisStore, site: Site, tmp_path: Path) -> None:
+    """With clipping, schedule, buffers, frozen, tied and bfloat16 tensors; and on another number of servers."""
+    train(site, "whole", WHOLE)
+    train(site, "half", HALF)
+    export_files("half", None, str(tmp_path / "out"), site.settings)
+    import_files(str(tmp_path / "out"), "other-half", site.settings, None, None)
+    assert site.digest("other-half", HALF) == site.digest("half", HALF)
+    train(site, "other-half", WHOLE, servers=2)
+    assert site.digest("other-half", WHOLE) == site.digest("whole", WHOLE)
+
+
+def test_so_does_one_with_another_shard_size(store: RedisStore, site: Site, tmp_path: Path) -> None:
+    train(site, "whole-small", WHOLE, "--clip", "0")
+    train(site, "half-small", HALF, "--clip", "0")
+    export_files("half-small", None, str(tmp_path / "out"), site.settings)
+    import_files(str(tmp_path / "out"), "other-large", site.settings, None, 12288)
+    train(site, "other-large", WHOLE, "--clip", "0", "--shard-bytes", "12288")
+    for job in ("whole-small", "other-large"):
+        export_files(job, WHOLE, str(tmp_path / job), site.settings)
+    found, expected = tensors_in(tmp_path / "other-large"), tensors_in(tmp_path / "whole-small")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+@pytest.mark.parametrize("options", [{"mode": "async"}, {"mode": "local:steps=2"}, {"compress": "topk:0.1"}], ids=str)
+def test_jobs_of_other_modes_go_on(store: RedisStore, site: Site, tmp_path: Path, options: dict[str, str]) -> None:
+    """With all that ranks carry where the shards stay, without where they are cut anew."""
+    job = "-".join(options.values()).translate(str.maketrans(":=.", "---"))
+    steps = ("--bufferless", "--pace-s", "0", "--clip", "0", "--total", "30")
+    run = site.run(job, "--steps", "20", *steps, workers=1, servers=1, ranks=1, commit_every=5, **options)
+    assert run.finish() == 0, run.output
+    export_files(job, None, str(tmp_path / "out"), site.settings)
+    import_files(str(tmp_path / "out"), f"{job}-same", site.settings, None, None)
+    version = stored_version(store, job).version
+    assert site.digest(f"{job}-same", version) == site.digest(job, version)
+    import_files(str(tmp_path / "out"), f"{job}-other", site.settings, 3, 16384)
+    again = site.run(f"{job}-other", "--steps", "30", "--shard-bytes", "16384", *steps, workers=2, servers=1)
+    assert again.finish() == 0, again.output
+    assert "finished" in again.output
 
 
 def test_cli_functions_say_what_they_did(

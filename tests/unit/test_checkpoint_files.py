@@ -1,0 +1,144 @@
+"""Safetensors files of any layout hold every element once, in an order that loaders of others accept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import uuid4
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load
+
+from psa_store.checkpoint.export import Export, export_from_json
+from psa_store.checkpoint.files import FileFacts, Folder
+from psa_store.checkpoint.importing import Source
+from psa_store.checkpoint.tensor_files import LENGTH_BYTES, index_of, param_key, plan_files, read_header
+from psa_store.errors import DataIntegrity
+from psa_store.job import JobConfig
+from psa_store.layout import ITEM_BYTES, TRAINABLE_DTYPES, Layout, Role, TensorSpec, plan_layout
+from psa_store.storage import Section
+
+SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    specs = []
+    for number in range(draw(st.integers(1, 8))):
+        role = draw(st.sampled_from(list(Role)))
+        dtypes = sorted(TRAINABLE_DTYPES) if role is Role.TRAINED else sorted(ITEM_BYTES)
+        names = (f"t{number}", f"tied.{number}") if draw(st.booleans()) else (f"t{number}",)
+        persistent = role is not Role.BUFFER or draw(st.booleans())
+        dtype = draw(st.sampled_from(dtypes))
+        specs.append(TensorSpec(names, draw(SHAPES), dtype, role, persistent=persistent))
+    return plan_layout(specs, draw(st.sampled_from([4096, 8192, 1 << 20])))
+
+
+def sections_of(layout: Layout) -> dict[int, list[Section]]:
+    """As a trained job has them: parameters, and one float32 slot."""
+    return {
+        shard.index: [
+            Section("param", shard.dtype, shard.size_bytes, ()),
+            *([Section("slot", "float32", shard.numel * 4, ())] if shard.role is Role.TRAINED else []),
+        ]
+        for shard in layout.shards
+    }
+
+
+def bytes_of(layout: Layout, shard: int, section: str, dtype: str) -> bytes:
+    """What Redis would hold: each element has a value that tells its place in its tensor."""
+    its = layout.shards[shard]
+    whole = torch.zeros(its.numel, dtype=getattr(torch, dtype))
+    for piece in its.pieces:
+        values = torch.arange(piece.tensor_start, piece.tensor_start + piece.length)
+        whole[piece.shard_start : piece.shard_start + piece.length] = (values + piece.tensor) % 100
+    return whole.view(torch.uint8).numpy().tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.sampled_from([1, 1000, 20_000, 1 << 30]))
+def test_every_element_is_where_loaders_look_for_it(layout: Layout, max_file_bytes: int) -> None:
+    sections = sections_of(layout)
+    dtypes = {(shard, its.name): its.dtype for shard, some in sections.items() for its in some}
+    found: dict[str, torch.Tensor] = {}
+    for file in plan_files(layout, sections, max_file_bytes):
+        data = file.header()
+        for shard, section, cuts in file.reads():
+            whole = bytes_of(layout, shard, section, dtypes[shard, section])
+            data += b"".join(whole[cut.low : cut.high] for cut in cuts)
+        loaded = load(data)
+        assert loaded.keys() == {entry.key for entry in file.entries} and not loaded.keys() & found.keys()
+        assert len(file.entries) == 1 or sum(entry.size_bytes for entry in file.entries) <= max_file_bytes
+        length = int.from_bytes(data[:LENGTH_BYTES], "little")
+        for key, stored in read_header(file.name, data[LENGTH_BYTES : LENGTH_BYTES + length]).items():
+            assert stored.low % ITEM_BYTES[stored.dtype] == 0 and stored.high <= len(data)
+            assert data[stored.low : stored.high] == loaded[key].flatten().view(torch.uint8).numpy().tobytes()
+        found |= loaded
+    for index, spec in enumerate(layout.tensors):
+        keys = [param_key(spec)] + ([f"slot.{spec.name}"] if spec.role is Role.TRAINED and spec.numel else [])
+        for key in keys:
+            tensor = found.pop(key)
+            expected = (torch.arange(spec.numel) + index) % 100
+            assert tuple(tensor.shape) == spec.shape
+            assert torch.equal(tensor.flatten(), expected.to(tensor.dtype)), key
+    assert not found
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts(), st.sampled_from([1000, 1 << 30]), st.sampled_from([4096, 12288, 1 << 20]))
+def test_shards_of_another_size_come_back_from_files(layout: Layout, max_file_bytes: int, shard_bytes: int) -> None:
+    sections = sections_of(layout)
+    folder = Folder(f"memory://psa-unit/{uuid4().hex}")
+    facts = []
+    for file in plan_files(layout, sections, max_file_bytes):
+        with folder.draft(file.name) as draft:
+            draft.write(file.header())
+            for shard, section, cuts in file.reads():
+                dtype = layout.shards[shard].dtype if section == "param" else "float32"
+                whole = bytes_of(layout, shard, section, dtype)
+                for cut in cuts:
+                    draft.write(whole[cut.low : cut.high])
+            draft.finish()
+            folder.publish([draft])
+        assert folder.facts(file.name) == draft.facts
+        facts.append(draft.facts)
+    config = JobConfig("job", 2, 0, {"name": "SGD", "lr": 0.1}, layout.fingerprint)
+    scalars = tuple({"opt_step": 3.0} for _ in layout.shards)
+    export = Export(folder.url, "", config, layout, 7, (), scalars, ("slot",), tuple(facts))
+    other = plan_layout(layout.tensors, shard_bytes)
+    source = Source(export, replace(config, layout=other.fingerprint), other)
+    source.look()
+    states = list(source.states())
+    assert [state.shard for state in states] == [shard.index for shard in other.shards]
+    for state in states:
+        expected = {its.name: its.dtype for its in sections_of(other)[state.shard]}
+        assert {name: dtype for name, (dtype, _) in state.arrays.items()} == expected
+        for name, (dtype, data) in state.arrays.items():
+            assert data == bytes_of(other, state.shard, name, dtype), (state.shard, name)
+
+
+@settings(max_examples=20, deadline=None)
+@given(layouts())
+def test_an_index_names_the_file_of_every_tensor(layout: Layout) -> None:
+    files = [file for file in plan_files(layout, sections_of(layout), 1000) if file.name.startswith("model")]
+    index = index_of(files, "model")
+    assert (index is None) == (len(files) < 2)
+    if index is not None:
+        assert index[0] == "model.safetensors.index.json"
+        assert all(f'"{entry.key}": "{file.name}"' in index[1] for file in files for entry in file.entries)
+
+
+@given(st.data())
+def test_any_flipped_bit_of_the_manifest_is_found(data: st.DataObject) -> None:
+    layout = plan_layout([TensorSpec(("a",), (3,), "float32", Role.TRAINED)])
+    config = JobConfig("job", 2, 0, {"name": "SGD", "lr": 0.1}, layout.fingerprint)
+    facts = (FileFacts("model.safetensors", 100, "0" * 32),)
+    export = Export("here", "2026-01-01T00:00:00+00:00", config, layout, 7, (), ({"opt_step": 7},), (), facts)
+    text = bytearray(export.to_json().encode())
+    assert export_from_json("here", bytes(text)) == export
+    text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        assert export_from_json("here", bytes(text)) == export  # white space became other white space
+    except DataIntegrity as error:
+        assert "psa.json" in str(error)
