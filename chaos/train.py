@@ -115,7 +115,7 @@ def main() -> None:
             loss.backward()
             journal.record("loss", version=worker.version, rank=worker.rank, loss=loss.item())
             before = worker.version
-            worker.step()
+            worker.step(loss)
             if worker.leads_output and worker.version != before:
                 print(f"step {worker.version} epoch {worker.epoch} loss {loss.item():.6f}", flush=True)
         journal.record("ended", finished=worker.finished, digest=tensors_digest(model.state_dict()))

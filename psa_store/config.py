@@ -104,6 +104,15 @@ class Settings(BaseSettings):
     journal: _Folder | None = Field(
         default=None, description="existing folder in which every process writes down what it does, for `psa chaos`"
     )
+    monitor: bool = Field(
+        default=True, description="whether processes tell how they are: pulses, events and curve in Redis, and HTTP"
+    )
+    metrics_port: int = Field(
+        default=0,
+        ge=-1,
+        le=65535,
+        description="port of /metrics and /healthz: 0 a free one, N this or the next free one, -1 none",
+    )
     job: str | None = Field(default=None, description="job name, where the script does not give one")
     ranks: int | None = Field(default=None, ge=1, le=65536, description="world size of a new job")
     commit_every: int | None = Field(default=None, ge=0, description="steps between commits of a new job; 0: never")

@@ -336,7 +336,7 @@ def train(options: argparse.Namespace) -> None:
                 before = worker.version
                 loss = model.loss(batch)
                 loss.backward()  # type: ignore[no-untyped-call]
-                worker.step()
+                worker.step(loss)
                 if worker.version == before or not worker.leads_output:
                     continue  # this process has another rank to compute for the step, or shows nothing
                 progress.show(worker.version, loss.item(), worker.members, worker.epoch)

@@ -106,6 +106,7 @@ class ArrivalCourse(Course):
                 for update in self._under_way:
                     self._arrivals.applied(update)
                 self._under_way = ()
+                self._tools.vitals.set("version", self.version)
                 self._tools.reception.wake_parked()
             case Snapped():
                 copied, self._copying = self._copying, ()
@@ -177,6 +178,8 @@ class ArrivalCourse(Course):
             lead.apply_one(update.rank, scratch, step=update.step, finite=update.finite)
 
         self._tools.reception.detach_all()
+        first = min(self.versioned)
+        self._tools.vitals.add("skipped_steps", sum(not each.finite for each in updates if each.shard == first))
         self._under_way = updates
         self._tools.arithmetic.on_all(
             self.plan.epoch,

@@ -13,6 +13,7 @@ The snapshot belongs to whoever holds the *reservation*: the engine from :meth:`
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from psa_store.plan import Cut
 from psa_store.server.lead import Lead
 from psa_store.server.letters import Committed, Lost
 from psa_store.storage import Manifest, RedisStore, ShardState
+from psa_store.telemetry import Vitals
 
 _RETRY_PAUSE_S = 0.2
 _WATCH_S = 1.0
@@ -51,8 +53,15 @@ class Committer:
     """Owns the thread ``psa-commit``. Other methods than :meth:`close` are called by the engine's thread."""
 
     def __init__(
-        self, store: RedisStore, config: JobConfig, layout: Layout, post: Callable[[Committed | Lost], None]
+        self,
+        store: RedisStore,
+        config: JobConfig,
+        layout: Layout,
+        post: Callable[[Committed | Lost], None],
+        vitals: Vitals,
     ) -> None:
+        self._vitals = vitals
+        self._reserved_at_s = 0.0
         self._store = store
         self._job = config.name
         self._documents = config.to_json(), layout.to_json()
@@ -78,6 +87,7 @@ class Committer:
             if self._reserved:
                 return False
             self._reserved = True
+            self._reserved_at_s = time.monotonic()
             self._last = None  # its snapshot is about to be overwritten
             return True
 
@@ -124,6 +134,7 @@ class Committer:
                 watched = None if work or self._reserved else self._last
                 self._reserved = self._reserved or watched is not None
             if work is not None:
+                begun_s = self._reserved_at_s
                 outcome = self._commit(work)
                 with self._changed:
                     self._work = None
@@ -133,6 +144,8 @@ class Committer:
                     else:
                         self._last = work if isinstance(outcome, Committed) else None
                     self._changed.notify_all()
+                if isinstance(outcome, Committed):
+                    self._vitals.set("commit_seconds", time.monotonic() - begun_s)
                 if outcome is not None:
                     self._post(outcome)
             elif watched is not None:
@@ -162,6 +175,7 @@ class Committer:
                 break
             except DependencyUnreachable as error:
                 left = len(work.leads) - len(manifests)
+                self._vitals.add("commit_retries")
                 self._log.warning("commit delayed, trying again", shards_left=left, error=str(error))
                 with self._changed:
                     self._changed.wait(_RETRY_PAUSE_S)

@@ -26,6 +26,7 @@ from psa_store.failpoints import failpoint
 from psa_store.job import JobConfig
 from psa_store.journal import Journal
 from psa_store.layout import Layout, Role
+from psa_store.monitor import Events
 from psa_store.optim import Optimizer
 from psa_store.plan import (
     Member,
@@ -58,6 +59,7 @@ from psa_store.server.letters import (
 )
 from psa_store.server.takeover import take_over
 from psa_store.storage import Head, RedisStore
+from psa_store.telemetry import Vitals
 from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory, connect
 
@@ -89,7 +91,11 @@ class Control:
         leave_timeout_s: float,
         policy: Policy,
         journal: Journal,
+        vitals: Vitals,
+        events: Events,
     ) -> None:
+        self._vitals = vitals
+        self._events = events
         self._member = member
         self._announced = member
         self._config = config
@@ -112,6 +118,11 @@ class Control:
         self._generation = -1
         self._governs = False
         self._plan: Plan | None = None
+
+    @property
+    def member(self) -> str:
+        """Our present id."""
+        return self._member.id
 
     def report(self, report: ToControl) -> None:
         """Tell control something; it looks at it in its next turn."""
@@ -169,7 +180,10 @@ class Control:
             self._log.info("elected controller", member=self._member.id)
             self._journal.record("elected", member=self._member.id)
         self._governs = elected
-        if elected and not self._govern(seen, plan) and seen is not None and plan is not None and plan.owners:
+        self._vitals.set("controller", float(elected))
+        if not elected:
+            self._events.resign()
+        elif not self._govern(seen, plan) and seen is not None and plan is not None and plan.owners:
             self._checkpoints.turn(seen, plan)
         return not (self._leaving and (plan is None or not plan.shards_of(self._member.id)))
 
@@ -349,10 +363,12 @@ class Control:
             stop_interval=self._config.commit_interval if self._config.ranks_stay else 0,
             on_arrival=self._config.mode.on_arrival,
         )
+        self._events.see(view)
+        begun_s, reached = time.monotonic(), int(self._vitals.read().get("version", 0))
         action = decide(view)
         match action:
             case TakeOver():
-                take_over(
+                begun = take_over(
                     action,
                     seen,
                     job=self._job,
@@ -361,9 +377,14 @@ class Control:
                     store=self._store,
                     journal=self._journal,
                 )
+                if begun is not None:
+                    self._vitals.add("take_overs")
+                    self._vitals.set("take_over_seconds", time.monotonic() - begun_s)
+                    self._events.took_over(action, plan, begun, time.monotonic() - begun_s, reached)
             case Publish():
                 self._log.info("new plan", why=action.reason, phase=action.plan.phase.value)
-                self._coordination.write_plan(action.plan.to_json(), seen.version if seen else None)
+                if self._coordination.write_plan(action.plan.to_json(), seen.version if seen else None) is not None:
+                    self._events.planned(plan, action.plan, action.reason)
             case None:
                 return False
         self._woken.set()

@@ -6,6 +6,7 @@ calls :meth:`Course.advance` at the end of every turn. ``sync_course`` and ``arr
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from psa_store.server.letters import (
 from psa_store.server.pending import Pending
 from psa_store.server.publication import Publication
 from psa_store.server.reception import Reception
+from psa_store.telemetry import Vitals
 from psa_store.wire import Connection, Header
 
 Done = Measured | Updated | Applied | Moved | Snapped
@@ -60,6 +62,7 @@ class Tools:
     peers: Mapping[str, Connection]
     """The other servers of the plan, by name."""
     journal: Journal
+    vitals: Vitals
     report: Callable[[ToControl], None]
     post: Callable[[ToEngine], None]
 
@@ -82,6 +85,8 @@ class Course(ABC):
         for lead in self.versioned.values():
             lead.take_snapshot()  # if Redis is wiped before our first commit, nobody else has it
         tools.committer.adopt(self._work(plan.resume))
+        tools.vitals.set("version", plan.resume)
+        tools.vitals.set("committed_version", plan.resume)
 
     # --- what the engine tells
 
@@ -117,6 +122,9 @@ class Course(ABC):
     def on_committed(self, letter: Committed) -> None:
         """A version of all shards here is durable."""
         self.committed = letter.version
+        self._tools.vitals.set("committed_version", letter.version)
+        self._tools.vitals.set("committed_time_seconds", time.time())
+        self._tools.vitals.add("commits")
         self._tools.journal.record("committed", epoch=letter.epoch, version=letter.version)
         if letter.pinned is not None:
             self._tools.report(Pinned(letter.epoch, letter.pinned, letter.version))

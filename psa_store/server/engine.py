@@ -56,6 +56,7 @@ from psa_store.server.pending import Pending
 from psa_store.server.publication import Publication
 from psa_store.server.reception import Reception
 from psa_store.server.sync_course import SyncCourse
+from psa_store.telemetry import Vitals
 from psa_store.transport import WireLayout
 from psa_store.wire import (
     PARK,
@@ -68,6 +69,7 @@ from psa_store.wire import (
     Park,
     Reason,
     SharedMemory,
+    Traffic,
     decode_text,
     encode_text,
 )
@@ -84,6 +86,8 @@ _OF_MEMBERS = frozenset({Kind.SHARE, Kind.PUSH, Kind.PULL, Kind.AWAIT, Kind.NORM
 class Engine:
     """Owns the thread ``psa-engine``. Everybody else talks to it through :meth:`post`."""
 
+    IDLE = "idle"
+
     def __init__(
         self,
         *,
@@ -97,7 +101,11 @@ class Engine:
         make_committer: Callable[[Callable[[Committed | Lost], None]], Committer],
         report: Callable[[ToControl], None],
         journal: Journal,
+        vitals: Vitals,
     ) -> None:
+        self._vitals = vitals
+        self.turned_s = time.monotonic()
+        """When the loop turned last."""
         self._member = member
         self._config = config
         self._layout = layout
@@ -123,6 +131,7 @@ class Engine:
             reception=self._reception,
             peers=self._peers,
             journal=journal,
+            vitals=vitals,
             report=report,
             post=self._mailbox.post,
         )
@@ -144,6 +153,8 @@ class Engine:
         self._encoded: dict[Connection, bytearray] = {}
         """Where a push arrives that is not a gradient as it is."""
         self._lapsed = False
+        self._is_first = False
+        """Whether the plan that we served last names us first."""
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="psa-engine")
 
@@ -167,6 +178,23 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    # --- for the monitor: any thread may look
+
+    @property
+    def stage(self) -> str:
+        """What is going on; IDLE: there is no epoch to serve."""
+        course = self._course
+        return course.stage if course is not None else self.IDLE
+
+    @property
+    def finished(self) -> int | None:
+        """The version with which the job ended, in the server that the plan names first; None elsewhere and before."""
+        return self._pending.finished if self._is_first else None
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._reception.traffic
+
     # --- the loop
 
     def _run(self) -> None:
@@ -181,6 +209,7 @@ class Engine:
 
     def _turn(self) -> bool:
         """One turn of the loop; False at the end."""
+        self.turned_s = time.monotonic()
         events = self._reception.wait(_TICK_S)
         lapsed = self._lease_left_s() <= 0
         if lapsed is not self._lapsed:
@@ -245,10 +274,13 @@ class Engine:
         self._receiving.clear()
         self._pending.clear()
         self._course = None
+        self._vitals.set("shards", 0)
 
     def _serve(self, letter: Serve) -> None:
         plan = letter.plan
         self._member = letter.member
+        if plan.servers:
+            self._is_first = plan.servers[0].id == letter.member
         self._publication.move_to(letter.memory)
         course_of = ArrivalCourse if self._config.mode.on_arrival else SyncCourse
         self._course = course = course_of(self._tools, plan, dict(letter.leads))
@@ -263,6 +295,8 @@ class Engine:
             trained=[lead.shard.index for lead in course.trained],
             clocks={i: lead.clocks for i, lead in course.versioned.items() if lead.clocks},
         )
+        self._vitals.set("epoch", plan.epoch)
+        self._vitals.set("shards", len(course.leads))
         self._log.info("serving", epoch=plan.epoch, version=plan.resume, shards=len(course.leads))
         self._reception.wake_parked()
 
@@ -581,7 +615,7 @@ class Engine:
         return {
             "server": self._member,
             "epoch": course.plan.epoch if course else 0,
-            "stage": course.stage if course else "idle",
+            "stage": self.stage,
             "version": course.version if course else None,
             "committed": course.committed if course else None,
             "shards": len(course.leads) if course else 0,

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 
 import torch
 
@@ -19,12 +19,15 @@ from psa_store.identity import new_member_id
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
 from psa_store.journal import Journal
 from psa_store.layout import Layout, layout_from_json
+from psa_store.monitor import Events, Monitor
 from psa_store.plan import Member
 from psa_store.server.checkpoints import Policy, checkpoint_at_end
 from psa_store.server.committer import Committer
 from psa_store.server.control import Control
 from psa_store.server.engine import Engine
+from psa_store.server.subject import ServerSubject
 from psa_store.storage import RedisStore
+from psa_store.telemetry import Role, Vitals
 from psa_store.transport import WireLayout
 from psa_store.wire import host_identity, listen_local, listen_tcp
 
@@ -99,6 +102,7 @@ def serve(job: str, settings: Settings) -> None:
         policy = Policy(
             every_s=settings.checkpoint_every_s, keep=settings.checkpoint_keep, older_than_s=settings.checkpoint_keep_s
         )
+        vitals, events = Vitals(Role.SERVER, member_id), Events()
         control = Control(
             member=member,
             config=config,
@@ -112,6 +116,8 @@ def serve(job: str, settings: Settings) -> None:
             leave_timeout_s=settings.leave_timeout_s,
             policy=policy,
             journal=journal,
+            vitals=vitals,
+            events=events,
         )
         engine = Engine(
             member=member_id,
@@ -121,14 +127,18 @@ def serve(job: str, settings: Settings) -> None:
             threads=settings.server_threads,
             listeners=[tcp] if local is None else [tcp, local],
             lease_left_s=coordination.lease_left_s,
-            make_committer=lambda post: Committer(store, config, layout, post),
+            make_committer=lambda post: Committer(store, config, layout, post, vitals),
             report=control.report,
             journal=journal,
+            vitals=vitals,
         )
+        subject = ServerSubject(engine, vitals, events, lambda: control.member, coordination.lease_left_s)
         engine.start()
         try:
+            # Closed before the engine is: what it tells last is how the job ended.
+            monitor = closing(Monitor(job, vitals, subject, settings, events=events)) if settings.monitor else None
             # Not in this thread: a signal handler here must never meet the lock of an event that it sets.
-            with ThreadPoolExecutor(1, thread_name_prefix="psa-control") as runner:
+            with monitor or nullcontext(), ThreadPoolExecutor(1, thread_name_prefix="psa-control") as runner:
                 governing = runner.submit(control.run, engine)
                 while not governing.done():
                     wait([governing], timeout=_SIGNAL_CHECK_S)

@@ -43,6 +43,8 @@ class Pending:
         self._pulls: list[tuple[Connection, Header]] = []
         self._awaits: dict[Client, Header] = {}
         self._finishes: list[tuple[Connection, Header]] = []
+        self.finished: int | None = None
+        """The newest version of which somebody was told that it is durable, as workers ask at the end of a job."""
         self._streaming: set[Client] = set()
         """Workers that get the shards of the next version by value, one by one, while it is being made."""
 
@@ -150,6 +152,7 @@ class Pending:
                 durable = Header(Kind.DURABLE, now.plan.epoch, now.plan.revision, now.committed)
                 self._journal.record("durable", epoch=now.plan.epoch, version=now.committed)
                 self._reception.send(connection, durable)
+                self.finished = now.committed
             else:
                 self._finishes.append((connection, header))
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from psa_store import telemetry
 from psa_store.errors import Disconnected, Refused
-from psa_store.wire import Connection, Header, Park, SharedMemory
+from psa_store.wire import Connection, Header, Park, SharedMemory, Traffic
 
 _CONNECTIONS_MAX = 10_000
 
@@ -41,6 +41,7 @@ class Reception:
     """Owns the listeners, the selector and every connection. One thread, the engine's, calls everything."""
 
     def __init__(self, host: Host, listeners: Sequence[socket.socket], wake: HasFileno) -> None:
+        self.traffic = Traffic()
         self._host = host
         self._listeners = listeners
         self._selector = selectors.DefaultSelector()
@@ -85,7 +86,7 @@ class Reception:
 
     def add(self, sock: socket.socket, peer: str) -> Connection:
         """Take over a connected socket."""
-        connection = Connection(sock, peer, self._host.admit)
+        connection = Connection(sock, peer, self._host.admit, self.traffic)
         self._connections.add(connection)
         self._watch(connection)
         return connection

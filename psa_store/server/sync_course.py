@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 
@@ -110,6 +111,7 @@ class SyncCourse(Course):
             case Applied():
                 failpoint("step.applied")
                 self._step.advance()
+                self._tools.vitals.set("version", self.version)
                 self._stage = Stage.COLLECTING
             case Snapped():
                 pin = self._cut if self._is_cut(letter.version) else None
@@ -160,11 +162,13 @@ class SyncCourse(Course):
                 self._apply()
             case Verdict.SKIP:
                 self._log.warning("skipping a step with NaN or Inf gradients", step=self.version)
+                self._tools.vitals.add("skipped_steps")
                 self._tools.journal.record("skipped", epoch=self.plan.epoch, version=self.version + 1)
                 for lead in self.versioned.values():
                     lead.turn_states()
                     lead.drop_pushes()
                 self._step.advance()
+                self._tools.vitals.set("version", self.version)
                 self.advance()
             case Verdict.WAIT:
                 pass
@@ -232,7 +236,10 @@ class SyncCourse(Course):
         ]
         failpoint("step.complete")
         self._record_applied(step + 1)
-        scale = clip_factor(self._step.norms_in_order(), self._tools.optimizer.clip_grad_norm)
+        norms = self._step.norms_in_order()
+        scale = clip_factor(norms, self._tools.optimizer.clip_grad_norm)
+        if self._tools.optimizer.clip_grad_norm is not None:
+            self._tools.vitals.set("gradient_norm", math.sqrt(sum(norms)))
         self._tools.reception.detach_all()
         for lead in self.versioned.values():
             lead.turn_states()

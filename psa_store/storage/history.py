@@ -65,14 +65,15 @@ class History:
 
     # --- the curve
 
-    def point(self, job: str, document: Mapping[str, Any]) -> None:
-        """Offer a point; it is kept if the interval since the last one has passed.
+    def point(self, job: str, document: Mapping[str, Any]) -> bool:
+        """Offer a point; it is kept, and the answer is True, if the interval since the last one has passed.
 
         The interval is a second at first. When there are more than POINTS_MAX points, every other one is deleted and
         the interval doubles. It lies in Redis, so a job that is resumed goes on with it.
         """
         its_keys = [keys.curve(job), keys.curve_interval(job)]
-        self._caller.functions([("psa_point", its_keys, [json.dumps(document), POINTS_MAX])])
+        (kept,) = self._caller.functions([("psa_point", its_keys, [json.dumps(document), POINTS_MAX])])
+        return bool(kept)
 
     def curve(self, job: str) -> list[dict[str, Any]]:
         """All points, the oldest first."""

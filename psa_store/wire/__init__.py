@@ -2,7 +2,7 @@
 
 from psa_store.wire.address import connect, host_identity, listen_local, listen_tcp
 from psa_store.wire.announce import announce
-from psa_store.wire.connection import PARK, Admit, Connection, Park
+from psa_store.wire.connection import PARK, Admit, Connection, Park, Traffic
 from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason, decode_text, encode_text
 from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
@@ -21,6 +21,7 @@ __all__ = [
     "Park",
     "Reason",
     "SharedMemory",
+    "Traffic",
     "Window",
     "announce",
     "can_show",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from psa_store.errors import DependencyUnreachable, Disconnected
 
 _BACKLOG = 1024
+_ANY_FREE = (0,)
 
 
 @cache
@@ -19,21 +22,31 @@ def host_identity() -> str:
     return f"{socket.gethostname()}/{boot.read_text().strip()}" if boot.exists() else socket.gethostname()
 
 
-def listen_tcp(bind: str) -> tuple[socket.socket, str]:
-    """Listen on a free port of ``bind``; returns the socket and the ``host:port`` to advertise.
+def listen_tcp(bind: str, ports: Iterable[int] = _ANY_FREE) -> tuple[socket.socket, str]:
+    """Listen on the first port of ``bind`` that is free; returns the socket and the ``host:port`` to advertise.
 
     Raises:
-        DependencyUnreachable: the address is not one of this machine's.
+        DependencyUnreachable: the address is not one of this machine's, or none of these ports is free.
     """
     try:
         family = socket.getaddrinfo(bind, None)[0][0]
-        sock = socket.create_server((bind, 0), family=family, backlog=_BACKLOG)
+        sock = _first_free(bind, family, list(ports))
     except OSError as error:
         raise DependencyUnreachable(
             f"cannot listen on {bind}: {error}. Set PSA_BIND to an address of this machine."
         ) from error
     sock.setblocking(False)
     return sock, f"{bind}:{sock.getsockname()[1]}"
+
+
+def _first_free(bind: str, family: int, ports: list[int]) -> socket.socket:
+    for port in ports:
+        try:
+            return socket.create_server((bind, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port == ports[-1]:
+                raise
+    raise AssertionError("no port was named")
 
 
 def listen_local(name: str) -> socket.socket | None:

@@ -20,6 +20,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Final
 
@@ -38,6 +39,14 @@ _ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)
 """Room for one descriptor more than can rightly come, to notice it."""
 
 
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that some connections have moved, one of their owner's for all that it ever had. Any thread may read."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
 class Park(enum.Enum):
     PARK = "park"
 
@@ -47,9 +56,12 @@ Admit = Callable[["Connection", Header], memoryview | Park]
 
 
 class Connection:
-    """A framed, non-blocking connection. ``peer`` is for messages; ``member`` is set by whoever checks HELLO."""
+    """A framed, non-blocking connection. ``peer`` is for messages; ``member`` is set by whoever checks HELLO.
 
-    def __init__(self, sock: socket.socket, peer: str, admit: Admit) -> None:
+    ``traffic``: where its bytes are counted.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str, admit: Admit, traffic: Traffic | None = None) -> None:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,6 +71,7 @@ class Connection:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         self._sock = sock
         self._admit = admit
+        self._traffic = traffic or Traffic()
         self.peer = peer
         self.member = ""
         self.is_local = sock.family == socket.AF_UNIX
@@ -116,6 +129,7 @@ class Connection:
                 return
             except OSError as error:
                 raise Disconnected(f"lost {self.peer} while sending: {error}") from error
+            self._traffic.sent_bytes += sent
             while sent:
                 first, _ = self._outgoing[0]
                 if sent < len(first):
@@ -183,6 +197,7 @@ class Connection:
                 raise Disconnected(f"lost {self.peer} while receiving: {error}") from error
             if count == 0:
                 raise Disconnected(f"{self.peer} closed the connection")
+            self._traffic.received_bytes += count
             self._filled += count
             if count < len(target):
                 return False

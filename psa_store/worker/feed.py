@@ -119,6 +119,8 @@ class Feed:
             batch_size = loader.batch_size * ranks
         collate = loader.collate_fn if loader is not None else default_collate
         self._drawn = _Drawn(dataset, collate, seed, ranks, batch_size)
+        self.samples = batch_size // ranks
+        """In the batch of one draw."""
         self._round_steps = round_steps
         self._loader = loader if loader is not None and loader.num_workers > 0 else None
         self._ahead: Iterator[Any] | None = None

@@ -28,6 +28,7 @@ from psa_store.wire import (
     Park,
     Reason,
     SharedMemory,
+    Traffic,
     can_show,
     decode_text,
     encode_text,
@@ -69,6 +70,7 @@ class Fleet:
     """``place(header)`` names the memory for PARAMS; ``mailbox`` wakes :meth:`pump` from other threads."""
 
     def __init__(self, layout: Layout, place: Callable[[Header], memoryview], mailbox: Mailbox[None]) -> None:
+        self.traffic = Traffic()
         self._layout = layout
         self._place = place
         self._mailbox = mailbox
@@ -244,7 +246,7 @@ class Fleet:
     def _open(self, server: Server) -> Connection:
         local = server.local if self._share else ""
         sock = wire_connect(server.address, local, server.host, _CONNECT_TIMEOUT_S)
-        connection = Connection(sock, server.id, self._admit)
+        connection = Connection(sock, server.id, self._admit, self.traffic)
         if connection.is_local:
             self._shared[server.id] = {}
         return connection

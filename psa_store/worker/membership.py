@@ -51,6 +51,11 @@ class Membership:
             raise self._failure
         return self._standing
 
+    @property
+    def alive(self) -> bool:
+        """Whether the plan is still followed."""
+        return self._thread.is_alive()
+
     def refresh(self) -> None:
         """Somebody has seen a newer plan: read it again."""
         self._woken.set()

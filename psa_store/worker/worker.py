@@ -1,7 +1,7 @@
 """The worker's side of training, as user code sees it: a context manager, an iterator of batches, and ``step()``.
 
-Everything here runs in the thread of the user's script; there is no background thread but Kazoo's and the one that
-reads the plan. What a step is, and who waits for whom, is the business of the job's course (see ``course``).
+Everything here runs in the thread of the user's script; there is no background thread but Kazoo's, the one that reads
+the plan, and the monitor's. What a step is, and who waits for whom, is the business of its course (see ``course``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from types import FrameType, TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from psa_store import telemetry
 from psa_store.config import load_settings
@@ -24,9 +24,11 @@ from psa_store.job import check_job_name
 from psa_store.journal import Journal
 from psa_store.layout import plan_layout
 from psa_store.mode import parse_mode
+from psa_store.monitor import Monitor
 from psa_store.optim import Optimizer
 from psa_store.plan import NOBODY
 from psa_store.storage import RedisStore
+from psa_store.telemetry import Role, Vitals
 from psa_store.transport import Transport, WireLayout
 from psa_store.wire import Header, Mailbox, announce
 from psa_store.worker.arena import ModelArena, describe_model
@@ -39,6 +41,7 @@ from psa_store.worker.gradients import GradientPool
 from psa_store.worker.membership import Membership
 from psa_store.worker.round_course import RoundCourse
 from psa_store.worker.sketch import sketch_of
+from psa_store.worker.subject import WorkerSubject
 from psa_store.worker.sync_course import SyncCourse
 
 
@@ -91,6 +94,7 @@ class Worker:
         self._steps = steps
         self._log = telemetry.get_logger()
         self._model = model
+        self._optimizer = optimizer
         self._layout = plan_layout(describe_model(model, optimizer.group_of), shard_bytes)
         self._wanted = Wanted(
             name=name,
@@ -209,6 +213,12 @@ class Worker:
                     leaving=lambda: self._leaving,
                 )
             )
+            vitals = Vitals(Role.WORKER, member)
+            self._subject = WorkerSubject(
+                vitals, self._membership, self._fleet.traffic, self._optimizer, coordination.lease_left_s
+            )
+            if settings.monitor:
+                stack.enter_context(closing(Monitor(name, vitals, self._subject, settings)))
             self._resources = stack.pop_all()
         self._opened = True
         return self
@@ -248,19 +258,29 @@ class Worker:
                 self._course.begin(draw)
                 seed_everything(config.seed, draw, "compute")
                 self._current = draw
+                self._samples = feed.samples
+                self._subject.begin(draw)
                 yield batch
                 if self._current is not None:
                     raise UsageError("the batch was not followed by worker.step()")
 
-    def step(self) -> None:
+    def step(self, loss: Tensor | float | None = None) -> None:
         """Push the gradient of the present batch; with it the step's last, wait for the next version and load it.
 
+        Args:
+            loss: that of this batch, one number, for whoever follows the job. It is read by another thread, now and
+                then, so that no step waits for it, on a GPU either.
+
         Raises:
+            UsageError: there is no batch, or ``loss`` is not one number.
             NonFiniteGradient: the gradient holds NaN or Inf and the job refuses such.
         """
         if self._current is None:
             raise UsageError("worker.step() without a batch from worker.batches()")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
         self._arena.end()
+        self._subject.end(self._samples, loss)
         self._current = None
         self._course.hand_over()
 

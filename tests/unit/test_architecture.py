@@ -53,6 +53,7 @@ DOORS = {"kazoo": "coordination", "redis": "storage", "socket": "wire"}
 ALSO_SOCKETS = {
     "server",
     "local",
+    "monitor/endpoint.py",
     "coordination/client.py",
     "bench/compare/contenders/stream.py",
     "bench/compare/contenders/redis_values.py",

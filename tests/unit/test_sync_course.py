@@ -11,6 +11,7 @@ from psa_store.plan import Plan
 from psa_store.server.course import Tools
 from psa_store.server.letters import Applied
 from psa_store.server.sync_course import SyncCourse
+from psa_store.telemetry import Role, Vitals
 
 
 class Lazy:
@@ -45,6 +46,7 @@ def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
         reception=nothing,
         peers={},
         journal=Journal(None, "server", "s"),
+        vitals=Vitals(Role.SERVER, "s"),
         report=lambda report: None,
     )
     plan = Plan(epoch=1, revision=1, resume=7, servers=(), owners=(), ranks=("a", "b"))

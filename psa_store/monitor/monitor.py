@@ -1,0 +1,173 @@
+"""The thread that tells how its process is: a pulse a second, and in the controller also events and the curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+
+from psa_store import telemetry
+from psa_store.config import Settings
+from psa_store.errors import PsaError
+from psa_store.monitor.endpoint import Endpoint, Route
+from psa_store.monitor.events import Events
+from psa_store.monitor.metrics import metrics_route
+from psa_store.monitor.pulse import Curve, Rates, finite, resident_bytes
+from psa_store.monitor.subject import Subject
+from psa_store.storage import History
+from psa_store.telemetry import Role, Vitals
+from psa_store.wire import host_identity
+
+_PERIOD_S = 1.0
+_REDIS_S = 0.5
+"""How long Redis may take; what it does not take in that time is dropped, or told a second later."""
+_SILENT_S = 10.0
+"""A loop that has not turned for so long is sick."""
+_STALE_S = 60.0
+"""A pulse of nobody is removed when it is so old."""
+_TEXT = "text/plain; charset=utf-8"
+
+
+class Monitor:
+    """Owns the thread ``psa-monitor``, a connection to Redis, and the HTTP endpoint.
+
+    Redis may come and go: then pulses and points are dropped, and events wait.
+
+    Args:
+        events: what this server notes as controller; None in workers.
+        pages: further routes of the endpoint.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        vitals: Vitals,
+        subject: Subject,
+        settings: Settings,
+        *,
+        events: Events | None = None,
+        pages: Mapping[str, Route] | None = None,
+    ) -> None:
+        assert settings.redis is not None
+        self._job = job
+        self._vitals = vitals
+        self._subject = subject
+        self._events = events
+        self._log = telemetry.get_logger()
+        self._rates = Rates(("steps", "samples") if vitals.role is Role.WORKER else ())
+        self._curve = Curve()
+        self._turned_s = time.monotonic()
+        self._stop = threading.Event()
+        with ExitStack() as stack:
+            self._history = stack.enter_context(closing(History(settings.redis, timeout_s=_REDIS_S)))
+            routes: dict[str, Route] = {
+                "/metrics": metrics_route(job, vitals),
+                "/healthz": self._healthz,
+                "/readyz": self._readyz,
+                **(pages or {}),
+            }
+            self.address = ""
+            if settings.metrics_port >= 0:
+                endpoint = stack.enter_context(closing(Endpoint(settings.bind, settings.metrics_port, routes)))
+                self.address = endpoint.address
+            self._resources = stack.pop_all()
+        self._thread = threading.Thread(target=self._run, name="psa-monitor")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Tell the last, withdraw the pulse, and release everything. Takes about a second if Redis is away."""
+        self._stop.set()
+        self._thread.join()
+        self._resources.close()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        told = self._tell()
+        due_s = time.monotonic() + _PERIOD_S
+        while not self._stop.wait(max(0.0, due_s - time.monotonic())):
+            told = self._tell()
+            due_s = max(due_s + _PERIOD_S, time.monotonic())
+        if told and self._tell():
+            self._leave()
+
+    def _tell(self) -> bool:
+        """Look at everything once, and tell it; False if something could not be told."""
+        self._turned_s = time.monotonic()
+        try:
+            self._pulse()
+            if self._events is not None:
+                self._write_events(self._events)
+                if self._events.members is not None:
+                    self._govern(self._events.members)
+        except PsaError as error:
+            self._log.debug("not told", why=str(error))
+            return False
+        return True
+
+    def _pulse(self) -> None:
+        subject, vitals = self._subject, self._vitals
+        subject.refresh()
+        member = subject.member
+        if member != vitals.member:
+            self._history.forget(self._job, [vitals.member])
+            vitals.member = member
+        read = finite(vitals.read())
+        document = {
+            "member": member,
+            "role": vitals.role.value,
+            "time": time.time(),
+            "host": host_identity(),
+            "pid": os.getpid(),
+            "metrics": self.address,
+            "resident_bytes": resident_bytes(),
+            "vitals": read,
+            "rates": self._rates.update(time.monotonic(), read),
+            **subject.describe(),
+        }
+        self._history.pulse(self._job, member, json.dumps(document, allow_nan=False))
+
+    def _write_events(self, events: Events) -> None:
+        notes = events.drain()
+        try:
+            pulses = self._history.pulses(self._job) if notes else {}
+            while notes:
+                self._history.event(self._job, notes[0].document(pulses))
+                del notes[0]
+        finally:
+            events.put_back(notes)
+
+    def _govern(self, members: frozenset[str]) -> None:
+        """For the controller: the next point of the curve, and what those have left who left without a word."""
+        pulses, time_s = self._history.pulses(self._job), time.time()
+        self._history.forget(
+            self._job,
+            [name for name, each in pulses.items() if name not in members and time_s - each["time"] > _STALE_S],
+        )
+        present = [each for name, each in pulses.items() if name in members]
+        point = self._curve.point(time_s, present)
+        if point is not None and self._history.point(self._job, point):
+            self._curve.kept(point)
+
+    def _leave(self) -> None:
+        try:
+            self._history.forget(self._job, [self._vitals.member])
+        except PsaError as error:
+            self._log.debug("the pulse stays", why=str(error))
+
+    # --- routes
+
+    def _healthz(self) -> tuple[int, str, bytes]:
+        silent_s = time.monotonic() - self._turned_s
+        silence = f"its monitor has not turned for {silent_s:.0f} s" if silent_s > _SILENT_S else ""
+        return _verdict(silence or self._subject.why_sick())
+
+    def _readyz(self) -> tuple[int, str, bytes]:
+        return _verdict(self._subject.why_not_ready())
+
+
+def _verdict(why_not: str) -> tuple[int, str, bytes]:
+    return (503, _TEXT, f"{why_not}\n".encode()) if why_not else (200, _TEXT, b"ok\n")

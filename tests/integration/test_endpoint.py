@@ -1,0 +1,150 @@
+"""The HTTP endpoint, over real sockets: it answers, and nobody can make it cost more than it may."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
+
+import pytest
+
+from psa_store.errors import DependencyUnreachable
+from psa_store.monitor import Endpoint, endpoint
+
+PATIENCE_S = 10.0
+
+
+def get(address: str, path: str, method: str = "GET") -> tuple[int, str, bytes]:
+    host, _, port = address.rpartition(":")
+    with closing(HTTPConnection(host, int(port), timeout=PATIENCE_S)) as client:
+        client.request(method, path)
+        answer = client.getresponse()
+        return answer.status, answer.headers.get("Content-Type", ""), answer.read()
+
+
+def held() -> tuple[set[str], int]:
+    """The threads of this process, and how many descriptors it has open."""
+    return {thread.name for thread in threading.enumerate()}, len(os.listdir("/proc/self/fd"))
+
+
+def tell_outage() -> tuple[int, str, bytes]:
+    raise DependencyUnreachable("Redis is away")
+
+
+ROUTES = {"/a": lambda: (200, "text/x", b"hello"), "/bad": lambda: (503, "text/plain", b"no"), "/outage": tell_outage}
+
+
+@pytest.fixture
+def server() -> Iterator[Endpoint]:
+    before = held()
+    with closing(Endpoint("127.0.0.1", 0, ROUTES)) as found:
+        yield found
+    assert held() == before
+
+
+def test_it_answers_what_the_routes_say(server: Endpoint) -> None:
+    assert get(server.address, "/a?x=1") == (200, "text/x", b"hello")
+    assert get(server.address, "/bad") == (503, "text/plain", b"no")
+    assert get(server.address, "/a", "HEAD") == (200, "text/x", b"")
+    assert get(server.address, "/outage")[0] == 503 and b"Redis is away" in get(server.address, "/outage")[2]
+    status, _, body = get(server.address, "/b")
+    assert status == 404 and b"/a /bad" in body
+
+
+def test_it_changes_nothing(server: Endpoint) -> None:
+    assert get(server.address, "/a", "POST")[0] == 501
+
+
+@pytest.mark.parametrize("rubbish", [b"\0" * 100, b"GET\n\n", b"GET /a HTTP/9.9\r\n\r\n", b"A" * 100_000])
+def test_rubbish_is_answered_or_not_and_the_next_one_served(server: Endpoint, rubbish: bytes) -> None:
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as client:
+        client.sendall(rubbish)
+        client.shutdown(socket.SHUT_WR)
+        try:
+            while client.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+    assert get(server.address, "/a")[2] == b"hello"
+
+
+def test_clients_that_say_nothing_are_cut_off_and_others_wait_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_CONNECTION_S", 1.0)
+    before = held()
+    with closing(Endpoint("127.0.0.1", 0, ROUTES)) as server, ExitStack() as stack:
+        host, _, port = server.address.rpartition(":")
+        for _ in range(endpoint._THREADS):
+            silent = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+            stack.enter_context(closing(silent))
+            silent.sendall(b"GET /a HT")
+        begun_s = time.monotonic()
+        assert get(server.address, "/a")[2] == b"hello"
+        assert time.monotonic() - begun_s > 0.5, "nobody was in the way: the test proves nothing"
+    assert held() == before
+
+
+def test_a_client_that_drips_does_not_last_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_CONNECTION_S", 1.0)
+    pause = threading.Event()
+    with closing(Endpoint("127.0.0.1", 0, ROUTES)) as server:
+        host, _, port = server.address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as client:
+            begun_s = time.monotonic()
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                while time.monotonic() - begun_s < PATIENCE_S:
+                    client.sendall(b"A")
+                    pause.wait(0.05)
+            assert time.monotonic() - begun_s < 5.0
+
+
+def test_a_storm_is_turned_away_and_passes(server: Endpoint) -> None:
+    host, _, port = server.address.rpartition(":")
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(closing(socket.create_connection((host, int(port)), timeout=PATIENCE_S)))
+            for _ in range(endpoint._CONNECTIONS_MAX + 8)
+        ]
+        turned_away = 0
+        for client in clients:
+            client.settimeout(0.05)
+            try:
+                turned_away += client.recv(1) == b""
+            except TimeoutError:
+                pass
+        assert turned_away == 8
+        threads = [each for each in threading.enumerate() if each.name.startswith("psa-http")]
+        assert len(threads) == 1 + endpoint._THREADS
+    assert get(server.address, "/a")[2] == b"hello"
+
+
+def test_who_comes_second_takes_the_next_port() -> None:
+    with closing(Endpoint("127.0.0.1", 0, ROUTES)) as first:
+        port = int(first.address.rpartition(":")[2])
+        with closing(Endpoint("127.0.0.1", port, ROUTES)) as second:
+            assert port < int(second.address.rpartition(":")[2]) <= port + 100
+            assert get(second.address, "/a")[2] == b"hello"
+
+
+def test_closing_does_not_wait_for_a_silent_client() -> None:
+    before = held()
+    with closing(Endpoint("127.0.0.1", 0, ROUTES)) as server:
+        host, _, port = server.address.rpartition(":")
+        client = socket.create_connection((host, int(port)), timeout=PATIENCE_S)
+        client.sendall(b"GET /a HT")
+        assert get(server.address, "/a")[2] == b"hello"
+        begun_s = time.monotonic()
+    assert time.monotonic() - begun_s < 1.0
+    client.close()
+    assert held() == before
+
+
+def test_an_address_of_another_machine_is_refused_with_its_name() -> None:
+    before = held()
+    with pytest.raises(DependencyUnreachable, match=r"192\.0\.2\.1.*PSA_BIND"):
+        Endpoint("192.0.2.1", 0, ROUTES)
+    assert held() == before

@@ -1,0 +1,196 @@
+"""What pulses, points and events say, without anybody to say it to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from psa_store.monitor import EventKind, Events
+from psa_store.monitor.pulse import Curve, Rates, finite
+from psa_store.plan import Member, Plan, Server, TakeOver, View
+
+PLAN = Plan(
+    epoch=7,
+    revision=3,
+    resume=1200,
+    servers=(Server("s1", "", "", ""), Server("s2", "", "", "")),
+    owners=(0, 1),
+    ranks=("w1", "w2"),
+)
+
+
+def view(servers: str, workers: str, plan: Plan | None = PLAN) -> View:
+    members = {name: Member(name, "host", 1) for name in (servers + " " + workers).split()}
+    return View(
+        plan=plan,
+        servers={name: members[name] for name in servers.split()},
+        workers={name: members[name] for name in workers.split()},
+        shard_sizes=(1, 1),
+        ranks=2,
+    )
+
+
+def kinds(events: Events) -> list[tuple[str, str]]:
+    return [(note.kind.value, note.member) for note in events.drain()]
+
+
+class TestMembers:
+    def test_a_new_controller_tells_who_of_the_plan_is_gone(self) -> None:
+        events = Events()
+        events.see(view("s2", "w1 w2 w3"))
+        assert kinds(events) == [("server-gone", "s1"), ("worker-joined", "w3")]
+        assert events.members == {"s2", "w1", "w2", "w3"}
+
+    def test_then_each_change_is_told_once(self) -> None:
+        events = Events()
+        events.see(view("s1 s2", "w1 w2"))
+        events.see(view("s1 s2", "w1 w2"))
+        assert kinds(events) == []
+        events.see(view("s1", "w1 w2"))
+        events.see(view("s1", "w2"))
+        assert kinds(events) == [("server-gone", "s2"), ("worker-gone", "w1")]
+
+    def test_a_job_without_a_plan_sees_all_of_them_come(self) -> None:
+        events = Events()
+        events.see(view("s1", "w1", plan=None))
+        assert kinds(events) == [("server-joined", "s1"), ("worker-joined", "w1")]
+
+    def test_who_is_no_longer_controller_knows_no_members(self) -> None:
+        events = Events()
+        events.see(view("s1", "w1"))
+        events.resign()
+        assert events.members is None
+
+
+class TestTakeOvers:
+    def taken(self, before: Plan | None, reason: str, resume: int, reached: int = 0) -> Events:
+        events = Events()
+        begun = replace(PLAN, epoch=8, resume=resume)
+        events.took_over(TakeOver(PLAN.servers, PLAN.owners, PLAN.ranks, reason), before, begun, 0.314, reached)
+        return events
+
+    def test_a_job_is_created_once(self) -> None:
+        assert [kind for kind, _ in kinds(self.taken(None, "no plan", 0))] == ["created", "epoch"]
+        assert [kind for kind, _ in kinds(self.taken(None, "no plan", 50))] == ["epoch"]
+        at_rest = replace(PLAN, servers=(), owners=())
+        assert [kind for kind, _ in kinds(self.taken(at_rest, "nobody owns the shards", 50))] == ["epoch"]
+
+    def test_a_hand_over_is_no_recovery(self) -> None:
+        assert [kind for kind, _ in kinds(self.taken(PLAN, "hand-over at step 50", 50))] == ["hand-over"]
+
+    def test_a_recovery_says_what_it_cost(self) -> None:
+        (note,) = self.taken(PLAN, "server s1 is gone", 1200, reached=1207).drain()
+        assert note.document({}) == {
+            "time": note.time,
+            "kind": "recovered",
+            "text": "server s1 is gone; epoch 8 began at version 1200, took 0.31 s, 7 versions are computed again",
+            "epoch": 8,
+            "version": 1200,
+            "member": "",
+        }
+
+    def test_a_server_that_just_came_believes_the_pulses_of_the_epoch_before(self) -> None:
+        (note,) = self.taken(PLAN, "server s1 is gone", 1200, reached=0).drain()
+        pulses = {"s1": {"vitals": {"version": 1201, "epoch": 7}}, "s2": {"vitals": {"version": 1300, "epoch": 8}}}
+        assert str(note.document(pulses)["text"]).endswith(", 1 version is computed again")
+
+
+def test_notes_are_bounded_and_the_oldest_go() -> None:
+    events = Events()
+    for number in range(300):
+        events.note(EventKind.MEMBERS, str(number))
+    kept = events.drain()
+    assert [note.text for note in kept] == [str(number) for number in range(44, 300)]
+    for number in range(255):
+        events.note(EventKind.MEMBERS, f"new {number}")
+    events.put_back(kept)
+    assert [note.text for note in events.drain()][:2] == ["299", "new 0"]
+
+
+def test_what_could_not_be_written_comes_first_again() -> None:
+    events = Events()
+    for text in ("a", "b"):
+        events.note(EventKind.MEMBERS, text)
+    notes = events.drain()
+    events.note(EventKind.MEMBERS, "c")
+    events.put_back(notes)
+    assert [note.text for note in events.drain()] == ["a", "b", "c"]
+
+
+def test_a_plan_that_only_enters_a_phase_is_no_news() -> None:
+    events = Events()
+    events.planned(PLAN, replace(PLAN, revision=4, mark=4), "members changed")
+    assert kinds(events) == []
+    events.planned(PLAN, replace(PLAN, ranks=("w1", "w1")), "workers changed")
+    (note,) = events.drain()
+    assert note.text == "workers changed: 1 workers hold the 2 ranks, 2 servers the shards"
+
+
+def test_rates_are_those_of_the_last_seconds() -> None:
+    rates = Rates(("steps", "samples"))
+    assert rates.update(10.0, {"steps": 5}) == {"steps": 0.0, "samples": 0.0}
+    assert rates.update(11.0, {"steps": 25, "samples": 40}) == {"steps": 20.0, "samples": 40.0}
+    for second in range(12, 30):
+        found = rates.update(float(second), {"steps": 25, "samples": 40.0 * (second - 10)})
+    assert found == {"steps": 0.0, "samples": 40.0}
+
+
+def test_json_is_not_asked_to_say_infinity() -> None:
+    assert finite({"a": 1.0, "b": float("inf"), "c": float("nan")}) == {"a": 1.0}
+
+
+class TestCurve:
+    def server(self, time: float, version: int, **vitals: float) -> dict[str, Any]:
+        return {"role": "server", "time": time, "shards": 2, "vitals": {"version": version, **vitals}}
+
+    def worker(self, time: float, *ranks: int, **vitals: float) -> dict[str, Any]:
+        return {"role": "worker", "time": time, "ranks": ranks, "vitals": vitals, "rates": {"samples": 10.0}}
+
+    def test_a_point_is_what_all_say_together(self) -> None:
+        pulses = [
+            self.server(100.0, 41, committed_version=40, epoch=3, gradient_norm=2.5),
+            self.server(100.0, 42, committed_version=30, epoch=3, gradient_norm=2.5),
+            {**self.server(100.0, 0), "shards": 0},
+            self.worker(100.0, 1, loss=9.0),
+            self.worker(100.0, 0, 2, loss=1.5, learning_rate=0.1),
+        ]
+        assert Curve().point(100.5, pulses) == {
+            "time": 100.5,
+            "version": 41,
+            "committed": 30,
+            "epoch": 3,
+            "loss": 1.5,
+            "learning_rate": 0.1,
+            "gradient_norm": 2.5,
+            "samples_per_s": 20.0,
+            "steps_per_s": 0.0,
+            "workers": 2,
+            "servers": 3,
+        }
+
+    def test_what_nobody_says_is_null(self) -> None:
+        point = Curve().point(100.0, [self.server(100.0, 41)])
+        assert point is not None
+        assert (point["loss"], point["learning_rate"], point["gradient_norm"]) == (None, None, None)
+
+    def test_old_pulses_say_nothing(self) -> None:
+        assert Curve().point(100.0, [self.server(90.0, 41)]) is None
+
+    def test_there_is_no_new_point_until_the_job_moves(self) -> None:
+        curve = Curve()
+        point = curve.point(100.0, [self.server(100.0, 41)])
+        assert point is not None and curve.point(101.0, [self.server(101.0, 41)]) is not None
+        curve.kept(point)
+        assert curve.point(102.0, [self.server(102.0, 41)]) is None
+        assert curve.point(103.0, [self.server(103.0, 42)]) is not None
+        assert curve.point(104.0, [self.server(104.0, 41, epoch=2)]) is not None
+
+    def test_the_speed_is_by_the_clock_of_who_tells(self) -> None:
+        curve = Curve()
+        curve.point(100.0, [self.server(99.9, 40)])
+        speeds = []
+        for now, told, version in [(101.0, 99.9, 40), (102.0, 101.9, 80), (103.0, 102.9, 60)]:
+            point = curve.point(now, [self.server(told, version)])
+            assert point is not None
+            speeds.append(point["steps_per_s"])
+        assert speeds == [0.0, 20.0, 0.0]
