@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     home: _Folder = Field(
         default=Path.home() / ".local" / "share" / "psa_store", description="data of the private servers"
     )
-    bind: str = Field(default="127.0.0.1", description="address on which servers listen and which they advertise")
+    bind: str = Field(default="127.0.0.1", description="address on which servers and all endpoints listen")
     session_timeout_s: float = Field(default=4.0, ge=1.0, le=120.0, description="ZooKeeper session timeout")
     connect_timeout_s: float = Field(
         default=5.0, gt=0.0, le=60.0, description="how long a dependency may take to answer"

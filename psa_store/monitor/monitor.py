@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 
 from psa_store import telemetry
 from psa_store.config import Settings
-from psa_store.errors import PsaError
+from psa_store.errors import DependencyUnreachable, PsaError
 from psa_store.monitor.endpoint import Endpoint, Route
 from psa_store.monitor.events import Events
 from psa_store.monitor.metrics import metrics_route
@@ -70,9 +70,9 @@ class Monitor:
                 **(pages or {}),
             }
             self.address = ""
+            """Of the endpoint, "host:port"; empty if there is none."""
             if settings.metrics_port >= 0:
-                endpoint = stack.enter_context(closing(Endpoint(settings.bind, settings.metrics_port, routes)))
-                self.address = endpoint.address
+                self.address = self._listen(settings, routes, stack)
             self._resources = stack.pop_all()
         self._thread = threading.Thread(target=self._run, name="psa-monitor")
         self._thread.start()
@@ -82,6 +82,14 @@ class Monitor:
         self._stop.set()
         self._thread.join()
         self._resources.close()
+
+    def _listen(self, settings: Settings, routes: Mapping[str, Route], stack: ExitStack) -> str:
+        """Open the endpoint if that is possible. A worker may run where the address of servers is not its own."""
+        try:
+            return stack.enter_context(closing(Endpoint(settings.bind, settings.metrics_port, routes))).address
+        except DependencyUnreachable as error:
+            self._log.warning("no metrics over HTTP (PSA_METRICS_PORT=-1: do not try)", why=str(error))
+            return ""
 
     # --- the thread
 

@@ -1,0 +1,346 @@
+"""What real jobs tell about themselves, seen from outside, while what they need is killed, paused and brought back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import redis as redis_client
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch import nn
+
+import psa_store as psa
+from psa_store.config import Settings
+from psa_store.errors import UsageError
+from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.monitor import EventKind, Events, Monitor
+from psa_store.storage import History
+from psa_store.telemetry import VITALS, Kind, Role, Vitals
+from tests.harness import Run, Site
+from tests.integration.test_endpoint import get, held
+
+PATIENCE_S = 30.0
+T = TypeVar("T")
+KEYS = {"member", "role", "time", "host", "pid", "metrics", "resident_bytes", "vitals", "rates", "stage"}
+
+
+def eventually(look: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """The first answer that is true, of something that gives no event."""
+    pause, end_s = threading.Event(), time.monotonic() + patience_s
+    while not (found := look()):
+        assert time.monotonic() < end_s, "it did not happen in time"
+        pause.wait(0.05)
+    return found
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[PrivateRedis]:
+    server = PrivateRedis(tmp_path / "redis")
+    server.start(10)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def zookeeper(tmp_path: Path) -> Iterator[PrivateZooKeeper]:
+    server = PrivateZooKeeper(tmp_path / "zookeeper")
+    server.start(30)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own(redis: PrivateRedis, zookeeper: PrivateZooKeeper, tmp_path: Path) -> Site:
+    return Site(redis.url, zookeeper.hosts, tmp_path)
+
+
+@contextmanager
+def history_of(site: Site) -> Iterator[History]:
+    with closing(History(site.redis, timeout_s=5.0)) as history:
+        yield history
+
+
+def pulses_by_role(history: History, job: str, since: float = 0.0) -> dict[str, list[dict[str, Any]]]:
+    fresh = [pulse for pulse in history.pulses(job).values() if pulse["time"] > since]
+    return {role: [pulse for pulse in fresh if pulse["role"] == role] for role in ("server", "worker")}
+
+
+def all_there(history: History, job: str, count: int, since: float = 0.0) -> bool:
+    return all(len(found) == count for found in pulses_by_role(history, job, since).values())
+
+
+def moved(history: History, job: str) -> bool:
+    """Whether every worker has told a loss, and every server of a commit."""
+    found = pulses_by_role(history, job)
+    return all("loss" in pulse["vitals"] for pulse in found["worker"]) and all(
+        pulse["vitals"].get("commits") for pulse in found["server"]
+    )
+
+
+def kinds_of(history: History, job: str) -> list[str]:
+    return [event["kind"] for event in history.events(job)]
+
+
+def check_metrics(job: str, pulse: Mapping[str, Any]) -> None:
+    """Exactly the vitals of its role are there, under their names, and what Prometheus's client tells of a process."""
+    status, content_type, body = get(pulse["metrics"], "/metrics")
+    assert status == 200 and content_type.startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(body.decode())}
+    role = Role(pulse["role"])
+    wanted = {f"psa_{vital.name}": vital for vital in VITALS if role in vital.roles}
+    assert {name for name in families if not name.startswith("process_")} == wanted.keys()
+    assert "process_resident_memory_bytes" in families
+    for name, vital in wanted.items():
+        assert families[name].type == vital.kind.value
+        for sample in families[name].samples:
+            assert sample.name == name + ("_total" if vital.kind is Kind.COUNTER else "")
+            assert sample.labels == {"job": job, "member": pulse["member"], "role": role.value}
+    for name, value in pulse["vitals"].items():
+        (sample,) = families[f"psa_{name}"].samples
+        if VITALS_BY_NAME[name].kind is Kind.COUNTER:
+            assert sample.value >= value
+
+
+VITALS_BY_NAME = {vital.name: vital for vital in VITALS}
+
+
+def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
+    """From its creation over the death of its controller and a restart of Redis to its end."""
+    job, steps, calm = "told", 1000, own.home / "calm"
+    pace = ("--pace-s", "0.05", "--paced-until", str(calm))
+    run = own.run(job, "--steps", str(steps), *pace, workers=2, servers=2, commit_every=10)
+    run.wait_for_step(30)
+    with history_of(own) as history:
+        eventually(lambda: all_there(history, job, 2) and moved(history, job))
+        pulses = pulses_by_role(history, job)
+        described = own.describe(job)
+        assert {pulse["pid"] for pulse in pulses["server"]} == {server["pid"] for server in described["servers"]}
+        for pulse in (*pulses["server"], *pulses["worker"]):
+            extra = {"shards"} if pulse["role"] == "server" else {"ranks"}
+            assert pulse.keys() == KEYS | extra
+            assert abs(pulse["time"] - time.time()) < 5.0 and pulse["resident_bytes"] > 1 << 20
+            assert pulse["vitals"]["epoch"] == described["epoch"]
+            assert pulse["vitals"]["sent_bytes"] > 0 and pulse["vitals"]["received_bytes"] > 0
+            check_metrics(job, pulse)
+            assert get(pulse["metrics"], "/healthz")[0] == get(pulse["metrics"], "/readyz")[0] == 200
+        assert sorted(rank for pulse in pulses["worker"] for rank in pulse["ranks"]) == [0, 1]
+        for pulse in pulses["worker"]:
+            assert pulse["stage"] in ("computing", "waiting")
+            assert pulse["vitals"]["samples"] == 6 * pulse["vitals"]["steps"]
+            assert pulse["rates"]["samples"] == pytest.approx(6 * pulse["rates"]["steps"], rel=1e-3)
+            assert 0.0 < pulse["vitals"]["learning_rate"] <= 0.01
+            assert pulse["vitals"]["compute_seconds"] > 0.0 and pulse["vitals"]["wait_seconds"] > 0.0
+        for pulse in pulses["server"]:
+            assert pulse["vitals"]["gradient_norm"] > 0.0 and pulse["vitals"]["commit_seconds"] > 0.0
+        assert sum(pulse["vitals"]["controller"] for pulse in pulses["server"]) == 1.0
+        assert sum(pulse["shards"] for pulse in pulses["server"]) == described["shards"]
+        assert kinds_of(history, job).count("created") == 1
+
+        victim = next(server for server in described["servers"] if server["id"] == described["controller"])
+        os.kill(victim["pid"], signal.SIGKILL)
+        eventually(lambda: "recovered" in kinds_of(history, job))
+        events = history.events(job)
+        gone = next(event for event in events if event["kind"] == "server-gone")
+        assert gone["member"] == victim["id"]
+        recovered = next(event for event in events if event["kind"] == "recovered")
+        assert victim["id"] in recovered["text"] and "computed again" in recovered["text"]
+        assert recovered["epoch"] > described["epoch"] and recovered["version"] % 10 == 0
+        # It is back under another name, and gets its shards with a hand-over.
+        eventually(lambda: "hand-over" in kinds_of(history, job))
+
+        redis.kill()
+        back = time.time()
+        redis.start(10)
+        eventually(lambda: all_there(history, job, 2, since=back))
+        points = len(history.curve(job))
+        eventually(lambda: len(history.curve(job)) > points)
+
+        calm.touch()
+        assert run.finish() == 0, run.output
+        finished = [event for event in history.events(job) if event["kind"] == "finished"]
+        assert [event["version"] for event in finished] == [steps]
+        assert history.pulses(job).keys() <= {victim["id"]}, "who left withdrew its pulse"
+        curve = history.curve(job)
+        assert all(point["loss"] is not None for point in curve if point["version"] > 40 and point["workers"] == 2)
+        assert all(point["committed"] <= point["version"] <= steps for point in curve)
+        versions = [point["version"] for point in curve if point["epoch"] == curve[-1]["epoch"]]
+        assert versions == sorted(versions) and len(set(versions)) == len(versions) > 3
+        assert max(point["steps_per_s"] for point in curve) > 0 and max(point["samples_per_s"] for point in curve) > 0
+
+
+def test_a_server_that_zookeeper_does_not_hear_is_not_ready_until_it_does(
+    own: Site, zookeeper: PrivateZooKeeper
+) -> None:
+    job = "lease"
+    run = own.run(job, "--steps", "100000", workers=1, servers=1)
+    run.wait_for_step(5)
+    with history_of(own) as history:
+        eventually(lambda: all_there(history, job, 1))
+        (server,) = pulses_by_role(history, job)["server"]
+        assert get(server["metrics"], "/readyz") == (200, "text/plain; charset=utf-8", b"ok\n")
+        os.kill(zookeeper.pids[0], signal.SIGSTOP)
+        try:
+            eventually(lambda: get(server["metrics"], "/readyz")[0] == 503)
+            assert b"ZooKeeper is silent" in get(server["metrics"], "/readyz")[2]
+            assert get(server["metrics"], "/healthz")[0] == 200, "it is well, and only waits"
+        finally:
+            os.kill(zookeeper.pids[0], signal.SIGCONT)
+        eventually(lambda: get(server["metrics"], "/readyz")[0] == 200)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 0, run.output
+
+
+def test_a_job_that_is_told_to_say_nothing_says_nothing(own: Site, redis: PrivateRedis) -> None:
+    run = own.run("silent", "--steps", "60", workers=1, servers=1, env={"PSA_MONITOR": "0"})
+    assert run.finish() == 0, run.output
+    with redis_client.Redis.from_url(redis.url) as raw:
+        told = {b"psa:{silent}:" + name for name in (b"pulses", b"events", b"curve")}
+        assert raw.keys("psa:{silent}:*") and not told & set(raw.keys("psa:{silent}:*"))
+
+
+def test_processes_of_one_machine_share_out_the_ports_from_the_one_that_is_set(own: Site) -> None:
+    job, port = "ports", 18_431
+    run = own.run(job, "--steps", "100000", workers=2, servers=1, env={"PSA_METRICS_PORT": str(port)})
+    with history_of(own) as history:
+        run.wait_for_step(5)
+        eventually(lambda: len(history.pulses(job)) == 3)
+        ports = {int(pulse["metrics"].rpartition(":")[2]) for pulse in history.pulses(job).values()}
+    assert len(ports) == 3 and min(ports) >= port and max(ports) < port + 100
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 0, run.output
+
+
+@pytest.fixture
+def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in site.env.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_worker_leaves_no_thread_and_no_descriptor(site: Site, environment: None) -> None:
+    job = "tidy"
+    server = Run(["server", "--job", job], site.env)
+    model = nn.Linear(4, 1)
+    data = [(torch.ones(4), torch.ones(1)) for _ in range(8)]
+    nn.functional.mse_loss(model(torch.ones(4)), torch.ones(1)).backward()  # autograd's own thread is there from now on
+    before = held()
+    worker = psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.25), steps=4)
+    with history_of(site) as history, worker:
+        batches = worker.batches(data, batch_size=2)
+        x, y = next(batches)
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        with pytest.raises(UsageError, match=r"shape \(2,\)"):
+            worker.step(torch.ones(2))
+        worker.step(loss)
+        told = eventually(lambda: [p for p in pulses_by_role(history, job)["worker"] if "loss" in p["vitals"]])
+        assert told[0]["vitals"]["loss"] == pytest.approx(loss.item())
+        assert told[0]["vitals"]["learning_rate"] == 0.25
+        for x, y in batches:
+            nn.functional.mse_loss(model(x), y).backward()
+            worker.step(0.5)
+    assert held() == before
+    server.process.send_signal(signal.SIGTERM)
+    assert server.finish() == 0, server.output
+
+
+class Quiet:
+    """A process about which there is little to tell."""
+
+    member = "server-1"
+    sick = ""
+
+    def refresh(self) -> None:
+        pass
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"stage": "", "shards": 0}
+
+    def why_sick(self) -> str:
+        return self.sick
+
+    def why_not_ready(self) -> str:
+        return ""
+
+
+class TestMonitor:
+    @pytest.fixture
+    def settings(self, redis: PrivateRedis) -> Settings:
+        return Settings(redis=redis.url)
+
+    def test_it_says_that_its_process_is_sick(self, settings: Settings) -> None:
+        subject = Quiet()
+        with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), subject, settings)) as monitor:
+            assert get(monitor.address, "/healthz")[0] == 200
+            subject.sick = "it has ended"
+            assert get(monitor.address, "/healthz") == (503, "text/plain; charset=utf-8", b"it has ended\n")
+
+    def test_events_wait_while_redis_is_away_and_it_closes_in_time_all_the_same(
+        self, redis: PrivateRedis, settings: Settings
+    ) -> None:
+        before, events = held(), Events()
+        vitals = Vitals(Role.SERVER, "server-1")
+        monitor = Monitor("job", vitals, Quiet(), settings, events=events)
+        with closing(History(redis.url, timeout_s=5.0)) as history:
+            eventually(lambda: history.pulses("job"))
+            redis.kill()
+            for number in range(3):
+                events.note(EventKind.MEMBERS, str(number))
+            redis.start(10)
+            eventually(lambda: len(history.events("job")) == 3)
+            assert [event["text"] for event in history.events("job")] == ["0", "1", "2"]
+            redis.kill()
+            begun_s = time.monotonic()
+            monitor.close()
+            assert time.monotonic() - begun_s < 3.0
+        assert held() == before
+
+    def test_who_has_a_new_name_is_not_told_twice(self, redis: PrivateRedis, settings: Settings) -> None:
+        subject = Quiet()
+        with (
+            closing(History(redis.url, timeout_s=5.0)) as history,
+            closing(Monitor("job", Vitals(Role.SERVER, "server-1"), subject, settings)) as monitor,
+        ):
+            eventually(lambda: "server-1" in history.pulses("job"))
+            subject.member = "server-1+again"
+            eventually(lambda: history.pulses("job").keys() == {"server-1+again"})
+            assert b'member="server-1+again"' in get(monitor.address, "/metrics")[2]
+
+    def test_the_controller_removes_old_pulses_of_members_that_are_gone(
+        self, redis: PrivateRedis, settings: Settings
+    ) -> None:
+        events = Events()
+        events._seen = frozenset({"server-1", "old-but-there"}), frozenset()
+        with closing(History(redis.url, timeout_s=5.0)) as history:
+            for member, age_s in (("gone", 61), ("just-gone", 20), ("old-but-there", 61)):
+                pulse = {"time": time.time() - age_s, "role": "server", "shards": 1, "vitals": {"version": 1}}
+                history.pulse("job", member, json.dumps(pulse))
+            with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), settings, events=events)):
+                eventually(lambda: "gone" not in history.pulses("job"))
+                assert history.pulses("job").keys() == {"server-1", "just-gone", "old-but-there"}
+            assert history.curve("job") == [], "old pulses make no points"
+
+    def test_where_the_address_is_not_ours_there_are_pulses_and_no_endpoint(
+        self, redis: PrivateRedis, settings: Settings
+    ) -> None:
+        elsewhere = settings.model_copy(update={"bind": "192.0.2.1"})
+        with (
+            closing(History(redis.url, timeout_s=5.0)) as history,
+            closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), elsewhere)),
+        ):
+            eventually(lambda: history.pulses("job"))
+            assert history.pulses("job")["server-1"]["metrics"] == ""
+
+    def test_its_endpoint_can_be_left_out(self, settings: Settings) -> None:
+        off = settings.model_copy(update={"metrics_port": -1})
+        with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), off)) as monitor:
+            assert monitor.address == ""
+            assert not [each for each in threading.enumerate() if each.name.startswith("psa-http")]
