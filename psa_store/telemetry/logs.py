@@ -1,18 +1,25 @@
-"""Logging: one line per event on standard error, through structlog."""
+"""Logging: one line per event on standard error, through structlog.
+
+structlog is imported when it is used: that takes as long as all else that a command which logs nothing imports.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING, TypeAlias
 
-import structlog
+if TYPE_CHECKING:
+    import structlog
 
-Log = structlog.stdlib.BoundLogger
+Log: TypeAlias = "structlog.stdlib.BoundLogger"
 
 
 def configure(level: str, role: str) -> None:
     """Send this process's log to standard error, each line marked with the role and the process id."""
+    import structlog
+
     marks = {"role": role, "pid": os.getpid()}
     structlog.configure(
         processors=[
@@ -30,5 +37,7 @@ def configure(level: str, role: str) -> None:
 
 def get_logger() -> Log:
     """A logger; cheap, call it where it is needed."""
+    import structlog
+
     logger: Log = structlog.get_logger()
     return logger

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from psa_store.errors import Refused
 from psa_store.layout import PAGE_BYTES as LAYOUT_PAGE_BYTES
 
@@ -31,9 +29,9 @@ PAGE_BYTES = mmap.PAGESIZE
 _MAP_FIXED = 0x10
 _PAGEMAP_PATH = "/proc/self/pagemap"
 _PAGEMAP_ENTRY_BYTES = 8
-_PRESENT = np.uint64(1 << 63)
-_SWAPPED = np.uint64(1 << 62)
-_OF_FILE = np.uint64(1 << 61)
+_PRESENT = 1 << 63
+_SWAPPED = 1 << 62
+_OF_FILE = 1 << 61
 
 
 class SharedMemory:
@@ -171,14 +169,17 @@ class Window:
         return written
 
     def _is_written(self, low: int, high: int) -> bool:
+        import numpy as np  # not above: `psa status` talks to servers, and would wait for this import
+
+        of_file = np.uint64(_OF_FILE)
         pages = np.empty((_round_up(high) - low) // PAGE_BYTES, dtype=np.uint64)
         place = (self._address + low) // PAGE_BYTES * _PAGEMAP_ENTRY_BYTES
         if os.preadv(self._pagemap, [pages.data.cast("B")], place) != pages.nbytes:
             return True
-        if np.bitwise_and.reduce(pages) & _OF_FILE:
+        if np.bitwise_and.reduce(pages) & of_file:
             return False  # the usual case, cheaply: every page is there and is the original
-        here = pages & (_PRESENT | _SWAPPED) != 0
-        return bool(np.any(here & (pages & _OF_FILE == 0)))
+        here = pages & np.uint64(_PRESENT | _SWAPPED) != 0
+        return bool(np.any(here & (pages & of_file == 0)))
 
     def _map(self, low: int, high: int, flags: int, fd: int) -> None:
         assert low % PAGE_BYTES == 0 and 0 <= low < high <= self._size_bytes
