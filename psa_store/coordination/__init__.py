@@ -2,7 +2,7 @@
 
 from psa_store.coordination.barrier import Barrier, BarrierState
 from psa_store.coordination.coordination import Coordination, MemberKind, Versioned
-from psa_store.coordination.examination import ZooKeeperMember, examine_zookeeper
+from psa_store.coordination.examination import ZooKeeperMember, examine_zookeeper, greet_zookeeper
 
 __all__ = [
     "Barrier",
@@ -12,4 +12,5 @@ __all__ = [
     "Versioned",
     "ZooKeeperMember",
     "examine_zookeeper",
+    "greet_zookeeper",
 ]

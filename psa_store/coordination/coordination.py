@@ -15,8 +15,9 @@ what it wanted to write may be written or not. Reads may be a little old: compar
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from psa_store.coordination import barrier, election, epochs
@@ -34,6 +35,8 @@ class Versioned:
 
     text: str
     version: int
+    modified_s: float = field(default=0.0, compare=False)
+    """When it was written, by ZooKeeper's clock, in seconds since 1970; 0 where it was not read."""
 
 
 class MemberKind(StrEnum):
@@ -111,7 +114,7 @@ class Coordination:
     def read_plan(self, *, watch: bool = False) -> Versioned | None:
         """The plan; None if there is none yet. ``watch``: wake when it is created or changes."""
         node = self._session.run(lambda requests: requests.get(f"{self._job}/plan", watch=watch))
-        return Versioned(node.text, node.version) if node is not None else None
+        return Versioned(node.text, node.version, node.modified_s) if node is not None else None
 
     def write_plan(self, text: str, expected: int | None) -> Versioned | None:
         """Replace the plan of version ``expected``, or create it (None); None if someone else was faster."""
@@ -268,6 +271,12 @@ class Coordination:
     def jobs(self) -> list[str]:
         """Names of the jobs that ZooKeeper knows."""
         return self._session.run(lambda requests: requests.children(self._root))
+
+    def round_trip_s(self) -> float:
+        """How long the way through our server to the leader and back takes now."""
+        started_s = time.perf_counter()
+        self._session.run(lambda requests: requests.sync())
+        return time.perf_counter() - started_s
 
     def describe(self) -> dict[str, object]:
         """Facts about the session, for people."""

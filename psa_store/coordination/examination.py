@@ -1,18 +1,19 @@
-"""What each member of a ZooKeeper ensemble is like, asked one by one. For `psa doctor`; nothing is written.
+"""What each member of a ZooKeeper ensemble is like, asked one by one. For people; nothing is written.
 
-A member is asked twice. ``srvr``, one of ZooKeeper's four-letter words, is answered by a member that has no quorum as
-well, which tells it from one that is down, and names its version and its part in the ensemble. A session is granted by
-a quorum only, so that a member which gives us one serves.
+For `psa doctor` a member is asked twice, for `psa status` only the first of these. ``srvr``, one of ZooKeeper's
+four-letter words, is answered by a member that has no quorum as well, which tells it from one that is down, and names
+its version and its part in the ensemble. A session is granted by a quorum only, so that a member which gives us one
+serves.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kazoo.hosts import collect_hosts
 
@@ -54,37 +55,57 @@ def examine_zookeeper(hosts: str, *, session_timeout_s: float, connect_timeout_s
     Raises:
         UsageError: ``hosts`` cannot be read.
     """
+    return _ask_each(hosts, lambda host, port: _examine(host, port, session_timeout_s, connect_timeout_s))
+
+
+def greet_zookeeper(hosts: str, timeout_s: float) -> list[ZooKeeperMember]:
+    """The same from one short question to each, without a session: nothing is known of how fast it is.
+
+    A member that is silent for ``timeout_s``, as a stopped process is, does not serve.
+
+    Raises:
+        UsageError: ``hosts`` cannot be read.
+    """
+    return _ask_each(hosts, lambda host, port: _greet(host, port, timeout_s))
+
+
+def _ask_each(hosts: str, ask: Callable[[str, int], ZooKeeperMember]) -> list[ZooKeeperMember]:
     try:
         addresses, _ = collect_hosts(hosts)
     except ValueError as error:
         raise UsageError(f"ZooKeeper address {hosts!r}: {error}. Write host:port,host:port/chroot") from error
-
-    def ask(address: tuple[str, int]) -> ZooKeeperMember:
-        return _examine(*address, session_timeout_s, connect_timeout_s)
-
-    with ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="psa-doctor") as pool:
-        return list(pool.map(ask, addresses))
+    with ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="psa-zookeeper-ask") as pool:
+        return list(pool.map(lambda address: ask(*address), addresses))
 
 
-def _examine(host: str, port: int, session_timeout_s: float, connect_timeout_s: float) -> ZooKeeperMember:
+def _greet(host: str, port: int, timeout_s: float) -> ZooKeeperMember:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        told = four_letters((host, port), b"srvr", connect_timeout_s)
+        told = four_letters((host, port), b"srvr", timeout_s)
     except OSError as error:
         return ZooKeeperMember(address, f"no connection: {error.strerror or error}")
+    if not told:
+        return ZooKeeperMember(address, f"it accepts connections, but says nothing within {timeout_s:g} s")
     if _NO_QUORUM in told:
         return ZooKeeperMember(address, "it runs, but without a quorum")
     version, mode = (found[1] if (found := pattern.search(told)) else "" for pattern in (_VERSION, _MODE))
+    return ZooKeeperMember(address, "", version, mode)
+
+
+def _examine(host: str, port: int, session_timeout_s: float, connect_timeout_s: float) -> ZooKeeperMember:
+    greeted = _greet(host, port, connect_timeout_s)
+    if not greeted.serves:
+        return greeted
     session = Session(
-        address, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=lambda: None
+        greeted.address, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=lambda: None
     )
     try:
         with closing(session):
             session.start()
             trips_s = [session.run(_round_trip) for _ in range(_ROUND_TRIPS)]
-            return ZooKeeperMember(address, "", version, mode, session.granted_s, tuple(trips_s))
+            return replace(greeted, granted_s=session.granted_s, round_trips_s=tuple(trips_s))
     except (DependencyUnreachable, Disconnected):
-        return ZooKeeperMember(address, f"it gives no session within {connect_timeout_s:g} s", version, mode)
+        return replace(greeted, problem=f"it gives no session within {connect_timeout_s:g} s")
 
 
 def _round_trip(requests: Requests) -> float:

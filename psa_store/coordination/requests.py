@@ -30,6 +30,8 @@ class Znode:
     text: str
     version: int
     owner: int
+    modified_s: float = 0.0
+    """When its text was written, by ZooKeeper's clock, in seconds since 1970; only where it was read."""
 
 
 class Requests:
@@ -142,7 +144,7 @@ class Requests:
             data, stat = self._answer(asked)
         except NoNodeError:
             return None
-        return Znode(path, (data or b"").decode(errors="replace"), stat.version, stat.ephemeralOwner)
+        return Znode(path, (data or b"").decode(errors="replace"), stat.version, stat.ephemeralOwner, stat.mtime / 1e3)
 
     def _answer(self, asked: Any) -> Any:
         try:

@@ -62,6 +62,8 @@ class RedisFacts:
     round_trip_s: float
     clock_ahead_s: float
     """Its clock against ours."""
+    run_id: str
+    """Another one after each of its restarts."""
 
     @property
     def room_bytes(self) -> int | None:
@@ -86,29 +88,37 @@ def examine_redis(url: str, timeout_s: float) -> RedisFacts:
         UsageError: ``url`` is not one of a Redis.
     """
     with closing(Caller(url, timeout_s, _CONNECTIONS_MAX)) as caller:
-        info = caller.retrying(lambda: caller.client.info())
-        with translated(url):
-            round_trip_s, clock_ahead_s = min(_look_at_clock(caller.client) for _ in range(_CLOCK_LOOKS))
-            has_functions = _has_functions(caller.client)
-            appendfsync, save = (_configured(caller.client, name) for name in ("appendfsync", "save"))
-        valkey = info.get("valkey_version")
-        return RedisFacts(
-            where=caller.where,
-            product=f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '')}",
-            version=str(info.get("redis_version", "")),
-            has_functions=has_functions,
-            is_replica=info.get("role") == "slave",
-            eviction=info.get("maxmemory_policy"),
-            memory_limit_bytes=int(info.get("maxmemory", 0)),
-            system_memory_bytes=int(info.get("total_system_memory", 0)),
-            used_memory_bytes=int(info.get("used_memory", 0)),
-            appends=bool(info.get("aof_enabled", 0)),
-            appendfsync=appendfsync,
-            save=save,
-            cannot_persist=_cannot_persist(info, save),
-            round_trip_s=round_trip_s,
-            clock_ahead_s=clock_ahead_s,
-        )
+        return facts_of(caller)
+
+
+def facts_of(caller: Caller) -> RedisFacts:
+    """The same through connections that are there; raises DependencyUnreachable like it."""
+    return caller.retrying(lambda: _ask(caller))
+
+
+def _ask(caller: Caller) -> RedisFacts:
+    info: Any = caller.client.info()
+    round_trip_s, clock_ahead_s = min(_look_at_clock(caller.client) for _ in range(_CLOCK_LOOKS))
+    appendfsync, save = (_configured(caller.client, name) for name in ("appendfsync", "save"))
+    valkey = info.get("valkey_version")
+    return RedisFacts(
+        where=caller.where,
+        product=f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '')}",
+        version=str(info.get("redis_version", "")),
+        has_functions=_has_functions(caller.client),
+        is_replica=info.get("role") == "slave",
+        eviction=info.get("maxmemory_policy"),
+        memory_limit_bytes=int(info.get("maxmemory", 0)),
+        system_memory_bytes=int(info.get("total_system_memory", 0)),
+        used_memory_bytes=int(info.get("used_memory", 0)),
+        appends=bool(info.get("aof_enabled", 0)),
+        appendfsync=appendfsync,
+        save=save,
+        cannot_persist=_cannot_persist(info, save),
+        round_trip_s=round_trip_s,
+        clock_ahead_s=clock_ahead_s,
+        run_id=str(info.get("run_id", "")),
+    )
 
 
 def measure_redis(url: str, timeout_s: float) -> RedisRates:

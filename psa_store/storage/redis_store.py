@@ -23,6 +23,7 @@ from psa_store.storage import keys, pinning
 from psa_store.storage.calling import Caller
 from psa_store.storage.committing import Commit, Outcomes, ShardState
 from psa_store.storage.connecting import text, translated
+from psa_store.storage.examination import RedisFacts, facts_of
 from psa_store.storage.reading import read_into
 from psa_store.storage.records import (
     Head,
@@ -79,6 +80,10 @@ class RedisStore:
         """Changes when Redis restarts or another instance takes over."""
         with translated(self._url):
             return str(self._client.info("server")["run_id"])
+
+    def facts(self) -> RedisFacts:
+        """What it is like now; raises DependencyUnreachable if it does not answer within ``timeout_s``."""
+        return facts_of(self._caller)
 
     # --- jobs
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any
 
 from psa_store.errors import Disconnected, Refused
 from psa_store.wire.address import connect
 from psa_store.wire.frames import HEADER_BYTES, Header, Kind, decode_text, unpack
+
+_BLOCKS_S = 0.001
+"""Not 0: that would mean not to wait, and another kind of error."""
 
 
 def inspect(address: str, local: str, host: str, timeout_s: float) -> dict[str, Any]:
@@ -16,12 +20,13 @@ def inspect(address: str, local: str, host: str, timeout_s: float) -> dict[str, 
     Raises:
         Disconnected: it does not answer within ``timeout_s``, or not with a report.
     """
+    end_s = time.monotonic() + timeout_s
     with connect(address, local, host, timeout_s) as sock:
         try:
             sock.settimeout(timeout_s)
             sock.sendall(Header(Kind.INSPECT).pack())
-            header = unpack(_exactly(sock, HEADER_BYTES))
-            payload = _exactly(sock, header.length)
+            header = unpack(_exactly(sock, HEADER_BYTES, end_s))
+            payload = _exactly(sock, header.length, end_s)
         except (OSError, Refused) as error:
             raise Disconnected(f"the server at {address} does not answer: {error}") from error
     if header.kind is not Kind.REPORT:
@@ -29,9 +34,10 @@ def inspect(address: str, local: str, host: str, timeout_s: float) -> dict[str, 
     return decode_text(payload)
 
 
-def _exactly(sock: socket.socket, count: int) -> bytes:
+def _exactly(sock: socket.socket, count: int, end_s: float) -> bytes:
     data = bytearray()
     while len(data) < count:
+        sock.settimeout(max(_BLOCKS_S, end_s - time.monotonic()))
         part = sock.recv(count - len(data))
         if not part:
             raise ConnectionResetError("it closed the connection")

@@ -38,6 +38,7 @@ REDIS = RedisFacts(
     cannot_persist=False,
     round_trip_s=0.001,
     clock_ahead_s=0.01,
+    run_id="0123",
 )
 LEADER = ZooKeeperMember("zk1:2181", "", "3.9.2", "leader", TIMEOUT_S, (0.001, 0.002, 0.5))
 FOLLOWER = replace(LEADER, address="zk2:2181", mode="follower")
