@@ -162,12 +162,20 @@ def down() -> None:
 @app.command()
 def status(
     job: Annotated[str | None, typer.Argument(help="name of the job [default: all jobs, one line each]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="look again every second, until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs; with --watch, one document a line")] = False,
 ) -> None:
-    """Show who leads what, who computes what, and which versions are stored."""
-    from psa_store.cli.status import show
+    """Show what is sick, who leads what, who computes what, which versions are stored, and how Redis and ZooKeeper are.
 
-    show(job, as_json, _begin("status"))
+    What is sick comes first, each with the command that looks further. Exits with 3 if Redis or ZooKeeper is away, and
+    then shows what the other one knows; with 4 if stored data are damaged.
+
+    Example: psa status shakespeare --watch
+    """
+    from psa_store.cli.status import show, watch_job
+
+    settings = _settings()  # nothing is logged here, and structlog takes as long to import as all the rest
+    raise typer.Exit(watch_job(job, as_json, settings) if watch else show(job, as_json, settings))
 
 
 config_app = typer.Typer(help="Settings: from flags, else PSA_* variables, else psa.toml, else defaults.")
@@ -423,10 +431,14 @@ def main() -> None:
 
 
 def _begin(role: str) -> Settings:
-    check_environment()
-    settings = load_settings()
+    settings = _settings()
     telemetry.configure(settings.log_level, role)
     return settings
+
+
+def _settings() -> Settings:
+    check_environment()
+    return load_settings()
 
 
 def _script(script: Path) -> Path:

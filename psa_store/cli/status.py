@@ -1,86 +1,122 @@
-"""`psa status`: one look at ZooKeeper and Redis, printed as tables or as JSON."""
+"""`psa status`: looks at jobs, once or every second, shown as tables or as JSON."""
 
 from __future__ import annotations
 
 import json
-from contextlib import closing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.live import Live
 
+from psa_store.cli.status_view import apology, job_view, overview
 from psa_store.config import Settings
-from psa_store.errors import UnknownJob
+from psa_store.errors import DataIntegrity, DependencyUnreachable
 from psa_store.local import fill_addresses
-from psa_store.status import describe
+from psa_store.status import PATIENCE_S_MAX, Observer, known_jobs
 from psa_store.storage import RedisStore
 
+_LOOK_EVERY_S = 1.0
+_LOOKS_AT_ONCE = 8
 
-def show(job: str | None, as_json: bool, settings: Settings) -> None:
-    """Print the state of a job, or the list of jobs.
+
+def show(job: str | None, as_json: bool, settings: Settings) -> int:
+    """Print the state of a job, or of all jobs; returns the exit code.
 
     Raises:
         UnknownJob: there is no such job; the message lists those that exist.
-        DependencyUnreachable: Redis or ZooKeeper does not answer, or none is known.
+        UsageError: no address of Redis or ZooKeeper is known.
+        DependencyUnreachable: both are away, and no job is named.
     """
-    settings = fill_addresses(settings)
-    assert settings.redis is not None
-    with closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)) as store:
-        jobs = sorted(store.jobs())
-        if job is not None and job not in jobs:
-            raise UnknownJob(f"no job {job!r}; known jobs: {', '.join(jobs) or 'none'}")
-        documents = [describe(each, settings, store) for each in ([job] if job else jobs)]
+    with closing(_Looker(job, fill_addresses(settings))) as looker:
+        documents = looker.look()
     if as_json:
         print(json.dumps(documents[0] if job else documents, indent=1))
-    elif job is None:
-        Console().print(_overview(documents))
     else:
-        _details(Console(), documents[0])
+        Console(highlight=False).print(_view(job, documents))
+    return _exit_code(documents)
 
 
-def _overview(documents: list[dict[str, Any]]) -> Table:
-    table = Table("job", "committed", "epoch", "servers", "workers", "state")
-    for each in documents:
-        table.add_row(
-            each["job"],
-            str(each["committed"]),
-            str(each["epoch"] or "-"),
-            str(len(each["servers"])),
-            str(len(each["workers"])),
-            _state(each),
-        )
-    return table
+def watch_job(job: str | None, as_json: bool, settings: Settings) -> int:
+    """Look again every second until Ctrl-C, or until nobody reads any more; an outage is shown, and looked through.
+
+    Raises:
+        UnknownJob, UsageError: as in :func:`show`.
+    """
+    console = Console(highlight=False)
+    with ExitStack() as stack:
+        looker = stack.enter_context(closing(_Looker(job, fill_addresses(settings))))
+        try:
+            if console.is_terminal and not as_json:
+                live = stack.enter_context(Live(console=console, screen=True, auto_refresh=False))
+            else:
+                live = None
+            while True:
+                began_s = time.monotonic()
+                _show_once(job, looker, as_json, console, live)
+                time.sleep(max(0.0, began_s + _LOOK_EVERY_S - time.monotonic()))
+        except KeyboardInterrupt:
+            return 0
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+            return 0
 
 
-def _state(document: dict[str, Any]) -> str:
-    if not document["servers"] and not document["workers"]:
-        return "at rest"
-    if document["missing"]:
-        return "recovering"
-    return "running" if document["phase"] == "run" else "handing over"
+def _show_once(job: str | None, looker: _Looker, as_json: bool, console: Console, live: Live | None) -> None:
+    documents: list[dict[str, Any]] = []
+    shown: RenderableType
+    try:
+        documents = looker.look()
+        shown = _view(job, documents)
+    except DependencyUnreachable as error:
+        shown = apology(str(error))
+    if as_json:
+        print(json.dumps(documents[0] if job else documents), flush=True)
+    elif live is not None:
+        live.update(shown, refresh=True)
+    else:
+        console.print(shown)
+        sys.stdout.flush()
 
 
-def _details(console: Console, document: dict[str, Any]) -> None:
-    console.print(
-        f"job [bold]{document['job']}[/]: {_state(document)}, committed version {document['committed']}, "
-        f"epoch {document['epoch'] or '-'} (since version {document['resumed_at']}), "
-        f"mode {document['mode']}, {document['ranks']} ranks, {document['shards']} shards, "
-        f"{document['bytes'] / 1e6:.1f} MB"
-    )
-    for gone in document["missing"]:
-        console.print(f"[red]gone[/]: {gone} (the controller is replacing it)")
-    servers = Table("server", "pid", "address", "shards", "version", "not yet committed", "")
-    for each in sorted(document["servers"], key=lambda server: not server["sick"]):
-        marks = [f"[red]{each['sick']}[/]"] if each["sick"] else []
-        marks += ["controller"] if each["id"] == document["controller"] else []
-        marks += ["leaving"] if each["leaving"] else []
-        lag = "-" if each["version"] is None else f"{each['version'] - each['committed']} versions"
-        cells = (each["id"], each["pid"], each["address"], each["shards"], each["version"], lag, ", ".join(marks))
-        servers.add_row(*map(str, cells))
-    if document["servers"]:
-        console.print(servers)
-    workers = Table("worker", "pid", "ranks")
-    for each in document["workers"]:
-        workers.add_row(each["id"], str(each["pid"]), ", ".join(map(str, each["ranks"])) or "standby")
-    if document["workers"]:
-        console.print(workers)
+class _Looker:
+    """Looks at one job or at all, through sessions that it keeps until it is closed."""
+
+    def __init__(self, job: str | None, settings: Settings) -> None:
+        assert settings.redis is not None
+        self._job = job
+        self._settings = settings
+        self._store = RedisStore(settings.redis, timeout_s=min(settings.connect_timeout_s, PATIENCE_S_MAX))
+        self._observers: dict[str, Observer] = {}
+
+    def close(self) -> None:
+        for observer in self._observers.values():
+            observer.close()
+        self._store.close()
+
+    def look(self) -> list[dict[str, Any]]:
+        names = known_jobs(self._settings, self._store) if self._job is None else [self._job]
+        for gone in self._observers.keys() - set(names):
+            self._observers.pop(gone).close()
+        for name in names:
+            if name not in self._observers:
+                self._observers[name] = Observer(name, self._settings, self._store)
+        if len(names) == 1:
+            return [self._observers[names[0]].look()]
+        with ThreadPoolExecutor(_LOOKS_AT_ONCE, thread_name_prefix="psa-status-job") as pool:
+            return list(pool.map(lambda name: self._observers[name].look(), names))
+
+
+def _view(job: str | None, documents: Sequence[dict[str, Any]]) -> RenderableType:
+    return overview(documents) if job is None else job_view(documents[0])
+
+
+def _exit_code(documents: Sequence[dict[str, Any]]) -> int:
+    if any(each["redis"]["problem"] or each["zookeeper"]["problem"] for each in documents):
+        return DependencyUnreachable.exit_code
+    return DataIntegrity.exit_code if any(each["redis"]["damage"] for each in documents) else 0

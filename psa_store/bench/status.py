@@ -1,0 +1,205 @@
+"""How long `psa status` takes: ``python -m psa_store.bench.status [--members 50] [--shards 1000] [--rounds 7]``.
+
+Starts a private Redis and ZooKeeper and makes a job of so many members, half of them servers that answer as ours do,
+with ephemerals in ZooKeeper, pulses in Redis and three committed versions of every shard. Measures one look by new
+sessions, one more by the same (as with ``--watch``), and the whole command, beside `psa --help`, which only imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+
+from psa_store.config import Settings
+from psa_store.coordination import Coordination, MemberKind
+from psa_store.errors import PsaError
+from psa_store.job import JobConfig
+from psa_store.layout import PAGE_BYTES, Role, TensorSpec, plan_layout
+from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.plan import Member, Plan, Server
+from psa_store.status import Observer, describe
+from psa_store.storage import History, Manifest, RedisStore, ShardState
+from psa_store.wire import Connection, Header, Kind, encode_text, host_identity, listen_tcp
+
+JOB = "bench"
+VERSIONS = (50, 100, 150)
+TARGET_S = 1.0
+_HELLO_S = 30.0
+_TIMEOUT_S = 30.0
+
+
+def answer_for(servers: int, told: Pipe) -> None:
+    """Answer INSPECT at so many addresses, which are told through the pipe, until the pipe closes."""
+    with selectors.DefaultSelector() as selector:
+        listening = [listen_tcp("127.0.0.1") for _ in range(servers)]
+        for sock, _ in listening:
+            selector.register(sock, selectors.EVENT_READ, None)
+        selector.register(told, selectors.EVENT_READ, told)
+        told.send([address for _, address in listening])
+        while True:
+            for key, _ in selector.select():
+                if key.data is told:
+                    return
+                if key.data is None:
+                    sock, _ = key.fileobj.accept()  # type: ignore[union-attr]
+                    connection = Connection(sock, "who asks", lambda _, header: memoryview(bytearray(header.length)))
+                    selector.register(connection, selectors.EVENT_READ, connection)
+                    continue
+                try:
+                    for _ in key.data.receive():
+                        text = encode_text({"stage": "collecting", "version": 152, "committed": 150})
+                        key.data.send(Header(Kind.REPORT, length=len(text)), text)
+                    key.data.flush()
+                except PsaError:
+                    selector.unregister(key.data)
+                    key.data.close()
+
+
+def make_job(stack: ExitStack, settings: Settings, addresses: list[str], workers: int, shards: int) -> None:
+    """What a running job has in Redis and ZooKeeper; its ephemerals go with ``stack``."""
+    assert settings.redis is not None and settings.zookeeper is not None
+    numel = shards * PAGE_BYTES // 4
+    layout = plan_layout([TensorSpec(("weights",), (numel,), "float32", Role.TRAINED)], PAGE_BYTES)
+    servers = [Member(f"server-{i:03}", host_identity(), os.getpid(), each) for i, each in enumerate(addresses)]
+    names = [f"worker-{i:03}" for i in range(workers)]
+    config = JobConfig(JOB, workers, 0, {"name": "sgd"}, layout.fingerprint)
+    with closing(RedisStore(settings.redis, timeout_s=_TIMEOUT_S)) as store:
+        store.check()
+        store.create_job(JOB, config.to_json(), layout.to_json())
+        store.seal(JOB, range(shards), 1, layout.fingerprint)
+        page = memoryview(bytes(PAGE_BYTES))
+        expect = None
+        for version in VERSIONS:
+            states = [ShardState(i, {"param": ("float32", page)}, {"opt_step": version}, expect) for i in range(shards)]
+            with closing(store.commit_each(JOB, 1, version, states, keep=len(VERSIONS))) as outcomes:
+                assert all(isinstance(outcome, Manifest) for _, outcome in outcomes)
+            expect = version
+    plan = Plan(
+        epoch=1,
+        revision=1,
+        resume=0,
+        servers=tuple(Server(each.id, each.address, "", each.host) for each in servers),
+        owners=tuple(shard * len(servers) // shards for shard in range(shards)),
+        ranks=tuple(names),
+    )
+    members = [(MemberKind.SERVER, each.id, each.to_json()) for each in servers]
+    members += [(MemberKind.WORKER, each, Member(each, host_identity(), os.getpid()).to_json()) for each in names]
+    for kind, member, text in members:
+        coordination = Coordination(
+            settings.zookeeper, JOB, session_timeout_s=60.0, connect_timeout_s=_TIMEOUT_S, wake=lambda: None
+        )
+        stack.callback(coordination.close)
+        coordination.start()
+        coordination.join(kind, member, text)
+        if kind is MemberKind.SERVER:
+            coordination.campaign(member)
+    coordination.create_config(config.to_json())
+    coordination.write_plan(plan.to_json(), None)
+
+
+def beat(settings: Settings, servers: int, workers: int) -> None:
+    """A fresh pulse of every member."""
+    assert settings.redis is not None
+    with closing(History(settings.redis, timeout_s=_TIMEOUT_S)) as history:
+        for role, count in (("server", servers), ("worker", workers)):
+            for i in range(count):
+                history.pulse(JOB, f"{role}-{i:03}", json.dumps(_pulse(role, i)))
+
+
+def _pulse(role: str, number: int) -> dict[str, object]:
+    vitals = {"step": 152, "loss": 1.5} if role == "worker" else {"version": 152, "committed_version": 150}
+    return {
+        "member": f"{role}-{number:03}",
+        "role": role,
+        "time": time.time(),
+        "host": host_identity(),
+        "pid": os.getpid(),
+        "metrics": "",
+        "resident_bytes": 1 << 28,
+        "vitals": vitals,
+        "rates": {"steps": 10.0, "samples": 120.0},
+        "stage": "computing",
+        "ranks": [number] if role == "worker" else [],
+        "shards": 0,
+    }
+
+
+def _timed(action: Callable[[], object]) -> float:
+    started_s = time.perf_counter()
+    action()
+    return time.perf_counter() - started_s
+
+
+def _command(settings: Settings, *arguments: str) -> None:
+    assert settings.redis is not None and settings.zookeeper is not None
+    environment = {**os.environ, "PSA_REDIS": settings.redis, "PSA_ZOOKEEPER": settings.zookeeper, "PSA_CONFIG": ""}
+    command = [sys.executable, "-m", "psa_store.cli", *arguments]
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=_TIMEOUT_S)
+
+
+def measure(settings: Settings, servers: int, workers: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, by round."""
+    assert settings.redis is not None
+    took_s: dict[str, list[float]] = {"psa --help": [], "describe()": [], "the next look": [], "psa status JOB": []}
+    with (
+        closing(RedisStore(settings.redis, timeout_s=_TIMEOUT_S)) as store,
+        closing(Observer(JOB, settings, store)) as observer,
+    ):
+        for _ in range(rounds):
+            beat(settings, servers, workers)
+            document = observer.look()
+            assert len(document["servers"]) == servers and len(document["workers"]) == workers
+            assert document["committed"] == VERSIONS[-1] and not document["findings"], document["findings"]
+            took_s["the next look"].append(_timed(observer.look))
+            took_s["describe()"].append(_timed(lambda: describe(JOB, settings, store)))
+            took_s["psa --help"].append(_timed(lambda: _command(settings, "--help")))
+            took_s["psa status JOB"].append(_timed(lambda: _command(settings, "status", JOB)))
+    return took_s
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--members", type=int, default=50, help="half of them servers")
+    options.add_argument("--shards", type=int, default=1000)
+    options.add_argument("--rounds", type=int, default=7)
+    args = options.parse_args()
+    servers, workers = args.members // 2, args.members - args.members // 2
+    with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
+        redis, zookeeper = PrivateRedis(Path(home) / "redis"), PrivateZooKeeper(Path(home) / "zookeeper")
+        stack.callback(redis.stop)
+        redis.start(10)
+        stack.callback(zookeeper.stop)
+        zookeeper.start(30)
+        settings = Settings(redis=redis.url, zookeeper=zookeeper.hosts)
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        answering = multiprocessing.get_context("spawn").Process(target=answer_for, args=(servers, theirs))
+        answering.start()
+        stack.callback(answering.join, _HELLO_S)
+        stack.callback(ours.close)
+        theirs.close()
+        if not ours.poll(_HELLO_S):
+            raise SystemExit("the process that plays the servers did not start")
+        make_job(stack, settings, ours.recv(), workers, args.shards)
+        took_s = measure(settings, servers, workers, args.rounds)
+    print(f"{servers} servers, {workers} workers, {args.shards} shards, {args.rounds} rounds")
+    print(f"{'':15} median  quartiles   seconds")
+    for name, each in took_s.items():
+        low, middle, high = statistics.quantiles(each, n=4)
+        aim = f"   (aim: at most {TARGET_S:g})" if name == "psa status JOB" else ""
+        print(f"{name:15} {middle:6.3f}  {low:.3f} to {high:.3f}{aim}")
+
+
+if __name__ == "__main__":
+    main()
