@@ -38,7 +38,8 @@ def show(job: str | None, as_json: bool, settings: Settings) -> int:
     if as_json:
         print(json.dumps(documents[0] if job else documents, indent=1))
     else:
-        Console(highlight=False).print(_view(job, documents))
+        console = Console(highlight=False)
+        console.print(_view(job, documents, console.width))
     return _exit_code(documents)
 
 
@@ -72,7 +73,7 @@ def _show_once(job: str | None, looker: _Looker, as_json: bool, console: Console
     shown: RenderableType
     try:
         documents = looker.look()
-        shown = _view(job, documents)
+        shown = _view(job, documents, console.width)
     except DependencyUnreachable as error:
         shown = apology(str(error))
     if as_json:
@@ -112,8 +113,8 @@ class _Looker:
             return list(pool.map(lambda name: self._observers[name].look(), names))
 
 
-def _view(job: str | None, documents: Sequence[dict[str, Any]]) -> RenderableType:
-    return overview(documents) if job is None else job_view(documents[0])
+def _view(job: str | None, documents: Sequence[dict[str, Any]], width: int) -> RenderableType:
+    return overview(documents) if job is None else job_view(documents[0], width)
 
 
 def _exit_code(documents: Sequence[dict[str, Any]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -13,6 +13,8 @@ from rich.text import Text
 
 _STYLES = {"sick": "bold white on red", "warn": "black on yellow"}
 _NOTHING = "-"
+_WIDE = 100
+"""Columns of a terminal on which everything fits."""
 
 Document = Mapping[str, Any]
 
@@ -36,15 +38,17 @@ def overview(documents: Sequence[Document]) -> RenderableType:
     return table if documents else Text("no jobs yet")
 
 
-def job_view(document: Document) -> RenderableType:
-    """One job: what is sick, what it does, who does it, and on what it stands."""
-    parts: list[RenderableType] = [_title(document)]
+def job_view(document: Document, width: int) -> RenderableType:
+    """One job: what is sick, what it does, who does it, and on what it stands. ``width``: of the terminal."""
+    parts: list[RenderableType] = [_headline(document)]
     parts += [_finding(each) for each in document["findings"]]
+    parts.append(_numbers(document))
     marked = {each["member"] for each in document["findings"] if each["member"]}
     if document["servers"]:
-        parts.append(_servers(document, marked))
+        columns = (*_SERVERS, ("", _notes(document), True))
+        parts.append(_members(columns, document["servers"], marked, width))
     if document["workers"]:
-        parts.append(_workers(document, marked))
+        parts.append(_members(_WORKERS, document["workers"], marked, width))
     parts += [_redis(document["redis"]), _zookeeper(document["zookeeper"])]
     parts += [_event(each) for each in document["events"]]
     return Group(*parts)
@@ -55,27 +59,28 @@ def apology(why: str) -> RenderableType:
     return _finding({"severity": "sick", "what": why, "where": "", "look": "psa doctor", "member": ""})
 
 
-def _title(document: Document) -> Text:
-    title = Text("job ")
-    title.append(document["job"], style="bold")
-    title.append(f": {document['state']}", style="bold")
-    title.append(f", version {_whole(document['version'])}, committed version {_whole(document['committed'])}")
-    if document["lag_steps"]:
-        late = "" if document["lag_s"] is None else f", {document['lag_s']:.1f} s"
-        title.append(f" ({document['lag_steps']} versions{late} not durable)")
-    title.append(f", epoch {_whole(document['epoch'])} (since version {_whole(document['resumed_at'])})")
-    title.append(f", controller {document['controller'] or _NOTHING}")
-    if document["samples_per_s"] is not None:
-        title.append(f", {_whole(document['samples_per_s'])} samples/s", style="bold")
-    if document["loss"] is not None:
-        title.append(f", loss {document['loss']:.4f}", style="bold")
-    facts = [f"mode {document['mode']}", f"{document['ranks']} ranks", f"{document['shards']} shards"]
-    if document["bytes"] is not None:
-        facts.append(_megabytes(document["bytes"]))
+def _headline(document: Document) -> Text:
+    headline = Text("job ")
+    headline.append(f"{document['job']}: {document['state']}", style="bold")
+    return headline
+
+
+def _numbers(document: Document) -> Text:
+    late = f", {document['lag_s']:.1f} s" if document["lag_steps"] and document["lag_s"] is not None else ""
+    lag = f" ({document['lag_steps']} versions{late} not durable)" if document["lag_steps"] else ""
+    doing = [
+        f"version {_whole(document['version'])}, committed version {_whole(document['committed'])}{lag}",
+        f"{_whole(document['samples_per_s'])} samples/s",
+        "loss -" if document["loss"] is None else f"loss {document['loss']:.4f}",
+        f"epoch {_whole(document['epoch'])} since version {_whole(document['resumed_at'])}",
+        f"controller {document['controller'] or _NOTHING}",
+    ]
+    numbers = Text(", ".join(doing))
     if document["ranks"] is not None:
-        facts.append(f"commits every {document['commit_every']} steps")
-        title.append("\n" + ", ".join(facts))
-    return title
+        facts = f"mode {document['mode']}, {document['ranks']} ranks, {document['shards']} shards, "
+        facts += f"{_size(document['bytes'])}, commits every {document['commit_every']} steps"
+        numbers.append(f"\n{facts}", style="dim")
+    return numbers
 
 
 def _finding_line(finding: Mapping[str, Any]) -> Text:
@@ -93,31 +98,54 @@ def _finding(finding: Mapping[str, Any]) -> Text:
     return line
 
 
-def _servers(document: Document, marked: set[str]) -> Table:
-    table = _table("server", "host", "pid", "shards", "version", "lag", "stage", "memory", "heartbeat", "")
-    for each in sorted(document["servers"], key=lambda server: server["id"] not in marked):
-        notes = ["controller"] if each["id"] == document["controller"] else []
-        notes += ["leaving"] if each["leaving"] else []
-        notes += ["does not answer"] if each["sick"] else []
-        table.add_row(
-            *map(Text, (each["id"], _host(each["host"]), str(each["pid"]), str(each["shards"]))),
-            *map(Text, (_whole(each["version"]), _whole(each["lag"]), each["stage"] or _NOTHING)),
-            *map(Text, (_megabytes(each["resident_bytes"]), _ago(each["heartbeat_age_s"]), ", ".join(notes))),
-            style="red" if each["id"] in marked else "",
-        )
+Column = tuple[str, Callable[[Document], str], bool]
+"""Title, cell, and whether there is room for it on narrow terminals as well."""
+
+_MEMBER: Sequence[Column] = (
+    ("host", lambda each: _host(each["host"]), False),
+    ("pid", lambda each: str(each["pid"]), False),
+)
+_PROCESS: Sequence[Column] = (
+    ("stage", lambda each: each["stage"] or _NOTHING, False),
+    ("memory", lambda each: _size(each["resident_bytes"]), False),
+    ("heartbeat", lambda each: _seconds(each["heartbeat_age_s"]), True),
+)
+_SERVERS: Sequence[Column] = (
+    ("server", lambda each: each["id"], True),
+    *_MEMBER,
+    ("shards", lambda each: str(each["shards"]), True),
+    ("version", lambda each: _whole(each["version"]), True),
+    ("lag", lambda each: _whole(each["lag"]), True),
+    *_PROCESS,
+)
+_WORKERS: Sequence[Column] = (
+    ("worker", lambda each: each["id"], True),
+    *_MEMBER,
+    ("ranks", lambda each: _ranks(each["ranks"]), True),
+    ("step", lambda each: _whole(each["step"]), True),
+    ("behind", lambda each: _whole(each["behind"]), True),
+    ("samples/s", lambda each: _whole(each["samples_per_s"]), True),
+    *_PROCESS,
+)
+
+
+def _members(columns: Sequence[Column], members: Sequence[Document], marked: set[str], width: int) -> Table:
+    """One row each; those of whom something was found come first."""
+    shown = [column for column in columns if column[2] or width >= _WIDE]
+    table = _table(*(title for title, _, _ in shown))
+    for each in sorted(members, key=lambda member: member["id"] not in marked):
+        table.add_row(*(Text(cell(each)) for _, cell, _ in shown), style="red" if each["id"] in marked else "")
     return table
 
 
-def _workers(document: Document, marked: set[str]) -> Table:
-    table = _table("worker", "host", "pid", "ranks", "step", "behind", "samples/s", "stage", "memory", "heartbeat")
-    for each in sorted(document["workers"], key=lambda worker: worker["id"] not in marked):
-        table.add_row(
-            *map(Text, (each["id"], _host(each["host"]), str(each["pid"]), _ranks(each["ranks"]))),
-            *map(Text, (_whole(each["step"]), _whole(each["behind"]), _whole(each["samples_per_s"]))),
-            *map(Text, (each["stage"] or _NOTHING, _megabytes(each["resident_bytes"]), _ago(each["heartbeat_age_s"]))),
-            style="red" if each["id"] in marked else "",
-        )
-    return table
+def _notes(document: Document) -> Callable[[Document], str]:
+    def notes(server: Document) -> str:
+        found = ["controller"] if server["id"] == document["controller"] else []
+        found += ["leaving"] if server["leaving"] else []
+        found += ["does not answer"] if server["sick"] else []
+        return ", ".join(found)
+
+    return notes
 
 
 def _redis(redis: Mapping[str, Any]) -> Text:
@@ -125,8 +153,8 @@ def _redis(redis: Mapping[str, Any]) -> Text:
     line.append(redis["where"])
     if redis["latency_s"] is None:
         return line.append(": does not answer", style="red")
-    limit = f" of {_megabytes(redis['limit_bytes'])}" if redis["limit_bytes"] else ""
-    line.append(f": {redis['latency_s'] * 1e3:.1f} ms, {_megabytes(redis['used_bytes'])}{limit}, ")
+    limit = f" of {_size(redis['limit_bytes'])}" if redis["limit_bytes"] else ""
+    line.append(f": {redis['latency_s'] * 1e3:.1f} ms, {_size(redis['used_bytes'])}{limit}, ")
     return line.append(f"persistence: {redis['persistence']}, run {redis['run_id'][:8]}")
 
 
@@ -162,11 +190,14 @@ def _whole(number: float | None) -> str:
     return _NOTHING if number is None else f"{number:.0f}"
 
 
-def _megabytes(count: float | None) -> str:
-    return _NOTHING if count is None else f"{count / 1e6:.{1 if count < 1e8 else 0}f} MB"
+def _size(count: float | None) -> str:
+    if count is None:
+        return _NOTHING
+    factor, unit = next((pair for pair in ((1e9, "GB"), (1e6, "MB")) if count >= pair[0]), (1e3, "kB"))
+    return f"{count / factor:.1f} {unit}"
 
 
-def _ago(age_s: float | None) -> str:
+def _seconds(age_s: float | None) -> str:
     return _NOTHING if age_s is None else f"{age_s:.1f} s"
 
 

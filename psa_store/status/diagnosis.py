@@ -166,13 +166,6 @@ def _all_wait(document: Document) -> Iterator[Finding]:
         yield Finding(Severity.SICK, what, "", _watch(document))
 
 
-def _diverged(document: Document) -> Iterator[Finding]:
-    for worker in document["workers"]:
-        if worker["diverged"]:
-            what = f"the loss of worker {worker['id']} is no finite number"
-            yield Finding(Severity.WARN, what, _where(worker), _watch(document), worker["id"])
-
-
 def _clocks(document: Document) -> Iterator[Finding]:
     for member in (*document["servers"], *document["workers"]):
         if member["clock_ahead_s"] is not None and member["clock_ahead_s"] > CLOCK_SKEW_S:
@@ -218,7 +211,6 @@ _RULES: Sequence[Callable[[Document], Iterator[Finding]]] = (
     _lag,
     _all_wait,
     _hand_over,
-    _diverged,
     _clocks,
 )
 """Who may be the cause before what may be its effect."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from psa_store.coordination import ZooKeeperMember
@@ -21,6 +21,7 @@ Pulse = Mapping[str, Any]
 Hearts = Mapping[str, Mapping[str, float]]
 _Entry = dict[str, Any]
 _NOBODY_ASKED: Mapping[str, Any] = {"version": None, "committed": None, "stage": None, "sick": ""}
+_PULSE_EVERY_S = 1.0
 _PULSE_SHOWN_S = 60.0
 """Without ZooKeeper, whoever was heard of so recently counts as a member."""
 
@@ -62,19 +63,24 @@ class ZooKeeperView:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """When a pulse was first seen as it is, by the monotonic clock of who looks, and how old it seemed then."""
+    """When a pulse was first seen as it is, by the monotonic clock of who looks, and how old it was then."""
 
     time_s: float
     seen_s: float
     age_s: float
+    """At first sight by the clock of its host, which may be wrong: below 0, or as old as it seems."""
+    looked_s: float
+    """When it was seen last."""
 
     @classmethod
     def after(cls, before: Heartbeat | None, pulse: Pulse, now_s: float, wall_s: float) -> Heartbeat:
         """``before``: of the look before. A pulse that changed since is new, whatever its host takes the time for."""
         time_s = _number(pulse.get("time")) or 0.0
         if before is None:
-            return cls(time_s, now_s, wall_s - time_s)
-        return before if before.time_s == time_s else cls(time_s, now_s, 0.0)
+            return cls(time_s, now_s, wall_s - time_s, now_s)
+        if before.time_s == time_s:
+            return replace(before, looked_s=now_s)
+        return cls(time_s, now_s, min(max(0.0, wall_s - time_s), now_s - before.looked_s), now_s)
 
 
 def assemble(
@@ -92,9 +98,9 @@ def assemble(
         servers, workers = _heard_of(redis.pulses, hearts)
     else:
         servers, workers = _seen(zookeeper, redis.pulses, hearts)
-    steps = [each["step"] for each in workers if each["ranks"] and each["step"] is not None]
+    steps = {each["id"]: _step_now(each) for each in workers if each["ranks"] and each["step"] is not None}
     for worker in workers:
-        worker["behind"] = max(steps) - worker["step"] if steps and worker["step"] is not None else None
+        worker["behind"] = round(max(steps.values()) - steps[worker["id"]]) if worker["id"] in steps else None
     leading = [each for each in servers if each["shards"] and each["version"] is not None]
     lags = [each["lag"] for each in leading if each["lag"] is not None]
     living = {each["id"] for each in (*servers, *workers)}
@@ -241,7 +247,6 @@ def _is_awaited(member: Member, plan: Plan) -> bool:
 
 def _worker(member: Member, ranks: list[int], pulse: Pulse, heart: Mapping[str, Any]) -> _Entry:
     rates, vitals = _mapping(pulse.get("rates")), _mapping(pulse.get("vitals"))
-    loss = vitals.get("loss")
     return {
         "id": member.id,
         "host": member.host,
@@ -252,11 +257,16 @@ def _worker(member: Member, ranks: list[int], pulse: Pulse, heart: Mapping[str, 
         "steps_per_s": _number(rates.get("steps")),
         "samples_per_s": _number(rates.get("samples")),
         "stage": _text(pulse.get("stage")),
-        "loss": _number(loss),
-        "diverged": isinstance(loss, float) and not math.isfinite(loss),
+        "loss": _number(vitals.get("loss")),
         "resident_bytes": _number(pulse.get("resident_bytes")),
         **heart,
     }
+
+
+def _step_now(worker: _Entry) -> float:
+    """Where it is by now, as its pulse is up to a second old: else who told last would seem to be the fastest."""
+    rate = (worker["steps_per_s"] or 0.0) / len(worker["ranks"])
+    return float(worker["step"] + min(worker["heartbeat_age_s"] or 0.0, _PULSE_EVERY_S) * rate)
 
 
 # --- the plan against who is there

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
-from tests.harness import Run, Site
+import pytest
+
+from psa_store.local import PrivateRedis, PrivateZooKeeper
+from tests.harness import PSA, Run, Site
 
 
 def test_a_running_job_is_described(site: Site) -> None:
@@ -38,3 +48,154 @@ def test_a_running_job_is_described(site: Site) -> None:
     assert run.finish() == 0, run.output
     listed = Run(["status"], site.env)
     assert listed.finish() == 0 and "described" in listed.output and "at rest" in listed.output
+
+
+@pytest.fixture
+def own_site(tmp_path: Path) -> Iterator[tuple[Site, PrivateRedis, PrivateZooKeeper]]:
+    """Servers that a test may stop."""
+    redis, zookeeper = PrivateRedis(tmp_path / "redis"), PrivateZooKeeper(tmp_path / "zookeeper")
+    try:
+        redis.start(10)
+        zookeeper.start(30)
+        yield Site(redis.url, zookeeper.hosts, tmp_path), redis, zookeeper
+    finally:
+        redis.stop()
+        zookeeper.stop()
+
+
+def ask(site: Site, *arguments: str) -> tuple[int, str]:
+    asked = Run(["status", *arguments], site.env)
+    return asked.finish(30.0), asked.output
+
+
+def test_outages_are_shown_first_and_looked_through(own_site: tuple[Site, PrivateRedis, PrivateZooKeeper]) -> None:
+    site, redis, zookeeper = own_site
+    run = site.run("outage", "--steps", "100000", "--pace-s", "0.02", workers=2, servers=1, commit_every=50)
+    run.wait_for_step(5)
+    watched = Run(["status", "outage", "--watch", "--json"], site.env)
+
+    def found(line: str) -> bool:
+        document = json.loads(line)
+        return document["findings"] == [] and all(each["step"] is not None for each in document["workers"])
+
+    watched.wait_for_line(found)
+    redis.stop()
+    watched.wait_for_line(lambda line: json.loads(line)["redis"]["problem"] != "")
+    code, output = ask(site, "outage", "--json")
+    document = json.loads(output)
+    assert code == 3 and document["findings"][0]["what"] == document["redis"]["problem"], output
+    assert document["findings"][0]["look"] == "psa doctor outage"
+    assert [each["version"] is not None for each in document["servers"]] == [True], "servers still say what they have"
+    assert sorted(rank for each in document["workers"] for rank in each["ranks"]) == [0, 1]
+    code, output = ask(site)
+    assert code == 3 and "outage" in output and "SICK" in output, "ZooKeeper knows the jobs as well"
+    redis.start(10)
+    watched.wait_for_line(lambda line: json.loads(line)["redis"]["problem"] == "")
+
+    zookeeper.stop()
+    watched.wait_for_line(lambda line: json.loads(line)["zookeeper"]["problem"] != "")
+    code, output = ask(site, "outage")
+    lines = output.splitlines()
+    assert code == 3 and lines[1].startswith(" SICK  ZooKeeper"), output
+    assert "worker-" in output and "server-" in output, "who was heard of lately is shown"
+    redis.stop()
+    code, output = ask(site)
+    assert code == 3 and "Redis at" in output and "ZooKeeper at" in output and "Traceback" not in output
+    code, output = ask(site, "outage", "--json")
+    assert code == 3 and [each["severity"] for each in json.loads(output)["findings"]] == ["sick", "sick"]
+    redis.start(10)
+    zookeeper.start(30)
+    watched.wait_for_line(found)
+    watched.process.send_signal(signal.SIGINT)
+    assert watched.finish(30.0) == 0, "to stop watching is no failure"
+    assert not [line for line in watched.lines if line and not line.startswith("{")]
+    run.process.send_signal(signal.SIGTERM)
+    run.finish()
+
+
+def test_watching_on_a_terminal_restores_it(site: Site) -> None:
+    """The alternate screen is left again, and what was there before is still there."""
+    ours, theirs = pty.openpty()
+    env = {**os.environ, **site.env, "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    process = subprocess.Popen([*PSA, "status", "--watch"], env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    output = bytearray()
+    entered = threading.Event()
+
+    def read() -> None:
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:
+                return
+            if not part:
+                return
+            output.extend(part)
+            if b"\x1b[?1049h" in output and (b"no jobs yet" in output or b"samples/s" in output):
+                entered.set()
+
+    reader = threading.Thread(target=read, name="test-terminal")
+    reader.start()
+    try:
+        assert entered.wait(30), bytes(output)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        reader.join(30)
+        os.close(ours)
+    assert b"\x1b[?1049l" in output and b"Traceback" not in output
+
+
+def test_who_reads_no_longer_ends_the_watch(site: Site) -> None:
+    process = subprocess.Popen(
+        [*PSA, "status", "--watch", "--json"],
+        env={**os.environ, **site.env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        json.loads(process.stdout.readline())
+        process.stdout.close()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == b""
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_an_unknown_job_is_a_usage_error(site: Site) -> None:
+    for flags in ([], ["--watch"]):
+        code, output = ask(site, "never", *flags)
+        assert code == 2 and "no job 'never'" in output
+
+
+def test_status_imports_neither_torch_nor_numpy_nor_structlog() -> None:
+    """Who asks waits for all that is imported."""
+    code = "import sys, psa_store.cli.app, psa_store.cli.status; print([m for m in sys.argv[1:] if m in sys.modules])"
+    command = [sys.executable, "-c", code, "torch", "numpy", "structlog"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_look_finds_a_paused_server_in_bounded_time(site: Site) -> None:
+    """A paused server costs one deadline, not one for each that is paused."""
+    run = site.run("paused", "--steps", "100000", "--pace-s", "0.02", workers=1, servers=3)
+    run.wait_for_step(3)
+    pids = site.pids("paused", "servers")
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        began_s = time.monotonic()
+        document = site.describe("paused")
+        took_s = time.monotonic() - began_s
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    silent = {each["member"] for each in document["findings"] if "does not answer" in each["what"]}
+    assert len(pids) == 3 and silent == {each["id"] for each in document["servers"]}
+    assert took_s < 2.5, took_s
+    run.process.send_signal(signal.SIGTERM)
+    run.finish()

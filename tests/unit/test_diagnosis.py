@@ -1,0 +1,299 @@
+"""Each sickness is found, named with where it is and what looks further, and a job that is well has none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from psa_store.coordination import ZooKeeperMember
+from psa_store.job import JobConfig
+from psa_store.plan import Member, Phase, Plan, Server
+from psa_store.status import Finding, Severity, diagnose
+from psa_store.status.document import Heartbeat, RedisView, ZooKeeperView, assemble
+from psa_store.storage import RedisFacts
+
+NOW_S = 1_000_000.0
+FACTS = RedisFacts(
+    where="redis://db:6379",
+    product="Redis 7.2.4",
+    version="7.2.4",
+    has_functions=True,
+    is_replica=False,
+    eviction="noeviction",
+    memory_limit_bytes=1000,
+    system_memory_bytes=0,
+    used_memory_bytes=100,
+    appends=True,
+    appendfsync="everysec",
+    save="",
+    cannot_persist=False,
+    round_trip_s=0.001,
+    clock_ahead_s=0.0,
+    run_id="0123456789",
+)
+SERVERS = tuple(Member(f"s{i}", f"node-{i}/boot", 100 + i, f"10.0.0.{i}:7000") for i in range(2))
+WORKERS = tuple(Member(f"w{i}", f"node-{i}/boot", 200 + i) for i in range(2))
+PLAN = Plan(3, 7, 50, tuple(Server(each.id, each.address, "", each.host) for each in SERVERS), (0, 0, 1), ("w0", "w1"))
+CONFIG = JobConfig("demo", 2, 0, {"name": "sgd"}, "layout", commit_every=50)
+
+
+def pulse(member: Member, role: str, **changes: Any) -> dict[str, Any]:
+    vitals = (
+        {"step": 120, "loss": 1.5}
+        if role == "worker"
+        else {"version": 120, "committed_version": 100, "committed_time_seconds": NOW_S - 4.0}
+    )
+    document = {
+        "member": member.id,
+        "role": role,
+        "time": NOW_S - 0.5,
+        "host": member.host,
+        "pid": member.pid,
+        "metrics": f"{member.host}:9400",
+        "resident_bytes": 1 << 20,
+        "vitals": vitals,
+        "rates": {"steps": 10.0, "samples": 120.0} if role == "worker" else {},
+        "stage": "computing" if role == "worker" else "collecting",
+        "ranks": list(PLAN.ranks_of(member.id)),
+        "shards": len(PLAN.shards_of(member.id)),
+    }
+    return document | changes
+
+
+PULSES = {each.id: pulse(each, "server") for each in SERVERS} | {each.id: pulse(each, "worker") for each in WORKERS}
+REDIS = RedisView(
+    "redis://db:6379", facts=FACTS, config=CONFIG, shards=3, arena_bytes=300, committed=100, pulses=PULSES
+)
+ANSWER = {"version": 120, "committed": 100, "stage": "collecting", "sick": ""}
+ZOOKEEPER = ZooKeeperView(
+    "zk1:2181,zk2:2181",
+    4.0,
+    server="zk1:2181",
+    latency_s=0.002,
+    members=[ZooKeeperMember("zk1:2181", mode="leader"), ZooKeeperMember("zk2:2181", mode="follower")],
+    config=CONFIG,
+    plan=PLAN,
+    plan_time_s=NOW_S - 100.0,
+    servers=SERVERS,
+    workers=WORKERS,
+    controller="s0",
+    answers={each.id: ANSWER for each in SERVERS},
+)
+
+
+def look(redis: RedisView = REDIS, zookeeper: ZooKeeperView = ZOOKEEPER) -> dict[str, Any]:
+    heard = {name: Heartbeat.after(None, each, 10.0, NOW_S) for name, each in redis.pulses.items()}
+    return assemble("demo", NOW_S, redis, zookeeper, heard, 10.0)
+
+
+def findings(redis: RedisView = REDIS, zookeeper: ZooKeeperView = ZOOKEEPER) -> list[Finding]:
+    return diagnose(look(redis, zookeeper))
+
+
+def with_pulse(member: str, **changes: Any) -> RedisView:
+    return replace(REDIS, pulses=PULSES | {member: PULSES[member] | changes})
+
+
+def the_one(found: Sequence[Finding], severity: Severity, *parts: str) -> Finding:
+    """The only finding, which must say all of these."""
+    (finding,) = found
+    said = f"{finding.what} [{finding.where}] {finding.look}"
+    assert finding.severity is severity and all(part in said for part in parts), said
+    return finding
+
+
+def test_a_job_that_is_well() -> None:
+    document = look()
+    assert document["findings"] == [] and document["state"] == "running"
+    assert (document["version"], document["committed"], document["lag_steps"], document["lag_s"]) == (120, 100, 20, 4.0)
+    assert document["samples_per_s"] == 240.0 and document["loss"] == 1.5
+    assert [each["behind"] for each in document["workers"]] == [0, 0]
+    assert [each["heartbeat_age_s"] for each in document["servers"]] == [0.5, 0.5]
+    json.dumps(document, allow_nan=False)
+
+
+def test_redis_away_hides_no_member() -> None:
+    away = RedisView("redis://db:6379", problem="Redis at redis://db:6379 does not answer: refused")
+    document = look(away)
+    finding = the_one(diagnose(document), Severity.SICK, "does not answer", "redis://db:6379", "psa doctor demo")
+    assert finding.member == ""
+    assert [each["version"] for each in document["servers"]] == [120, 120] and document["shards"] == 3
+    assert document["ranks"] == 2 and document["workers"][0]["ranks"] == [0]
+
+
+def test_zookeeper_away_shows_who_was_heard_of() -> None:
+    away = ZooKeeperView("zk1:2181", 4.0, problem="ZooKeeper at zk1:2181 did not answer within 2 s")
+    document = look(with_pulse("w1", time=NOW_S - 120.0), away)
+    the_one(diagnose(document), Severity.SICK, "did not answer", "zk1:2181", "psa doctor demo")
+    assert [(each["id"], each["shards"], each["lag"]) for each in document["servers"]] == [("s0", 2, 20), ("s1", 1, 20)]
+    assert [(each["id"], each["ranks"]) for each in document["workers"]] == [("w0", [0])], "w1 is long silent"
+    assert document["missing"] == [] and document["committed"] == 100
+
+
+def test_both_away() -> None:
+    document = look(RedisView("redis://db", problem="away"), ZooKeeperView("zk1:2181", 4.0, problem="away"))
+    assert [each["severity"] for each in document["findings"]] == ["sick", "sick"]
+    assert document["state"] == "not all is known"
+
+
+def test_damage_in_redis() -> None:
+    the_one(findings(replace(REDIS, damage="shard 3: cannot be read")), Severity.SICK, "shard 3", "psa doctor demo")
+
+
+@pytest.mark.parametrize(
+    ("change", "severity", "part"),
+    [
+        ({"cannot_persist": True}, Severity.SICK, "cannot write to its disk"),
+        ({"used_memory_bytes": 901}, Severity.WARN, "nearly full"),
+        ({"round_trip_s": 0.2}, Severity.WARN, "200 ms"),
+    ],
+)
+def test_a_sick_redis(change: dict[str, Any], severity: Severity, part: str) -> None:
+    sick = replace(REDIS, facts=replace(FACTS, **change))
+    the_one(findings(sick), severity, part, "redis://db:6379", "psa doctor demo")
+
+
+def test_a_slow_zookeeper() -> None:
+    slow = replace(ZOOKEEPER, latency_s=0.11)
+    the_one(findings(zookeeper=slow), Severity.WARN, "110 ms", "zk1:2181", "psa doctor demo")
+    assert findings(zookeeper=replace(slow, session_timeout_s=10.0)) == []
+
+
+def test_a_zookeeper_member_that_does_not_serve() -> None:
+    members = [*ZOOKEEPER.members[:1], ZooKeeperMember("zk2:2181", "no connection: refused")]
+    the_one(findings(zookeeper=replace(ZOOKEEPER, members=members)), Severity.WARN, "1 of 2", "[zk2:2181]")
+
+
+def test_a_server_that_does_not_answer() -> None:
+    silent = {"version": None, "committed": None, "stage": None, "sick": "timed out"}
+    found = findings(zookeeper=replace(ZOOKEEPER, answers={"s0": ANSWER, "s1": silent}))
+    finding = the_one(found, Severity.SICK, "s1 does not answer: timed out", "[host node-1, pid 101]")
+    assert finding.look == "on node-1: ps -o pid,stat,etime,args -p 101" and finding.member == "s1"
+
+
+def test_a_server_that_answers_and_has_no_pulse_is_cut_off_from_redis() -> None:
+    the_one(findings(with_pulse("s1", time=NOW_S - 9.0)), Severity.WARN, "s1 answers", "9 s", "pid 101")
+
+
+def test_a_paused_worker() -> None:
+    found = findings(with_pulse("w1", time=NOW_S - 3.1))
+    the_one(found, Severity.SICK, "w1 holds rank 1", "paused", "on node-1: ps -o pid,stat,etime,args -p 201")
+    assert findings(with_pulse("w1", time=NOW_S - 2.9)) == []
+
+
+def test_a_paused_standby_worker_stops_nobody() -> None:
+    standby = replace(ZOOKEEPER, workers=(*WORKERS, Member("w2", "node-2/boot", 202)))
+    redis = replace(REDIS, pulses=PULSES | {"w2": pulse(Member("w2", "node-2", 202), "worker", time=NOW_S - 9.0)})
+    the_one(findings(redis, standby), Severity.WARN, "standby", "pid 202")
+
+
+def test_a_worker_that_makes_no_steps_while_others_wait() -> None:
+    stuck = replace(
+        REDIS,
+        pulses=PULSES
+        | {
+            "w0": PULSES["w0"] | {"stage": "waiting", "rates": {"steps": 0.0, "samples": 0.0}},
+            "w1": PULSES["w1"] | {"rates": {"steps": 0.0, "samples": 0.0}},
+        },
+    )
+    the_one(findings(stuck), Severity.SICK, "w1 (rank 1)", "step 120", "1 other wait", "-p 201")
+
+
+def test_all_workers_wait_for_servers() -> None:
+    waiting = {"stage": "waiting", "rates": {"steps": 0.0, "samples": 0.0}}
+    redis = replace(REDIS, pulses=PULSES | {name: PULSES[name] | waiting for name in ("w0", "w1")})
+    the_one(findings(redis), Severity.SICK, "all workers wait", "psa status demo --watch")
+
+
+def test_a_server_gone() -> None:
+    document = look(zookeeper=replace(ZOOKEEPER, servers=SERVERS[:1]))
+    finding = the_one(diagnose(document), Severity.SICK, "server s1 is gone with 1 shard", "another", "[node-1]")
+    assert finding.look == "psa status demo --watch"
+    assert document["missing"] == ["s1"] and document["state"] == "recovering"
+
+
+def test_the_last_server_gone() -> None:
+    found = findings(zookeeper=replace(ZOOKEEPER, servers=(), controller=None))
+    assert {each.look for each in found} == {"psa server --job demo"}
+    assert any("no server is there: 2 workers" in each.what for each in found)
+
+
+def test_a_worker_gone_leaves_ranks_without_holder() -> None:
+    found = findings(zookeeper=replace(ZOOKEEPER, workers=WORKERS[:1]))
+    assert [each.severity for each in found] == [Severity.SICK, Severity.WARN], "the worst first"
+    assert "rank 1 without a worker" in found[0].what and "worker w1 is gone" in found[1].what
+
+
+def test_ranks_that_nobody_was_given() -> None:
+    plan = replace(PLAN, ranks=("", ""))
+    found = findings(zookeeper=replace(ZOOKEEPER, plan=plan, workers=()))
+    the_one(found, Severity.SICK, "ranks 0, 1 without a worker", "psa worker SCRIPT")
+
+
+def test_a_job_at_rest_misses_nobody() -> None:
+    rest = replace(ZOOKEEPER, servers=(), workers=(), controller=None)
+    document = look(replace(REDIS, pulses={}), rest)
+    assert document["findings"] == [] and document["state"] == "at rest"
+
+
+def test_no_controller() -> None:
+    the_one(findings(zookeeper=replace(ZOOKEEPER, controller=None)), Severity.SICK, "controller", "--watch")
+
+
+def test_commits_that_do_not_keep_up() -> None:
+    behind = {**ANSWER, "version": 201}
+    found = findings(zookeeper=replace(ZOOKEEPER, answers={"s0": ANSWER, "s1": behind}))
+    the_one(found, Severity.SICK, "s1 has 101 versions", "50", "psa doctor demo")
+    just = {**ANSWER, "version": 200}
+    assert findings(zookeeper=replace(ZOOKEEPER, answers={"s0": ANSWER, "s1": just})) == []
+
+
+def test_a_hand_over_that_takes_long_names_for_whom_it_waits() -> None:
+    frozen = replace(SERVERS[0], frozen_mark=8, frozen_at=120)
+    plan = replace(PLAN, phase=Phase.FREEZE, mark=8, revision=8)
+    waits = replace(ZOOKEEPER, plan=plan, servers=(frozen, SERVERS[1]), plan_time_s=NOW_S - 12.0)
+    document = look(zookeeper=waits)
+    the_one(diagnose(document), Severity.WARN, "freeze", "12 s", "server s1", "-p 101")
+    assert document["state"] == "handing over"
+    assert findings(zookeeper=replace(waits, plan_time_s=NOW_S - 9.0)) == []
+
+
+def test_a_server_that_cannot_serve() -> None:
+    asking = (replace(SERVERS[0], reload=PLAN.epoch), SERVERS[1])
+    the_one(findings(zookeeper=replace(ZOOKEEPER, servers=asking)), Severity.SICK, "s0 cannot serve", "pid 100")
+
+
+def test_a_clock_that_is_ahead() -> None:
+    the_one(findings(with_pulse("w0", time=NOW_S + 60.0)), Severity.WARN, "60 s ahead", "on node-0: chronyc")
+
+
+def test_who_told_a_second_ago_is_not_behind() -> None:
+    """Workers tell at different times; 10 steps/s and a pulse that is older by 0.4 s are 4 steps."""
+    document = look(with_pulse("w0", time=NOW_S - 0.9, vitals={"step": 116}))
+    assert [each["behind"] for each in document["workers"]] == [0, 0]
+    document = look(with_pulse("w0", vitals={"step": 100}))
+    assert [each["behind"] for each in document["workers"]] == [20, 0]
+
+
+def test_a_pulse_that_changes_is_fresh_whatever_its_clock_says() -> None:
+    first = Heartbeat.after(None, {"time": NOW_S - 40.0}, 10.0, NOW_S)
+    assert first.age_s == 40.0
+    second = Heartbeat.after(first, {"time": NOW_S - 39.0}, 11.0, NOW_S + 1.0)
+    assert second.age_s <= 1.0 and second.seen_s == 11.0
+    third = Heartbeat.after(second, {"time": NOW_S - 39.0}, 15.0, NOW_S + 5.0)
+    assert third.seen_s == 11.0, "unchanged since"
+
+
+def test_a_strange_pulse_is_not_known_and_breaks_nothing() -> None:
+    strange = {"time": "noon", "vitals": [1], "rates": None, "stage": 7, "resident_bytes": math.nan, "metrics": None}
+    redis = with_pulse("w0", **strange)
+    document = look(redis)
+    worker = document["workers"][0]
+    assert worker["step"] is None and worker["samples_per_s"] is None and worker["resident_bytes"] is None
+    look(redis, ZooKeeperView("zk1:2181", 4.0, problem="away"))
+    json.dumps(document, allow_nan=False)
