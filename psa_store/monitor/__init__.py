@@ -7,6 +7,7 @@ what cannot be told in time is not told.
 from psa_store.monitor.endpoint import Endpoint, Route
 from psa_store.monitor.events import EventKind, Events
 from psa_store.monitor.monitor import Monitor
+from psa_store.monitor.page import Page
 from psa_store.monitor.subject import Subject
 
-__all__ = ["Endpoint", "EventKind", "Events", "Monitor", "Route", "Subject"]
+__all__ = ["Endpoint", "EventKind", "Events", "Monitor", "Page", "Route", "Subject"]

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 
 import torch
 
@@ -19,7 +19,7 @@ from psa_store.identity import new_member_id
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
 from psa_store.journal import Journal
 from psa_store.layout import Layout, layout_from_json
-from psa_store.monitor import Events, Monitor
+from psa_store.monitor import Events, Monitor, Page
 from psa_store.plan import Member
 from psa_store.server.checkpoints import Policy, checkpoint_at_end
 from psa_store.server.committer import Committer
@@ -135,10 +135,14 @@ def serve(job: str, settings: Settings) -> None:
         subject = ServerSubject(engine, vitals, events, lambda: control.member, coordination.lease_left_s)
         engine.start()
         try:
-            # Closed before the engine is: what it tells last is how the job ended.
-            monitor = closing(Monitor(job, vitals, subject, settings, events=events)) if settings.monitor else None
-            # Not in this thread: a signal handler here must never meet the lock of an event that it sets.
-            with monitor or nullcontext(), ThreadPoolExecutor(1, thread_name_prefix="psa-control") as runner:
+            with ExitStack() as watched:
+                if settings.monitor:
+                    page = watched.enter_context(closing(Page(job, settings, lambda: events.members is not None)))
+                    # Closed before the engine is: what it tells last is how the job ended.
+                    monitor = Monitor(job, vitals, subject, settings, events=events, pages=page.routes())
+                    watched.enter_context(closing(monitor))
+                # Not in this thread: a signal handler here must never meet the lock of an event that it sets.
+                runner = watched.enter_context(ThreadPoolExecutor(1, thread_name_prefix="psa-control"))
                 governing = runner.submit(control.run, engine)
                 while not governing.done():
                     wait([governing], timeout=_SIGNAL_CHECK_S)
