@@ -3,6 +3,7 @@
 Starts a private Redis and ZooKeeper and makes a job of so many members, half of them servers that answer as ours do,
 with ephemerals in ZooKeeper, pulses in Redis and three committed versions of every shard. Measures one look by new
 sessions, one more by the same (as with ``--watch``), and the whole command, beside `psa --help`, which only imports.
+Of commands it also tells how long they used a processor: on a busy machine they wait for one for much longer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import selectors
 import statistics
 import subprocess
@@ -142,17 +144,24 @@ def _timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started_s
 
 
-def _command(settings: Settings, *arguments: str) -> None:
+def _command(settings: Settings, *arguments: str) -> tuple[float, float]:
+    """Run it; seconds that passed, and of a processor that it used."""
     assert settings.redis is not None and settings.zookeeper is not None
     environment = {**os.environ, "PSA_REDIS": settings.redis, "PSA_ZOOKEEPER": settings.zookeeper, "PSA_CONFIG": ""}
     command = [sys.executable, "-m", "psa_store.cli", *arguments]
-    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=_TIMEOUT_S)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took_s = _timed(
+        lambda: subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=_TIMEOUT_S)
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return took_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def measure(settings: Settings, servers: int, workers: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of each, by round."""
     assert settings.redis is not None
-    took_s: dict[str, list[float]] = {"psa --help": [], "describe()": [], "the next look": [], "psa status JOB": []}
+    took_s: dict[str, list[float]] = {"describe()": [], "the next look": []}
+    took_s |= {f"{command}{what}": [] for command in ("psa --help", "psa status JOB") for what in ("", ", CPU")}
     with (
         closing(RedisStore(settings.redis, timeout_s=_TIMEOUT_S)) as store,
         closing(Observer(JOB, settings, store)) as observer,
@@ -164,8 +173,10 @@ def measure(settings: Settings, servers: int, workers: int, rounds: int) -> dict
             assert document["committed"] == VERSIONS[-1] and not document["findings"], document["findings"]
             took_s["the next look"].append(_timed(observer.look))
             took_s["describe()"].append(_timed(lambda: describe(JOB, settings, store)))
-            took_s["psa --help"].append(_timed(lambda: _command(settings, "--help")))
-            took_s["psa status JOB"].append(_timed(lambda: _command(settings, "status", JOB)))
+            for command, arguments in (("psa --help", ["--help"]), ("psa status JOB", ["status", JOB])):
+                passed_s, used_s = _command(settings, *arguments)
+                took_s[command].append(passed_s)
+                took_s[f"{command}, CPU"].append(used_s)
     return took_s
 
 
@@ -194,11 +205,11 @@ def main() -> None:
         make_job(stack, settings, ours.recv(), workers, args.shards)
         took_s = measure(settings, servers, workers, args.rounds)
     print(f"{servers} servers, {workers} workers, {args.shards} shards, {args.rounds} rounds")
-    print(f"{'':15} median  quartiles   seconds")
+    print(f"{'':19} median  quartiles   seconds")
     for name, each in took_s.items():
         low, middle, high = statistics.quantiles(each, n=4)
         aim = f"   (aim: at most {TARGET_S:g})" if name == "psa status JOB" else ""
-        print(f"{name:15} {middle:6.3f}  {low:.3f} to {high:.3f}{aim}")
+        print(f"{name:19} {middle:6.3f}  {low:.3f} to {high:.3f}{aim}")
 
 
 if __name__ == "__main__":

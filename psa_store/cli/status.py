@@ -76,6 +76,8 @@ def _show_once(job: str | None, looker: _Looker, as_json: bool, console: Console
         shown = _view(job, documents, console.width)
     except DependencyUnreachable as error:
         shown = apology(str(error))
+        if as_json:
+            print(f"psa: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps(documents[0] if job else documents), flush=True)
     elif live is not None:

@@ -100,8 +100,8 @@ class Observer:
 
         ``servers``: id, host, pid, address, metrics, leaving, awaited (the hand-over waits for it), cannot_serve,
         shards, version, committed, lag, stage, sick (why it did not answer), resident_bytes, heartbeat_age_s,
-        clock_ahead_s. ``workers``: id, host, pid, metrics, ranks, step, behind (steps, the fastest), steps_per_s,
-        samples_per_s, stage, loss, resident_bytes, heartbeat_age_s, clock_ahead_s.
+        clock_ahead_s. ``workers``: id, host, pid, metrics, ranks, step, behind (steps, the fastest), compute_s (of a
+        step, its mean), steps_per_s, samples_per_s, stage, loss, resident_bytes, heartbeat_age_s, clock_ahead_s.
 
         ``redis``: problem (empty if it answers), damage (of stored data), where, latency_s, used_bytes, limit_bytes,
         persistence, cannot_persist, run_id. ``zookeeper``: problem, hosts, server (that we are connected to),

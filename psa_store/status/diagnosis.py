@@ -15,6 +15,8 @@ Document = Mapping[str, Any]
 
 HEARTBEAT_S = 3.0
 """A process tells of itself once a second. Two may be lost to a Redis that hesitates."""
+STEP_LONG_S = 2.0
+"""Rates are those of the last seconds: where a step takes as long, to make none in that time is nothing unusual."""
 HAND_OVER_SLOW_S = 10.0
 MEMORY_FULL_SHARE = 0.9
 REDIS_SLOW_S = 0.1
@@ -156,7 +158,9 @@ def _idle_workers(document: Document) -> Iterator[Finding]:
         if waiting and worker["stage"] == "computing" and worker["steps_per_s"] == 0:
             what = f"worker {worker['id']} ({_ranks(worker['ranks'])}) has made no step for seconds: it computes "
             what += f"{_step(worker)} while {_count(len(waiting), 'other')} wait"
-            yield _of_member(worker, Severity.SICK, what)
+            slow = worker["compute_s"] is not None and worker["compute_s"] > STEP_LONG_S
+            what += f"; it takes {worker['compute_s']:.0f} s for one, on average" if slow else ""
+            yield _of_member(worker, Severity.WARN if slow else Severity.SICK, what)
 
 
 def _all_wait(document: Document) -> Iterator[Finding]:

@@ -254,6 +254,7 @@ def _worker(member: Member, ranks: list[int], pulse: Pulse, heart: Mapping[str, 
         "metrics": _text(pulse.get("metrics")),
         "ranks": ranks,
         "step": _whole(vitals.get("step")),
+        "compute_s": _ratio(vitals.get("compute_seconds"), vitals.get("steps")),
         "steps_per_s": _number(rates.get("steps")),
         "samples_per_s": _number(rates.get("samples")),
         "stage": _text(pulse.get("stage")),
@@ -350,6 +351,11 @@ def _zookeeper(view: ZooKeeperView) -> dict[str, Any]:
 def _number(value: object) -> float | None:
     """JSON has no NaN, and this document must be JSON."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _ratio(amount: object, count: object) -> float | None:
+    whole, parts = _number(amount), _number(count)
+    return whole / parts if whole is not None and parts else None
 
 
 def _whole(value: object) -> int | None:

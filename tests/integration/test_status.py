@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from psa_store.coordination import greet_zookeeper
+from psa_store.errors import Disconnected
 from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.wire import inspect
 from tests.harness import PSA, Run, Site
 
 
@@ -199,3 +203,32 @@ def test_a_look_finds_a_paused_server_in_bounded_time(site: Site) -> None:
     assert took_s < 2.5, took_s
     run.process.send_signal(signal.SIGTERM)
     run.finish()
+
+
+def test_who_is_silent_or_trickles_is_given_up_in_time() -> None:
+    """Neither a server nor a ZooKeeper that accepts connections and does not speak keeps a look waiting."""
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = "{}:{}".format(*listener.getsockname())
+
+        def trickle() -> None:
+            first, _ = listener.accept()
+            with first:
+                while not done.wait(0.1):
+                    try:
+                        first.sendall(b"P")
+                    except OSError:
+                        return
+
+        speaker = threading.Thread(target=trickle, name="test-trickle")
+        speaker.start()
+        try:
+            began_s = time.monotonic()
+            with pytest.raises(Disconnected, match="does not answer"):
+                inspect(address, "", "", 0.5)
+            assert time.monotonic() - began_s < 2.0
+        finally:
+            done.set()
+            speaker.join()
+        (member,) = greet_zookeeper(address, 0.3)
+        assert not member.serves and "says nothing within 0.3 s" in member.problem

@@ -202,6 +202,8 @@ def test_a_worker_that_makes_no_steps_while_others_wait() -> None:
         },
     )
     the_one(findings(stuck), Severity.SICK, "w1 (rank 1)", "step 120", "1 other wait", "-p 201")
+    stuck.pulses["w1"]["vitals"] = {"step": 120, "steps": 10.0, "compute_seconds": 300.0}
+    the_one(findings(stuck), Severity.WARN, "w1 (rank 1)", "30 s for one")
 
 
 def test_all_workers_wait_for_servers() -> None:
