@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -227,6 +228,29 @@ def test_other_servers_name_the_controller(site: Site, stack: ExitStack) -> None
     job.pulse("s-two", "server", vitals={"controller": 1.0}, metrics="10.0.0.7:9400")
     status, body = get(url)
     assert status == 200 and b'<a href="http://10.0.0.7:9400/">' in body
+
+
+def test_servers_of_a_job_serve_it(site: Site) -> None:
+    """One of them shows the job, the other says which."""
+    run = site.run("paged-real", "--steps", "100000", "--pace-s", "0.02", workers=1, servers=2)
+    run.wait_for_step(3)
+    deadline_s = time.monotonic() + WAIT_S
+    while True:
+        document = site.describe("paged-real")
+        pages = {each["id"]: f"http://{each['metrics']}/" for each in document["servers"] if each["metrics"]}
+        homes = {member: get(url)[1] for member, url in pages.items()}
+        governing = document["controller"]
+        if len(homes) == 2 and b"<script>" in homes[governing] and all(b"<p>" in each for each in homes.values()):
+            others = [home for member, home in homes.items() if member != governing]
+            if all(pages[governing].encode() in home for home in others):
+                break
+        assert time.monotonic() < deadline_s, homes
+        run.wait_for_line(lambda _: True)
+    assert b"sha256-" in homes[governing] and b"_HASH" not in homes[governing]
+    status, body = get(pages[governing] + "status.json")
+    assert status == 200 and json.loads(body)["controller"] == governing
+    run.process.send_signal(signal.SIGTERM)
+    run.finish()
 
 
 def test_many_viewers_cost_one_look(site: Site, stack: ExitStack) -> None:
