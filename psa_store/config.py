@@ -101,6 +101,7 @@ class Settings(BaseSettings):
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
     )
+    log_json: bool = Field(default=False, description="logs as JSON, one object a line, for programs")
     journal: _Folder | None = Field(
         default=None, description="existing folder in which every process writes down what it does, for `psa chaos`"
     )

@@ -20,7 +20,8 @@ from psa_store.config import load_settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
 from psa_store.layout import ITEM_BYTES, Role, TensorSpec, layout_from_json
-from psa_store.storage import Head, RedisStore, printable
+from psa_store.storage import Head, RedisStore
+from psa_store.telemetry import printable
 
 _PARAM = "param"
 _ATTEMPTS = 5

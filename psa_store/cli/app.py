@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_LogJson = Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, for programs")]
 _SCRIPT = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -57,6 +58,7 @@ def run(
     transport: Annotated[
         Transport | None, typer.Option(help="new job: send float32 as it is, or rounded to bfloat16 [default: exact]")
     ] = None,
+    log_json: _LogJson = False,
 ) -> None:
     """Train: start workers and servers on this machine, watch them, restart what dies. Running it again resumes.
 
@@ -67,7 +69,7 @@ def run(
     """
     from psa_store.cli.run import RunOptions, run_job
 
-    settings = _begin("run")
+    settings = _begin("run", log_json=log_json)
     options = RunOptions(
         script=_script(script),
         arguments=tuple(context.args),
@@ -85,20 +87,21 @@ def run(
 
 
 @app.command()
-def server(job: Annotated[str, typer.Option(help="name of the job to serve")]) -> None:
+def server(job: Annotated[str, typer.Option(help="name of the job to serve")], log_json: _LogJson = False) -> None:
     """Serve shards of a job until SIGTERM; then hand them over and exit. May join and leave at any time.
 
     Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181 PSA_BIND=10.0.0.7 psa server --job demo
     """
     from psa_store.server import serve
 
-    serve(job, _begin("server"))
+    serve(job, _begin("server", log_json=log_json))
 
 
 @app.command(context_settings=_SCRIPT)
 def worker(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")],
+    log_json: _LogJson = False,
 ) -> None:
     """Run a training script as one more worker of its job. May join and leave at any time.
 
@@ -106,7 +109,9 @@ def worker(
     """
     from psa_store.cli.run import run_script
 
-    os.environ.update(as_environment(_begin("worker")))  # the script reads them again, maybe in another directory
+    os.environ.update(
+        as_environment(_begin("worker", log_json=log_json))
+    )  # the script reads them again, maybe in another directory
     run_script(str(_script(script)), context.args)
 
 
@@ -424,15 +429,17 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except PsaError as error:
-        typer.echo(f"psa: {error}", err=True)
+        telemetry.complain(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _begin(role: str) -> Settings:
+def _begin(role: str, *, log_json: bool = False) -> Settings:
     settings = _settings()
-    telemetry.configure(settings.log_level, role)
+    if log_json:
+        settings = settings.model_copy(update={"log_json": True})
+    telemetry.configure(settings.log_level, role, as_json=settings.log_json)
     return settings
 
 

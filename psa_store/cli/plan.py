@@ -182,7 +182,7 @@ def _processes(way: _Way) -> Table:
 
 
 def _times(ways: Sequence[_Way]) -> Table:
-    table = Table("a step on this machine takes", *(f"{way.name}, ms" for way in ways))
+    table = Table("a step on this machine takes at least", *(f"{way.name}, ms" for way in ways))
     for column in table.columns[1:]:
         column.justify = "right"
     by_name = [{term.what: term.seconds for term in way.forecast.terms} for way in ways]

@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -115,6 +114,7 @@ class _RunningJob:
                 raise UsageError(f"one `psa run` trains one job, but its workers named {self._name!r} and {name!r}")
             return False
         self._name = name
+        telemetry.identify(job=name)
         self._coordination = Coordination(
             self._addresses.zookeeper,
             name,
@@ -171,14 +171,15 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
 
 def _in_child(role: str, work: Any) -> None:
     """Run the work of a child process; our errors end it with their code, others with a traceback and 1."""
-    telemetry.configure(load_settings().log_level, role)
+    settings = load_settings()
+    telemetry.configure(settings.log_level, role, as_json=settings.log_json)
     try:
         work()
     except PsaError as error:
-        print(f"psa: {role}: {error}", file=sys.stderr, flush=True)
+        telemetry.complain(f"{role}: {error}")
         sys.exit(error.exit_code)
     except Exception:
-        traceback.print_exc()
+        telemetry.complain(f"{role}: user code failed", with_traceback=True)
         sys.exit(1)
 
 

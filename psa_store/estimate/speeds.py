@@ -25,6 +25,7 @@ _SCRATCH_BYTES = 32 << 20
 _LOOPBACK_BYTES = 128 << 20
 _LOOPBACK_S = 2.0
 _LOOKS = 5
+_MORE_RANKS = 3
 
 
 def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) -> Speeds:
@@ -42,17 +43,19 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
     flat = torch.full((elements,), 1e-3, dtype=getattr(torch, dtype))
     server_rule = from_dict(config.mode.server_optimizer(config.optimizer))
     with _one_thread():
+        copy = torch.empty_like(flat)
         update_s = _update_s(server_rule, flat, dtype, 1)
+        with_more_s = _update_s(server_rule, flat, dtype, 1 + _MORE_RANKS) if config.ranks > 1 else update_s
         encode_s, decode_s = _codec_s(config, flat, dtype)
         return Speeds(
             cores=len(os.sched_getaffinity(0)),
-            copy_bytes_per_s=flat.nbytes / _typical_s(lambda: flat.clone()),
+            copy_bytes_per_s=flat.nbytes / _typical_s(lambda: copy.copy_(flat)),
             wire_bytes_per_s=measure_loopback(_LOOPBACK_BYTES, _LOOPBACK_S),
             check_s=_typical_s(lambda: torch.linalg.vector_norm(flat)) / elements,
             encode_s=encode_s,
             decode_s=decode_s,
             update_s=update_s,
-            part_s=max(0.0, _update_s(server_rule, flat, dtype, 2) - update_s) if config.ranks > 1 else 0.0,
+            part_s=max(0.0, with_more_s - update_s) / _MORE_RANKS,
             local_update_s=_update_s(from_dict(config.optimizer), flat, dtype, 1) if config.mode.in_rounds else 0.0,
             redis_bytes_per_s=redis_bytes_per_s,
         )

@@ -61,6 +61,8 @@ def serve(job: str, settings: Settings) -> None:
     if settings.redis is None or settings.zookeeper is None:
         raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: set both, or use `psa run`")
     torch.set_num_threads(1)
+    member_id = settings.member or new_member_id("server")
+    telemetry.identify(job=job, member=member_id)
     woken = threading.Event()
     leave = _Leave(woken)
     with ExitStack() as stack:
@@ -87,7 +89,6 @@ def serve(job: str, settings: Settings) -> None:
             return
         config, layout = found
         optimizer = optim.from_dict(config.mode.server_optimizer(config.optimizer))
-        member_id = settings.member or new_member_id("server")
         journal = stack.enter_context(closing(Journal(settings.journal, "server", member_id)))
         tcp, address = listen_tcp(settings.bind)
         local_name = f"psa-{member_id}"

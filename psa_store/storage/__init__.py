@@ -1,7 +1,6 @@
 """Versioned shards in Redis. The only room that knows redis-py."""
 
 from psa_store.storage.committing import ShardState
-from psa_store.storage.connecting import printable
 from psa_store.storage.examination import PROBE_BYTES, RedisFacts, RedisRates, examine_redis, measure_redis
 from psa_store.storage.history import History
 from psa_store.storage.records import CHUNK_BYTES, Head, Manifest, Section
@@ -20,5 +19,4 @@ __all__ = [
     "ShardState",
     "examine_redis",
     "measure_redis",
-    "printable",
 ]

@@ -14,7 +14,8 @@ import redis
 import tenacity
 
 from psa_store.errors import DependencyUnfit
-from psa_store.storage.connecting import make_pool, printable, translated
+from psa_store.storage.connecting import make_pool, translated
+from psa_store.telemetry import printable
 
 FunctionCall = tuple[str, list[str], Sequence[Any]]
 """Name, keys, arguments."""

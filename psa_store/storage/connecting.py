@@ -15,6 +15,7 @@ from redis.retry import Retry
 from redis.utils import str_if_bytes
 
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
+from psa_store.telemetry import printable
 
 _PACK_COPY_BYTES_MAX = 6000
 _UNFIT: tuple[tuple[type[Exception], str], ...] = (
@@ -24,14 +25,7 @@ _UNFIT: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.AuthenticationError, "it wants a user and password: put them into the URL of PSA_REDIS"),
 )
 _CANNOT_PERSIST = "MISCONF"
-_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/@:]*):.*@|(?P<key>[?&]password=)[^&]*")
-"""Up to the last @, so that a password that should have been percent-encoded is hidden as well."""
 _PIPELINE_PREFIX = re.compile(r"^Command # \d+ \(.*?\) of pipeline caused error: ", re.DOTALL)
-
-
-def printable(url: str) -> str:
-    """The URL without its password, for messages."""
-    return _PASSWORD.sub(lambda found: f"{found['key']}***" if found["key"] else f"{found['user']}:***@", url)
 
 
 def make_pool(url: str, timeout_s: float, connections_max: int) -> redis.BlockingConnectionPool:

@@ -163,6 +163,7 @@ class Worker:
         if settings.redis is None or settings.zookeeper is None:
             raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: run the script with `psa run`, or set both")
         name, member = self._wanted.name, settings.member or new_member_id("worker")
+        telemetry.identify(job=name, member=member)
         with ExitStack() as stack:
             self._journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
             self._mailbox = stack.enter_context(closing(Mailbox[None]()))
