@@ -102,6 +102,9 @@ class Settings(BaseSettings):
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
     )
     log_json: bool = Field(default=False, description="logs as JSON, one object a line, for programs")
+    tensorboard: _Folder | None = Field(
+        default=None, description="folder in which `psa run` writes the curves of its job for TensorBoard"
+    )
     journal: _Folder | None = Field(
         default=None, description="existing folder in which every process writes down what it does, for `psa chaos`"
     )

@@ -59,6 +59,9 @@ def run(
         Transport | None, typer.Option(help="new job: send float32 as it is, or rounded to bfloat16 [default: exact]")
     ] = None,
     log_json: _LogJson = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="folder for TensorBoard: loss, learning rate, norm, speed, recoveries")
+    ] = None,
 ) -> None:
     """Train: start workers and servers on this machine, watch them, restart what dies. Running it again resumes.
 
@@ -70,6 +73,8 @@ def run(
     from psa_store.cli.run import RunOptions, run_job
 
     settings = _begin("run", log_json=log_json)
+    if tensorboard is not None:
+        settings = settings.model_copy(update={"tensorboard": tensorboard})
     options = RunOptions(
         script=_script(script),
         arguments=tuple(context.args),

@@ -23,6 +23,7 @@ from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageErro
 from psa_store.job import RUN_NODE
 from psa_store.local import Addresses, Child, PrivateServers, Role, Supervisor, hold_home, publish, running
 from psa_store.mode import Mode
+from psa_store.monitor.tensorboard import BoardWriter, check_tensorboard
 from psa_store.storage import RedisStore
 from psa_store.transport import Transport
 
@@ -61,6 +62,8 @@ def run_job(options: RunOptions, settings: Settings) -> int:
         addresses = private.addresses if private else _known_addresses(settings)
         _check(addresses, settings)
         job = stack.enter_context(closing(_RunningJob(addresses, settings)))
+        if settings.tensorboard is not None:
+            check_tensorboard()
         supervisor = Supervisor(
             preload=["psa_store.cli.preload"],
             restarts_max=options.restarts_max,
@@ -72,6 +75,9 @@ def run_job(options: RunOptions, settings: Settings) -> int:
 
         def start_servers(name: str) -> None:
             if job.take(name):
+                if settings.tensorboard is not None:
+                    board = BoardWriter(name, settings.tensorboard, addresses.redis, settings.connect_timeout_s)
+                    stack.enter_context(closing(board))
                 for _ in range(options.servers):
                     supervisor.spawn(Role.SERVER, server_main, name)
 
