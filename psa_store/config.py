@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     member: str | None = Field(default=None, description="identity of this process in ZooKeeper")
     supervisor: Path | None = Field(default=None, description="socket of the supervisor that started this process")
     run: str | None = Field(default=None, description="id of the `psa run` that started this process")
-    sketch: Path | None = Field(default=None, description="file in which a Worker writes down its job, for `psa plan`")
+    draft: Path | None = Field(default=None, description="file in which a Worker writes down its job, for `psa plan`")
     default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nobody says otherwise")
 
     @classmethod
@@ -153,7 +153,7 @@ class Settings(BaseSettings):
 
 
 FOR_PEOPLE = tuple(
-    name for name in Settings.model_fields if name not in ("member", "supervisor", "run", "sketch", "default_ranks")
+    name for name in Settings.model_fields if name not in ("member", "supervisor", "run", "draft", "default_ranks")
 )
 """Names of the settings that a person may choose, which are also the keys of the file."""
 

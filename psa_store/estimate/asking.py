@@ -11,7 +11,7 @@ from pathlib import Path
 from psa_store.errors import UsageError, UserCodeFailed
 from psa_store.job import JobConfig
 from psa_store.layout import Layout
-from psa_store.worker.sketch import read_sketch
+from psa_store.worker.draft import read_draft
 
 
 def ask_script(
@@ -24,11 +24,11 @@ def ask_script(
         UsageError: it ended without a Worker.
     """
     with tempfile.TemporaryDirectory(prefix="psa-plan-") as folder:
-        path = Path(folder) / "sketch.json"
+        path = Path(folder) / "draft.json"
         try:
             done = subprocess.run(
                 [sys.executable, str(script), *arguments],
-                env={**environment, "PSA_SKETCH": str(path)},
+                env={**environment, "PSA_DRAFT": str(path)},
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
                 timeout=timeout_s,
@@ -39,7 +39,7 @@ def ask_script(
                 f"{script} has made no psa.Worker in {timeout_s:g} s, and was ended. "
                 "Make the Worker before anything that takes long, as training does."
             ) from None
-        found = read_sketch(path)
+        found = read_draft(path)
     if found is not None:
         return found
     if done.returncode != 0:

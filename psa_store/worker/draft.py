@@ -1,7 +1,7 @@
 """What a training script would create, written down by its Worker instead of training: how `psa plan` asks a script.
 
 A script decides about its model and optimizer in code, so it has to run, up to its first ``psa.Worker``. `psa plan`
-runs it as a process of its own, with the name of a file in ``PSA_SKETCH``; neither Redis nor ZooKeeper is needed.
+runs it as a process of its own, with the name of a file in ``PSA_DRAFT``; neither Redis nor ZooKeeper is needed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from psa_store.job import JobConfig, job_config_from_json
 from psa_store.layout import Layout, layout_from_json
 
 
-def sketch_of(config: JobConfig, layout: Layout, path: Path) -> None:
+def draft_of(config: JobConfig, layout: Layout, path: Path) -> None:
     """Write a job down."""
     path.write_text(json.dumps([config.to_json(), layout.to_json()]))
 
 
-def read_sketch(path: Path) -> tuple[JobConfig, Layout] | None:
+def read_draft(path: Path) -> tuple[JobConfig, Layout] | None:
     """The job that was written down there; None for none. Raises DataIntegrity if that is no such text."""
     if not path.exists() or not (text := path.read_text()):
         return None
     try:
         config, layout = json.loads(text)
     except ValueError as error:
-        raise DataIntegrity(f"{path} holds no sketch of a job: {error}") from error
+        raise DataIntegrity(f"{path} holds no draft of a job: {error}") from error
     return job_config_from_json(config), layout_from_json(layout)
