@@ -98,6 +98,9 @@ class Settings(BaseSettings):
     checkpoint_keep_s: float | None = Field(
         default=None, gt=0.0, description="age in seconds at which automatic checkpoints go, even if they are fewer"
     )
+    checkpoint_files: str | None = Field(
+        default=None, description="folder or URL of fsspec to which every automatic checkpoint is exported as well"
+    )
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
     )

@@ -9,6 +9,7 @@ the rank.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,10 @@ from psa_store.job import JobConfig, check_name, job_config_from_json
 from psa_store.layout import Layout, Role, layout_from_json
 from psa_store.plan import newest_common
 from psa_store.storage import Head, Manifest, RedisStore
+
+_CLOCK = "clock."
+"""Begins the names of scalars that count pushes, see ``server.lead``."""
+_AUTOMATIC = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
 
 class Reason(StrEnum):
@@ -64,7 +69,7 @@ def checkpoint_from_json(text: str) -> Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredJob:
     """A job as it is in Redis."""
 
     config: JobConfig
@@ -123,7 +128,7 @@ class Stored:
         return all(name in head.pins and head.pins[name].version == self.checkpoints[name].version for head in shards)
 
 
-def read_job(store: RedisStore, job: str) -> Stored:
+def read_job(store: RedisStore, job: str) -> StoredJob:
     """Everything small that Redis has of a job; raises UnknownJob if it is not there."""
     found = store.read_job(job)
     if found is None:
@@ -132,7 +137,7 @@ def read_job(store: RedisStore, job: str) -> Stored:
     documents = [checkpoint_from_json(text) for text in store.read_checkpoints(job).values()]
     heads = store.heads(job, [shard.index for shard in layout.shards])
     by_age = sorted(documents, key=lambda each: (each.version, each.created_s))
-    return Stored(
+    return StoredJob(
         job_config_from_json(found[0]), layout, {head.shard: head for head in heads}, {c.name: c for c in by_age}
     )
 
@@ -157,7 +162,7 @@ def complete(
     pins = [head.pins.get(name) for head in heads]
     if any(pin is None or pin.version != version for pin in pins):
         raise DataIntegrity(f"job {config.name!r}: checkpoint {name!r} lost its pins before it was complete")
-    clocks = [value for pin in pins if pin for what, value in pin.scalars.items() if what.startswith("clock.")]
+    clocks = [value for pin in pins if pin for what, value in pin.scalars.items() if what.startswith(_CLOCK)]
     checkpoint = Checkpoint(
         name=name,
         version=version,
@@ -222,11 +227,16 @@ def automatic_name(taken: Collection[str], when_s: float) -> str:
     return unique
 
 
+def is_automatic(name: str) -> bool:
+    """Whether :func:`automatic_name` gave it. Such names sort by age."""
+    return _AUTOMATIC.fullmatch(name) is not None
+
+
 def checked_name(name: str) -> str:
-    """Raise UsageError unless a checkpoint may be called so: a number would be taken for a version."""
+    """Raise UsageError unless a person may call a checkpoint so: numbers and times have a meaning of their own."""
     check_name(name, "checkpoint name")
-    if name.isdecimal():
-        raise UsageError(f"checkpoint name {name!r}: a number means a version; use at least one letter")
+    if name.isdecimal() or is_automatic(name):
+        raise UsageError(f"checkpoint name {name!r}: a number means a version, a time an automatic one; use a letter")
     return name
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psa_store.checkpoint.catalog import Stored, read_job
+from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import UsageError
 from psa_store.layout import ITEM_BYTES, Shard, describe_difference
 from psa_store.storage import Manifest, RedisStore
@@ -86,7 +86,7 @@ def _ratio(above: float, below: float) -> float:
     return above / below
 
 
-def _read(store: RedisStore, stored: Stored, shard: Shard, manifests: dict[int, Manifest]) -> Tensor:
+def _read(store: RedisStore, stored: StoredJob, shard: Shard, manifests: dict[int, Manifest]) -> Tensor:
     whole = torch.empty(shard.size_bytes, dtype=torch.uint8)
     store.load(stored.config.name, shard.index, manifests[shard.index], {_PARAM: whole.numpy().data})
     dtype = getattr(torch, shard.dtype)

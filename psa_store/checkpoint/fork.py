@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from psa_store.checkpoint.catalog import FORK_PREFIX, read_job
+from psa_store.checkpoint.creating import right_to_create
 from psa_store.coordination import Coordination
-from psa_store.errors import JobBusy, JobMismatch
+from psa_store.errors import JobMismatch
 from psa_store.failpoints import failpoint
-from psa_store.job import CREATOR_NODE, check_job_name
+from psa_store.job import check_job_name
 from psa_store.storage import Manifest, RedisStore
 
 
@@ -33,10 +34,7 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
     manifests = stored.manifests(what)
     if store.has_job(new) or coordination.read_config() is not None:
         raise JobMismatch(f"there is a job {new!r} already: use another name")
-    holder = coordination.hold(CREATOR_NODE, "psa checkpoint fork")
-    if holder is not None:
-        raise JobBusy(f"job {new!r} is being created by {holder}")
-    try:
+    with right_to_create(new, "fork", coordination):
         shared = {shard: replace(manifest, home=manifest.home or job) for shard, manifest in manifests.items()}
         _keep(store, shared, new)
         shards = sorted(shared)
@@ -49,8 +47,6 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         config = replace(stored.config, name=new)
         store.create_job(new, config.to_json(), stored.layout.to_json())
         coordination.create_config(config.to_json())
-    finally:
-        coordination.release(CREATOR_NODE)
     return stored.version_of(what)
 
 

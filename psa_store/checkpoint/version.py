@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from psa_store.errors import DataIntegrity, UnknownJob, UsageError
-from psa_store.job import JobConfig, job_config_from_json
-from psa_store.layout import Layout, Role, layout_from_json
+from psa_store.checkpoint.catalog import read_job
+from psa_store.errors import DataIntegrity, UsageError
+from psa_store.job import JobConfig
+from psa_store.layout import Layout
 from psa_store.storage import Manifest, RedisStore
 
 PARAM = "param"
@@ -60,30 +61,14 @@ class StoredVersion:
             raise
 
 
-def stored_version(store: RedisStore, job: str, version: int | None = None) -> StoredVersion:
-    """A version that all shards have; None takes the newest.
+def stored_version(store: RedisStore, job: str, what: str | int | None = None) -> StoredVersion:
+    """A checkpoint by its name, or a version that all shards have; None takes the newest.
 
     Raises:
         UnknownJob: there is no such job.
-        UsageError: it has no such version; the message lists those that it has.
-        DataIntegrity: no version is common to all shards, or one of a frozen shard is missing.
+        UsageError: it has neither such a checkpoint nor such a version; the message lists those that it has.
+        DataIntegrity: no version is common to all shards, or a shard lacks this one.
     """
-    found = store.read_job(job)
-    if found is None:
-        raise UnknownJob(f"no job {job!r} in {store.where}; known jobs: {', '.join(store.jobs()) or 'none'}")
-    config, layout = job_config_from_json(found[0]), layout_from_json(found[1])
-    heads = {head.shard: head for head in store.heads(job, range(len(layout.shards)))}
-    changing = [{each.version for each in heads[shard.index].manifests} for shard in layout.versioned]
-    common = sorted(set.intersection(*changing)) if changing else [0]
-    if not common:
-        raise DataIntegrity(f"job {job!r}: no version is common to all shards in Redis")
-    chosen = common[-1] if version is None else version
-    if chosen not in common:
-        raise UsageError(f"job {job!r} has no version {chosen}; stored versions: {common}")
-    manifests = {}
-    for shard in layout.shards:
-        manifest = heads[shard.index].manifest(0 if shard.role is Role.FROZEN else chosen)
-        if manifest is None:
-            raise DataIntegrity(f"job {job!r}: frozen shard {shard.index} is missing in Redis")
-        manifests[shard.index] = manifest
-    return StoredVersion(store, config, layout, chosen, manifests)
+    found = read_job(store, job)
+    pinned = what in found.checkpoints
+    return StoredVersion(store, found.config, found.layout, found.version_of(what), found.manifests(what), pinned)

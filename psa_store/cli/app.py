@@ -372,6 +372,40 @@ def checkpoint_fork(
     checkpoint.fork(job, what, new, _begin("checkpoint"))
 
 
+@checkpoint_app.command("export")
+def checkpoint_export(
+    job: _Job,
+    url: Annotated[str, typer.Argument(help="new folder: a path, or file://, s3://, hdfs://, … as fsspec knows them")],
+    what: Annotated[str | None, typer.Argument(help="a checkpoint, or a version [default: the newest version]")] = None,
+    max_file_gb: Annotated[float, typer.Option(min=0.001, help="size beyond which a file is split (10^9 bytes)")] = 5.0,
+) -> None:
+    """Write a checkpoint to files: safetensors with the names of state_dict, and all that a job needs to go on.
+
+    Example: psa checkpoint export shakespeare s3://models/shakespeare-1 before-lr-change
+    """
+    from psa_store.cli.transfer import export_files
+
+    export_files(job, what, url, _begin("checkpoint"), int(max_file_gb * 1e9))
+
+
+@checkpoint_app.command("import")
+def checkpoint_import(
+    url: Annotated[str, typer.Argument(help="folder that `psa checkpoint export` wrote")],
+    job: Annotated[str, typer.Option("--as", help="name of the new job")],
+    ranks: Annotated[int | None, typer.Option(min=1, help="another world size [default: as exported]")] = None,
+    shard_bytes: Annotated[
+        int | None, typer.Option(min=4096, help="another shard size, that of the script [default: as exported]")
+    ] = None,
+) -> None:
+    """Begin a job with an export. Its files are checked first; run the same script with this job name.
+
+    Example: psa checkpoint import s3://models/shakespeare-1 --as hamlet --ranks 8
+    """
+    from psa_store.cli.transfer import import_files
+
+    import_files(url, job, _begin("checkpoint"), ranks, shard_bytes)
+
+
 @checkpoint_app.command("prune")
 def checkpoint_prune(
     job: _Job,

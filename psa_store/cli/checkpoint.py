@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from psa_store.checkpoint import catalog
-from psa_store.checkpoint.catalog import Checkpoint, Stored, read_job
+from psa_store.checkpoint.catalog import Checkpoint, StoredJob, read_job
 from psa_store.checkpoint.comparison import compare
 from psa_store.checkpoint.fork import fork as make_fork
 from psa_store.checkpoint.rollback import rollback as roll_back
@@ -71,7 +71,7 @@ def show(job: str, what: str, as_json: bool, settings: Settings) -> None:
         print(f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
 
 
-def _document(stored: Stored, what: str) -> dict[str, object]:
+def _document(stored: StoredJob, what: str) -> dict[str, object]:
     manifests = stored.manifests(what)
     sections: dict[str, int] = {}
     for manifest in manifests.values():

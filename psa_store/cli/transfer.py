@@ -18,12 +18,12 @@ from psa_store.storage import RedisStore
 
 
 def export_files(
-    job: str, version: int | None, url: str, settings: Settings, max_file_bytes: int = MAX_FILE_BYTES
+    job: str, what: str | None, url: str, settings: Settings, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Write a version of a job (None: the newest) into a new folder at ``url``, and say so in one line."""
+    """Write a checkpoint or a version of a job (None: the newest) into a new folder at ``url``, and say so in one line."""
     started_s = time.monotonic()
     with _redis(fill_addresses(settings)) as store:
-        export = export_version(stored_version(store, job, version), url, max_file_bytes)
+        export = export_version(stored_version(store, job, what), url, max_file_bytes)
     size_bytes, took_s = sum(file.size_bytes for file in export.files), time.monotonic() - started_s
     print(
         f"exported version {export.version} of job {job!r} to {export.url}: {len(export.files)} files, "

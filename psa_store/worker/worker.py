@@ -34,22 +34,14 @@ from psa_store.wire import Header, Mailbox, announce
 from psa_store.worker.arena import ModelArena, describe_model
 from psa_store.worker.arrival_course import ArrivalCourse
 from psa_store.worker.course import Course, Tools
-<<<<<<< ours
 from psa_store.worker.creation import Wanted, join_or_create, new_config
-=======
-from psa_store.worker.creation import Wanted, join_or_create, new_job
 from psa_store.worker.draft import draft_of
->>>>>>> theirs
 from psa_store.worker.feed import Draw, Feed, seed_everything
 from psa_store.worker.fleet import Fleet
 from psa_store.worker.gradients import GradientPool
 from psa_store.worker.membership import Membership
 from psa_store.worker.round_course import RoundCourse
-<<<<<<< ours
-from psa_store.worker.sketch import sketch_of
 from psa_store.worker.subject import WorkerSubject
-=======
->>>>>>> theirs
 from psa_store.worker.sync_course import SyncCourse
 
 
@@ -115,11 +107,7 @@ class Worker:
 
         if self._settings.draft is not None:
             # `psa plan` wants to know what the job would be: nothing else of the script is to happen.
-<<<<<<< ours
-            sketch_of(new_config(self._wanted, self._settings), self._layout, self._settings.sketch)
-=======
-            draft_of(new_job(self._wanted, self._layout, self._settings), self._layout, self._settings.draft)
->>>>>>> theirs
+            draft_of(new_config(self._wanted, self._settings), self._layout, self._settings.draft)
             raise SystemExit(0)
 
         self._current: Draw | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from psa_store.checkpoint.catalog import Stored, read_job
+from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.failpoints import Strike, arm
 from psa_store.storage import Head
 from tests.harness import Run, Site
@@ -48,12 +48,12 @@ def checkpoint(site: Site, *arguments: str, failpoints: Path | None = None) -> s
     return subprocess.CompletedProcess(run.arguments, code, run.output)
 
 
-def stored(site: Site, job: str) -> Stored:
+def stored(site: Site, job: str) -> StoredJob:
     with closing(site.store()) as store:
         return read_job(store, job)
 
 
-def pins(found: Stored, name: str) -> list[Head]:
+def pins(found: StoredJob, name: str) -> list[Head]:
     heads = [found.heads[shard.index] for shard in found.layout.versioned]
     assert all(name in head.pins for head in heads)
     return heads
