@@ -99,7 +99,11 @@ class Settings(BaseSettings):
         default=None, gt=0.0, description="age in seconds at which automatic checkpoints go, even if they are fewer"
     )
     checkpoint_files: str | None = Field(
-        default=None, description="folder or URL of fsspec to which every automatic checkpoint is exported as well"
+        default=None,
+        description="folder, or URL of fsspec, to which checkpoints go as well, for `psa run --restore`",
+    )
+    restore: bool = Field(
+        default=False, description="if Redis has lost the job, begin with the newest export in checkpoint_files"
     )
     log_level: str = Field(
         default="info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"

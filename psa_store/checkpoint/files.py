@@ -83,6 +83,13 @@ class Folder:
         with _translated(f"{self.url}/{name}"):
             self._fs.rm_file(self._of(name))
 
+    def remove_all(self, first: str) -> None:
+        """Remove the folder and what is in it, ``first`` before all else."""
+        if first in self.names():
+            self.remove(first)
+        with _translated(self.url):
+            self._fs.rm(self._path, recursive=True)
+
     @contextmanager
     def draft(self, name: str) -> Iterator[Draft]:
         """Write a file under a temporary name; finish it and publish it inside, else it is gone afterwards."""

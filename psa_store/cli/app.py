@@ -58,6 +58,15 @@ def run(
     transport: Annotated[
         Transport | None, typer.Option(help="new job: send float32 as it is, or rounded to bfloat16 [default: exact]")
     ] = None,
+    checkpoint_every: Annotated[
+        float | None, typer.Option(min=1.0, help="seconds between checkpoints; with it also one at the end")
+    ] = None,
+    checkpoint_files: Annotated[
+        str | None, typer.Option(help="folder, or URL of fsspec, to which checkpoints go as well")
+    ] = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="if Redis has lost the job, go on from the newest of these files")
+    ] = False,
     log_json: _LogJson = False,
     tensorboard: Annotated[
         Path | None, typer.Option(help="folder for TensorBoard: loss, learning rate, norm, speed, recoveries")
@@ -73,8 +82,13 @@ def run(
     from psa_store.cli.run import RunOptions, run_job
 
     settings = _begin("run", log_json=log_json)
-    if tensorboard is not None:
-        settings = settings.model_copy(update={"tensorboard": tensorboard})
+    said = {
+        "checkpoint_every_s": checkpoint_every,
+        "checkpoint_files": checkpoint_files,
+        "restore": restore or None,
+        "tensorboard": tensorboard,
+    }
+    settings = settings.model_copy(update={name: value for name, value in said.items() if value is not None})
     options = RunOptions(
         script=_script(script),
         arguments=tuple(context.args),

@@ -20,7 +20,7 @@ from psa_store.storage import RedisStore
 def export_files(
     job: str, what: str | None, url: str, settings: Settings, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Write a checkpoint or a version of a job (None: the newest) into a new folder at ``url``, and say so in one line."""
+    """Write a checkpoint or a version of a job (None: the newest) into a new folder, and say so in one line."""
     started_s = time.monotonic()
     with _redis(fill_addresses(settings)) as store:
         export = export_version(stored_version(store, job, what), url, max_file_bytes)

@@ -18,14 +18,18 @@ from dataclasses import dataclass, replace
 
 from psa_store import telemetry
 from psa_store.checkpoint import catalog
+from psa_store.checkpoint.archive import Archive
 from psa_store.checkpoint.catalog import Reason
 from psa_store.coordination import BarrierState, Coordination, Versioned
-from psa_store.errors import DataIntegrity, Disconnected, Rewound
+from psa_store.errors import DataIntegrity, Disconnected, PsaError, Rewound
 from psa_store.failpoints import failpoint
 from psa_store.job import JobConfig
 from psa_store.layout import Layout
-from psa_store.plan import NOBODY, Cut, Phase, Plan
+from psa_store.monitor import EventKind, Events
+from psa_store.plan import NOBODY, Cut, Phase, Plan, plan_from_json
+from psa_store.server.exporting import Exporter
 from psa_store.storage import RedisStore
+from psa_store.telemetry import Vitals
 from psa_store.wire import inspect
 
 _DEADLINE_S = 60.0
@@ -39,11 +43,12 @@ _PAUSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When checkpoints are taken by themselves, and how many of these are kept."""
+    """When checkpoints are taken by themselves, how many of these are kept, and where else all of them go."""
 
     every_s: float | None
     keep: int
     older_than_s: float | None
+    files: str | None
 
     @property
     def automatic(self) -> bool:
@@ -54,8 +59,17 @@ class Checkpoints:
     """The controller's care for checkpoints. Used by control's thread only."""
 
     def __init__(
-        self, config: JobConfig, layout: Layout, store: RedisStore, coordination: Coordination, policy: Policy
+        self,
+        config: JobConfig,
+        layout: Layout,
+        store: RedisStore,
+        coordination: Coordination,
+        policy: Policy,
+        vitals: Vitals,
+        events: Events,
     ) -> None:
+        self._vitals = vitals
+        self._events = events
         self._config = config
         self._job = config.name
         self._layout = layout
@@ -68,6 +82,12 @@ class Checkpoints:
         self._deadline_s = 0.0
         self._due_at_s: float | None = None
         """By the clock of the wall, since others may have taken the last one; None: not known yet."""
+        self._exporter: Exporter | None = None
+
+    def close(self) -> None:
+        """Finish what is being written to files."""
+        if self._exporter is not None:
+            self._exporter.close()
 
     def turn(self, seen: Versioned, plan: Plan) -> None:
         """Do what can be done now. One action a turn, as with the plan itself."""
@@ -75,6 +95,21 @@ class Checkpoints:
             self._follow(seen, plan, plan.cut)
         elif plan.phase is Phase.RUN and (wanted := self._wanted()) is not None:
             self._begin(seen, plan, *wanted)
+
+    def _export(self, name: str) -> None:
+        """Have a checkpoint written to files, if that is wanted."""
+        if self._policy.files is None:
+            return
+        if self._exporter is None:
+            archive = Archive(self._policy.files, self._job)
+            self._exporter = Exporter(
+                self._store,
+                archive,
+                self._policy.keep,
+                self._policy.older_than_s,
+                lambda text: self._events.note(EventKind.CHECKPOINT, text),
+            )
+        self._exporter.submit(name)
 
     # --- wanted
 
@@ -87,8 +122,10 @@ class Checkpoints:
             return None
         if self._due_at_s is None:
             taken = catalog.read_job(self._store, self._job).checkpoints.values()
-            last_s = max((each.created_s for each in taken), default=time.time())
-            self._due_at_s = last_s + self._policy.every_s
+            newest = max(taken, key=lambda each: each.created_s, default=None)
+            self._due_at_s = (time.time() if newest is None else newest.created_s) + self._policy.every_s
+            if newest is not None:
+                self._export(newest.name)  # the controller before us may have died before it had
         if time.time() < self._due_at_s:
             return None
         return catalog.automatic_name(self._store.read_checkpoints(self._job), time.time()), Reason.INTERVAL
@@ -165,12 +202,18 @@ class Checkpoints:
         failpoint("checkpoint.written")
         self._coordination.withdraw_wish(cut.name)
         self._log.info("checkpoint", name=done.name, version=done.version, megabytes=round(done.bytes / 1e6, 1))
+        self._vitals.add("checkpoints")
+        self._vitals.set("checkpoint_time_seconds", done.created_s)
+        text = f"checkpoint {done.name} of version {done.version}"
+        self._events.note(EventKind.CHECKPOINT, text, epoch=plan.epoch, version=version)
         self._next_is_due()
+        self._export(cut.name)
         tidy(self._store, self._job, self._layout, self._policy)
 
     def _abort(self, plan: Plan, cut: Cut, why: str) -> None:
         """Leave nothing, and try again: from further ahead, since being too late is what cannot be seen here."""
         self._log.warning("checkpoint aborted, to be tried again", checkpoint=cut.name, why=why)
+        self._vitals.add("checkpoint_failures")
         self._store.unpin(self._job, [shard.index for shard in self._layout.versioned], [cut.name])
         self._lead = min(2 * self._lead, _LEAD_MAX)
         if self._coordination.read_wish(cut.name) is None and self._due_at_s is not None:
@@ -197,14 +240,32 @@ def tidy(store: RedisStore, job: str, layout: Layout, policy: Policy) -> None:
 def checkpoint_at_end(
     config: JobConfig, layout: Layout, store: RedisStore, coordination: Coordination, policy: Policy
 ) -> None:
-    """The last server that leaves a job keeps what it leaves, be it that the job ended or that SIGTERM announced it."""
+    """The last server that leaves a job keeps what it leaves, be it that the job ended or that SIGTERM announced it.
+
+    What it leaves is durable without it; so that there is no checkpoint is told, and is no failure.
+    """
+    try:
+        _checkpoint_at_end(config, layout, store, coordination, policy)
+    except PsaError as error:
+        telemetry.get_logger().error("no checkpoint at the end", why=str(error))
+
+
+def _checkpoint_at_end(
+    config: JobConfig, layout: Layout, store: RedisStore, coordination: Coordination, policy: Policy
+) -> None:
     seen = coordination.read_plan()
-    if seen is None or json.loads(seen.text)["owners"]:
+    if seen is None or plan_from_json(seen.text).owners:
         return  # others go on, or somebody has begun again
     stored = catalog.read_job(store, config.name)
     newest = stored.versions()[-1:]
     if any([each.version] == newest for each in stored.checkpoints.values()):
         return
     done = catalog.save_at_rest(store, config.name, None, Reason.END)
-    telemetry.get_logger().info("checkpoint", name=done.name, version=done.version)
+    log = telemetry.get_logger()
+    log.info("checkpoint", name=done.name, version=done.version)
     tidy(store, config.name, layout, policy)
+    if policy.files is not None:
+        archive = Archive(policy.files, config.name)
+        export = archive.write(store, done.name)
+        archive.prune(policy.keep, policy.older_than_s)
+        log.info("checkpoint in files", checkpoint=done.name, version=export.version, folder=export.url)

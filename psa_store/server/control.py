@@ -113,7 +113,7 @@ class Control:
         self._asked_to_leave = leaving
         self._leave_timeout_s = leave_timeout_s
         self._journal = journal
-        self._checkpoints = Checkpoints(config, layout, store, coordination, policy)
+        self._checkpoints = Checkpoints(config, layout, store, coordination, policy, vitals, events)
         self._leaving = False
         self._generation = -1
         self._governs = False
@@ -131,6 +131,10 @@ class Control:
         else:
             self._reports.append(report)
             self._woken.set()
+
+    def close(self) -> None:
+        """Finish what is being written to files. After :meth:`run`."""
+        self._checkpoints.close()
 
     # --- the loop
 

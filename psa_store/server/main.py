@@ -101,7 +101,10 @@ def serve(job: str, settings: Settings) -> None:
             local=local_name if local is not None else "",
         )
         policy = Policy(
-            every_s=settings.checkpoint_every_s, keep=settings.checkpoint_keep, older_than_s=settings.checkpoint_keep_s
+            every_s=settings.checkpoint_every_s,
+            keep=settings.checkpoint_keep,
+            older_than_s=settings.checkpoint_keep_s,
+            files=settings.checkpoint_files,
         )
         vitals, events = Vitals(Role.SERVER, member_id), Events()
         control = Control(
@@ -150,6 +153,7 @@ def serve(job: str, settings: Settings) -> None:
                 governing.result()
         finally:
             engine.close()
+            control.close()
         if policy.automatic:
             checkpoint_at_end(config, layout, store, coordination, policy)
 

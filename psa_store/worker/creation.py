@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from psa_store import telemetry
+from psa_store.checkpoint.archive import Archive
 from psa_store.checkpoint.creating import write_new_job
+from psa_store.checkpoint.importing import import_export
 from psa_store.compression import NONE, parse_compression
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch
+from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, PsaError, UsageError
 from psa_store.job import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
 from psa_store.layout import Layout, describe_difference, layout_from_json
 from psa_store.mode import SYNC, Mode, parse_mode
@@ -63,6 +65,9 @@ def join_or_create(
     while True:
         known = coordination.read_config() is not None  # before Redis is asked: its documents are written first
         stored = store.read_job(wanted.name)
+        if stored is None and settings.restore:
+            _restore(wanted.name, settings, store, coordination)
+            continue
         if stored is None and known:
             stored = _await_restoration(wanted.name, settings, store)
         if stored is not None:
@@ -95,11 +100,41 @@ def _await_restoration(job: str, settings: Settings, store: RedisStore) -> tuple
     while (stored := store.read_job(job)) is None:
         if time.monotonic() > deadline_s:
             raise DataIntegrity(
-                f"job {job!r} exists in ZooKeeper, but Redis at {store.where} has lost it. Restore Redis from its "
-                "backup, or start over under another job name."
+                f"job {job!r} exists in ZooKeeper, but Redis at {store.where} has lost it. {_way_out(job, settings)}"
             )
         time.sleep(_POLL_S)
     return stored
+
+
+def _way_out(job: str, settings: Settings) -> str:
+    if settings.checkpoint_files is not None:
+        try:
+            export = Archive(settings.checkpoint_files, job).newest()
+            return f"`psa run --restore` goes on from version {export.version}, exported {export.created}: {export.url}"
+        except PsaError as error:
+            telemetry.get_logger().warning("no export to restore from", why=str(error))
+    return "Restore Redis from its backup, or start over under another job name."
+
+
+def _restore(job: str, settings: Settings, store: RedisStore, coordination: Coordination) -> None:
+    """Write a job that Redis has lost again from files, or wait until somebody else has.
+
+    Raises:
+        UsageError: it is not said where files are.
+        DataIntegrity: none is whole.
+    """
+    if settings.checkpoint_files is None:
+        raise UsageError("--restore: say where the files are, with PSA_CHECKPOINT_FILES or --checkpoint-files")
+    export = Archive(settings.checkpoint_files, job).newest()
+    log = telemetry.get_logger()
+    log.warning("restoring from files", job=job, version=export.version, exported=export.created, folder=export.url)
+    try:
+        import_export(export, job, store, coordination, restore=True)
+    except (JobBusy, UsageError) as error:
+        if isinstance(error, JobMismatch) or not (isinstance(error, JobBusy) or store.has_job(job)):
+            raise
+        log.info("somebody else restores it", job=job, why=str(error))
+        time.sleep(_POLL_S)
 
 
 def new_config(wanted: Wanted, settings: Settings) -> JobConfig:
