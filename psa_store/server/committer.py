@@ -30,6 +30,8 @@ from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.telemetry import Vitals
 
 _RETRY_PAUSE_S = 0.2
+_REST = 4.0
+"""A checkpoint that nobody waits for is written in a fifth of the time: its writing is what steps would feel of it."""
 _WATCH_S = 1.0
 """How often an idle committer asks whether Redis is still the one it wrote to."""
 
@@ -67,6 +69,7 @@ class Committer:
         self._documents = config.to_json(), layout.to_json()
         self._layout = layout.fingerprint
         self._keep = config.versions_kept
+        self._on_arrival = config.mode.on_arrival
         self._post = post
         self._log = telemetry.get_logger()
         self._changed = threading.Condition()
@@ -75,6 +78,8 @@ class Committer:
         """What Redis is known to have, with its snapshots in memory."""
         self._begun_with: Work | None = None
         self._reserved = False
+        self._hurried = False
+        """Whether somebody waits for the present commit."""
         self._epoch = 0
         self._closing = False
         self._run_id = ""
@@ -85,17 +90,28 @@ class Committer:
         """Take the snapshot memory, if no commit is reading it. False: ask again after the next Committed."""
         with self._changed:
             if self._reserved:
+                self._hurry()
                 return False
             self._reserved = True
             self._reserved_at_s = time.monotonic()
             self._last = None  # its snapshot is about to be overwritten
             return True
 
+    def hurry(self) -> None:
+        """Somebody waits for what is being committed."""
+        with self._changed:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        self._hurried = True
+        self._changed.notify_all()
+
     def submit(self, work: Work) -> None:
         """Commit a snapshot; the reservation passes to the committer."""
         with self._changed:
             assert self._reserved and self._work is None
             self._work = work
+            self._hurried = False
             self._changed.notify_all()
 
     def cancel(self) -> None:
@@ -204,7 +220,19 @@ class Committer:
                 expect = lead.committed.version if lead.committed else None
                 states.append(ShardState(index, *lead.snapshot(), expect))
         keep = self._keep
-        with closing(self._store.commit_each(self._job, work.epoch, work.version, states, keep=keep)) as outcomes:
+        # Where pushes are applied on arrival, ranks keep what is not durable, and soon wait for it.
+        paced = work.pin is not None and not self._on_arrival
+
+        def rest(worked_s: float) -> None:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._hurried or self._closing or work.epoch != self._epoch, _REST * worked_s
+                )
+
+        commit = self._store.commit_each(
+            self._job, work.epoch, work.version, states, keep=keep, pause=rest if paced else None
+        )
+        with closing(commit) as outcomes:
             for index, outcome in outcomes:
                 lead = work.leads[index]
                 if isinstance(outcome, Rewound):

@@ -155,6 +155,8 @@ class SyncCourse(Course):
                 self._on(leads, lambda lead, _: lead.take_snapshot(), Snapped(self.plan.epoch, self.version))
             return
         self._tell_norms()
+        if self._tools.pending.finish_is_due(self.version) or self.plan.phase is not Phase.RUN:
+            self._tools.committer.hurry()
         if self._held(self.version, self.version):
             return
         match self._step.verdict():

@@ -12,6 +12,7 @@ memory it gets. A writer that dies in between leaves keys that expire.
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -68,6 +69,7 @@ class Commit:
     Args:
         heads: reads the heads of these shards.
         keep: how many versions a head keeps; older ones are dropped in the same flip.
+        pause: see :meth:`RedisStore.commit_each`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Commit:
         epoch: int,
         version: int,
         keep: int,
+        pause: Callable[[float], None] | None = None,
     ) -> None:
         self._caller = caller
         self._heads = heads
@@ -85,6 +88,7 @@ class Commit:
         self._epoch = epoch
         self._version = version
         self._keep = keep
+        self._pause = pause
         self._in_doubt: dict[int, Manifest] = {}
         """Shards whose flip may be under way, or was answered with a head that somebody has changed."""
         self._unflipped: set[str] = set()
@@ -121,13 +125,16 @@ class Commit:
 
     def _commands(self, states: Sequence[ShardState], heads: Mapping[int, Head]) -> Iterator[Command]:
         """The stream. Digests are taken just before the bytes are sent, while they are on their way to the cache."""
-        written = 0
+        written, since_s = 0, time.monotonic()
         for state in states:
             nonce = secrets.token_hex(4)
             sections = []
             for name, (dtype, data) in state.arrays.items():
                 digests = []
                 for index, part in enumerate(split_chunks(data)):
+                    if self._pause is not None and written:
+                        self._pause(time.monotonic() - since_s)
+                        since_s = time.monotonic()
                     digests.append(xxh3_128_hexdigest(part))
                     if self._dropped:
                         yield _call(_sweep(self._dropped.popleft()))

@@ -198,17 +198,30 @@ class RedisStore:
             return outcome
         raise outcome
 
-    def commit_each(self, job: str, epoch: int, version: int, states: Sequence[ShardState], *, keep: int) -> Outcomes:
+    def commit_each(
+        self,
+        job: str,
+        epoch: int,
+        version: int,
+        states: Sequence[ShardState],
+        *,
+        keep: int,
+        pause: Callable[[float], None] | None = None,
+    ) -> Outcomes:
         """Commit one version of many shards in one stream; yields each shard when it is done or refused.
 
         Every shard stands for itself, as with :meth:`commit`: a refusal is its outcome, and the others go on. Whoever
         stops early closes the iterator; shards that were not yielded may be committed then, or not.
 
+        Args:
+            pause: called before every chunk but the first, with the seconds of work since it was called last; it may
+                wait, far less than a chunk lives that no head names yet.
+
         Raises:
             DependencyUnreachable: Redis does not answer; whether the shards not yielded so far are committed is
                 unknown. Try these again.
         """
-        commit = Commit(self._caller, lambda shards: self.heads(job, shards), job, epoch, version, keep)
+        commit = Commit(self._caller, lambda shards: self.heads(job, shards), job, epoch, version, keep, pause)
         return commit.outcomes(states)
 
     def trim(self, job: str, shards: Iterable[int], epoch: int, newest: int) -> None:
