@@ -36,7 +36,7 @@ def start(
 ) -> Run:
     """``slow_until``: a file; until it exists, there is time for commands while the job goes on."""
     surroundings = {**env, **({"PSA_FAILPOINTS": str(failpoints)} if failpoints else {})}
-    pace = ["--pace-s", "0.25", "--paced-until", str(slow_until)] if slow_until else ["--pace-s", "0.01"]
+    pace = ["--pace-s", "0.7", "--paced-until", str(slow_until)] if slow_until else ["--pace-s", "0.01"]
     script = ["--steps", str(STEPS), *pace, "--bufferless"]
     return site.run(job, *script, env=surroundings, workers=2, servers=2, ranks=2, mode=mode, commit_every=5)
 
