@@ -116,7 +116,7 @@ class _Looker:
 
 
 def _view(job: str | None, documents: Sequence[dict[str, Any]], width: int) -> RenderableType:
-    return overview(documents) if job is None else job_view(documents[0], width)
+    return overview(documents, width) if job is None else job_view(documents[0], width)
 
 
 def _exit_code(documents: Sequence[dict[str, Any]]) -> int:

@@ -19,23 +19,24 @@ _WIDE = 100
 Document = Mapping[str, Any]
 
 
-def overview(documents: Sequence[Document]) -> RenderableType:
-    """All jobs, one line each; those that are sick first."""
-    table = _table("job", "state", "version", "committed", "epoch", "servers", "workers", "samples/s", "")
-    for each in sorted(documents, key=lambda each: (-len(each["findings"]), each["job"])):
-        findings = each["findings"]
-        first = _finding_line(findings[0]) if findings else Text("")
-        if len(findings) > 1:
-            first.append(f" and {len(findings) - 1} more")
-        table.add_row(
-            *map(Text, (each["job"], each["state"], _whole(each["version"]), _whole(each["committed"]))),
-            _whole(each["epoch"]),
-            str(len(each["servers"])),
-            str(len(each["workers"])),
-            _whole(each["samples_per_s"]),
-            first,
-        )
-    return table if documents else Text("no jobs yet")
+def overview(documents: Sequence[Document], width: int) -> RenderableType:
+    """All jobs, one line each; above them, of each that is sick, what is sickest. ``width``: of the terminal."""
+    if not documents:
+        return Text("no jobs yet")
+    by_need = sorted(documents, key=lambda each: (-len(each["findings"]), each["job"]))
+    columns = [column for column in _JOBS if column[2] or width >= _WIDE]
+    table = _table(*(title for title, _, _ in columns))
+    for each in by_need:
+        table.add_row(*(Text(cell(each)) for _, cell, _ in columns))
+    return Group(*(_first_finding(each) for each in by_need if each["findings"]), table)
+
+
+def _first_finding(document: Document) -> Text:
+    findings = document["findings"]
+    line = _finding_line(findings[0])
+    more = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
+    line.append(f"{more}\n       → psa status {document['job']}", style="bold")
+    return Text(f"job {document['job']}: ").append(line)
 
 
 def job_view(document: Document, width: int) -> RenderableType:
@@ -101,6 +102,16 @@ def _finding(finding: Mapping[str, Any]) -> Text:
 Column = tuple[str, Callable[[Document], str], bool]
 """Title, cell, and whether there is room for it on narrow terminals as well."""
 
+_JOBS: Sequence[Column] = (
+    ("job", lambda each: each["job"], True),
+    ("state", lambda each: each["state"], True),
+    ("version", lambda each: _whole(each["version"]), True),
+    ("committed", lambda each: _whole(each["committed"]), True),
+    ("epoch", lambda each: _whole(each["epoch"]), False),
+    ("servers", lambda each: str(len(each["servers"])), True),
+    ("workers", lambda each: str(len(each["workers"])), True),
+    ("samples/s", lambda each: _whole(each["samples_per_s"]), False),
+)
 _MEMBER: Sequence[Column] = (
     ("host", lambda each: _host(each["host"]), False),
     ("pid", lambda each: str(each["pid"]), False),

@@ -8,6 +8,7 @@ process nothing.
 from __future__ import annotations
 
 import contextlib
+import math
 import selectors
 import socket
 import threading
@@ -47,7 +48,7 @@ class Endpoint:
         self._closing: Mailbox[None] = Mailbox()
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}
-        """Connections, and when each must end, by a monotonic clock."""
+        """Connections, and when each must end, by a monotonic clock: that begins when its turn has come."""
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="psa-http")
         self._thread = threading.Thread(target=self._run, name="psa-http")
         self._thread.start()
@@ -57,7 +58,7 @@ class Endpoint:
         self._closing.post(None)
         self._thread.join()
         self._listener.close()
-        self._end_connections(due_at_s=float("inf"))
+        self._end_connections(due_at_s=math.inf)
         self._pool.shutdown()
         self._closing.close()
 
@@ -82,7 +83,7 @@ class Endpoint:
         with self._lock:
             room = len(self._open) < _CONNECTIONS_MAX
             if room:
-                self._open[sock] = time.monotonic() + _CONNECTION_S
+                self._open[sock] = math.inf
         if room:
             self._pool.submit(self._answer, sock, address).add_done_callback(_tell_bug)
         else:
@@ -97,6 +98,8 @@ class Endpoint:
                         sock.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, sock: socket.socket, address: Any) -> None:
+        with self._lock:
+            self._open[sock] = time.monotonic() + _CONNECTION_S
         try:
             sock.settimeout(_CONNECTION_S)
             _Handler(self._routes, sock, address)

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,9 +34,16 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
-def env(tmp_path: Path) -> Iterator[dict[str, str]]:
+def short() -> Iterator[Path]:
+    """A folder whose name is short enough for the Unix sockets that commands put into their temporary folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def env(short: Path) -> Iterator[dict[str, str]]:
     """An environment whose processes can be told apart; when the command is done, none may be left, and no file."""
-    mark, folder = secrets.token_hex(8), tmp_path / "tmp"
+    mark, folder = secrets.token_hex(8), short / "tmp"
     folder.mkdir()
     yield {MARK: mark, "TMPDIR": str(folder)}
     pause, end_s = threading.Event(), time.monotonic() + PATIENCE_S
@@ -111,10 +119,10 @@ def test_an_interrupted_run_cleans_up(env: dict[str, str], number: signal.Signal
     assert "Traceback" not in run.output
 
 
-def test_a_killed_run_leaves_no_process(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_process(short: Path) -> None:
     mark = secrets.token_hex(8)
     run = Run(
-        ["bench", *SMALL, "--workers", "2", "--rounds", "1000", "--no-limits"], {MARK: mark, "TMPDIR": str(tmp_path)}
+        ["bench", *SMALL, "--workers", "2", "--rounds", "1000", "--no-limits"], {MARK: mark, "TMPDIR": str(short)}
     )
     run.wait_for_line(lambda line: "round 1 of" in line)
     run.process.kill()

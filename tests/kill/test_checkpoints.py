@@ -121,7 +121,7 @@ def test_a_server_that_dies_while_a_checkpoint_is_taken(
 
 @pytest.mark.parametrize("mode", ["async", "ssp:staleness=1"])
 def test_on_arrival_all_shards_hold_the_same_pushes(site: Site, tmp_path: Path, mode: str) -> None:
-    job = f"cut-{mode.partition(':')[0]}"
+    job = f"marked-{mode.partition(':')[0]}"
     run = start(site, job, mode, slow_until=tmp_path / "hurry")
     run.wait_for_step(3)
     for name in ("a", "b"):
