@@ -17,6 +17,8 @@ def plant() -> None:
     def seal(self: RedisStore, job: str, shards: Iterable[int], epoch: int, layout: str) -> list[Head]:
         listed = list(shards)
         before = self.heads(job, listed)
+        if not any(head.manifests for head in before):
+            return original(self, job, listed, epoch, layout)  # the job is being created: there is nothing to lose
         time.sleep(_BETWEEN_S)
         original(self, job, listed, epoch, layout)
         return before
