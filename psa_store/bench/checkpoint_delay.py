@@ -109,19 +109,9 @@ def main() -> None:
             f"--megabytes={args.megabytes}",
             f"--samples={args.samples}",
         ]
-        command = [
-            sys.executable,
-            "-m",
-            "psa_store.cli",
-            "run",
-            f"--workers={args.workers}",
-            "--commit-every=0",
-            *script,
-        ]
+        command = [sys.executable, "-m", "psa_store.cli", "run", f"--workers={args.workers}", "--commit-every=0"]
         env = {**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper, "PSA_CONFIG": ""}
-        run = subprocess.Popen(
-            [*command, *script], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        run = subprocess.Popen([*command, *script], env=env, stdout=subprocess.PIPE, text=True)
         with closing(_Steps(run)) as steps:
             spans = _take(settings, steps, args.checkpoints)
             ended_s = list(steps.ended_s)
@@ -162,7 +152,7 @@ def _report(megabytes: float, workers: int, ended_s: list[float], spans: list[tu
     print(
         f"{megabytes:.0f} MB of state, {workers} workers: normal step {usual_s * 1e3:.0f} ms (median of {len(normal)}, "
         f"slowest {max(normal) * 1e3:.0f} ms); {len(spans)} checkpoints, {took:.1f} s each from request to end\n"
-        f"steps beside a checkpoint: median {statistics.median(during) * 1e3:.0f} ms of {len(during)}, "
+        f"beside a checkpoint: median {statistics.median(during) * 1e3:.0f} ms of {len(during)}, "
         f"slowest {max(during) * 1e3:.0f} ms: delayed by at most {worst_s * 1e3:.0f} ms = {worst_s / usual_s:.1%} "
         f"(aim: {allowed_s * 1e3:.0f} ms); the slowest normal step by {(max(normal) - usual_s) * 1e3:.0f} ms"
     )
