@@ -5,9 +5,9 @@ what cannot be told in time is not told.
 """
 
 from psa_store.monitor.endpoint import Endpoint, Route
-from psa_store.monitor.events import EventKind, Events
+from psa_store.monitor.events import EventKind, Events, Note, versions_again
 from psa_store.monitor.monitor import Monitor
 from psa_store.monitor.page import Page
 from psa_store.monitor.subject import Subject
 
-__all__ = ["Endpoint", "EventKind", "Events", "Monitor", "Page", "Route", "Subject"]
+__all__ = ["Endpoint", "EventKind", "Events", "Monitor", "Note", "Page", "Route", "Subject", "versions_again"]

@@ -5,6 +5,7 @@ A note never waits: when Redis is away for long, the oldest notes go.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -29,9 +30,17 @@ class EventKind(StrEnum):
     FINISHED = "finished"
     SERVER_GONE = "server-gone"
     WORKER_GONE = "worker-gone"
+    SERVER_LEFT = "server-left"
+    """It withdrew its pulse before it went, which who dies does not."""
+    WORKER_LEFT = "worker-left"
     SERVER_JOINED = "server-joined"
     WORKER_JOINED = "worker-joined"
     HAND_OVER = "hand-over"
+
+
+_LEFT = {EventKind.SERVER_GONE: EventKind.SERVER_LEFT, EventKind.WORKER_GONE: EventKind.WORKER_LEFT}
+_GONE, _HAS_LEFT = "is gone", "has left"
+_AGAIN = re.compile(r", (\d+) versions? (?:is|are) computed again$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +58,14 @@ class Note:
     """The version that this server had made when it decided to go back to ``version``."""
 
     def document(self, pulses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """As it is written. ``pulses``: by member, in which may stand what others had made before this epoch."""
+        """As it is written. ``pulses``: by member; they tell who left in order, and what was made before this epoch."""
+        kind, text = self.kind, self.text
+        if kind in _LEFT and self.member not in pulses:
+            kind, text = _LEFT[kind], text.replace(_GONE, _HAS_LEFT)
         return {
             "time": self.time,
-            "kind": self.kind.value,
-            "text": self.text + self._lost(pulses.values()),
+            "kind": kind.value,
+            "text": text + self._lost(pulses.values()),
             "epoch": self.epoch,
             "version": self.version,
             "member": self.member,
@@ -66,6 +78,12 @@ class Note:
         others = [each["version"] for each in vitals if "version" in each and each.get("epoch", 0) < self.epoch]
         again = max(0, int(max([self.reached, *others])) - self.version)
         return f", {again} {'version is' if again == 1 else 'versions are'} computed again"
+
+
+def versions_again(text: str) -> int:
+    """How many versions are computed again, as the text of a recovery says."""
+    found = _AGAIN.search(text)
+    return int(found[1]) if found else 0
 
 
 class Events:
@@ -115,7 +133,7 @@ class Events:
             ("worker", EventKind.WORKER_GONE, EventKind.WORKER_JOINED, before[1], now[1]),
         ):
             for member in sorted(known - present):
-                self.note(gone, f"{what} {member} is gone", epoch=epoch, member=member)
+                self.note(gone, f"{what} {member} {_GONE}", epoch=epoch, member=member)
             for member in sorted(present - known):
                 self.note(joined, f"{what} {member} has joined", epoch=epoch, member=member)
         self._seen = now

@@ -108,9 +108,10 @@ class Monitor:
         try:
             self._pulse()
             if self._events is not None:
+                members = self._events.members  # before the events: pulses are removed when it was told who is gone
                 self._write_events(self._events)
-                if self._events.members is not None:
-                    self._govern(self._events.members)
+                if members is not None:
+                    self._govern(members)
         except PsaError as error:
             self._log.debug("not told", why=str(error))
             return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from psa_store.monitor import EventKind, Events
+from psa_store.monitor import EventKind, Events, versions_again
 from psa_store.monitor.pulse import Curve, Rates, finite
 from psa_store.plan import Member, Plan, Server, TakeOver, View
 
@@ -50,6 +50,13 @@ class TestMembers:
         events.see(view("s1", "w2"))
         assert kinds(events) == [("server-gone", "s2"), ("worker-gone", "w1")]
 
+    def test_who_withdrew_its_pulse_has_left_and_who_did_not_is_gone(self) -> None:
+        events = Events()
+        events.see(view("s1", "w2"))
+        documents = [note.document({"s2": {}, "w2": {}}) for note in events.drain()]
+        told = [(each["kind"], each["text"], each["member"]) for each in documents]
+        assert told == [("server-gone", "server s2 is gone", "s2"), ("worker-left", "worker w1 has left", "w1")]
+
     def test_a_job_without_a_plan_sees_all_of_them_come(self) -> None:
         events = Events()
         events.see(view("s1", "w1", plan=None))
@@ -92,7 +99,14 @@ class TestTakeOvers:
     def test_a_server_that_just_came_believes_the_pulses_of_the_epoch_before(self) -> None:
         (note,) = self.taken(PLAN, "server s1 is gone", 1200, reached=0).drain()
         pulses = {"s1": {"vitals": {"version": 1201, "epoch": 7}}, "s2": {"vitals": {"version": 1300, "epoch": 8}}}
-        assert str(note.document(pulses)["text"]).endswith(", 1 version is computed again")
+        text = str(note.document(pulses)["text"])
+        assert text.endswith(", 1 version is computed again") and versions_again(text) == 1
+        assert versions_again(str(note.document({})["text"])) == 0
+
+    def test_what_a_recovery_cost_is_read_from_its_text(self) -> None:
+        (note,) = self.taken(PLAN, "server s1 is gone", 1200, reached=1307).drain()
+        assert versions_again(str(note.document({})["text"])) == 107
+        assert versions_again("server s1 is gone") == 0
 
 
 def test_notes_are_bounded_and_the_oldest_go() -> None:
