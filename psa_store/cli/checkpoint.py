@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 
 import typer
@@ -18,15 +18,16 @@ from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import Checkpoint, StoredJob, read_job
 from psa_store.checkpoint.comparison import compare
 from psa_store.checkpoint.fork import fork as make_fork
+from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
 from psa_store.checkpoint.saving import save as take
 from psa_store.checkpoint.verification import verify as find_damage
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, UsageError
+from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job import check_job_name
 from psa_store.local import fill_addresses
-from psa_store.storage import RedisStore
+from psa_store.storage import History, RedisStore
 
 
 def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> None:
@@ -136,7 +137,24 @@ def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
         loss = f" Versions {', '.join(map(str, lost))} are lost." if lost else ""
         _confirm(f"Job {job} returns to version {version}.{loss}", yes)
         done = roll_back(store, coordination, job, what)
+        if settings.monitor:
+            _tell_history(job, what, done, settings)
     print(f"job {job} is at version {done.version}, epoch {done.epoch}")
+
+
+def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> None:
+    from psa_store.monitor import EventKind, Note
+
+    name = "" if what == str(done.version) else f"checkpoint {what}, "
+    text = f"the job was told to go back to {name}version {done.version}; epoch {done.epoch} began there"
+    note = Note(time.time(), EventKind.ROLLBACK, text, epoch=done.epoch, version=done.version)
+    settings = fill_addresses(settings)
+    assert settings.redis is not None
+    with (
+        closing(History(settings.redis, timeout_s=settings.connect_timeout_s)) as history,
+        suppress(DependencyUnreachable),  # it is done, whether it is told or not
+    ):
+        history.event(job, note.document({}))
 
 
 def fork(job: str, what: str, new: str, settings: Settings) -> None:
