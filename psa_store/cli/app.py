@@ -202,6 +202,26 @@ def status(
     raise typer.Exit(watch_job(job, as_json, settings) if watch else show(job, as_json, settings))
 
 
+@app.command()
+def report(
+    job: Annotated[str, typer.Argument(help="name of the job")],
+    out: Annotated[Path, typer.Option(help="folder for report-JOB.html and report-JOB.png")] = Path("."),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="for programs: the numbers, and the paths of the files")
+    ] = False,
+) -> None:
+    """Tell what became of a job, running or ended: loss, throughput, members, each failure and its cost, goodput.
+
+    Prints the numbers, and writes a page that needs no network and a picture. All of it comes from the history that
+    the job keeps in Redis. Needs matplotlib: pip install 'psa_store[report]'.
+
+    Example: psa report shakespeare --out reports
+    """
+    from psa_store.cli.report import report as tell
+
+    tell(job, out, as_json, _begin("report"))
+
+
 config_app = typer.Typer(help="Settings: from flags, else PSA_* variables, else psa.toml, else defaults.")
 app.add_typer(config_app, name="config")
 

@@ -1,0 +1,61 @@
+"""`psa report`: reads what Redis has of a job, prints its numbers, and writes a page and a picture."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from psa_store.checkpoint.catalog import read_job
+from psa_store.config import Settings
+from psa_store.errors import UsageError
+from psa_store.local import fill_addresses
+from psa_store.report import check_matplotlib, describe_run, summary, write_report
+from psa_store.report.summary import duration, facts, pause
+from psa_store.storage import History, RedisStore
+
+_FAILURES_SHOWN = 20
+
+
+def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:
+    """Print the summary of a job and write its files.
+
+    Raises:
+        UnknownJob: there is no such job.
+        UsageError: it has no history, matplotlib is not installed, or the folder cannot be written to.
+        DependencyUnreachable: Redis does not answer.
+        DataIntegrity: what Redis has of the job cannot be read.
+    """
+    check_matplotlib()
+    settings = fill_addresses(settings)
+    assert settings.redis is not None
+    with ExitStack() as stack:
+        store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
+        checkpoints = read_job(store, job).checkpoints.values()
+        history = stack.enter_context(closing(History(settings.redis, timeout_s=settings.connect_timeout_s)))
+        points, events = history.curve(job), history.events(job)
+    if not points and not events:
+        raise UsageError(
+            f"job {job!r} has no history: nothing of it was told yet, for it never ran, or with PSA_MONITOR=0"
+        )
+    run = describe_run(job, points, events, checkpoints)
+    found = summary(run)
+    paths = [str(path) for path in write_report(run, folder)]
+    if as_json:
+        print(json.dumps({**found, "files": paths}, indent=1))
+        return
+    console = Console(markup=False, emoji=False, highlight=False)
+    for name, value in facts(found):
+        console.print(f"{name:>14}  {value}")
+    if found["failures"]:
+        table = Table("", "failure", "after", "pause", "computed again", box=None, pad_edge=False)
+        for number, each in list(enumerate(found["failures"], 1))[-_FAILURES_SHOWN:]:
+            after = duration(max(0.0, each["time"] - found["begin"]))
+            table.add_row(
+                str(number), each["what"], after, pause(each, found["interval_s"]), str(each["computed_again"])
+            )
+        console.print(table)
+    print("\n".join(paths))
