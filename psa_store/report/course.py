@@ -119,9 +119,10 @@ def segments(course: Sequence[Moment], events: Sequence[Event], rates: Rates, ga
     """The time from the first moment to the last, without holes."""
     found: list[Segment] = []
     for index, (a, b) in enumerate(pairwise(course), 1):
-        next_kind = next((each.kind for each in course[index:] if each.kind is not EventKind.ROLLBACK), None)
-        if next_kind is EventKind.EPOCH:
-            # The servers had left before, for an epoch that follows on another is a recovery or a hand-over.
+        upcoming = next((each for each in course[index:] if each.kind is not EventKind.ROLLBACK), None)
+        if upcoming is None or upcoming.kind is EventKind.EPOCH:
+            # The servers had left before, for an epoch that follows on another is a recovery or a hand-over. A job that
+            # rests can be told to go back, and does so later.
             ends = [each.time_s for each in events if each.kind not in _JOINED and each.time_s < b.time_s]
             rest_s = max([a.time_s, *ends])
             _extend(found, Segment(a.time_s, rest_s, State.RUNNING))

@@ -79,6 +79,7 @@ def test_a_job_whose_server_and_worker_were_killed(site: Site, tmp_path: Path) -
         (told,) = [each for each in history.events(job) if each["kind"] == "rollback"]
         assert told["version"] == back and told["text"].startswith(f"the job was told to go back to version {back};")
     code, output = psa(site, "report", job, "--out", str(tmp_path))
+    assert report(site, job, tmp_path)["down_s"] == 0.0, "who is told to go back after the end rests"
     assert code == 0 and f"{back:,} (not finished)" in output and "server died" in output
     assert output.endswith(f"{html}\n{png}")
 

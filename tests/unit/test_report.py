@@ -88,6 +88,11 @@ class TestGoodput:
         assert run.goodput == pytest.approx(610 / 810)
         assert [(each.version, each.lost) for each in run.rollbacks] == [(200, 200)]
 
+    def test_a_job_that_was_told_to_go_back_after_its_end_still_rests(self) -> None:
+        run = describe(calm(0, 40, 0), event(40.5, "finished", version=404), event(90.0, "rollback", version=200))
+        assert lengths(run) == {State.RUNNING: 40.5, State.DOWN: 0.0, State.REST: 49.5}
+        assert run.version == 200
+
     def test_when_everything_died_it_is_down_until_it_is_run_again(self) -> None:
         run = describe(
             calm(0, 40, 0) + calm(60, 100, 390, epoch=2),
@@ -110,6 +115,11 @@ class TestGoodput:
         assert run.goodput == pytest.approx((100 + 500) / 1000, abs=0.02)
         assert [(each.version, each.lost) for each in run.rollbacks] == [(100, 400)]
         assert run.failures == ()
+
+    def test_what_was_left_behind_took_the_time_of_those_who_made_it(self) -> None:
+        small = [point(second, 600 + 4 * (second - 60), workers=1) for second in range(61, 86)]
+        run = describe(calm(0, 60, 0) + small + calm(86, 135, 510, epoch=2), event(85.5, "rollback", version=500))
+        assert run.goodput == pytest.approx((50 + 50) / 135, abs=0.02)
 
     def test_a_smaller_job_is_not_a_worse_one(self) -> None:
         small = [point(second, 500 + 4 * (second - 50), workers=1) for second in range(51, 101)]
