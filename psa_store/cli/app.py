@@ -318,7 +318,7 @@ def checkpoint_save(
     name: Annotated[
         str | None, typer.Option(help="keep it under this name until it is pruned [default: the time, and retention]")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1.0, help="seconds that it may take")] = 120.0,
+    timeout: Annotated[float, typer.Option(min=1.0, help="seconds that it may take")] = 600.0,
 ) -> None:
     """Take a checkpoint now, while the job goes on; of a job that rests, keep its newest version.
 

@@ -32,8 +32,8 @@ from psa_store.storage import RedisStore
 from psa_store.telemetry import Vitals
 from psa_store.wire import inspect
 
-_DEADLINE_S = 60.0
-"""How long an attempt may take: a step, and a commit."""
+_DEADLINE_S = 900.0
+"""How long an attempt may take: a step, and a commit that takes its time. Who dies meanwhile ends it at once."""
 _INSPECT_S = 1.0
 _LEAD = 2
 _LEAD_MAX = 1 << 14
