@@ -24,7 +24,7 @@ FAILPOINTS = {
     "checkpoint.done": "all servers have pinned, the checkpoint has no document",
     "checkpoint.opened": "a checkpoint's barrier is open, the plan does not name it",
     "checkpoint.pinned": "a server has pinned, and has not said so",
-    "checkpoint.written": "a checkpoint is there, who asked for it does not know, and the plan names it still",
+    "checkpoint.written": "a checkpoint is there and the plan names it no longer, who asked for it does not know",
     "commit.after_flip": "a shard is durable, its committer does not know",
     "commit.before_flip": "all chunks of a shard are written, its head names the old ones",
     "commit.before_sweep": "all shards are durable, what they replaced is not removed",

@@ -89,6 +89,10 @@ class Cut:
     barrier: str
     version: int = -1
     """-1 where pushes are applied on arrival: there workers mark, for each rank, with which push it ends."""
+    asked: bool = False
+    """Whether somebody waits for it: then it is over when he does no longer."""
+    named: bool = False
+    """Whether a person gave the name."""
 
 
 @dataclass(frozen=True, slots=True)

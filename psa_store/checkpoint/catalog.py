@@ -1,7 +1,10 @@
 """What checkpoints a job has: their documents in Redis, and which of them are to be kept.
 
-A checkpoint is a pin of one version in the head of every shard that changes, and a document that is written last; so a
-document without all its pins, or a pin without a document, is what is left of an attempt or a removal that was cut off.
+A checkpoint is a pin of one version in the head of every shard that changes, and a document. Before the first pin is
+made the document says that it is being made (:func:`announce`), afterwards what it is; it is removed before the pins
+are. So a pin without a document is what a removal, or a server that was late, has left; and what is being made is
+nobody's to remove until it is old.
+
 The data position and the state of every random generator need no place in it: both follow from the seed, the step and
 the rank.
 """
@@ -12,6 +15,7 @@ import json
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -134,12 +138,22 @@ def read_job(store: RedisStore, job: str) -> StoredJob:
     if found is None:
         raise UnknownJob(f"no job {job!r} in {store.where}; known jobs: {', '.join(store.jobs()) or 'none'}")
     layout = layout_from_json(found[1])
-    documents = [checkpoint_from_json(text) for text in store.read_checkpoints(job).values()]
+    documents = _documents(store.read_checkpoints(job)).values()
     heads = store.heads(job, [shard.index for shard in layout.shards])
     by_age = sorted(documents, key=lambda each: (each.version, each.created_s))
     return StoredJob(
         job_config_from_json(found[0]), layout, {head.shard: head for head in heads}, {c.name: c for c in by_age}
     )
+
+
+_MAKING = "making_since_s"
+_MAKING_MAX_S = 3600.0
+"""What is being made for longer is not being made any more."""
+
+
+def announce(store: RedisStore, job: str, name: str) -> None:
+    """A checkpoint is going to be made, or a fork to share one, under this name."""
+    store.write_checkpoint(job, name, json.dumps({_MAKING: time.time()}))
 
 
 def complete(
@@ -153,11 +167,14 @@ def complete(
     reason: Reason,
     named: bool,
 ) -> Checkpoint:
-    """Every shard has the pin: write the document, with which the checkpoint exists. May be repeated.
+    """Every shard has the pin: write the document, with which the checkpoint exists. Returns what is there already.
 
     Raises:
         DataIntegrity: a shard lacks the pin.
     """
+    there = _documents(store.read_checkpoints(config.name)).get(name)
+    if there is not None and there.version == version:
+        return there
     heads = store.heads(config.name, [shard.index for shard in layout.versioned])
     pins = [head.pins.get(name) for head in heads]
     if any(pin is None or pin.version != version for pin in pins):
@@ -184,29 +201,45 @@ def remove(store: RedisStore, job: str, layout: Layout, names: Collection[str]) 
     store.unpin(job, [shard.index for shard in layout.versioned], names)
 
 
-def sweep(store: RedisStore, job: str, layout: Layout, being_made: str | None) -> list[str]:
-    """Remove pins without a document, which attempts that were cut off have left; returns their names."""
+def sweep(store: RedisStore, job: str, layout: Layout) -> None:
+    """Remove what attempts that were cut off, and forks that have moved on, have left."""
     known = store.read_checkpoints(job)
-    heads = store.heads(job, [shard.index for shard in layout.versioned])
-    orphans = {name for head in heads for name in head.pins if name not in known and name != being_made}
-    orphans -= {name for name in orphans if is_fork_pin(name) and _shared(store, job, heads, name)}
-    if orphans:
-        store.unpin(job, [head.shard for head in heads], orphans)
-    return sorted(orphans)
+    shards = [shard.index for shard in layout.shards]
+    pinned = {name for head in store.heads(job, shards) for name in head.pins}
+    for name in sorted({name for name, text in known.items() if _is_over(store, name, text)} | (pinned - known.keys())):
+        shared = _shared(store, job, shards, name.removeprefix(FORK_PREFIX)) if name.startswith(FORK_PREFIX) else set()
+        if not shared:
+            store.forget_checkpoints(job, [name])
+        store.unpin(job, [shard for shard in shards if shard not in shared], [name])
+
+
+def _is_over(store: RedisStore, name: str, text: str) -> bool:
+    """Whether a document tells of something that is being made no longer: a fork exists, or it is too old."""
+    if name.startswith(FORK_PREFIX) and store.has_job(name.removeprefix(FORK_PREFIX)):
+        return True
+    try:
+        return bool(json.loads(text).get(_MAKING, time.time()) < time.time() - _MAKING_MAX_S)
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
+def _documents(texts: Mapping[str, str]) -> dict[str, Checkpoint]:
+    """The checkpoints that are made. What cannot be read is another version's, and left alone."""
+    found = {}
+    for name, text in texts.items():
+        with suppress(DataIntegrity):
+            found[name] = checkpoint_from_json(text)
+    return found
 
 
 FORK_PREFIX = "fork:"
 """Begins the name under which a job keeps what a fork of it shares; no checkpoint of a person can be called so."""
 
 
-def is_fork_pin(name: str) -> bool:
-    return name.startswith(FORK_PREFIX)
-
-
-def _shared(store: RedisStore, job: str, heads: Iterable[Head], name: str) -> bool:
-    """Whether the fork still names chunks of this job."""
-    forks = store.heads(name.removeprefix(FORK_PREFIX), [head.shard for head in heads])
-    return any(manifest.home == job for fork in forks for manifest in fork.entries().values())
+def _shared(store: RedisStore, job: str, shards: Iterable[int], fork: str) -> set[int]:
+    """The shards of which the fork still names chunks of this job."""
+    forks = store.heads(fork, shards)
+    return {head.shard for head in forks if any(each.home == job for each in head.entries().values())}
 
 
 def superfluous(checkpoints: Iterable[Checkpoint], *, keep: int | None, older_than_s: float | None) -> list[str]:
@@ -258,6 +291,7 @@ def save_at_rest(store: RedisStore, job: str, name: str | None, reason: Reason) 
     version = newest_common(versions) if versions else 0
     if version is None:
         raise DataIntegrity(f"job {job!r}: no version is common to all shards in Redis")
+    announce(store, job, chosen)
     store.pin(job, shards, version, chosen)
     epoch = max((head.epoch for head in heads), default=0)
     return complete(

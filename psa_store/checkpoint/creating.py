@@ -68,6 +68,23 @@ def write_new_job(
         raise UsageError(
             f"mode {config.mode}: this model has {trained} trained shards, so use at most {trained} fragments"
         )
+    epoch = begin_new_job(job, layout, store, coordination)
+    failpoint("create.sealed")
+    for at, some in _streams(layout, version, states):
+        for _, outcome in store.commit_each(job, epoch, at, some, keep=config.versions_kept):
+            if not isinstance(outcome, Manifest):
+                raise outcome
+    failpoint("create.before_documents")
+    store.create_job(job, config.to_json(), layout.to_json())
+
+
+def begin_new_job(job: str, layout: Layout, store: RedisStore, coordination: Coordination) -> int:
+    """Take an epoch for a job that Redis does not have, and seal its shards, empty; the caller holds ``CREATOR_NODE``.
+
+    Raises:
+        Fenced: another process creates the job.
+        DependencyUnreachable: Redis or ZooKeeper does not answer.
+    """
     left = _left_over(job, store)
     epoch = coordination.next_epoch(at_least=max((head.epoch for head in left), default=0))
     # A creator that died may have had another layout, or a newer version: none of its shards may be taken for ours.
@@ -78,13 +95,7 @@ def write_new_job(
     if any(head.layout != layout.fingerprint for head in heads):
         raise Fenced(f"job {job!r}: another process creates it at the same time, with another layout")
     store.trim(job, every, epoch, _NO_VERSION)
-    failpoint("create.sealed")
-    for at, some in _streams(layout, version, states):
-        for _, outcome in store.commit_each(job, epoch, at, some, keep=config.versions_kept):
-            if not isinstance(outcome, Manifest):
-                raise outcome
-    failpoint("create.before_documents")
-    store.create_job(job, config.to_json(), layout.to_json())
+    return epoch
 
 
 def _left_over(job: str, store: RedisStore) -> list[Head]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from psa_store.checkpoint.catalog import FORK_PREFIX, read_job
-from psa_store.checkpoint.creating import right_to_create
+from psa_store.checkpoint.catalog import FORK_PREFIX, announce, read_job
+from psa_store.checkpoint.creating import begin_new_job, right_to_create
 from psa_store.coordination import Coordination
 from psa_store.errors import JobMismatch
 from psa_store.failpoints import failpoint
@@ -36,14 +36,13 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         raise JobMismatch(f"there is a job {new!r} already: use another name")
     with right_to_create(new, "fork", coordination):
         shared = {shard: replace(manifest, home=manifest.home or job) for shard, manifest in manifests.items()}
+        for home in {manifest.home for manifest in shared.values()}:
+            announce(store, home, FORK_PREFIX + new)
         _keep(store, shared, new)
-        shards = sorted(shared)
-        epoch = coordination.next_epoch(at_least=max(head.epoch for head in store.heads(new, shards)))
-        store.seal(new, shards, epoch, stored.layout.fingerprint)
+        epoch = begin_new_job(new, stored.layout, store, coordination)
         for shard, manifest in shared.items():
             store.adopt(new, shard, manifest, epoch)
         failpoint("fork.adopted")
-        _keep(store, shared, new)  # a sweep before these heads existed would have found the pins of no use
         config = replace(stored.config, name=new)
         store.create_job(new, config.to_json(), stored.layout.to_json())
         coordination.create_config(config.to_json())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 
 from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import Checkpoint, Reason, checked_name, read_job, save_at_rest
+from psa_store.checkpoint.wish import Wish, wish_from_json
 from psa_store.coordination import Coordination, MemberKind
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Rewound, UsageError
 from psa_store.storage import RedisStore
@@ -47,19 +47,20 @@ def save(
             if not coordination.members(MemberKind.SERVER):
                 return _at_rest(store, job, name)
             if not asked:
-                wish = json.dumps({"named": name is not None})
-                if not coordination.ask_for_checkpoint(chosen, wish):
+                if not coordination.ask_for_checkpoint(chosen, Wish(named=name is not None).to_json()):
                     raise UsageError(f"somebody is taking a checkpoint {chosen!r} of job {job!r} just now")
                 asked = True
             answer = coordination.read_wish(chosen, watch=True)
             if answer is None:
                 return _found(store, job, chosen)
-            if why := json.loads(answer.text).get("failed"):
+            if why := wish_from_json(answer.text).failed:
                 raise UsageError(f"no checkpoint of job {job!r}: {why}")
             woken.wait(_LOOK_AGAIN_S)
     finally:
         if asked:
             coordination.withdraw_wish(chosen)
+    if chosen in read_job(store, job).checkpoints:
+        return _found(store, job, chosen)  # it was there at the last moment
     raise DependencyUnreachable(
         f"no checkpoint of job {job!r} in {timeout_s:g} s: see `psa status {job}` whether it moves, or "
         "give it more time with --timeout"

@@ -182,7 +182,7 @@ def prune(
         if gone:
             _confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)
         catalog.remove(store, job, stored.layout, gone)
-        catalog.sweep(store, job, stored.layout, None)
+        catalog.sweep(store, job, stored.layout)
     print(f"removed: {', '.join(gone) or 'none'}")
 
 

@@ -1,7 +1,7 @@
 """Checkpoints while training goes on: run by the controller, one at a time.
 
     asked for, or due ──▶ barrier opened, cut in the plan ──▶ all servers have committed and pinned it ──▶ document
-          ▲                        │ a member is gone, too late, a new epoch, time is over
+          ▲                        │ a member is gone, too late, a new epoch, nothing moves, nobody waits any more
           └────────────────────────┘ pins removed, tried again
 
 The plan carries the cut, so that a controller that dies is followed by one that goes on from there; what it was asked
@@ -20,8 +20,9 @@ from psa_store import telemetry
 from psa_store.checkpoint import catalog
 from psa_store.checkpoint.archive import Archive
 from psa_store.checkpoint.catalog import Reason
+from psa_store.checkpoint.wish import Wish, wish_from_json
 from psa_store.coordination import BarrierState, Coordination, Versioned
-from psa_store.errors import DataIntegrity, Disconnected, PsaError, Rewound
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, PsaError
 from psa_store.failpoints import failpoint
 from psa_store.job import JobConfig
 from psa_store.layout import Layout
@@ -32,13 +33,16 @@ from psa_store.storage import RedisStore
 from psa_store.telemetry import Vitals
 from psa_store.wire import inspect
 
-_DEADLINE_S = 900.0
-"""How long an attempt may take: a step, and a commit that takes its time. Who dies meanwhile ends it at once."""
+_PATIENCE_S = 600.0
+"""An attempt is over when training has not moved for so long. Who dies ends it at once."""
+_PATIENCE_ON_ARRIVAL_S = 30.0
 _INSPECT_S = 1.0
 _LEAD = 2
 _LEAD_MAX = 1 << 14
-_PAUSE_S = 5.0
-"""Between a failed automatic checkpoint and the next attempt."""
+_REST_S = 5.0
+_REST_MAX_S = 300.0
+_END = "checkpoint-at-end"
+"""Name that one of the servers that leave last holds in ZooKeeper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +82,12 @@ class Checkpoints:
         self._policy = policy
         self._log = telemetry.get_logger()
         self._lead = _LEAD
+        self._rest_s = _REST_S
+        self._rest_until_s = 0.0
         self._barrier = ""
         self._deadline_s = 0.0
+        self._reached = -1
+        """The version at the last deadline of the present attempt."""
         self._due_at_s: float | None = None
         """By the clock of the wall, since others may have taken the last one; None: not known yet."""
         self._exporter: Exporter | None = None
@@ -90,11 +98,31 @@ class Checkpoints:
             self._exporter.close()
 
     def turn(self, seen: Versioned, plan: Plan) -> None:
-        """Do what can be done now. One action a turn, as with the plan itself."""
-        if plan.cut is not None:
-            self._follow(seen, plan, plan.cut)
-        elif plan.phase is Phase.RUN and (wanted := self._wanted()) is not None:
-            self._begin(seen, plan, *wanted)
+        """Do what can be done now. One action a turn, as with the plan itself.
+
+        Whatever goes wrong with a checkpoint is told, and is no reason to stop serving.
+
+        Raises:
+            DependencyUnreachable: Redis or ZooKeeper does not answer.
+        """
+        if time.monotonic() < self._rest_until_s:
+            return
+        try:
+            if plan.cut is not None:
+                self._follow(seen, plan, plan.cut)
+            elif plan.phase is Phase.RUN and (wanted := self._wanted()) is not None:
+                self._begin(seen, plan, *wanted)
+        except (DependencyUnreachable, Disconnected):
+            raise
+        except PsaError as error:
+            self._log.error("no checkpoint", why=str(error))
+            self._rest()
+
+    def _rest(self) -> None:
+        """Leave training alone for a while, after each failure in a row for longer."""
+        self._vitals.add("checkpoint_failures")
+        self._rest_until_s = time.monotonic() + self._rest_s
+        self._rest_s = min(2 * self._rest_s, _REST_MAX_S)
 
     def _export(self, name: str) -> None:
         """Have a checkpoint written to files, if that is wanted."""
@@ -113,78 +141,128 @@ class Checkpoints:
 
     # --- wanted
 
-    def _wanted(self) -> tuple[str, Reason] | None:
+    def _wanted(self) -> tuple[str, Wish | None] | None:
+        """The next checkpoint to take; without a wish, one that is due."""
         for name in self._coordination.wishes(watch=True):
-            wish = self._coordination.read_wish(name)
-            if wish is not None and "failed" not in json.loads(wish.text):
-                return name, Reason.ASKED
-        if self._policy.every_s is None:
+            wish = self._wish(name)
+            if wish is None or wish.failed:
+                continue
+            if name in catalog.read_job(self._store, self._job).checkpoints:
+                self._coordination.withdraw_wish(name)  # a controller died after it had taken it
+                continue
+            return name, wish
+        if self._policy.every_s is None or not self._layout.versioned:
             return None
         if self._due_at_s is None:
-            taken = catalog.read_job(self._store, self._job).checkpoints.values()
-            newest = max(taken, key=lambda each: each.created_s, default=None)
+            newest = self._newest()
             self._due_at_s = (time.time() if newest is None else newest.created_s) + self._policy.every_s
             if newest is not None:
                 self._export(newest.name)  # the controller before us may have died before it had
         if time.time() < self._due_at_s:
             return None
-        return catalog.automatic_name(self._store.read_checkpoints(self._job), time.time()), Reason.INTERVAL
+        return catalog.automatic_name(self._store.read_checkpoints(self._job), time.time()), None
+
+    def _wish(self, name: str) -> Wish | None:
+        found = self._coordination.read_wish(name)
+        return None if found is None else wish_from_json(found.text)
+
+    def _newest(self) -> catalog.Checkpoint | None:
+        taken = catalog.read_job(self._store, self._job).checkpoints.values()
+        return max(taken, key=lambda each: each.created_s, default=None)
 
     # --- an attempt
 
-    def _begin(self, seen: Versioned, plan: Plan, name: str, reason: Reason) -> None:
+    def _begin(self, seen: Versioned, plan: Plan, name: str, wish: Wish | None) -> None:
         attended = any(holder != NOBODY for holder in plan.ranks)
-        if self._config.mode.on_arrival and not attended:
-            self._fail(name, reason, "no worker holds a rank, who would have to mark it. Stop the servers, and repeat")
+        if wish is None and not attended:
+            self._next_is_due()  # nothing moves
             return
-        version = -1
-        if not self._config.mode.on_arrival:
-            try:
-                version = self._version_ahead(plan, self._lead if attended else 0, reason)
-            except Disconnected as error:
-                self._log.info("no checkpoint yet", why=str(error))
-                return
+        if wish is not None and not self._layout.versioned:
+            self._refuse(name, "nothing in this job ever changes")
+            return
+        if wish is not None and self._config.mode.on_arrival and not attended:
+            self._refuse(name, "no worker holds a rank, who would have to mark it. Stop the servers, and repeat")
+            return
+        try:
+            version = self._version(plan)
+        except Disconnected as error:
+            self._log.info("no checkpoint yet", why=str(error))
+            return
+        newest = self._newest() if wish is None else None
+        if newest is not None and newest.version == version:
+            self._next_is_due()
+            return
+        catalog.sweep(self._store, self._job, self._layout)
+        catalog.announce(self._store, self._job, name)
+        target = -1 if self._config.mode.on_arrival else self._ahead(version, attended, regular=wish is None)
         barrier = self._coordination.open_barrier(plan.epoch, [server.id for server in plan.servers])
         failpoint("checkpoint.opened")
-        cut = Cut(name, barrier, version)
+        cut = Cut(name, barrier, target, asked=wish is not None, named=wish is not None and wish.named)
         changed = replace(plan, revision=plan.revision + 1, cut=cut)
         if self._coordination.write_plan(changed.to_json(), seen.version) is not None:
-            self._log.info("taking a checkpoint", checkpoint=name, version=version if version >= 0 else "as marked")
+            self._log.info("taking a checkpoint", checkpoint=name, version=target if target >= 0 else "as marked")
 
-    def _version_ahead(self, plan: Plan, lead: int, reason: Reason) -> int:
-        """A version that no server has reached, if ``lead`` is enough; raises Disconnected if none tells where it is.
-
-        One that nobody waits for takes the next regular commit, so that it costs nothing at all.
-        """
+    def _version(self, plan: Plan) -> int:
+        """Where training is; raises Disconnected if nobody tells."""
         server = plan.servers[0]
         report = inspect(server.address, server.local, server.host, _INSPECT_S)
         if report["version"] is None or report["epoch"] != plan.epoch:
             raise Disconnected(f"server {server.id} does not serve epoch {plan.epoch} yet")
+        return int(report["version"])
+
+    def _ahead(self, version: int, attended: bool, *, regular: bool) -> int:
+        """A version that no server has reached, if the lead is enough.
+
+        One that nobody waits for takes the next regular commit, so that it costs nothing at all.
+        """
         interval = self._config.commit_interval
-        grid = interval if interval and (self._config.ranks_stay or reason is Reason.INTERVAL) else 1
-        return -(-(int(report["version"]) + lead) // grid) * grid
+        grid = interval if interval and (self._config.ranks_stay or regular) else 1
+        return -(-(version + (self._lead if attended else 0)) // grid) * grid
 
     def _follow(self, seen: Versioned, plan: Plan, cut: Cut) -> None:
         if cut.barrier != self._barrier:
-            self._barrier, self._deadline_s = cut.barrier, time.monotonic() + _DEADLINE_S
+            self._barrier, self._reached = cut.barrier, -1
+            self._deadline_s = time.monotonic() + self._patience_s
         barrier = self._coordination.read_barrier(cut.barrier, watch=True)
+        missed = barrier is not None and barrier.state is BarrierState.ABORTED  # by a server: it was told too late
         if barrier is not None and barrier.state is BarrierState.OPEN:
-            expired = time.monotonic() > self._deadline_s
-            barrier = self._coordination.settle_barrier(cut.barrier, expired=expired)
-        if barrier is None or barrier.state is BarrierState.ABORTED:
-            self._abort(plan, cut, barrier.reason if barrier is not None else "its barrier is gone")
-        elif barrier.state is BarrierState.DONE:
-            failpoint("checkpoint.done")
-            self._complete(plan, cut, max(json.loads(text)["version"] for text in barrier.brought.values()))
-        else:
+            given_up = (cut.asked and self._coordination.read_wish(cut.name) is None) or self._stands_still(plan)
+            barrier = self._coordination.settle_barrier(cut.barrier, expired=given_up)
+        if barrier is not None and barrier.state is BarrierState.OPEN:
             return
+        done = None
+        if barrier is not None and barrier.state is BarrierState.DONE:
+            failpoint("checkpoint.done")
+            done = self._complete(plan, cut, max(json.loads(text)["version"] for text in barrier.brought.values()))
+        if done is None:
+            why = barrier.reason if barrier is not None else "its barrier is gone"
+            self._abort(cut, why or "nobody waits for it any more", missed=missed)
         changed = replace(plan, revision=plan.revision + 1, cut=None)
-        self._coordination.write_plan(changed.to_json(), seen.version)
+        if self._coordination.write_plan(changed.to_json(), seen.version) is not None and done is not None:
+            failpoint("checkpoint.written")
+            self._coordination.withdraw_wish(cut.name)
+            self._export(cut.name)
+            tidy(self._store, self._job, self._layout, self._policy)
 
-    def _complete(self, plan: Plan, cut: Cut, version: int) -> None:
-        wish = self._coordination.read_wish(cut.name)
-        reason = Reason.INTERVAL if wish is None else Reason.ASKED
-        named = wish is not None and bool(json.loads(wish.text).get("named"))
+    @property
+    def _patience_s(self) -> float:
+        """On arrival, ranks that are past their mark wait: not for ever for one that is slow."""
+        return _PATIENCE_ON_ARRIVAL_S if self._config.mode.on_arrival else _PATIENCE_S
+
+    def _stands_still(self, plan: Plan) -> bool:
+        """Whether the time is over, and nothing has moved in it."""
+        if time.monotonic() < self._deadline_s:
+            return False
+        if self._config.mode.on_arrival:
+            return True
+        before, self._reached = self._reached, self._version(plan)
+        self._deadline_s = time.monotonic() + self._patience_s
+        return before == self._reached
+
+    def _complete(self, plan: Plan, cut: Cut, version: int) -> catalog.Checkpoint | None:
+        """Make it a checkpoint; None if that cannot be any more."""
+        if cut.asked and self._coordination.read_wish(cut.name) is None:
+            return None
         try:
             done = catalog.complete(
                 self._store,
@@ -193,37 +271,32 @@ class Checkpoints:
                 cut.name,
                 version,
                 epoch=plan.epoch,
-                reason=reason,
-                named=named,
+                reason=Reason.ASKED if cut.asked else Reason.INTERVAL,
+                named=cut.named,
             )
-        except (DataIntegrity, Rewound) as error:
-            self._abort(plan, cut, str(error))
-            return
-        failpoint("checkpoint.written")
-        self._coordination.withdraw_wish(cut.name)
+        except DataIntegrity as error:
+            self._log.warning("a checkpoint lost its pins", checkpoint=cut.name, why=str(error))
+            return None
         self._log.info("checkpoint", name=done.name, version=done.version, megabytes=round(done.bytes / 1e6, 1))
         self._vitals.add("checkpoints")
         self._vitals.set("checkpoint_time_seconds", done.created_s)
         text = f"checkpoint {done.name} of version {done.version}"
         self._events.note(EventKind.CHECKPOINT, text, epoch=plan.epoch, version=version)
+        self._lead, self._rest_s = max(_LEAD, self._lead // 2), _REST_S
         self._next_is_due()
-        self._export(cut.name)
-        tidy(self._store, self._job, self._layout, self._policy)
+        return done
 
-    def _abort(self, plan: Plan, cut: Cut, why: str) -> None:
-        """Leave nothing, and try again: from further ahead, since being too late is what cannot be seen here."""
+    def _abort(self, cut: Cut, why: str, *, missed: bool) -> None:
+        """Leave nothing, and try again: from further ahead if a server was told too late, else after a rest."""
         self._log.warning("checkpoint aborted, to be tried again", checkpoint=cut.name, why=why)
-        self._vitals.add("checkpoint_failures")
-        self._store.unpin(self._job, [shard.index for shard in self._layout.versioned], [cut.name])
-        self._lead = min(2 * self._lead, _LEAD_MAX)
-        if self._coordination.read_wish(cut.name) is None and self._due_at_s is not None:
-            self._due_at_s = time.time() + _PAUSE_S
-
-    def _fail(self, name: str, reason: Reason, why: str) -> None:
-        if reason is Reason.ASKED:
-            self._coordination.answer_wish(name, json.dumps({"failed": why}))
+        catalog.remove(self._store, self._job, self._layout, [cut.name])
+        if missed:
+            self._lead = min(2 * self._lead, _LEAD_MAX)
         else:
-            self._due_at_s = time.time() + _PAUSE_S
+            self._rest()
+
+    def _refuse(self, name: str, why: str) -> None:
+        self._coordination.answer_wish(name, Wish(failed=why).to_json())
 
     def _next_is_due(self) -> None:
         self._due_at_s = None if self._policy.every_s is None else time.time() + self._policy.every_s
@@ -234,7 +307,7 @@ def tidy(store: RedisStore, job: str, layout: Layout, policy: Policy) -> None:
     stored = catalog.read_job(store, job)
     gone = catalog.superfluous(stored.checkpoints.values(), keep=policy.keep, older_than_s=policy.older_than_s)
     catalog.remove(store, job, layout, gone)
-    catalog.sweep(store, job, layout, None)
+    catalog.sweep(store, job, layout)
 
 
 def checkpoint_at_end(
@@ -254,8 +327,8 @@ def _checkpoint_at_end(
     config: JobConfig, layout: Layout, store: RedisStore, coordination: Coordination, policy: Policy
 ) -> None:
     seen = coordination.read_plan()
-    if seen is None or plan_from_json(seen.text).owners:
-        return  # others go on, or somebody has begun again
+    if seen is None or plan_from_json(seen.text).owners or coordination.hold(_END, "the last server") is not None:
+        return  # others go on, somebody has begun again, or another one that has left does it
     stored = catalog.read_job(store, config.name)
     newest = stored.versions()[-1:]
     if any([each.version] == newest for each in stored.checkpoints.values()):

@@ -31,7 +31,7 @@ from psa_store.telemetry import Vitals
 
 _RETRY_PAUSE_S = 0.2
 _REST = 11.0
-"""A checkpoint that nobody waits for is written in a twelfth of the time, since steps feel what is written beside them."""
+"""A checkpoint that nobody waits for is written in a twelfth of the time: steps feel what is written beside them."""
 _WATCH_S = 1.0
 """How often an idle committer asks whether Redis is still the one it wrote to."""
 
@@ -41,7 +41,8 @@ class Work:
     """The snapshots of ``leads`` are version ``version``; write them under ``epoch``.
 
     ``frozen`` is what this server leads besides, which was committed when the job was created. ``pin``: the checkpoint
-    for which this version is to be kept. It is pinned before the next commit, which might drop it.
+    for which this version is to be kept. It is pinned before the next commit, which might drop it. ``extra``: not all
+    servers may commit it.
     """
 
     epoch: int
@@ -49,6 +50,7 @@ class Work:
     leads: Mapping[int, Lead]
     frozen: Mapping[int, Lead]
     pin: Cut | None = None
+    extra: bool = False
 
 
 class Committer:
@@ -218,7 +220,7 @@ class Committer:
         for index, lead in work.leads.items():
             if index not in manifests:
                 expect = lead.committed.version if lead.committed else None
-                states.append(ShardState(index, *lead.snapshot(), expect))
+                states.append(ShardState(index, *lead.snapshot(), expect, work.extra))
         keep = self._keep
         # Where pushes are applied on arrival, ranks keep what is not durable, and soon wait for it.
         paced = work.pin is not None and not self._on_arrival

@@ -173,7 +173,8 @@ class Control:
         self._leaving = self._asked_to_leave()
         self._keep_membership()
         for _ in range(len(self._reports)):
-            self._note(engine, self._reports.popleft())
+            self._note(engine, self._reports[0])
+            self._reports.popleft()  # not before: what could not be told to ZooKeeper is told again
         self._announce()
         seen = self._coordination.read_plan(watch=True)
         plan = plan_from_json(seen.text) if seen else None

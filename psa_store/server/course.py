@@ -171,7 +171,13 @@ class Course(ABC):
     def _work(self, version: int, pin: Cut | None = None) -> Work:
         """The snapshots are this version."""
         frozen = {i: lead for i, lead in self.leads.items() if i not in self.versioned}
-        return Work(self.plan.epoch, version, self.versioned, frozen, pin)
+        extra = pin is not None and not self._is_regular(version)
+        return Work(self.plan.epoch, version, self.versioned, frozen, pin, extra)
+
+    def _is_regular(self, version: int) -> bool:
+        """Whether every server commits this version in any case."""
+        interval = self._tools.config.commit_interval
+        return interval > 0 and version % interval == 0
 
     def _miss(self) -> None:
         """The checkpoint cannot be taken here any more."""

@@ -7,14 +7,14 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 import torch
 
 from psa_store import optim, telemetry
 from psa_store.config import Settings
-from psa_store.coordination import Coordination
-from psa_store.errors import UsageError
+from psa_store.coordination import Coordination, MemberKind
+from psa_store.errors import DependencyUnreachable, UsageError
 from psa_store.identity import new_member_id
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
 from psa_store.journal import Journal
@@ -153,6 +153,9 @@ def serve(job: str, settings: Settings) -> None:
                 governing.result()
         finally:
             engine.close()
+            # Before files are finished: whoever is controller now has work to do.
+            with suppress(DependencyUnreachable):
+                coordination.remove(MemberKind.SERVER, control.member)
             control.close()
         if policy.automatic:
             checkpoint_at_end(config, layout, store, coordination, policy)

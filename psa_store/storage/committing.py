@@ -58,6 +58,8 @@ class ShardState:
     scalars: Mapping[str, float | int]
     expect: int | None
     """The version that the caller committed last, None if he does not know of one."""
+    extra: bool = False
+    """Whether other shards may not commit this version."""
 
 
 Outcomes: TypeAlias = Generator[tuple[int, Manifest | Fenced | Rewound], None, None]
@@ -144,7 +146,9 @@ class Commit:
                     written += 1
                     failpoint("commit.chunk", written)
                 sections.append(Section(name, dtype, data.nbytes, tuple(digests)))
-            manifest = Manifest(self._version, self._epoch, nonce, tuple(sections), dict(state.scalars))
+            manifest = Manifest(
+                self._version, self._epoch, nonce, tuple(sections), dict(state.scalars), extra=state.extra
+            )
             self._in_doubt[state.shard] = manifest
             failpoint("commit.before_flip")
             yield _call(flip(self._job, heads[state.shard], manifest, self._keep, state.expect), awaited=state.shard)
@@ -248,9 +252,15 @@ def write_chunks(caller: Caller, job: str, manifest: Manifest, state: ShardState
 
 
 def _old(head: Head, manifest: Manifest, keep: int) -> list[str]:
-    """The fields of the versions that make room for ``manifest``."""
-    others = [each.version for each in head.manifests if each.version != manifest.version]
-    kept = sorted([*others, manifest.version])[-keep:]
+    """The fields of the versions that make room for ``manifest``.
+
+    Extra ones are counted apart: however many there are, what all shards commit stays common to them. They go when they
+    are older than all of those.
+    """
+    versions = {each.version: each.extra for each in (*head.manifests, manifest)}
+    common = sorted(version for version, extra in versions.items() if not extra)[-keep:]
+    extras = sorted(version for version, extra in versions.items() if extra and version > min(common, default=-1))
+    kept = {*common, *extras[-keep:]}
     return [each.field for each in head.manifests if each.version == manifest.version or each.version not in kept]
 
 

@@ -45,7 +45,7 @@ def copy(
         gone = [target] if target in entries else []
         return put(job, head, target, entries[source], [], gone, source, head.epoch if epoch is None else epoch)
 
-    _change(caller, heads, job, shards, change)
+    _change(caller, heads, job, shards, change, epoch)
 
 
 def drop(
@@ -69,7 +69,7 @@ def drop(
             [epoch_text(owner), *identity(head), *gone],
         )
 
-    _change(caller, heads, job, shards, change)
+    _change(caller, heads, job, shards, change, epoch)
 
 
 def write(caller: Caller, heads: Heads, job: str, shard: int, name: str, manifest: Manifest, epoch: int) -> None:
@@ -81,7 +81,7 @@ def write(caller: Caller, heads: Heads, job: str, shard: int, name: str, manifes
             return None
         return put(job, head, name, manifest, [], [name] if there is not None else [], "", epoch)
 
-    _change(caller, heads, job, [shard], change)
+    _change(caller, heads, job, [shard], change, epoch)
 
 
 def _change(
@@ -90,26 +90,30 @@ def _change(
     job: str,
     shards: Iterable[int],
     change: Callable[[Head], FunctionCall | None],
+    epoch: int | None,
 ) -> None:
-    """Make a change of each head, all in one round trip; those that had changed meanwhile are looked at again."""
+    """Make a change of each head, all in one round trip; those that had changed meanwhile are looked at again.
+
+    Without an ``epoch`` of one's own, that a new one owns the shard is such a change.
+    """
     left = list(shards)
     for _ in range(TRIES_MAX):
         calls = {head.shard: call for head in heads(job, left) if (call := change(head)) is not None}
         if not calls:
             return
         replies = caller.functions(list(calls.values()))
-        left = [shard for shard, reply in zip(calls, replies, strict=True) if not _done(job, shard, reply)]
+        left = [shard for shard, reply in zip(calls, replies, strict=True) if not _done(job, shard, reply, epoch)]
         if not left:
             return
     raise DependencyUnreachable(unsettled(caller, job, left[0], "its versions could not be changed"))
 
 
-def _done(job: str, shard: int, reply: Sequence[Any]) -> bool:
+def _done(job: str, shard: int, reply: Sequence[Any], epoch: int | None) -> bool:
     where = f"job {job!r}, shard {shard}"
     match reply[0]:
         case b"ok":
             return True
-        case b"fenced":
+        case b"fenced" if epoch is not None:
             raise Fenced(f"{where}: epoch {int(reply[1], 16)} owns it")
         case b"rewound":
             raise Rewound(f"{where}: Redis lost what we wrote, or does not know our epoch")

@@ -38,6 +38,8 @@ class Manifest:
     scalars: dict[str, float | int]
     home: str = ""
     """The job whose chunks these are, if a fork shares them with the job that it began from."""
+    extra: bool = False
+    """Committed for a checkpoint, between the versions at which all shards commit: other shards may not have it."""
 
     @property
     def field(self) -> str:

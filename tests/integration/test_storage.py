@@ -801,3 +801,22 @@ def test_what_a_fork_shares_is_not_the_forks_to_remove(store: RedisStore) -> Non
     assert place == data(100, 1)
     store.trim("fork", [0], 5, 0)
     assert read(store, manifest), "the fork has removed what is another job's"
+
+
+def test_extra_versions_do_not_push_out_what_all_shards_have(store: RedisStore) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+
+    def commit_extra(version: int) -> None:
+        ((_, outcome),) = store.commit_each(JOB, 1, version, [replace(state_of(0, version), extra=True)], keep=KEEP)
+        assert isinstance(outcome, Manifest)
+
+    def versions() -> list[int]:
+        return [each.version for each in store.heads(JOB, [0])[0].manifests]
+
+    commit(store, 10)
+    for version in (11, 12, 13, 14):
+        commit_extra(version)
+    assert versions() == [10, 12, 13, 14]
+    for version in (20, 30, 40):
+        commit(store, version)
+    assert versions() == [20, 30, 40], "extra ones are older than all others, and stay for nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from contextlib import closing
@@ -11,7 +12,7 @@ import pytest
 
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.failpoints import Strike, arm
-from psa_store.storage import Head
+from psa_store.storage import Head, Manifest, ShardState
 from tests.harness import Run, Site
 
 STEPS = 90
@@ -201,3 +202,50 @@ def test_by_interval_and_when_told_to_leave(site: Site, undisturbed: dict[str, s
     assert again.finish() == 0, again.output
     assert site.digest(job, STEPS) == undisturbed["sync"]
     assert len(stored(site, job).checkpoints) == 2, "older ones were kept"
+
+
+def test_who_waits_no_longer_leaves_nothing(site: Site, tmp_path: Path) -> None:
+    """Workers are paused, so the cut is not reached in time; when they go on, it is given up."""
+    job = "impatient"
+    run = start(site, job, slow_until=tmp_path / "hurry")
+    run.wait_for_step(3)
+    workers = site.pids(job, "workers")
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        late = checkpoint(site, "save", job, "--name", "precious", "--timeout", "2")
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+    assert late.returncode == 3, late.stdout
+    (tmp_path / "hurry").touch()
+    assert run.finish() == 0, run.output
+    found = stored(site, job)
+    assert not found.checkpoints and not any(head.pins for head in found.heads.values())
+
+
+def test_a_document_of_another_version_is_no_reason_to_stop(site: Site) -> None:
+    job = "unreadable"
+    with closing(site.store()) as store:
+        store.write_checkpoint(job, "of-tomorrow", '{"name": "of-tomorrow", "format": 9}')
+    run = start(site, job, PSA_CHECKPOINT_EVERY_S="1")
+    assert run.finish() == 0, run.output
+    found = stored(site, job)
+    assert found.checkpoints and "of-tomorrow" not in found.checkpoints
+    with closing(site.store()) as store:
+        assert "of-tomorrow" in store.read_checkpoints(job), "it was not ours to remove"
+
+
+def test_a_fork_takes_nothing_over_that_a_dead_creator_left(site: Site) -> None:
+    run = start(site, "origin")
+    assert run.finish() == 0, run.output
+    with closing(site.store()) as store:
+        layout = stored(site, "origin").layout
+        store.seal("haunted", [0, 1], 7, "f" * 64)
+        left = ShardState(0, {"param": ("float32", memoryview(b"left"))}, {}, None)
+        assert isinstance(next(store.commit_each("haunted", 7, 1000, [left], keep=3))[1], Manifest)
+    assert checkpoint(site, "fork", "origin", str(STEPS), "--as", "haunted").returncode == 0
+    found = stored(site, "haunted")
+    assert found.versions() == [STEPS]
+    assert {head.layout for head in found.heads.values()} == {layout.fingerprint}
+    assert checkpoint(site, "verify", "haunted").returncode == 0
