@@ -6,8 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 
 import typer
@@ -22,25 +21,25 @@ from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
 from psa_store.checkpoint.saving import save as take
 from psa_store.checkpoint.verification import verify as find_damage
+from psa_store.cli.sessions import open_coordination, open_history, open_store
 from psa_store.config import Settings
-from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job import check_job_name
-from psa_store.local import fill_addresses
-from psa_store.storage import History, RedisStore
+from psa_store.storage import RedisStore
 
 
 def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> None:
     """Take a checkpoint and say which."""
     woken = threading.Event()
-    with _store(settings) as store, _coordination(job, settings, store, woken.set) as coordination:
+    with open_store(settings) as store, open_coordination(job, settings, woken.set) as coordination:
+        store.check()
         done = take(store, coordination, woken, job, name, timeout_s)
     print(f"checkpoint {done.name} of job {job}: version {done.version}, {done.bytes / 1e6:.1f} MB")
 
 
 def ls(job: str, as_json: bool, settings: Settings) -> None:
     """List checkpoints, and the versions that training keeps."""
-    with _store(settings) as store:
+    with open_store(settings) as store:
         stored = read_job(store, job)
     if as_json:
         listed = [{**asdict(each), "whole": stored.whole(each.name)} for each in stored.checkpoints.values()]
@@ -62,7 +61,7 @@ def ls(job: str, as_json: bool, settings: Settings) -> None:
 
 def show(job: str, what: str, as_json: bool, settings: Settings) -> None:
     """Everything about one checkpoint, or one version."""
-    with _store(settings) as store:
+    with open_store(settings) as store:
         stored = read_job(store, job)
     document = _document(stored, what)
     if as_json:
@@ -94,7 +93,7 @@ def _document(stored: StoredJob, what: str) -> dict[str, object]:
 
 def verify(job: str, what: str | None, settings: Settings) -> None:
     """Read a checkpoint or version, or everything that is stored; raises DataIntegrity if anything is damaged."""
-    with _store(settings) as store:
+    with open_store(settings) as store:
         stored = read_job(store, job)
         names = [what] if what is not None else [*stored.checkpoints, *map(str, stored.versions())]
         damage = []
@@ -115,7 +114,7 @@ def _damage(store: RedisStore, job: str, what: str) -> list[str]:
 
 def diff(job: str, a: str, b: str, other: str | None, as_json: bool, settings: Settings) -> None:
     """How far every parameter is from A to B."""
-    with _store(settings) as store:
+    with open_store(settings) as store:
         changes = compare(store, job, a, b, other)
     if as_json:
         print(json.dumps([asdict(each) for each in changes], indent=1))
@@ -129,7 +128,8 @@ def diff(job: str, a: str, b: str, other: str | None, as_json: bool, settings: S
 
 def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
     """Return to an older version, after asking."""
-    with _store(settings) as store, _coordination(job, settings, store, _nobody) as coordination:
+    with open_store(settings) as store, open_coordination(job, settings) as coordination:
+        store.check()
         stored = read_job(store, job)
         version = stored.version_of(what)
         kept = {each.version for each in stored.checkpoints.values()}
@@ -148,19 +148,15 @@ def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> 
     name = "" if what == str(done.version) else f"checkpoint {what}, "
     text = f"the job was told to go back to {name}version {done.version}; epoch {done.epoch} began there"
     note = Note(time.time(), EventKind.ROLLBACK, text, epoch=done.epoch, version=done.version)
-    settings = fill_addresses(settings)
-    assert settings.redis is not None
-    with (
-        closing(History(settings.redis, timeout_s=settings.connect_timeout_s)) as history,
-        suppress(DependencyUnreachable),  # it is done, whether it is told or not
-    ):
+    with suppress(DependencyUnreachable), open_history(settings) as history:  # it is done, whether it is told or not
         history.event(job, note.document({}))
 
 
 def fork(job: str, what: str, new: str, settings: Settings) -> None:
     """Begin another job with a checkpoint."""
     check_job_name(new)
-    with _store(settings) as store, _coordination(new, settings, store, _nobody, known=False) as coordination:
+    with open_store(settings) as store, open_coordination(new, settings) as coordination:
+        store.check()
         version = make_fork(store, coordination, job, what, new)
     print(f"job {new} begins at version {version} of job {job}; run the same script with this job name")
 
@@ -171,7 +167,7 @@ def prune(
     """Remove checkpoints, after asking, and what attempts that were cut off have left."""
     if not names and keep is None and older_than_s is None:
         raise UsageError("say which: names of checkpoints, --keep N or --older-than SECONDS")
-    with _store(settings) as store:
+    with open_store(settings) as store:
         stored = read_job(store, job)
         for name in names:
             if name not in stored.checkpoints:
@@ -197,37 +193,3 @@ def _confirm(what: str, yes: bool) -> None:
 
 def _when(checkpoint: Checkpoint) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.created_s))
-
-
-def _nobody() -> None:
-    """Wakes nobody."""
-
-
-@contextmanager
-def _store(settings: Settings) -> Iterator[RedisStore]:
-    settings = fill_addresses(settings)
-    assert settings.redis is not None
-    with closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)) as store:
-        yield store
-
-
-@contextmanager
-def _coordination(
-    job: str, settings: Settings, store: RedisStore, wake: Callable[[], None], *, known: bool = True
-) -> Iterator[Coordination]:
-    """A session for a job, which must exist if it is ``known``."""
-    if known:
-        read_job(store, job)
-    store.check()
-    settings = fill_addresses(settings)
-    assert settings.zookeeper is not None
-    coordination = Coordination(
-        settings.zookeeper,
-        job,
-        session_timeout_s=settings.session_timeout_s,
-        connect_timeout_s=settings.connect_timeout_s,
-        wake=wake,
-    )
-    with closing(coordination):
-        coordination.start()
-        yield coordination

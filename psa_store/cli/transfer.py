@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 
 from psa_store.checkpoint.export import MAX_FILE_BYTES, export_version, open_export
 from psa_store.checkpoint.importing import import_export
 from psa_store.checkpoint.version import stored_version
+from psa_store.cli.sessions import open_coordination, open_store
 from psa_store.config import Settings
-from psa_store.coordination import Coordination
 from psa_store.job import check_job_name
-from psa_store.local import fill_addresses
-from psa_store.storage import RedisStore
 
 
 def export_files(
@@ -22,7 +17,7 @@ def export_files(
 ) -> None:
     """Write a checkpoint or a version of a job (None: the newest) into a new folder, and say so in one line."""
     started_s = time.monotonic()
-    with _redis(fill_addresses(settings)) as store:
+    with open_store(settings) as store:
         export = export_version(stored_version(store, job, what), url, max_file_bytes)
     size_bytes, took_s = sum(file.size_bytes for file in export.files), time.monotonic() - started_s
     print(
@@ -34,8 +29,7 @@ def export_files(
 def import_files(url: str, job: str, settings: Settings, ranks: int | None, shard_bytes: int | None) -> None:
     """Create ``job`` from the export in the folder at ``url``, and say so in one line."""
     check_job_name(job)
-    settings = fill_addresses(settings)
-    with _redis(settings) as store, _zookeeper(settings, job) as coordination:
+    with open_store(settings) as store, open_coordination(job, settings) as coordination:
         store.check()
         export = open_export(url)
         config = import_export(export, job, store, coordination, ranks=ranks, shard_bytes=shard_bytes)
@@ -43,25 +37,3 @@ def import_files(url: str, job: str, settings: Settings, ranks: int | None, shar
         f"created job {job!r} at step {export.step} from version {export.version} of {export.config.name!r}: "
         f"{config.ranks} ranks, mode {config.mode}"
     )
-
-
-@contextmanager
-def _redis(settings: Settings) -> Iterator[RedisStore]:
-    assert settings.redis is not None
-    with closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)) as store:
-        yield store
-
-
-@contextmanager
-def _zookeeper(settings: Settings, job: str) -> Iterator[Coordination]:
-    assert settings.zookeeper is not None
-    coordination = Coordination(
-        settings.zookeeper,
-        job,
-        session_timeout_s=settings.session_timeout_s,
-        connect_timeout_s=settings.connect_timeout_s,
-        wake=threading.Event().set,
-    )
-    with closing(coordination):
-        coordination.start()
-        yield coordination
