@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from psa_store.checkpoint.catalog import read_job
+from psa_store.cli.sessions import open_history, open_store
 from psa_store.config import Settings
 from psa_store.errors import UsageError
-from psa_store.local import fill_addresses
 from psa_store.report import check_matplotlib, describe_run, summary, write_report
 from psa_store.report.summary import duration, facts, pause
-from psa_store.storage import History, RedisStore
 
 _FAILURES_SHOWN = 20
 
@@ -30,12 +28,8 @@ def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:
         DataIntegrity: what Redis has of the job cannot be read.
     """
     check_matplotlib()
-    settings = fill_addresses(settings)
-    assert settings.redis is not None
-    with ExitStack() as stack:
-        store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
+    with open_store(settings) as store, open_history(settings) as history:
         checkpoints = read_job(store, job).checkpoints.values()
-        history = stack.enter_context(closing(History(settings.redis, timeout_s=settings.connect_timeout_s)))
         points, events = history.curve(job), history.events(job)
     if not points and not events:
         raise UsageError(

@@ -77,6 +77,10 @@ def _numbers(document: Document) -> Text:
         f"controller {document['controller'] or _NOTHING}",
     ]
     numbers = Text(", ".join(doing))
+    pages = [
+        each["metrics"] for each in document["servers"] if each["id"] == document["controller"] and each["metrics"]
+    ]
+    numbers.append("".join(f"\npage http://{address}" for address in pages))
     if document["ranks"] is not None:
         facts = f"mode {document['mode']}, {document['ranks']} ranks, {document['shards']} shards, "
         facts += f"{_size(document['bytes'])}, commits every {document['commit_every']} steps"
