@@ -182,7 +182,9 @@ def verify_export(export: Export) -> None:
 
 
 def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list[tuple[str, str]]]:
-    """The newest undamaged export in a folder or in the folders in it, by version, then by time; None if there is none.
+    """The undamaged export in a folder or in the folders in it that was written last; None if there is none.
+
+    Not the highest version: who went back to an older one and went on from there has a new history, which counts.
 
     Args:
         job: look at exports of this job only; None: at all.
@@ -202,7 +204,7 @@ def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list
         elif any(name.startswith((MODEL, OPTIMIZER, MANIFEST)) for name in names):
             passed.append((folder.url, f"{folder.url}: no {MANIFEST} in it, so it was not finished"))
     mine = [export for export in found if job is None or export.config.name == job]
-    for export in sorted(mine, key=lambda each: (each.version, each.created), reverse=True):
+    for export in sorted(mine, key=lambda each: each.created, reverse=True):
         try:
             verify_export(export)
             return export, passed

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -239,6 +240,13 @@ def test_only_exports_of_the_job_are_looked_at(two_exports: Path) -> None:
     assert newest is not None and newest.config.name == "damage"
     assert newest_export(str(two_exports), "somebody") == (None, [])
     assert newest_export(str(two_exports / "absent")) == (None, [])
+
+
+def test_what_was_written_last_is_the_newest_though_its_version_is_lower(store: RedisStore, tmp_path: Path) -> None:
+    version = commit(store, "rolled", version=9)
+    before = export_version(version, str(tmp_path / "b-before"))
+    after = export_version(replace(version, version=8), str(tmp_path / "a-after-a-rollback"))
+    assert after.created > before.created and newest_export(str(tmp_path)) == (after, [])
 
 
 def test_files_of_others_are_neither_overwritten_nor_imported(store: RedisStore, tmp_path: Path) -> None:
