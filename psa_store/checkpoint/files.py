@@ -17,7 +17,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from xxhash import xxh3_128
 
-from psa_store.errors import DependencyUnreachable, UsageError
+from psa_store.errors import DependencyUnreachable, PsaError, UsageError
+from psa_store.telemetry import hide_passwords
 
 _TEMPORARY = ".tmp-"
 _BLOCK_BYTES = 4 << 20
@@ -43,10 +44,12 @@ class Folder:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            self._fs, self._path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"{url}: {error}. Use a path or a URL of which fsspec knows the file system.") from error
+        with _translated(url):
+            try:
+                self._fs, self._path = fsspec.core.url_to_fs(url)
+            except (ImportError, ValueError) as error:
+                why = f"{error}. Use a path or a URL of which fsspec knows the file system."
+                raise UsageError(hide_passwords(f"{url}: {why}")) from error
         self.url = url.rstrip("/") or "/"
         self._local = isinstance(self._fs, LocalFileSystem)
 
@@ -61,9 +64,10 @@ class Folder:
     def make(self) -> None:
         """See to it that it exists."""
         with _translated(self.url):
+            made = {self._path, *self._missing()} if self._local else set()
             self._fs.makedirs(self._path, exist_ok=True)
-        if self._local:
-            _sync_folder(os.path.dirname(self._path))
+            for parent in {os.path.dirname(folder) for folder in made}:
+                _sync_folder(parent)
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file; fewer if it is shorter."""
@@ -97,14 +101,14 @@ class Folder:
             temporary = f"{name}{_TEMPORARY}{secrets.token_hex(4)}"
             path = self._of(temporary)
             file = open(path, "xb") if self._local else self._fs.open(path, "wb")  # noqa: SIM115 - closed by the draft
-            draft = Draft(name, temporary, file, self._local)
-            try:
-                yield draft
-            except BaseException:
-                draft.abandon()
-                with suppress(Exception):
-                    self._fs.rm_file(path)
-                raise
+        draft = Draft(name, temporary, f"{self.url}/{name}", file, self._local)
+        try:
+            yield draft
+        except BaseException:
+            draft.abandon()
+            with suppress(Exception):
+                self._fs.rm_file(path)
+            raise
 
     def publish(self, drafts: Sequence[Draft]) -> None:
         """Give finished drafts their names, in this order."""
@@ -112,7 +116,15 @@ class Folder:
             with _translated(f"{self.url}/{draft.name}"):
                 self._fs.mv(self._of(draft.temporary), self._of(draft.name))
         if self._local:
-            _sync_folder(self._path)
+            with _translated(self.url):
+                _sync_folder(self._path)
+
+    def _missing(self) -> Iterator[str]:
+        """Itself and its parents, as far as they must be made; of a local folder."""
+        path = self._path
+        while not os.path.isdir(path) and path != os.path.dirname(path):
+            yield path
+            path = os.path.dirname(path)
 
     def _of(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
@@ -131,9 +143,10 @@ class Folder:
 class Draft:
     """A file that is being written; its name is still to be given. One thread at a time."""
 
-    def __init__(self, name: str, temporary: str, file: Any, local: bool) -> None:
+    def __init__(self, name: str, temporary: str, where: str, file: Any, local: bool) -> None:
         self.name = name
         self.temporary = temporary
+        self._where = where
         self._file = file
         self._local = local
         self._total = xxh3_128()
@@ -146,21 +159,23 @@ class Draft:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append."""
-        self._file.write(data)
-        self._total.update(data)
-        self._size += len(data)
-        if self._local and self._size - self._begun >= _WRITE_OUT_BYTES:
-            self._file.flush()
-            # To Linux, "not needed any more" of what is not on the disk yet means: begin to write it there.
-            os.posix_fadvise(self._file.fileno(), self._begun, self._size - self._begun, os.POSIX_FADV_DONTNEED)
-            self._begun = self._size
+        with _translated(self._where):
+            self._file.write(data)
+            self._total.update(data)
+            self._size += len(data)
+            if self._local and self._size - self._begun >= _WRITE_OUT_BYTES:
+                self._file.flush()
+                # To Linux, "not needed any more" of what is not on the disk yet means: begin to write it there.
+                os.posix_fadvise(self._file.fileno(), self._begun, self._size - self._begun, os.POSIX_FADV_DONTNEED)
+                self._begun = self._size
 
     def finish(self) -> None:
         """Everything is written: make it durable."""
-        self._file.flush()
-        if self._local:
-            os.fsync(self._file.fileno())
-        self._file.close()
+        with _translated(self._where):
+            self._file.flush()
+            if self._local:
+                os.fsync(self._file.fileno())
+            self._file.close()
 
     def abandon(self) -> None:
         with suppress(Exception):
@@ -182,9 +197,22 @@ def _sync_folder(path: str) -> None:
 
 @contextmanager
 def _translated(where: str) -> Iterator[None]:
+    """Around calls of a file system only: whatever it raises is its failure, since each has errors of its own."""
     try:
         yield
+    except PsaError:
+        raise
     except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise UsageError(f"{where}: {error.strerror or error}") from error
-    except OSError as error:
-        raise DependencyUnreachable(f"{where}: {error.strerror or error}. Try again when it can be used.") from error
+        raise UsageError(hide_passwords(f"{where}: {_why(error)}")) from error
+    except Exception as error:
+        raise DependencyUnreachable(
+            hide_passwords(f"{where}: {_why(error)}. Try again when it can be used.")
+        ) from error
+
+
+def _why(error: Exception) -> str:
+    """In one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

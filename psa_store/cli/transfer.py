@@ -10,6 +10,7 @@ from psa_store.checkpoint.version import stored_version
 from psa_store.cli.sessions import open_coordination, open_store
 from psa_store.config import Settings
 from psa_store.job import check_job_name
+from psa_store.telemetry import printable
 
 
 def export_files(
@@ -21,7 +22,7 @@ def export_files(
         export = export_version(stored_version(store, job, what), url, max_file_bytes)
     size_bytes, took_s = sum(file.size_bytes for file in export.files), time.monotonic() - started_s
     print(
-        f"exported version {export.version} of job {job!r} to {export.url}: {len(export.files)} files, "
+        f"exported version {export.version} of job {job!r} to {printable(export.url)}: {len(export.files)} files, "
         f"{size_bytes / 1e6:.1f} MB in {took_s:.1f} s"
     )
 

@@ -32,7 +32,7 @@ from psa_store.job import CREATOR_NODE, JobConfig, job_config_from_json
 from psa_store.layout import Role, TensorSpec, plan_layout
 from psa_store.mode import parse_mode
 from psa_store.storage import RedisStore, ShardState
-from tests.harness import Site
+from tests.harness import PSA, Site
 
 VERSION = 7
 SPECS = [
@@ -318,6 +318,21 @@ def test_file_urls(store: RedisStore, tmp_path: Path) -> None:
 def test_an_unknown_file_system_is_bad_usage(store: RedisStore) -> None:
     with pytest.raises(UsageError, match="nowhere://x"):
         export_version(commit(store, "nowhere"), "nowhere://x")
+
+
+def test_the_command_does_not_show_the_password_of_a_file_system(store: RedisStore, site: Site) -> None:
+    commit(store, "secretive")
+    done = subprocess.run(
+        [*PSA, "checkpoint", "export", "secretive", "ftp://user:hidden@127.0.0.1:1/x"],
+        env={**os.environ, **site.env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 3 and len(said.splitlines()) == 1, said
+    assert "ftp://user:***@127.0.0.1:1/x" in said and "hidden" not in said
 
 
 # --- jobs that exist

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import fsspec
+import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from psa_store.checkpoint import files
 from psa_store.checkpoint.export import Export, export_from_json
 from psa_store.checkpoint.files import FileFacts, Folder
 from psa_store.checkpoint.importing import Source
 from psa_store.checkpoint.tensor_files import LENGTH_BYTES, index_of, param_key, plan_files, read_header
-from psa_store.errors import DataIntegrity
+from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job import JobConfig
 from psa_store.layout import ITEM_BYTES, TRAINABLE_DTYPES, Layout, Role, TensorSpec, plan_layout
 from psa_store.storage import Section
@@ -142,3 +149,111 @@ def test_any_flipped_bit_of_the_manifest_is_found(data: st.DataObject) -> None:
         assert export_from_json("here", bytes(text)) == export  # white space became other white space
     except DataIntegrity as error:
         assert "psa.json" in str(error)
+
+
+class NoCredentials(Exception):
+    """As those of cloud libraries: no OSError."""
+
+
+class Broken(MemoryFileSystem):
+    """Fails in whatever it is asked, once it is told to."""
+
+    protocol = "psabroken"
+    cachable = False
+    failing = False
+
+    def _fail(self) -> None:
+        if Broken.failing:
+            raise NoCredentials("no credentials\nfor psabroken://me:secret@there/x")
+
+    def ls(self, *arguments: Any, **options: Any) -> Any:
+        self._fail()
+        return super().ls(*arguments, **options)
+
+    def cat_file(self, *arguments: Any, **options: Any) -> Any:
+        self._fail()
+        return super().cat_file(*arguments, **options)
+
+    def rm(self, *arguments: Any, **options: Any) -> None:
+        self._fail()
+        super().rm(*arguments, **options)
+
+    def open(self, *arguments: Any, **options: Any) -> Any:
+        self._fail()
+        file = super().open(*arguments, **options)
+        file.write = lambda data: self._fail()
+        return file
+
+    def mv(self, *arguments: Any, **options: Any) -> None:
+        self._fail()
+
+    def makedirs(self, *arguments: Any, **options: Any) -> None:
+        self._fail()
+
+
+class Unreachable(Broken):
+    protocol = "psaunreachable"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        raise NoCredentials("psaunreachable://me:secret@there does not answer")
+
+
+@pytest.fixture
+def broken() -> Iterator[None]:
+    fsspec.register_implementation("psabroken", Broken, clobber=True)
+    fsspec.register_implementation("psaunreachable", Unreachable, clobber=True)
+    Broken.failing = False
+    yield
+    Broken.failing = False
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Folder.names,
+        Folder.make,
+        lambda folder: folder.read("a"),
+        lambda folder: folder.facts("a"),
+        lambda folder: folder.draft("a").__enter__(),
+        lambda folder: folder.publish([files.Draft("a", "a.tmp-0", "a", None, False)]),
+        lambda folder: folder.remove_all("a"),
+    ],
+)
+def test_whatever_a_file_system_raises_is_one_line_without_passwords(
+    broken: None, act: Callable[[Folder], object]
+) -> None:
+    folder = Folder("psabroken://me:secret@there/x")
+    Broken.failing = True
+    with pytest.raises(DependencyUnreachable, match=r"^[^\n]*NoCredentials: no credentials for [^\n]*$") as raised:
+        act(folder)
+    assert "secret" not in str(raised.value) and isinstance(raised.value.__cause__, NoCredentials)
+
+
+def test_a_draft_translates_its_own_failures_only(broken: None) -> None:
+    folder = Folder("psabroken://x")
+    with pytest.raises(KeyError), folder.draft("a"):
+        raise KeyError("a fault of whoever writes")
+    with pytest.raises(DependencyUnreachable, match="NoCredentials"), folder.draft("a") as draft:
+        Broken.failing = True
+        draft.write(b"x")
+
+
+def test_a_file_system_that_cannot_be_opened_is_unreachable_or_bad_usage(broken: None) -> None:
+    with pytest.raises(DependencyUnreachable, match=r"me:\*\*\*@there.*does not answer"):
+        Folder("psaunreachable://me:secret@there/x")
+    with pytest.raises(DependencyUnreachable, match=r"ftp://user:\*\*\*@127\.0\.0\.1:1/x: Connection refused"):
+        Folder("ftp://user:secret@127.0.0.1:1/x")
+    with pytest.raises(UsageError, match="Protocol not known: nowhere"):
+        Folder("nowhere://x")
+    fsspec.register_implementation("psamissing", "psa_no_such.Files", clobber=True, errtxt="Install psa_no_such")
+    with pytest.raises(UsageError, match="Install psa_no_such"):
+        Folder("psamissing://x")
+
+
+def test_every_folder_that_is_made_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(files, "_sync_folder", synced.append)
+    Folder(f"file://{tmp_path}/a/b/c").make()
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert sorted(synced) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
