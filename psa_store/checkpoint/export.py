@@ -51,6 +51,8 @@ class Export:
     slots: tuple[str, ...]
     """Sections that have an element for each of a parameter's: those of the optimizer, and what is published."""
     files: tuple[FileFacts, ...]
+    origin: str = ""
+    """Tells what it was written from, see :func:`origin_of`; exports of old have none."""
 
     @property
     def step(self) -> int:
@@ -63,6 +65,7 @@ class Export:
             "created": self.created,
             "job": self.config.facts(),
             "layout": json.loads(self.layout.to_json()),
+            "origin": self.origin,
             "version": self.version,
             "step": self.step,
             "clocks": self.clocks,
@@ -92,6 +95,7 @@ def export_from_json(url: str, text: bytes) -> Export:
             tuple(manifest["scalars"]),
             tuple(manifest["slots"]),
             tuple(FileFacts(each["name"], each["size_bytes"], each["xxh3_128"]) for each in manifest["files"]),
+            manifest.get("origin", ""),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataIntegrity(f"{url}: {MANIFEST} cannot be read: {error!r}") from error
@@ -140,6 +144,7 @@ def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
             tuple(version.manifests[shard.index].scalars for shard in version.layout.shards),
             tuple(slots_of(sections)),
             tuple(draft.facts for draft in drafts),
+            origin_of(version),
         )
         last = stack.enter_context(folder.draft(MANIFEST))
         last.write(export.to_json().encode())
@@ -148,6 +153,12 @@ def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
         folder.publish(drafts)
         folder.publish([last])
     return export
+
+
+def origin_of(version: StoredVersion) -> str:
+    """A digest that no other content has: a name may be used again, a version be made again, but not a commit."""
+    commits = [(shard, each.version, each.epoch, each.nonce) for shard, each in sorted(version.manifests.items())]
+    return xxh3_128_hexdigest(json.dumps([version.version, commits]).encode())
 
 
 def open_export(url: str) -> Export:
@@ -181,6 +192,11 @@ def verify_export(export: Export) -> None:
             raise DataIntegrity(f"{where}: damaged, its digest does not match")
 
 
+def is_ours(name: str) -> bool:
+    """Whether a file may be one of an export, or what is left of one."""
+    return name.startswith((MODEL, OPTIMIZER, MANIFEST))
+
+
 def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list[tuple[str, str]]]:
     """The undamaged export in a folder or in the folders in it that was written last; None if there is none.
 
@@ -201,7 +217,7 @@ def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list
                 found.append(export_from_json(folder.url, folder.read(MANIFEST)))
             except PsaError as error:
                 passed.append((folder.url, str(error)))
-        elif any(name.startswith((MODEL, OPTIMIZER, MANIFEST)) for name in names):
+        elif any(is_ours(name) for name in names):
             passed.append((folder.url, f"{folder.url}: no {MANIFEST} in it, so it was not finished"))
     mine = [export for export in found if job is None or export.config.name == job]
     for export in sorted(mine, key=lambda each: each.created, reverse=True):

@@ -88,10 +88,10 @@ class Folder:
             self._fs.rm_file(self._of(name))
 
     def remove_all(self, first: str) -> None:
-        """Remove the folder and what is in it, ``first`` before all else."""
+        """Remove the folder, if it is there, and what is in it, ``first`` before all else."""
         if first in self.names():
             self.remove(first)
-        with _translated(self.url):
+        with _translated(self.url), suppress(FileNotFoundError):
             self._fs.rm(self._path, recursive=True)
 
     @contextmanager
