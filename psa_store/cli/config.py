@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from psa_store.config import FOR_PEOPLE, Settings, origins
-from psa_store.telemetry import printable
+from psa_store.telemetry import hide_passwords, printable
 
 
 def show(with_origin: bool, as_json: bool, settings: Settings) -> None:
     """Print the settings; passwords are hidden."""
-    values = settings.model_dump(mode="json")
+    found_values = settings.model_dump(mode="json")
+    values = {name: hide_passwords(its) if isinstance(its, str) else its for name, its in found_values.items()}
     if settings.redis is not None:
         values["redis"] = printable(settings.redis)
     found = origins() if with_origin else {}

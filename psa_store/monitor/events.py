@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from psa_store.plan import NOBODY, Plan, TakeOver, View
+from psa_store.telemetry import hide_passwords
 
 _NOTES_MAX = 256
 
@@ -109,8 +110,8 @@ class Events:
         member: str = "",
         reached: int | None = None,
     ) -> None:
-        """Remember an event, without waiting for anything. ``text``: one sentence."""
-        self._notes.append(Note(time.time(), kind, text, epoch, version, member, reached))
+        """Remember an event, without waiting for anything. ``text``: one sentence; passwords in it are hidden."""
+        self._notes.append(Note(time.time(), kind, hide_passwords(text), epoch, version, member, reached))
 
     def drain(self) -> list[Note]:
         """Take all notes, the oldest first."""

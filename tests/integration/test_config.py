@@ -44,12 +44,15 @@ def _foreign(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def test_show_tells_where_a_setting_comes_from(tmp_path: Path) -> None:
-    (tmp_path / "psa.toml").write_text('redis = "redis://:secret@db:6379"\nzookeeper = "zk1:2181"\n')
+    (tmp_path / "psa.toml").write_text(
+        'redis = "redis://:secret@db:6379"\nzookeeper = "zk1:2181"\ncheckpoint_files = "ftp://me:secret@there/files"\n'
+    )
     done = psa(tmp_path, "config", "show", "--origin", "--json", PSA_ZOOKEEPER="zk2:2181")
     assert done.returncode == 0, done.stderr
     found = {name: (each["value"], each["origin"]) for name, each in json.loads(done.stdout).items()}
     assert found["redis"] == ("redis://:***@db:6379", str(tmp_path / "psa.toml"))
     assert found["zookeeper"] == ("zk2:2181", "PSA_ZOOKEEPER")
+    assert found["checkpoint_files"] == ("ftp://me:***@there/files", str(tmp_path / "psa.toml"))
     assert found["carrier"] == ("auto", "default")
     shown = psa(tmp_path, "config", "show", COLUMNS="200")
     assert shown.returncode == 0 and "redis://:***@db:6379" in shown.stdout and "secret" not in shown.stdout

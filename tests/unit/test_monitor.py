@@ -121,6 +121,13 @@ def test_notes_are_bounded_and_the_oldest_go() -> None:
     assert [note.text for note in events.drain()][:2] == ["299", "new 0"]
 
 
+def test_a_note_hides_passwords() -> None:
+    events = Events()
+    events.note(EventKind.CHECKPOINT, "checkpoint a is in files: ftp://me:secret@there/a")
+    (note,) = events.drain()
+    assert note.text == "checkpoint a is in files: ftp://me:***@there/a"
+
+
 def test_what_could_not_be_written_comes_first_again() -> None:
     events = Events()
     for text in ("a", "b"):
