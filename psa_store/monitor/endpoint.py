@@ -8,6 +8,7 @@ process nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import selectors
 import socket
@@ -29,6 +30,8 @@ _PORTS_TRIED = 100
 _THREADS = 4
 _CONNECTIONS_MAX = 32
 _CONNECTION_S = 5.0
+_PAUSE_S = 1.0
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Endpoint:
@@ -66,20 +69,26 @@ class Endpoint:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ, self._listener)
             selector.register(self._closing.fileno(), selectors.EVENT_READ, None)
+            listening = True
             while True:
                 # An idle endpoint does not wake up at all.
-                events = selector.select(1.0 if self._open else None)
+                events = selector.select(_PAUSE_S if self._open or not listening else None)
                 if any(key.data is None for key, _ in events):
                     return
                 self._end_connections(due_at_s=time.monotonic())
-                if events:
-                    self._accept()
+                if not listening:
+                    selector.register(self._listener, selectors.EVENT_READ, self._listener)
+                    listening = True
+                elif events and not self._accept():
+                    selector.unregister(self._listener)
+                    listening = False
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take a connection; False if there are no descriptors for it: it waits on, and would be reported for ever."""
         try:
             sock, address = self._listener.accept()
-        except OSError:
-            return  # the client is gone again, or we are out of descriptors: it will retry
+        except OSError as error:
+            return error.errno not in _EXHAUSTED  # else the client is gone again
         with self._lock:
             room = len(self._open) < _CONNECTIONS_MAX
             if room:
@@ -88,6 +97,7 @@ class Endpoint:
             self._pool.submit(self._answer, sock, address).add_done_callback(_tell_bug)
         else:
             sock.close()
+        return True
 
     def _end_connections(self, due_at_s: float) -> None:
         """Cut off those whose time is over; the thread that answers them notices, and closes them."""

@@ -60,6 +60,7 @@ class Monitor:
         self._rates = Rates(("steps", "samples") if vitals.role is Role.WORKER else ())
         self._curve = Curve()
         self._turned_s = time.monotonic()
+        self._puzzled = False
         self._stop = threading.Event()
         with ExitStack() as stack:
             self._history = stack.enter_context(closing(History(settings.redis, timeout_s=_REDIS_S)))
@@ -115,6 +116,10 @@ class Monitor:
         except PsaError as error:
             self._log.debug("not told", why=str(error))
             return False
+        except Exception as error:  # such as a pulse of another version of psa, which must not silence this process
+            log = self._log.debug if self._puzzled else self._log.warning
+            log("what others tell cannot be read, so this process tells less", exc_info=error)
+            self._puzzled = True
         return True
 
     def _pulse(self) -> None:
@@ -154,7 +159,11 @@ class Monitor:
         pulses, time_s = self._history.pulses(self._job), time.time()
         self._history.forget(
             self._job,
-            [name for name, each in pulses.items() if name not in members and time_s - each["time"] > _STALE_S],
+            [
+                name
+                for name, each in pulses.items()
+                if name not in members and time_s - each.get("time", 0.0) > _STALE_S
+            ],
         )
         present = [each for name, each in pulses.items() if name in members]
         point = self._curve.point(time_s, present)

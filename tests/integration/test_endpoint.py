@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -123,6 +124,36 @@ def test_a_storm_is_turned_away_and_passes(server: Endpoint) -> None:
         threads = [each for each in threading.enumerate() if each.name.startswith("psa-http")]
         assert len(threads) == 1 + endpoint._THREADS
     assert get(server.address, "/a")[2] == b"hello"
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Every descriptor of this process is taken."""
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), [os.dup(0)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_out_of_descriptors_it_rests_and_answers_afterwards(server: Endpoint) -> None:
+    host, _, port = server.address.rpartition(":")
+    with closing(socket.socket()) as client:
+        client.settimeout(PATIENCE_S)
+        with no_descriptors():
+            client.connect((host, int(port)))
+            client.sendall(b"GET /a HTTP/1.0\r\n\r\n")
+            begun_s = time.process_time()
+            threading.Event().wait(0.5)
+            took_s = time.process_time() - begun_s
+        assert took_s < 0.2, "it spins"
+        assert client.recv(100).startswith(b"HTTP/1.0 200")
 
 
 def test_who_comes_second_takes_the_next_port() -> None:

@@ -23,6 +23,7 @@ from psa_store.config import Settings
 from psa_store.errors import UsageError
 from psa_store.local import PrivateRedis, PrivateZooKeeper
 from psa_store.monitor import EventKind, Events, Monitor
+from psa_store.plan import Member, View
 from psa_store.storage import History, keys
 from psa_store.telemetry import VITALS, Kind, Role, Vitals
 from tests.harness import Run, Site
@@ -319,6 +320,22 @@ class TestMonitor:
                 events.note(EventKind.MEMBERS, "second")
                 eventually(lambda: len(history.events("job")) == 2)
                 assert [event["text"] for event in history.events("job")] == ["first", "second"]
+
+    def test_a_pulse_that_it_cannot_read_does_not_silence_it(
+        self, redis: PrivateRedis, settings: Settings, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        events = Events()
+        events.see(View(None, {}, {"other": Member("other", "host", 1)}, (1,), 1))
+        with closing(History(redis.url, timeout_s=5.0)) as history:
+            history.pulse("job", "other", json.dumps({"told": "by another version"}))
+            with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), settings, events=events)):
+                for _ in range(3):
+                    before = history.pulses("job").get("server-1", {}).get("time", 0.0)
+                    eventually(lambda: history.pulses("job").get("server-1", {}).get("time", 0.0) > before)  # noqa: B023
+                events.note(EventKind.MEMBERS, "still here")
+                eventually(lambda: [each["text"] for each in history.events("job")][-1:] == ["still here"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "what others tell cannot be read" in line]
+        assert sum("warning" in line for line in lines) == 1
 
     def test_who_has_a_new_name_is_not_told_twice(self, redis: PrivateRedis, settings: Settings) -> None:
         subject = Quiet()
