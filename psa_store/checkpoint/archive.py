@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from psa_store import telemetry
 from psa_store.checkpoint.catalog import is_automatic
-from psa_store.checkpoint.export import MANIFEST, Export, export_version, is_ours, newest_export, open_export, origin_of
+from psa_store.checkpoint.export import (
+    MANIFEST,
+    Export,
+    export_version,
+    is_ours,
+    list_exports,
+    newest_export,
+    open_export,
+    origin_of,
+)
 from psa_store.checkpoint.files import Folder
 from psa_store.checkpoint.version import stored_version
 from psa_store.errors import DataIntegrity, PsaError
@@ -65,6 +74,14 @@ class Archive:
         for name in gone:
             folders[name].remove_all(MANIFEST)  # without it, what is left is no export
         return gone
+
+    def is_empty(self) -> bool:
+        """Whether no export was ever begun; raises as :class:`Folder` does if that cannot be seen."""
+        return list_exports(self.folder, self.job) == ([], [])
+
+    def last(self) -> Export | None:
+        """The one written last by what manifests say: whether it is whole is not looked at."""
+        return next(iter(list_exports(self.folder, self.job)[0]), None)
 
     def newest(self) -> Export:
         """The newest that is whole; says which were passed over. Raises DataIntegrity if there is none."""

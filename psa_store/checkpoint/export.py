@@ -197,16 +197,14 @@ def is_ours(name: str) -> bool:
     return name.startswith((MODEL, OPTIMIZER, MANIFEST))
 
 
-def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list[tuple[str, str]]]:
-    """The undamaged export in a folder or in the folders in it that was written last; None if there is none.
-
-    Not the highest version: who went back to an older one and went on from there has a new history, which counts.
+def list_exports(url: str, job: str | None = None) -> tuple[list[Export], list[tuple[str, str]]]:
+    """The exports in a folder and in the folders in it, the one written last first; their files are not looked at.
 
     Args:
         job: look at exports of this job only; None: at all.
 
     Returns:
-        It, and each folder that was passed over because it is damaged or not finished, with the reason.
+        They, and each folder that was passed over because it is damaged or not finished, with the reason.
     """
     top = Folder(url)
     passed, found = [], []
@@ -220,7 +218,17 @@ def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list
         elif any(is_ours(name) for name in names):
             passed.append((folder.url, f"{folder.url}: no {MANIFEST} in it, so it was not finished"))
     mine = [export for export in found if job is None or export.config.name == job]
-    for export in sorted(mine, key=lambda each: each.created, reverse=True):
+    return sorted(mine, key=lambda each: each.created, reverse=True), passed
+
+
+def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list[tuple[str, str]]]:
+    """The undamaged export that was written last, all its files read; None if there is none.
+
+    Not the highest version: who went back to an older one and went on from there has a new history, which counts.
+    Arguments and what was passed over: see :func:`list_exports`.
+    """
+    found, passed = list_exports(url, job)
+    for export in found:
         try:
             verify_export(export)
             return export, passed

@@ -7,6 +7,7 @@ put together from files tensor by tensor, however it was cut before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from psa_store.checkpoint.creating import right_to_create, write_new_job
@@ -53,7 +54,8 @@ def import_export(
     Args:
         coordination: of ``job``, started.
         ranks, shard_bytes, commit_every: of the new job; None: as exported.
-        restore: ZooKeeper knows the job, Redis has lost it: write it again.
+        restore: Redis has lost the job: write it again, be it that ZooKeeper knows it. The caller holds
+            ``CREATOR_NODE``, and the export is one that ``newest_export`` has just read and found whole.
 
     Raises:
         UsageError: the job exists, or the export does not fit the arguments. JobMismatch: to restore, ZooKeeper's job
@@ -71,9 +73,10 @@ def import_export(
     )
     source = Source(export, config, layout)
     _refuse_known(config, store, coordination, restore=restore)
-    verify_export(export)
+    if not restore:
+        verify_export(export)
     source.look()
-    with right_to_create(job, "import", coordination):
+    with nullcontext() if restore else right_to_create(job, "import", coordination):
         _refuse_known(config, store, coordination, restore=restore)
         write_new_job(config, layout, source.version, source.states(), store, coordination)
     coordination.create_config(config.to_json())

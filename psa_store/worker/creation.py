@@ -18,7 +18,7 @@ from psa_store.checkpoint.creating import write_new_job
 from psa_store.checkpoint.importing import import_export
 from psa_store.compression import NONE, parse_compression
 from psa_store.config import Settings
-from psa_store.coordination import Coordination
+from psa_store.coordination import Coordination, MemberKind
 from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, PsaError, UsageError
 from psa_store.job import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
 from psa_store.layout import Layout, describe_difference, layout_from_json
@@ -65,10 +65,7 @@ def join_or_create(
     while True:
         known = coordination.read_config() is not None  # before Redis is asked: its documents are written first
         stored = store.read_job(wanted.name)
-        if stored is None and settings.restore:
-            _restore(wanted.name, settings, store, coordination)
-            continue
-        if stored is None and known:
+        if stored is None and known and not settings.restore:
             stored = _await_restoration(wanted.name, settings, store)
         if stored is not None:
             config = _agree(wanted, layout, settings, *stored)
@@ -77,20 +74,39 @@ def join_or_create(
         holder = coordination.hold(CREATOR_NODE, member)
         if holder is None:
             try:
-                if store.read_job(wanted.name) is None:
-                    states = [
-                        ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None)
-                        for s in layout.shards
-                    ]
-                    write_new_job(new_config(wanted, settings), layout, 0, states, store, coordination)
-                    log.info("job created", job=wanted.name, shards=len(layout.shards))
+                _create(wanted, arena, layout, settings, store, coordination)
             except Fenced as error:
                 # We slept past our session, and another has taken our place: the job is there, or will be.
                 log.warning("somebody else creates the job", job=wanted.name, why=str(error))
+            except JobBusy as error:
+                log.info("somebody else restores the job", job=wanted.name, why=str(error))
+                time.sleep(_POLL_S)
             finally:
                 coordination.release(CREATOR_NODE)
         else:
             time.sleep(_POLL_S)  # its session ends with its process, so this wait ends too
+
+
+def _create(
+    wanted: Wanted,
+    arena: ModelArena,
+    layout: Layout,
+    settings: Settings,
+    store: RedisStore,
+    coordination: Coordination,
+) -> None:
+    """Write the job, unless it is there meanwhile: from files if that is wanted, else from its beginning.
+
+    We hold ``CREATOR_NODE``, so that of all workers only one reads files. Raises JobBusy if servers will write it.
+    """
+    known = coordination.read_config() is not None  # again, and before Redis: what was true before we held it is old
+    if store.read_job(wanted.name) is not None:
+        return
+    if settings.restore and _restore(wanted.name, known, settings, store, coordination):
+        return
+    states = [ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
+    write_new_job(new_config(wanted, settings), layout, 0, states, store, coordination)
+    telemetry.get_logger().info("job created", job=wanted.name, shards=len(layout.shards))
 
 
 def _await_restoration(job: str, settings: Settings, store: RedisStore) -> tuple[str, str]:
@@ -109,32 +125,42 @@ def _await_restoration(job: str, settings: Settings, store: RedisStore) -> tuple
 def _way_out(job: str, settings: Settings) -> str:
     if settings.checkpoint_files is not None:
         try:
-            export = Archive(settings.checkpoint_files, job).newest()
-            return f"`psa run --restore` goes on from version {export.version}, exported {export.created}: {export.url}"
+            if (export := Archive(settings.checkpoint_files, job).last()) is not None:
+                return (
+                    "`psa run --restore` goes on from the newest whole export; the last one written is "
+                    f"of version {export.version}, {export.created}: {export.url}"
+                )
         except PsaError as error:
             telemetry.get_logger().warning("no export to restore from", why=str(error))
     return "Restore Redis from its backup, or start over under another job name."
 
 
-def _restore(job: str, settings: Settings, store: RedisStore, coordination: Coordination) -> None:
-    """Write a job that Redis has lost again from files, or wait until somebody else has.
+def _restore(job: str, known: bool, settings: Settings, store: RedisStore, coordination: Coordination) -> bool:
+    """Write a job that Redis does not have again from files; False if it is a new one, of which there are none.
 
     Raises:
         UsageError: it is not said where files are.
+        JobBusy: servers live, and write it again from memory.
         DataIntegrity: none is whole.
     """
     if settings.checkpoint_files is None:
         raise UsageError("--restore: say where the files are, with PSA_CHECKPOINT_FILES or --checkpoint-files")
-    export = Archive(settings.checkpoint_files, job).newest()
-    log = telemetry.get_logger()
+    archive, log = Archive(settings.checkpoint_files, job), telemetry.get_logger()
+    if not known and archive.is_empty():
+        log.warning("there is nothing to restore: neither ZooKeeper nor files know this job", job=job)
+        return False
+    if known and coordination.members(MemberKind.SERVER):
+        raise JobBusy(f"job {job!r}: servers live, and write it again from memory")
+    export = archive.newest()
     log.warning("restoring from files", job=job, version=export.version, exported=export.created, folder=export.url)
     try:
         import_export(export, job, store, coordination, restore=True)
-    except (JobBusy, UsageError) as error:
-        if isinstance(error, JobMismatch) or not (isinstance(error, JobBusy) or store.has_job(job)):
+    except UsageError as error:
+        # A server that lives after all, and whose lease we did not see, may have written the job from memory meanwhile.
+        if isinstance(error, JobMismatch | JobBusy) or not store.has_job(job):
             raise
-        log.info("somebody else restores it", job=job, why=str(error))
-        time.sleep(_POLL_S)
+        log.info("somebody else restored the job", job=job, why=str(error))
+    return True
 
 
 def new_config(wanted: Wanted, settings: Settings) -> JobConfig:

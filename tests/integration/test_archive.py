@@ -92,6 +92,20 @@ def test_a_failed_export_leaves_no_folder(store: RedisStore, tmp_path: Path) -> 
     assert list((tmp_path / "failed").iterdir()) == []
 
 
+def test_the_last_is_told_by_manifests_alone(store: RedisStore, tmp_path: Path) -> None:
+    archive = Archive(str(tmp_path), "told")
+    assert archive.is_empty() and archive.last() is None
+    commit(store, "told")
+    take(store, "told", "best")
+    export = archive.write(store, "best")
+    (tmp_path / "told" / "best" / "model.safetensors").unlink()
+    assert archive.last() == export and not archive.is_empty()
+    with pytest.raises(DataIntegrity, match="no whole checkpoint"):
+        archive.newest()
+    damaged(tmp_path / "told" / "best" / "psa.json", "flipped")
+    assert archive.last() is None and not archive.is_empty()
+
+
 def test_pruning_counts_what_was_finished_and_keeps_the_newest(tmp_path: Path) -> None:
     names = [f"20260101-00000{number}" for number in range(6)]
     for number, name in enumerate(names):

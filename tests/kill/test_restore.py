@@ -64,13 +64,27 @@ def test_all_of_redis_is_lost(own: tuple[Site, PrivateRedis], tmp_path: Path) ->
     assert str(folders[0]) in line
     assert any("passed over" in line and folders[-1].name in line for line in restored.lines)
     assert restored.finish() == 0, restored.output
+    assert restored.output.count("restoring from files") == 1, "only who holds the right to create reads files"
     assert site.digest("lost", STEPS) == bits
     assert stored(site, "lost").checkpoints, "none was taken since"
 
 
 def test_restoring_says_what_it_lacks(own: tuple[Site, PrivateRedis], tmp_path: Path) -> None:
-    site, _ = own
+    site, redis = own
     run: Run = start(site, "nothing", PSA_RESTORE="1")
     assert run.finish() == 2 and "PSA_CHECKPOINT_FILES" in run.output
-    run = start(site, "nothing", PSA_RESTORE="1", PSA_CHECKPOINT_FILES=str(tmp_path / "empty"))
-    assert run.finish() == 4 and str(tmp_path / "empty") in run.output
+    # The setting may stand in psa.toml: then it is no hindrance to a job that begins.
+    empty = {"PSA_RESTORE": "1", "PSA_CHECKPOINT_FILES": str(tmp_path / "empty"), "PSA_CHECKPOINT_EVERY_S": "3600"}
+    run = start(site, "nothing", **empty)
+    assert run.finish() == 0, run.output
+    assert run.output.count("there is nothing to restore") == 1, "only who creates the job looks at files"
+    shutil.rmtree(tmp_path / "empty", ignore_errors=True)
+    lose(redis, tmp_path / "redis")
+    run = start(site, "nothing", **empty)
+    assert run.finish() == 4 and str(tmp_path / "empty") in run.output, run.output
+    # What cannot be read may be all that is left of a job that ZooKeeper has lost, too.
+    damaged = tmp_path / "empty" / "unknown" / "one"
+    damaged.mkdir(parents=True)
+    (damaged / "psa.json").write_text("{")
+    run = start(site, "unknown", **empty)
+    assert run.finish() == 4 and "no whole checkpoint" in run.output, run.output
