@@ -20,10 +20,10 @@ from psa_store.config import load_settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job import JobConfig, check_job_name, job_config_from_json
 from psa_store.layout import ITEM_BYTES, Role, TensorSpec, layout_from_json
+from psa_store.sections import PARAM
 from psa_store.storage import Head, RedisStore
 from psa_store.telemetry import printable
 
-_PARAM = "param"
 _ATTEMPTS = 5
 """Tries to read the newest version before giving up: each fails only if training replaced it three times meanwhile."""
 
@@ -145,7 +145,7 @@ class Store:
             if manifest is None:
                 raise DataIntegrity(f"job {self._job!r}: shard {shard.index} has no version {version}")
             whole = torch.empty(shard.size_bytes, dtype=torch.uint8)
-            self._store.load(self._job, shard.index, manifest, {_PARAM: whole.numpy().data})
+            self._store.load(self._job, shard.index, manifest, {PARAM: whole.numpy().data})
             for piece in shard.pieces:
                 if piece.tensor in members:
                     item = ITEM_BYTES[shard.dtype]

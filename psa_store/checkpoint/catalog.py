@@ -24,10 +24,9 @@ from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job import JobConfig, check_name, job_config_from_json
 from psa_store.layout import Layout, Role, layout_from_json
 from psa_store.plan import newest_common
+from psa_store.sections import CLOCK
 from psa_store.storage import Head, Manifest, RedisStore
 
-_CLOCK = "clock."
-"""Begins the names of scalars that count pushes, see ``server.lead``."""
 _AUTOMATIC = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
 
@@ -179,7 +178,7 @@ def complete(
     pins = [head.pins.get(name) for head in heads]
     if any(pin is None or pin.version != version for pin in pins):
         raise DataIntegrity(f"job {config.name!r}: checkpoint {name!r} lost its pins before it was complete")
-    clocks = [value for pin in pins if pin for what, value in pin.scalars.items() if what.startswith(_CLOCK)]
+    clocks = [value for pin in pins if pin for what, value in pin.scalars.items() if what.startswith(CLOCK)]
     checkpoint = Checkpoint(
         name=name,
         version=version,

@@ -12,9 +12,8 @@ from torch import Tensor
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import UsageError
 from psa_store.layout import ITEM_BYTES, Shard, describe_difference
+from psa_store.sections import PARAM
 from psa_store.storage import Manifest, RedisStore
-
-_PARAM = "param"
 
 
 @dataclass(slots=True)
@@ -88,7 +87,7 @@ def _ratio(above: float, below: float) -> float:
 
 def _read(store: RedisStore, stored: StoredJob, shard: Shard, manifests: dict[int, Manifest]) -> Tensor:
     whole = torch.empty(shard.size_bytes, dtype=torch.uint8)
-    store.load(stored.config.name, shard.index, manifests[shard.index], {_PARAM: whole.numpy().data})
+    store.load(stored.config.name, shard.index, manifests[shard.index], {PARAM: whole.numpy().data})
     dtype = getattr(torch, shard.dtype)
     assert isinstance(dtype, torch.dtype) and ITEM_BYTES[shard.dtype] == dtype.itemsize
     return whole.view(dtype)

@@ -21,10 +21,11 @@ from xxhash import xxh3_128_hexdigest
 
 from psa_store.checkpoint.files import FileFacts, Folder, is_temporary
 from psa_store.checkpoint.tensor_files import MODEL, OPTIMIZER, Cut, PlannedFile, index_of, plan_files, slots_of
-from psa_store.checkpoint.version import CLOCK, StoredVersion
+from psa_store.checkpoint.version import StoredVersion
 from psa_store.errors import DataIntegrity, PsaError, UsageError
 from psa_store.job import JobConfig, job_config_from_json
 from psa_store.layout import Layout, layout_from_json
+from psa_store.sections import CLOCK
 from psa_store.storage import Manifest
 
 MANIFEST = "psa.json"

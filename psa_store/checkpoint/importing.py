@@ -23,11 +23,11 @@ from psa_store.checkpoint.tensor_files import (
     read_header,
     slot_key,
 )
-from psa_store.checkpoint.version import CLOCK, OPT_STEP, PARAM, RANK
 from psa_store.coordination import Coordination, MemberKind
 from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
 from psa_store.job import JobConfig, job_config_from_json
 from psa_store.layout import ITEM_BYTES, Layout, Role, Shard, plan_layout
+from psa_store.sections import CLOCK, OPT_STEP, PARAM, RANK
 from psa_store.storage import RedisStore, ShardState
 
 

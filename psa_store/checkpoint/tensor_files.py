@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from psa_store.checkpoint.version import PARAM, RANK
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.layout import ITEM_BYTES, Layout, Piece, Shard, TensorSpec
+from psa_store.sections import PARAM, RANK
 from psa_store.storage import Section
 
 MODEL = "model"

@@ -11,16 +11,6 @@ from psa_store.job import JobConfig
 from psa_store.layout import Layout
 from psa_store.storage import Manifest, RedisStore
 
-PARAM = "param"
-"""Section of every shard: its parameters or buffers."""
-PUBLISHED = "published"
-"""Section of a shard whose parameters travel compressed: as workers have them."""
-RANK = "rank."
-"""Begins the names of sections that hold what a rank carries, see :mod:`psa_store.rank_state`."""
-CLOCK = "clock."
-"""Begins the names of scalars that count the pushes of a rank, where they are applied on arrival."""
-OPT_STEP = "opt_step"
-
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:

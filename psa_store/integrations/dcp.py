@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from psa_store.checkpoint.creating import right_to_create, write_new_job
-from psa_store.checkpoint.version import PARAM, stored_version
+from psa_store.checkpoint.version import stored_version
 from psa_store.config import Settings, load_settings
 from psa_store.coordination import Coordination
 from psa_store.errors import UsageError
@@ -53,6 +53,7 @@ from psa_store.job import check_job_name
 from psa_store.layout import Shard, TensorSpec, plan_layout
 from psa_store.mode import parse_mode
 from psa_store.optim import Optimizer
+from psa_store.sections import PARAM
 from psa_store.storage import RedisStore, ShardState
 from psa_store.worker.arena import describe_model
 from psa_store.worker.creation import Wanted, new_config

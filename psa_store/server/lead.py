@@ -18,15 +18,11 @@ from psa_store.compression import NONE, Compression
 from psa_store.layout import Layout, Role, Shard
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
+from psa_store.sections import CLOCK, OPT_STEP, PARAM, PUBLISHED, RANK
 from psa_store.storage import Manifest
 from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory
 
-PARAM = "param"
-PUBLISHED = "published"
-OPT_STEP = "opt_step"
-_RANK = "rank."
-"""Begins the name of the section that holds what a rank carries, see :mod:`psa_store.rank_state`."""
 _NO_RANK = 65536
 """Whose random numbers round what servers publish: no job has so many ranks."""
 
@@ -111,9 +107,9 @@ class Lead:
     def places(self, manifest: Manifest) -> dict[str, memoryview]:
         """Where the sections of a manifest are to be read into."""
         self.rank_states = {
-            int(section.name.removeprefix(_RANK)): torch.empty(section.size_bytes, dtype=torch.uint8)
+            int(section.name.removeprefix(RANK)): torch.empty(section.size_bytes, dtype=torch.uint8)
             for section in manifest.sections
-            if section.name.startswith(_RANK)
+            if section.name.startswith(RANK)
         }
         own = self._sections()
         return {section.name: as_bytes(own[section.name]) for section in manifest.sections}
@@ -130,7 +126,7 @@ class Lead:
             self.published.copy_(self.param)
         self._make_kernel()
         self.opt_step = int(manifest.scalars.get(OPT_STEP, 0))
-        self.clocks = [int(manifest.scalars.get(_clock(rank), 0)) for rank in range(len(self.clocks))]
+        self.clocks = [int(manifest.scalars.get(f"{CLOCK}{rank}", 0)) for rank in range(len(self.clocks))]
         self.committed = manifest
 
     def move_to(self, memory: SharedMemory) -> None:
@@ -240,15 +236,11 @@ class Lead:
             name: (str(tensor.dtype).removeprefix("torch."), as_bytes(tensor))
             for name, tensor in self._snapshot.items()
         }
-        clocks = {_clock(rank): clock for rank, clock in enumerate(self.copied_clocks)}
+        clocks = {f"{CLOCK}{rank}": clock for rank, clock in enumerate(self.copied_clocks)}
         return arrays, {OPT_STEP: self._snapshot_opt_step, **clocks}
 
     def _sections(self) -> dict[str, Tensor]:
         """All that is committed, by name."""
-        states = {f"{_RANK}{rank}": state for rank, state in sorted(self.rank_states.items())}
+        states = {f"{RANK}{rank}": state for rank, state in sorted(self.rank_states.items())}
         published = {} if self.movement is None else {PUBLISHED: self.published}
         return {PARAM: self.param, **published, **self.slots, **states}
-
-
-def _clock(rank: int) -> str:
-    return f"clock.{rank}"

@@ -23,6 +23,7 @@ from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, PsaErr
 from psa_store.job import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
 from psa_store.layout import Layout, describe_difference, layout_from_json
 from psa_store.mode import SYNC, Mode, parse_mode
+from psa_store.sections import PARAM
 from psa_store.storage import RedisStore, ShardState
 from psa_store.transport import Transport
 from psa_store.worker.arena import ModelArena
@@ -104,7 +105,7 @@ def _create(
         return
     if settings.restore and _restore(wanted.name, known, settings, store, coordination):
         return
-    states = [ShardState(s.index, {"param": (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
+    states = [ShardState(s.index, {PARAM: (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
     write_new_job(new_config(wanted, settings), layout, 0, states, store, coordination)
     telemetry.get_logger().info("job created", job=wanted.name, shards=len(layout.shards))
 

@@ -18,6 +18,7 @@ FLOORS = {
     "failpoints": 1,
     "journal": 1,
     "identity": 1,
+    "sections": 1,
     "layout": 1,
     "mode": 1,
     "compression": 1,
