@@ -129,7 +129,8 @@ def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
         extra = ["--duration", f"{duration_s:g}s", "--every", f"{campaign.every_s:g}s"]
     folder = campaign.folder / f"{row.name}-{seed}"
     name = f"{row.name}-{seed}".replace(".", "-")
-    order = Order(name, steps, pace_s(plan, steps, PACE_S), folder, commit_every=row.commit_every)
+    env = {} if row.checkpoint_every_s is None else {"PSA_CHECKPOINT_EVERY_S": str(row.checkpoint_every_s)}
+    order = Order(name, steps, pace_s(plan, steps, PACE_S), folder, commit_every=row.commit_every, env=env)
     return Request(row, seed, plan, order, replay_command(row.name, seed, extra))
 
 

@@ -29,6 +29,8 @@ class Scenario:
     sets_clock: bool = False
     """It sets the wall clock of the whole machine: only when asked for by name."""
     commit_every: int = 10
+    checkpoint_every_s: float | None = None
+    """Checkpoints are taken, by themselves."""
 
 
 def _rows() -> list[Scenario]:
@@ -40,7 +42,10 @@ def _rows() -> list[Scenario]:
     return [
         *(Scenario(name, (name,)) for name in supervised if name != "kill-redis-briefly"),
         Scenario("kill-redis-briefly", ("kill-redis-briefly",), commit_every=100),
-        *(Scenario(name, (f"die-{name}", f"hang-{name}")) for name in failpoints),
+        *(
+            Scenario(name, (f"die-{name}", f"hang-{name}"), checkpoint_every_s=1.0 if "checkpoint" in name else None)
+            for name in failpoints
+        ),
         *(Scenario(name, (name,)) for name in ("wipe-redis", "wipe-zookeeper", "damage-value", "flush-functions")),
         Scenario("wipe-redis-between-commits", ("wipe-redis",), commit_every=100),
         *(Scenario(name, (name,)) for name in ("redis-memory-limit", "redis-disk-slow")),

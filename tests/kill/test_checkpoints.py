@@ -185,6 +185,19 @@ def test_a_fork_shares_and_outlives_what_it_began_from(site: Site, undisturbed: 
     assert not any(head.pins for head in changing), "the fork has left it, and it is kept still"
 
 
+def test_a_fork_that_dies_is_begun_again(site: Site, tmp_path: Path) -> None:
+    run = start(site, "source")
+    assert run.finish() == 0, run.output
+    arm(tmp_path, "fork.adopted", Strike.KILL)
+    died = checkpoint(site, "fork", "source", str(STEPS), "--as", "second", failpoints=tmp_path)
+    assert died.returncode == -signal.SIGKILL, died.stdout
+    with closing(site.store()) as store:
+        assert not store.has_job("second")
+    assert checkpoint(site, "fork", "source", str(STEPS), "--as", "second").returncode == 0
+    assert checkpoint(site, "verify", "second").returncode == 0
+    assert checkpoint(site, "verify", "source").returncode == 0, "what both share went with the first attempt"
+
+
 def test_by_interval_and_when_told_to_leave(site: Site, undisturbed: dict[str, str], tmp_path: Path) -> None:
     job = "automatic"
     settings = {"PSA_CHECKPOINT_EVERY_S": "1", "PSA_CHECKPOINT_KEEP": "2"}
