@@ -26,6 +26,8 @@ def overview(documents: Sequence[Document], width: int) -> RenderableType:
     by_need = sorted(documents, key=lambda each: (-len(each["findings"]), each["job"]))
     columns = [column for column in _JOBS if column[2] or width >= _WIDE]
     table = _table(*(title for title, _, _ in columns))
+    for column in table.columns:
+        column.no_wrap = True
     for each in by_need:
         table.add_row(*(Text(cell(each)) for _, cell, _ in columns))
     return Group(*(_first_finding(each) for each in by_need if each["findings"]), table)
@@ -109,7 +111,7 @@ Column = tuple[str, Callable[[Document], str], bool]
 _JOBS: Sequence[Column] = (
     ("job", lambda each: each["job"], True),
     ("state", lambda each: each["state"], True),
-    ("version", lambda each: _whole(each["version"]), True),
+    ("version", lambda each: _whole(each["version"]), False),
     ("committed", lambda each: _whole(each["committed"]), True),
     ("epoch", lambda each: _whole(each["epoch"]), False),
     ("servers", lambda each: str(len(each["servers"])), True),
