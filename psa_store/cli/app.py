@@ -213,7 +213,7 @@ def report(
     """Tell what became of a job, running or ended: loss, throughput, members, each failure and its cost, goodput.
 
     Prints the numbers, and writes a page that needs no network and a picture. All of it comes from the history that
-    the job keeps in Redis. Needs matplotlib: pip install 'psa_store[report]'.
+    the job keeps in Redis. Needs matplotlib, which the extra `report` of this package brings.
 
     Example: psa report shakespeare --out reports
     """
