@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from psa_store.errors import DataIntegrity, UnknownJob, UsageError
+from psa_store.errors import DataIntegrity, Rewound, UnknownJob, UsageError
 from psa_store.job import JobConfig, check_name, job_config_from_json
 from psa_store.layout import Layout, Role, layout_from_json
 from psa_store.plan import newest_common
@@ -28,6 +28,13 @@ from psa_store.sections import CLOCK
 from psa_store.storage import Head, Manifest, RedisStore
 
 _AUTOMATIC = re.compile(r"\d{8}-\d{6}(-\d+)?")
+
+
+FORK_PREFIX = "fork:"
+"""Begins the name under which a job keeps what a fork of it shares; no checkpoint of a person can be called so."""
+_MAKING = "making_since_s"
+_MAKING_MAX_S = 3600.0
+"""What is being made for longer is not being made any more."""
 
 
 class Reason(StrEnum):
@@ -145,11 +152,6 @@ def read_job(store: RedisStore, job: str) -> StoredJob:
     )
 
 
-_MAKING = "making_since_s"
-_MAKING_MAX_S = 3600.0
-"""What is being made for longer is not being made any more."""
-
-
 def announce(store: RedisStore, job: str, name: str) -> None:
     """A checkpoint is going to be made, or a fork to share one, under this name."""
     store.write_checkpoint(job, name, json.dumps({_MAKING: time.time()}))
@@ -231,10 +233,6 @@ def _documents(texts: Mapping[str, str]) -> dict[str, Checkpoint]:
     return found
 
 
-FORK_PREFIX = "fork:"
-"""Begins the name under which a job keeps what a fork of it shares; no checkpoint of a person can be called so."""
-
-
 def _shared(store: RedisStore, job: str, shards: Iterable[int], fork: str) -> set[int]:
     """The shards of which the fork still names chunks of this job."""
     forks = store.heads(fork, shards)
@@ -291,7 +289,11 @@ def save_at_rest(store: RedisStore, job: str, name: str | None, reason: Reason) 
     if version is None:
         raise DataIntegrity(f"job {job!r}: no version is common to all shards in Redis")
     announce(store, job, chosen)
-    store.pin(job, shards, version, chosen)
+    try:
+        store.pin(job, shards, version, chosen)
+    except Rewound:
+        remove(store, job, stored.layout, [chosen])
+        raise
     epoch = max((head.epoch for head in heads), default=0)
     return complete(
         store, stored.config, stored.layout, chosen, version, epoch=epoch, reason=reason, named=name is not None

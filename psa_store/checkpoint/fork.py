@@ -35,7 +35,9 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
     if store.has_job(new) or coordination.read_config() is not None:
         raise JobMismatch(f"there is a job {new!r} already: use another name")
     with right_to_create(new, "fork", coordination):
-        shared = {shard: replace(manifest, home=manifest.home or job) for shard, manifest in manifests.items()}
+        shared = {
+            shard: replace(manifest, home=manifest.home or job, extra=False) for shard, manifest in manifests.items()
+        }
         for home in {manifest.home for manifest in shared.values()}:
             announce(store, home, FORK_PREFIX + new)
         _keep(store, shared, new)

@@ -39,7 +39,6 @@ def import_export(
     *,
     ranks: int | None = None,
     shard_bytes: int | None = None,
-    commit_every: int | None = None,
     restore: bool = False,
 ) -> JobConfig:
     """Create ``job`` with the state of an export; returns its facts.
@@ -53,7 +52,7 @@ def import_export(
 
     Args:
         coordination: of ``job``, started.
-        ranks, shard_bytes, commit_every: of the new job; None: as exported.
+        ranks, shard_bytes: of the new job; None: as exported.
         restore: Redis has lost the job: write it again, be it that ZooKeeper knows it. The caller holds
             ``CREATOR_NODE``, and the export is one that ``newest_export`` has just read and found whole.
 
@@ -68,7 +67,6 @@ def import_export(
         export.config,
         name=job,
         ranks=ranks or export.config.ranks,
-        commit_every=export.config.commit_every if commit_every is None else commit_every,
         layout=layout.fingerprint,
     )
     source = Source(export, config, layout)

@@ -255,8 +255,13 @@ class Checkpoints:
             return False
         if self._config.mode.on_arrival:
             return True
-        before, self._reached = self._reached, self._version(plan)
         self._deadline_s = time.monotonic() + self._patience_s
+        before = self._reached
+        try:
+            self._reached = self._version(plan)
+        except Disconnected as error:
+            self._log.info("whether training moves is not known", why=str(error))
+            return False
         return before == self._reached
 
     def _complete(self, plan: Plan, cut: Cut, version: int) -> catalog.Checkpoint | None:

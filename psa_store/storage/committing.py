@@ -254,12 +254,13 @@ def write_chunks(caller: Caller, job: str, manifest: Manifest, state: ShardState
 def _old(head: Head, manifest: Manifest, keep: int) -> list[str]:
     """The fields of the versions that make room for ``manifest``.
 
-    Extra ones are counted apart: however many there are, what all shards commit stays common to them. They go when they
-    are older than all of those.
+    Extra ones are counted apart: however many there are, what all shards commit stays common to them. They go when
+    there are ``keep`` of those, all of them newer.
     """
     versions = {each.version: each.extra for each in (*head.manifests, manifest)}
     common = sorted(version for version, extra in versions.items() if not extra)[-keep:]
-    extras = sorted(version for version, extra in versions.items() if extra and version > min(common, default=-1))
+    oldest = common[0] if len(common) == keep else -1
+    extras = sorted(version for version, extra in versions.items() if extra and version > oldest)
     kept = {*common, *extras[-keep:]}
     return [each.field for each in head.manifests if each.version == manifest.version or each.version not in kept]
 

@@ -8,6 +8,7 @@ the head as it was read and refused if that has changed; then it is read again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from psa_store.errors import DependencyUnreachable, Fenced, Rewound
@@ -30,6 +31,8 @@ def copy(
 ) -> None:
     """Give what one field of each head names to a second one, whatever that named before.
 
+    It is no extra version any more: a checkpoint, and where a job goes back to, is what all shards have.
+
     Raises:
         Fenced: ``epoch`` does not own a shard.
         Rewound: Redis does not know ``epoch``, or the first field is not there.
@@ -40,10 +43,11 @@ def copy(
         entries = head.entries()
         if source not in entries:
             raise Rewound(f"job {job!r}, shard {head.shard}: {source!r} is not stored any more")
-        if target in entries and entries[target].nonce == entries[source].nonce:
+        wanted = replace(entries[source], extra=False)
+        if entries.get(target) == wanted:
             return None
         gone = [target] if target in entries else []
-        return put(job, head, target, entries[source], [], gone, source, head.epoch if epoch is None else epoch)
+        return put(job, head, target, wanted, [], gone, source, head.epoch if epoch is None else epoch)
 
     _change(caller, heads, job, shards, change, epoch)
 

@@ -40,6 +40,7 @@ def test_a_running_job_is_described(site: Site) -> None:
         assert server["version"] >= 12 and 0 <= server["version"] - server["committed"] <= 10
     shown = Run(["status", "described"], site.env)
     assert shown.finish() == 0 and "controller" in shown.output and "running" in shown.output
+    assert "page http://" in shown.output
 
     sleeper = next(server for server in found["servers"] if server["id"] != found["controller"])
     os.kill(sleeper["pid"], signal.SIGSTOP)

@@ -820,3 +820,19 @@ def test_extra_versions_do_not_push_out_what_all_shards_have(store: RedisStore) 
     for version in (20, 30, 40):
         commit(store, version)
     assert versions() == [20, 30, 40], "extra ones are older than all others, and stay for nothing"
+
+
+def test_where_a_job_went_back_to_stays_until_there_are_others(store: RedisStore) -> None:
+    """It was committed for a checkpoint only, but all shards have it now, and one commits before another."""
+    store.seal(JOB, [0], 1, LAYOUT)
+    ((_, outcome),) = store.commit_each(JOB, 1, 7, [replace(state_of(0, 7), extra=True)], keep=KEEP)
+    assert isinstance(outcome, Manifest)
+    store.pin(JOB, [0], 7, "seven")
+    commit(store, 8, expect=7)
+    store.unwind(JOB, [0], 1, 7, "seven")
+    for version in (10, 20):
+        commit(store, version)
+        assert 7 in [each.version for each in store.heads(JOB, [0])[0].manifests]
+    for version in (21, 22, 23, 24):
+        ((_, outcome),) = store.commit_each(JOB, 1, version, [replace(state_of(0, version), extra=True)], keep=KEEP)
+    assert [each.version for each in store.heads(JOB, [0])[0].manifests] == [7, 10, 20, 22, 23, 24]

@@ -114,7 +114,7 @@ def test_a_server_that_dies_while_a_checkpoint_is_taken(
     (tmp_path / "hurry").touch()
     assert run.finish() == 0, run.output
     found = stored(site, job)
-    assert found.whole("kept")
+    assert found.whole("kept") and found.checkpoints["kept"].named, "it would be removed with automatic ones"
     assert {name for head in found.heads.values() for name in head.pins} == {"kept"}
     assert site.digest(job, STEPS) == undisturbed["sync"]
     assert checkpoint(site, "verify", job, "kept").returncode == 0
