@@ -53,6 +53,10 @@ class Endpoint:
         self._open: dict[socket.socket, float] = {}
         """Connections, and when each must end, by a monotonic clock: that begins when its turn has come."""
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="psa-http")
+        # Made here, not by the thread, which may come to run when there are no descriptors left.
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+        self._selector.register(self._closing.fileno(), selectors.EVENT_READ, None)
         self._thread = threading.Thread(target=self._run, name="psa-http")
         self._thread.start()
 
@@ -60,28 +64,26 @@ class Endpoint:
         """Answer nobody any more; every thread and socket is gone afterwards."""
         self._closing.post(None)
         self._thread.join()
+        self._selector.close()
         self._listener.close()
         self._end_connections(due_at_s=math.inf)
         self._pool.shutdown()
         self._closing.close()
 
     def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ, self._listener)
-            selector.register(self._closing.fileno(), selectors.EVENT_READ, None)
-            listening = True
-            while True:
-                # An idle endpoint does not wake up at all.
-                events = selector.select(_PAUSE_S if self._open or not listening else None)
-                if any(key.data is None for key, _ in events):
-                    return
-                self._end_connections(due_at_s=time.monotonic())
-                if not listening:
-                    selector.register(self._listener, selectors.EVENT_READ, self._listener)
-                    listening = True
-                elif events and not self._accept():
-                    selector.unregister(self._listener)
-                    listening = False
+        listening = True
+        while True:
+            # An idle endpoint does not wake up at all.
+            events = self._selector.select(_PAUSE_S if self._open or not listening else None)
+            if any(key.data is None for key, _ in events):
+                return
+            self._end_connections(due_at_s=time.monotonic())
+            if not listening:
+                self._selector.register(self._listener, selectors.EVENT_READ, self._listener)
+                listening = True
+            elif events and not self._accept():
+                self._selector.unregister(self._listener)
+                listening = False
 
     def _accept(self) -> bool:
         """Take a connection; False if there are no descriptors for it: it waits on, and would be reported for ever."""

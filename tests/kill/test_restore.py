@@ -45,11 +45,11 @@ def test_all_of_redis_is_lost(own: tuple[Site, PrivateRedis], tmp_path: Path) ->
     files = tmp_path / "files"
     settings = {"PSA_CHECKPOINT_EVERY_S": "1", "PSA_CHECKPOINT_FILES": str(files), "PSA_CHECKPOINT_KEEP": "2"}
     run = start(site, "lost", slow_until=tmp_path / "never", **settings)
-    for _ in range(3):
+    for _ in range(4):  # each is said before old ones are removed, and after those before it were
         run.wait_for_line(lambda line: "checkpoint in files" in line)
     run.kill()
     folders = sorted(each for each in (files / "lost").iterdir() if (each / "psa.json").exists())
-    assert len(folders) == 2, "older ones are kept"
+    assert len(folders) in (2, 3), "older ones are kept, or newer ones are not"
     lose(redis, tmp_path / "redis")
 
     again = start(site, "lost", **settings)
@@ -61,7 +61,7 @@ def test_all_of_redis_is_lost(own: tuple[Site, PrivateRedis], tmp_path: Path) ->
     weights.write_bytes(weights.read_bytes()[:-1])
     restored = start(site, "lost", PSA_RESTORE="1", **settings)
     line = restored.wait_for_line(lambda line: "restoring from files" in line)
-    assert str(folders[0]) in line
+    assert str(folders[-2]) in line
     assert any("passed over" in line and folders[-1].name in line for line in restored.lines)
     assert restored.finish() == 0, restored.output
     assert restored.output.count("restoring from files") == 1, "only who holds the right to create reads files"
