@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from psa_store.local import PrivateRedis, PrivateZooKeeper
@@ -15,8 +16,11 @@ from tests.harness import LIVE, Site
 def pytest_configure() -> None:
     """What surrounds us is not to be seen, by us nor by what tests start.
 
-    A shell that runs us in the background has Ctrl-C ignored; a checkout may hold the psa.toml of whoever works there.
+    A shell that runs us in the background has Ctrl-C ignored; a checkout may hold the psa.toml of whoever works there;
+    and how long an example takes says how busy the machine is.
     """
+    hypothesis.settings.register_profile("psa", deadline=None)
+    hypothesis.settings.load_profile("psa")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["PSA_CONFIG"] = ""
 

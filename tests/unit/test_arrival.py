@@ -206,11 +206,10 @@ class Job(RuleBasedStateMachine):
         step, shard = queue[0]
         if shard == MARK:
             queue.popleft()
-            if self.cut is not None and server not in self.cut:
-                if not arrivals.mark(rank, step):
-                    assert step < self.ranks[rank].inherited, "a mark came later than a push behind it"
-                    self.cut_ends()  # missed, so it is aborted, and tried again
-                    self.cut = {}
+            if self.cut is not None and server not in self.cut and not arrivals.mark(rank, step):
+                assert step < self.ranks[rank].inherited, "a mark came later than a push behind it"
+                self.cut_ends()  # missed, so it is aborted, and tried again
+                self.cut = {}
             return
         offer = arrivals.offer(step, shard, rank)
         if offer is Offer.AHEAD:
@@ -361,5 +360,5 @@ def test_a_cut_that_misses_what_a_dead_worker_pushed_is_tried_again() -> None:
     assert job.checkpoints == 1
 
 
-Job.TestCase.settings = settings(max_examples=60, stateful_step_count=80, deadline=None)
+Job.TestCase.settings = settings(max_examples=60, stateful_step_count=80)
 TestJob = Job.TestCase

@@ -63,7 +63,7 @@ def bytes_of(layout: Layout, shard: int, section: str, dtype: str) -> bytes:
     return whole.view(torch.uint8).numpy().tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts(), st.sampled_from([1, 1000, 20_000, 1 << 30]))
 def test_every_element_is_where_loaders_look_for_it(layout: Layout, max_file_bytes: int) -> None:
     sections = sections_of(layout)
@@ -92,7 +92,7 @@ def test_every_element_is_where_loaders_look_for_it(layout: Layout, max_file_byt
     assert not found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layouts(), st.sampled_from([1000, 1 << 30]), st.sampled_from([4096, 12288, 1 << 20]))
 def test_shards_of_another_size_come_back_from_files(layout: Layout, max_file_bytes: int, shard_bytes: int) -> None:
     sections = sections_of(layout)
@@ -125,7 +125,7 @@ def test_shards_of_another_size_come_back_from_files(layout: Layout, max_file_by
             assert data == bytes_of(other, state.shard, name, dtype), (state.shard, name)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(layouts())
 def test_an_index_names_the_file_of_every_tensor(layout: Layout) -> None:
     files = [file for file in plan_files(layout, sections_of(layout), 1000) if file.name.startswith("model")]

@@ -196,13 +196,11 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written() -> N
 # --- how close
 
 
-@settings(deadline=None)
 @given(gradients())
 def test_none_is_exact(flat: Tensor) -> None:
     assert torch.equal(there_and_back(NONE, flat), flat)
 
 
-@settings(deadline=None)
 @given(gradients())
 def test_bf16_is_rounded_to_nearest_even(flat: Tensor) -> None:
     bits = flat.numpy().view(np.uint32).astype(np.uint64)
@@ -210,7 +208,6 @@ def test_bf16_is_rounded_to_nearest_even(flat: Tensor) -> None:
     assert torch.equal(there_and_back(parse_compression("bf16"), flat), torch.from_numpy(nearest))
 
 
-@settings(deadline=None)
 @given(gradients())
 def test_fp16_keeps_11_bits_of_all_but_the_smallest_of_a_block(flat: Tensor) -> None:
     error = (there_and_back(parse_compression("fp16"), flat).double() - flat.double()).abs().numpy()
@@ -219,7 +216,6 @@ def test_fp16_keeps_11_bits_of_all_but_the_smallest_of_a_block(flat: Tensor) -> 
 
 
 @EVERY_GRID
-@settings(deadline=None)
 @given(flat=gradients(), stream=st.integers(0, 2**63 - 1))
 def test_levels_are_less_than_one_level_away(text: str, flat: Tensor, stream: int) -> None:
     error = (there_and_back(parse_compression(text), flat, stream).double() - flat.double()).abs().numpy()
@@ -242,7 +238,6 @@ def test_the_largest_of_a_block_never_falls_beyond_the_last_level(text: str) -> 
 
 
 @EVERY_GRID
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 1500), stream=st.integers(0, 2**63 - 1))
 def test_multiples_of_a_scale_come_back_exactly(text: str, seed: int, n: int, stream: int) -> None:
     levels, block = LEVELS[text]
@@ -423,7 +418,6 @@ def places_and_values(payload: Tensor) -> tuple[list[int], Tensor]:
     return payload[:half].view(torch.int32).tolist(), payload[half:].view(torch.float32)
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(
         st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.5, 1e-40, 1e30])
@@ -569,7 +563,7 @@ def test_places_that_do_not_ascend_within_the_shard_are_refused(places: list[int
     assert bool((out == 7.5).all())
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=st.sampled_from(TEXTS), n=st.integers(1, 700), seed=st.integers(0, 2**32), flips=st.integers(1, 20))
 def test_whatever_bytes_come_nothing_else_is_touched(text: str, n: int, seed: int, flips: int) -> None:
     compression = parse_compression(text)

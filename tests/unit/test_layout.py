@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import DataIntegrity, UsageError
@@ -49,7 +49,6 @@ def models(draw: st.DrawFn) -> list[TensorSpec]:
 shard_sizes = st.sampled_from([PAGE_BYTES, 3 * PAGE_BYTES, 1 << 20])
 
 
-@settings(deadline=None)
 @given(models(), shard_sizes)
 def test_pieces_tile_every_tensor_exactly_once(model: list[TensorSpec], shard_bytes: int) -> None:
     layout = plan_layout(model, shard_bytes)
@@ -62,7 +61,6 @@ def test_pieces_tile_every_tensor_exactly_once(model: list[TensorSpec], shard_by
     assert covered == [spec.numel for spec in model]
 
 
-@settings(deadline=None)
 @given(models(), shard_sizes)
 def test_a_piece_lies_where_its_tensor_lies(model: list[TensorSpec], shard_bytes: int) -> None:
     layout = plan_layout(model, shard_bytes)
@@ -80,7 +78,6 @@ def test_a_piece_lies_where_its_tensor_lies(model: list[TensorSpec], shard_bytes
         assert free <= shard.numel
 
 
-@settings(deadline=None)
 @given(models(), shard_sizes)
 def test_shards_tile_their_segments(model: list[TensorSpec], shard_bytes: int) -> None:
     layout = plan_layout(model, shard_bytes)
@@ -99,7 +96,6 @@ def test_shards_tile_their_segments(model: list[TensorSpec], shard_bytes: int) -
     assert 0 <= layout.arena_bytes - end < PAGE_BYTES, "a segment of empty tensors may start on the next page"
 
 
-@settings(deadline=None)
 @given(models(), shard_sizes)
 def test_tensors_and_shards_are_aligned(model: list[TensorSpec], shard_bytes: int) -> None:
     layout = plan_layout(model, shard_bytes)
@@ -110,7 +106,6 @@ def test_tensors_and_shards_are_aligned(model: list[TensorSpec], shard_bytes: in
         assert shard.pieces[0].shard_start == 0, "no shard starts with padding; optimizer kernels rely on it"
 
 
-@settings(deadline=None)
 @given(models(), shard_sizes)
 def test_padding_is_shorter_than_the_alignment(model: list[TensorSpec], shard_bytes: int) -> None:
     for shard in plan_layout(model, shard_bytes).shards:
@@ -120,14 +115,12 @@ def test_padding_is_shorter_than_the_alignment(model: list[TensorSpec], shard_by
             assert 0 <= gap * ITEM_BYTES[shard.dtype] < TENSOR_ALIGN_BYTES
 
 
-@settings(deadline=None)
 @given(models(), st.none() | shard_sizes)
 def test_json_gives_back_the_same_layout(model: list[TensorSpec], shard_bytes: int | None) -> None:
     layout = plan_layout(model, shard_bytes)
     assert layout_from_json(layout.to_json()) == layout
 
 
-@settings(deadline=None)
 @given(models(), shard_sizes)
 def test_equal_inputs_give_equal_layouts(model: list[TensorSpec], shard_bytes: int) -> None:
     again = [TensorSpec(**asdict(spec)) for spec in model]
@@ -215,7 +208,6 @@ def test_a_tensor_without_elements_has_a_place_but_no_piece() -> None:
     assert plan_layout([tensor("empty", 0)]).shards == ()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1 << 45))
 def test_default_shard_sizes_are_powers_of_two_within_limits(total_bytes: int) -> None:
     size = default_shard_bytes(total_bytes)

@@ -44,7 +44,7 @@ def gradients(lead: Lead, ranks: int, seed: int) -> list[torch.Tensor]:
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     ranks=st.integers(1, 6),
     seed=st.integers(0, 99),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -314,7 +314,6 @@ def test_slots_have_the_names_of_torch_in_a_fixed_order() -> None:
     assert slot_names(OPTIMIZERS["rmsprop_full"], "float32") == ("square_avg", "grad_avg", "momentum_buffer")
 
 
-@settings(deadline=None)
 @given(st.integers(0, 100_000), st.integers(0, 99))
 def test_squared_norm_is_exact_to_float32(numel: int, seed: int) -> None:
     flat = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
@@ -349,7 +348,6 @@ def test_squared_norm_of_large_finite_values_is_finite() -> None:
     assert squared_norm(flat) == pytest.approx(40_001 * float(flat[0]) ** 2, rel=1e-9)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=5), st.floats(1e-3, 1e3))
 def test_clip_factor_is_that_of_torch(norms: list[float], max_norm: float) -> None:
     params = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in norms]

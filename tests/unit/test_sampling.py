@@ -6,20 +6,18 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import UsageError
 from psa_store.sampling import permute, sample_indices, stream_seed
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_bijection(n: int, key: int) -> None:
     assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 2**62), key=st.integers(), data=st.data())
 def test_permute_maps_distinct_indices_of_huge_sets_to_distinct_indices(n: int, key: int, data: st.DataObject) -> None:
     indices = data.draw(st.lists(st.integers(0, n - 1), max_size=20, unique=True))
@@ -63,7 +61,6 @@ def _worlds(draw: st.DrawFn) -> tuple[int, int]:
     return ranks, ranks * draw(st.integers(1, 8))
 
 
-@settings(deadline=None)
 @given(seed=st.integers(), world=_worlds(), n=st.integers(1, 200))
 def test_every_data_epoch_has_every_sample_once_over_all_ranks(seed: int, world: tuple[int, int], n: int) -> None:
     ranks, batch_size = world
@@ -72,7 +69,6 @@ def test_every_data_epoch_has_every_sample_once_over_all_ranks(seed: int, world:
         assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 9), n=st.integers(1, 500))
 def test_the_global_order_does_not_depend_on_the_number_of_ranks(seed: int, n: int) -> None:
     orders = [_global_order(seed, ranks, batch_size=24, n=n, steps=5) for ranks in (1, 2, 3, 4, 8, 24)]
@@ -101,7 +97,6 @@ def test_the_data_order_never_changes() -> None:
     assert stream_seed(1337, 0, 0, "dropout") == 6573768467158036115
 
 
-@settings(deadline=None)
 @given(st.integers(), st.integers(0, 2**40), st.integers(0, 65535), st.text(max_size=8))
 def test_stream_seeds_fit_every_generator(seed: int, step: int, rank: int, purpose: str) -> None:
     assert 0 <= stream_seed(seed, step, rank, purpose) < 2**63
