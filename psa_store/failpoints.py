@@ -47,6 +47,7 @@ FAILPOINTS = {
     "takeover.published": "the new plan is written, its controller does not know",
     "takeover.sealed": "all shards are sealed, nothing is read",
     "takeover.trimmed": "Redis is ready for the epoch, the plan is not written",
+    "worker.computing": "a worker has begun a step, and has pushed nothing of it",
     "worker.loaded": "a worker has the parameters of an epoch, and has computed nothing",
 }
 """Every failpoint and what is true where it stands."""

@@ -19,6 +19,7 @@ from psa_store import telemetry
 from psa_store.config import load_settings
 from psa_store.coordination import Coordination
 from psa_store.errors import Refused, UsageError
+from psa_store.failpoints import failpoint
 from psa_store.identity import new_member_id
 from psa_store.job import check_job_name
 from psa_store.journal import Journal
@@ -261,6 +262,7 @@ class Worker:
                 self._current = draw
                 self._samples = feed.samples
                 self._subject.begin(draw)
+                failpoint("worker.computing")
                 yield batch
                 if self._current is not None:
                     raise UsageError("the batch was not followed by worker.step()")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import array
 import itertools
 import os
-import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,8 +16,10 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from psa_store.coordination import Coordination, MemberKind
+from psa_store.failpoints import Strike, arm
 from psa_store.job import job_config_from_json
 from psa_store.layout import Layout, Role, Shard, layout_from_json
 from psa_store.plan import Member, Plan, member_from_json, plan_from_json
@@ -151,6 +153,8 @@ class Scene:
     plan: Plan
     servers: Mapping[str, Member]
     workers: Mapping[str, Member]
+    failpoints: Path | None = None
+    """Where those of the worker are armed."""
     peers: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Scene:
@@ -170,8 +174,8 @@ class Scene:
     def in_the_name_of_the_holder(self) -> Iterator[Callable[..., tuple[Peer, int]]]:
         """Inside, ``pose(carrier, shard)`` gives a peer that the server takes for the worker of the last rank.
 
-        With it comes the step for which that rank has not pushed anything that lies in ``shard``. The worker itself
-        sleeps meanwhile, or it would come back at once; awake, it finds that it has lost its connection.
+        With it comes the step for which that rank has not pushed anything. The worker itself sleeps meanwhile, before
+        it has, or it would come back at once; awake, it finds that it has lost its connection.
         """
         holder = self.plan.ranks[-1]
 
@@ -182,11 +186,17 @@ class Scene:
                 pass
             return peer, report["version"]
 
-        os.kill(self.workers[holder].pid, signal.SIGSTOP)
+        assert self.failpoints is not None
+        self.check_that_training_goes_on()  # a worker that has just lost a connection may compute a step twice
+        arm(self.failpoints, "worker.computing", Strike.STOP)
+        worker = psutil.Process(self.workers[holder].pid)
+        begun_s = time.monotonic()
+        while worker.status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < begun_s + PATIENCE_S, "no step begins"
         try:
             yield pose
         finally:
-            os.kill(self.workers[holder].pid, signal.SIGCONT)
+            worker.resume()
 
     def shard(self, role: Role = Role.TRAINED) -> Shard:
         """The first shard of a role: any would do."""
@@ -232,7 +242,7 @@ class Scene:
             assert (report["server"], report["epoch"]) == (server.id, self.plan.epoch)
 
 
-def look(site: Site, job: str) -> Scene:
+def look(site: Site, job: str, failpoints: Path | None = None) -> Scene:
     """The job as ZooKeeper and Redis know it now."""
     with closing(site.store()) as store, closing(coordination(site, job)) as zookeeper:
         found = store.read_job(job)
@@ -247,6 +257,7 @@ def look(site: Site, job: str) -> Scene:
         layout_from_json(found[1]),
         plan_from_json(plan.text),
         *({name: member_from_json(text) for name, text in each.items()} for each in members),
+        failpoints,
     )
 
 

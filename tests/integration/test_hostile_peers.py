@@ -9,6 +9,8 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -492,9 +494,14 @@ def memfd(kept: ExitStack, size_bytes: int, seals: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def run(site: Site) -> Iterator[Run]:
+def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("failpoints")
+
+
+@pytest.fixture(scope="module")
+def run(site: Site, failpoints: Path) -> Iterator[Run]:
     """One worker that shares memory with two servers, until somebody stops it."""
-    run = start(site, JOB, "--steps", "1000000", "--pace-s", "0.01")
+    run = start(site, JOB, "--steps", "1000000", "--pace-s", "0.01", failpoints=failpoints, servers=2)
     LIVE.remove(run)  # it outlives the test that started it; we end it
     try:
         run.wait_for_step(5)
@@ -506,9 +513,9 @@ def run(site: Site) -> Iterator[Run]:
 
 
 @pytest.fixture
-def scene(site: Site, run: Run) -> Iterator[Scene]:
+def scene(site: Site, run: Run, failpoints: Path) -> Iterator[Scene]:
     assert run.process.poll() is None, "the job has ended: " + run.output
-    with look(site, JOB) as scene:
+    with look(site, JOB, failpoints) as scene:
         yield scene
 
 
@@ -576,11 +583,11 @@ def test_a_peer_that_asks_and_does_not_listen_is_not_answered_for_ever(scene: Sc
     assert max(growth) < 3 * GROWTH_BYTES_MAX, growth
 
 
-def test_encodings_that_are_none_end_the_peer_and_nothing_else(site: Site) -> None:
+def test_encodings_that_are_none_end_the_peer_and_nothing_else(site: Site, tmp_path: Path) -> None:
     job, int8 = "hostile-int8", parse_compression("int8")
-    run = site.run(job, "--steps", "1000000", "--pace-s", "0.01", workers=1, servers=1, ranks=2, compress="int8")
+    run = start(site, job, "--steps", "1000000", "--pace-s", "0.01", failpoints=tmp_path, servers=1, compress="int8")
     run.wait_for_step(5)
-    with look(site, job) as scene:
+    with look(site, job, tmp_path) as scene:
         shard = next(each for each in scene.layout.shards_of(Role.TRAINED) if each.dtype == "float32")
         with scene.in_the_name_of_the_holder() as pose:
             size = int8.payload_bytes(shard.numel)
@@ -612,9 +619,10 @@ def test_the_result_has_the_same_bits_as_without_them(site: Site, run: Run) -> N
     assert site.digest(JOB, last) == site.digest(JOB + "-not", last)
 
 
-def start(site: Site, job: str, *arguments: str, servers: int = 2) -> Run:
+def start(site: Site, job: str, *arguments: str, failpoints: Path | None = None, **options: Any) -> Run:
     # The schedule of the learning rate must not depend on where a run is stopped.
-    return site.run(job, "--total", "1000", *arguments, workers=1, servers=servers, ranks=2, commit_every=0)
+    env = {} if failpoints is None else {"PSA_FAILPOINTS": str(failpoints)}
+    return site.run(job, "--total", "1000", *arguments, env=env, workers=1, ranks=2, commit_every=0, **options)
 
 
 def losses(run: Run) -> dict[int, str]:
