@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from psa_store import telemetry
 from psa_store.consistency import Offer, SyncStep, Verdict
 from psa_store.failpoints import failpoint
+from psa_store.job import JobConfig
 from psa_store.journal import fingerprint_text
-from psa_store.layout import Role
+from psa_store.layout import Layout, Role
 from psa_store.optim.reduce import clip_factor
 from psa_store.plan import Phase, Plan
 from psa_store.rank_state import rank_state_of
@@ -49,7 +51,8 @@ class SyncCourse(Course):
             all_shards=[shard.index for shard in tools.layout.versioned],
             needs_norms=tools.optimizer.clip_grad_norm is not None,
             backup=tools.config.mode.backup,
-            pushed=self._is_pushed,
+            # No method of ours: in a cycle, the shards of an epoch that is over would keep their memory for long.
+            pushed=partial(_is_pushed, tools.config, tools.layout),
         )
         self._changed = list(self.versioned.values())
         """The shards that the present version changed."""
@@ -268,14 +271,14 @@ class SyncCourse(Course):
     def _say_updated(self, epoch: int, version: int) -> Callable[[Lead], None]:
         return lambda lead: self._tools.post(Updated(epoch, lead.shard.index, version))
 
-    def _is_pushed(self, shard: int, step: int) -> bool:
-        """Whether the ranks push this shard in this step: to be exchanged, or at least to bring what they carry."""
-        config = self._tools.config
-        return config.mode.exchanges(shard, step) or (
-            config.rank_state_is_due(step + 1) and rank_state_of(config, self.leads[shard].shard) is not None
-        )
-
     def _on(
         self, leads: Sequence[Lead], work: ShardWork, done: ToEngine, each: Callable[[Lead], None] | None = None
     ) -> None:
         self._tools.arithmetic.on_all(self.plan.epoch, leads, work, done, inline=self._inline, each=each)
+
+
+def _is_pushed(config: JobConfig, layout: Layout, shard: int, step: int) -> bool:
+    """Whether the ranks push this shard in this step: to be exchanged, or at least to bring what they carry."""
+    return config.mode.exchanges(shard, step) or (
+        config.rank_state_is_due(step + 1) and rank_state_of(config, layout.shards[shard]) is not None
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -24,9 +26,7 @@ class Lazy:
         self.asked += 1
 
 
-def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
-    """Found by reading: released then, they were kept as the version before, if that had been committed meanwhile."""
-    arithmetic = Lazy()
+def course_of_nothing(arithmetic: Lazy) -> SyncCourse:
     nothing = SimpleNamespace(
         answer=lambda now: None,
         finish_is_due=lambda version: False,
@@ -50,9 +50,25 @@ def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
         report=lambda report: None,
     )
     plan = Plan(epoch=1, revision=1, resume=7, servers=(), owners=(), ranks=("a", "b"))
-    course = SyncCourse(cast(Tools, tools), plan, {})
+    return SyncCourse(cast(Tools, tools), plan, {})
+
+
+def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
+    """Found by reading: released then, they were kept as the version before, if that had been committed meanwhile."""
+    arithmetic = Lazy()
+    course = course_of_nothing(arithmetic)
     assert course.stands_at == 7
     course.advance()  # nobody is waited for: there are no shards
     assert arithmetic.asked == 1 and course.stands_at is None
     course.obey(Applied(1))
     assert course.stands_at == 8
+
+
+def test_a_course_that_is_over_is_gone_at_once() -> None:
+    """Its shards may be gigabytes, and nothing calls the garbage collector in a server that goes on."""
+    gc.disable()
+    try:
+        course = weakref.ref(course_of_nothing(Lazy()))
+        assert course() is None
+    finally:
+        gc.enable()
