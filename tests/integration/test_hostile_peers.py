@@ -532,7 +532,8 @@ def test_two_hundred_hostile_peers_leave_nothing_behind(scene: Scene) -> None:
     let_loose(scene, deeds[:WARM_UP])
     before = settled(scene)
     let_loose(scene, deeds)
-    assert settled(scene, before) == before
+    left = settled(scene, before)
+    assert fits(left, before), (left, before)
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -552,7 +553,8 @@ def test_a_thousand_peers_that_come_and_go_cost_nothing(scene: Scene, carrier: s
     before, resident = settled(scene), [resident_bytes(pid) for pid in scene.pids]
     for _ in range(1000):
         come_and_go()
-    assert settled(scene, before) == before
+    left = settled(scene, before)
+    assert fits(left, before), (left, before)
     growth = [resident_bytes(pid) - former for pid, former in zip(scene.pids, resident, strict=True)]
     assert max(growth) < GROWTH_BYTES_MAX, growth
 
@@ -637,13 +639,20 @@ def let_loose(scene: Scene, deeds: Sequence[tuple[Deed, str]]) -> None:
         scene.peers.close()
 
 
-def settled(scene: Scene, wanted: list[Holdings] | None = None) -> list[Holdings]:
-    """The least that the servers hold in the next steps, when they notice that peers are gone; or ``wanted``."""
+def settled(scene: Scene, enough: list[Holdings] | None = None) -> list[Holdings]:
+    """The least that the servers hold in the next steps, when they notice that peers are gone; or ``enough``, or less.
+
+    The least, since each has a connection more now and then.
+    """
     least: list[Holdings] = []
-    for _ in range(SETTLING_STEPS if wanted is None else 3 * SETTLING_STEPS):
+    for _ in range(SETTLING_STEPS if enough is None else 3 * SETTLING_STEPS):
         scene.check_that_training_goes_on(steps=1)
         found = [holdings(pid) for pid in scene.pids]
         least = [Holdings(*map(min, *pair)) for pair in zip(least or found, found, strict=True)]
-        if least == wanted:
+        if enough is not None and fits(least, enough):
             break
     return least
+
+
+def fits(held: list[Holdings], enough: list[Holdings]) -> bool:
+    return all(ours <= most for pair in zip(held, enough, strict=True) for ours, most in zip(*pair, strict=True))
