@@ -170,6 +170,12 @@ class Site:
         """Process ids of the living ``servers`` or ``workers`` of a job."""
         return [member["pid"] for member in self.describe(job)[role]]
 
+    def wait_until_serving(self, run: Run, job: str, servers: int) -> None:
+        """Wait until so many lead shards: those that were not there in time join by hand-overs."""
+        run.wait_for_step(1)
+        while sum(server["shards"] > 0 for server in self.describe(job)["servers"]) < servers:
+            run.wait_for_line(lambda line: line.startswith("step "))
+
     def digest(self, job: str, version: int) -> str:
         """sha256 of all parameters and the whole optimizer state of one version, read from Redis."""
         with closing(self.store()) as store:

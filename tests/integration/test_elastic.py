@@ -49,8 +49,8 @@ def test_ctrl_c_is_the_business_of_the_supervisor_alone(site: Site, undisturbed:
     """A terminal sends it to the whole group; children that left by themselves would race with the supervisor."""
     job = "elastic-ctrl-c"
     run = start(site, job, workers=2, servers=2)
-    run.wait_for_step(20)
-    until_here = len(run.lines)  # servers that start one after the other may hand over to each other at step 0
+    site.wait_until_serving(run, job, 2)
+    until_here = len(run.lines)
     for pid in [*site.pids(job, "servers"), *site.pids(job, "workers")]:
         os.kill(pid, signal.SIGINT)
     assert run.finish() == 0, run.output

@@ -23,17 +23,10 @@ from psa_store.wire import inspect
 from tests.harness import PSA, Run, Site
 
 
-def wait_until_serving(run: Run, site: Site, job: str, servers: int) -> None:
-    """Servers that were not there in time join by hand-overs."""
-    run.wait_for_step(1)
-    while sum(server["shards"] > 0 for server in site.describe(job)["servers"]) < servers:
-        run.wait_for_line(lambda line: line.startswith("step "))
-
-
 def test_a_running_job_is_described(site: Site) -> None:
     run = site.run("described", "--steps", "100000", "--pace-s", "0.01", workers=2, servers=2, commit_every=5)
     run.wait_for_step(12)
-    wait_until_serving(run, site, "described", 2)
+    site.wait_until_serving(run, "described", 2)
     asked = Run(["status", "described", "--json"], site.env)
     assert asked.finish() == 0, asked.output
     found = json.loads(asked.output)
@@ -192,7 +185,7 @@ def test_status_imports_neither_torch_nor_numpy_nor_structlog() -> None:
 def test_a_look_finds_a_paused_server_in_bounded_time(site: Site) -> None:
     """A paused server costs one deadline, not one for each that is paused."""
     run = site.run("paused", "--steps", "100000", "--pace-s", "0.02", workers=1, servers=3)
-    wait_until_serving(run, site, "paused", 3)
+    site.wait_until_serving(run, "paused", 3)
     pids = site.pids("paused", "servers")
     try:
         for pid in pids:
