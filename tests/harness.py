@@ -171,10 +171,16 @@ class Site:
         return [member["pid"] for member in self.describe(job)[role]]
 
     def wait_until_serving(self, run: Run, job: str, servers: int) -> None:
-        """Wait until so many lead shards: those that were not there in time join by hand-overs."""
+        """Wait until so many lead shards: those that were not there in time join by hand-overs.
+
+        What the run printed until then has been read.
+        """
         run.wait_for_step(1)
-        while sum(server["shards"] > 0 for server in self.describe(job)["servers"]) < servers:
-            run.wait_for_line(lambda line: line.startswith("step "))
+        while True:
+            found = self.describe(job)["servers"]
+            run.wait_for_step(1 + max((each["version"] or 0 for each in found), default=0))
+            if sum(each["shards"] > 0 for each in found) >= servers:
+                return
 
     def digest(self, job: str, version: int) -> str:
         """sha256 of all parameters and the whole optimizer state of one version, read from Redis."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -59,8 +60,12 @@ def test_ctrl_c_is_the_business_of_the_supervisor_alone(site: Site, undisturbed:
     assert run.output.count(f"step {STEPS} ") == 1, run.output
 
 
-def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(site: Site, undisturbed: str) -> None:
-    run = start(site, "elastic-server", commit_every=0)
+def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(
+    site: Site, undisturbed: str, tmp_path: Path
+) -> None:
+    hurry = tmp_path / "hurry"
+    slowly = ["--pace-s", "0.3", "--paced-until", str(hurry)]
+    run = start(site, "elastic-server", *slowly, commit_every=0)
     run.wait_for_step(20)
     guest = join(site, "server", "--job", "elastic-server")
     run.wait_for_line(lambda line: "hand-over at step" in line)
@@ -69,6 +74,7 @@ def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(sit
     guest.process.send_signal(signal.SIGTERM)
     assert guest.finish() == 0, guest.output
     run.wait_for_line(lambda line: "hand-over at step" in line)
+    hurry.touch()
     assert run.finish() == 0, run.output
     steps = [int(line.split()[1]) for line in run.lines if line.startswith("step ")]
     assert steps == sorted(set(steps)), "a step was computed twice, although nobody died"

@@ -84,8 +84,10 @@ def test_a_run_that_goes_back_to_a_checkpoint_ends_with_the_same_bits(
     assert taken.returncode == 0, taken.stdout
     (tmp_path / "hurry").touch()
     assert run.finish() == 0, run.output
-    since = run.lines[next(i for i, line in enumerate(run.lines) if "taking a checkpoint" in line) :]
-    assert not [line for line in since if "new epoch" in line], "a checkpoint is no reason for an epoch"
+    taking = next(i for i, line in enumerate(run.lines) if "taking a checkpoint" in line)
+    end = next(i for i, line in enumerate(run.lines) if line.startswith("finished"))  # then they leave, one by one
+    epochs = [line for line in run.lines[taking:end] if "new epoch" in line]
+    assert not epochs, "a checkpoint is no reason for an epoch"
     found = stored(site, job)
     last, early = found.versions()[-1], found.checkpoints["early"].version
     assert site.digest(job, last) == undisturbed[mode], "a checkpoint has changed what training computes"
@@ -220,7 +222,8 @@ def test_by_interval_and_when_told_to_leave(site: Site, undisturbed: dict[str, s
 def test_who_waits_no_longer_leaves_nothing(site: Site, tmp_path: Path) -> None:
     """Workers are paused, so the cut is not reached in time; when they go on, it is given up."""
     job = "impatient"
-    run = start(site, job, slow_until=tmp_path / "hurry")
+    # Paused for less than their session: who is gone is not waited for.
+    run = start(site, job, slow_until=tmp_path / "hurry", PSA_SESSION_TIMEOUT_S="60")
     run.wait_for_step(3)
     workers = site.pids(job, "workers")
     for pid in workers:

@@ -42,10 +42,14 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-def start(site: Site, job: str, variant: str, folder: Path, **options: object) -> Run:
+def start(
+    site: Site, job: str, variant: str, folder: Path, *, slow_until: Path | None = None, **options: object
+) -> Run:
+    """``slow_until``: a file; until it exists, there is time to join the job."""
     mode, compress = VARIANTS[variant]
     defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": RANKS, "commit_every": COMMIT_EVERY}
-    script = ["--steps", str(STEPS), "--pace-s", "0.01", *(["--bufferless"] if "overlap" in mode else [])]
+    pace = ["--pace-s", "0.3", "--paced-until", str(slow_until)] if slow_until else ["--pace-s", "0.01"]
+    script = ["--steps", str(STEPS), *pace, *(["--bufferless"] if "overlap" in mode else [])]
     env = {"PSA_JOURNAL": str(folder)}
     return site.run(job, *script, env=env, mode=mode, compress=compress, **{**defaults, **options})
 
@@ -129,7 +133,8 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
     Only the round that is under way when an epoch begins is computed again.
     """
     job, env = "rounds-elastic", {"PSA_JOURNAL": str(tmp_path)}
-    run = start(site, job, "plain", tmp_path, workers=1, servers=1)
+    hurry = tmp_path / "hurry"
+    run = start(site, job, "plain", tmp_path, slow_until=hurry, workers=1, servers=1)
     run.wait_for_step(10)
     server = Run(["server", "--job", job], {**site.env, **env})
     run.wait_for_line(lambda line: "hand-over at step" in line)
@@ -137,6 +142,7 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
     worker.wait_for_line(lambda line: line.startswith("step ") or "finished" in line)
     server.process.terminate()
     assert server.finish() == 0, server.output
+    hurry.touch()
     assert run.finish() == 0 and worker.finish() == 0, run.output + worker.output
     assert site.digest(job, final(PLAIN)) == undisturbed("plain")
     journal = journals.read(tmp_path)
