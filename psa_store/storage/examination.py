@@ -57,6 +57,8 @@ class RedisFacts:
     appendfsync: str | None
     save: str | None
     """When it takes snapshots: pairs of seconds and changes; empty for never."""
+    compresses: bool | None
+    """Whether it compresses snapshots, with which a rewritten log begins, too."""
     cannot_persist: bool
     """Whether its last write to disk failed."""
     round_trip_s: float
@@ -99,7 +101,9 @@ def facts_of(caller: Caller) -> RedisFacts:
 def _ask(caller: Caller) -> RedisFacts:
     info: Any = caller.client.info()
     round_trip_s, clock_ahead_s = min(_look_at_clock(caller.client) for _ in range(_CLOCK_LOOKS))
-    appendfsync, save = (_configured(caller.client, name) for name in ("appendfsync", "save"))
+    appendfsync, save, compression = (
+        _configured(caller.client, name) for name in ("appendfsync", "save", "rdbcompression")
+    )
     valkey = info.get("valkey_version")
     return RedisFacts(
         where=caller.where,
@@ -114,6 +118,7 @@ def _ask(caller: Caller) -> RedisFacts:
         appends=bool(info.get("aof_enabled", 0)),
         appendfsync=appendfsync,
         save=save,
+        compresses=None if compression is None else compression == "yes",
         cannot_persist=_cannot_persist(info, save),
         round_trip_s=round_trip_s,
         clock_ahead_s=clock_ahead_s,

@@ -31,6 +31,7 @@ REDIS = [
     "Redis version",
     "Redis eviction",
     "Redis persistence",
+    "Redis compression",
     "Redis clock",
     "Redis memory",
     "Redis bandwidth",

@@ -31,6 +31,7 @@ FACTS = RedisFacts(
     appends=True,
     appendfsync="everysec",
     save="",
+    compresses=False,
     cannot_persist=False,
     round_trip_s=0.001,
     clock_ahead_s=0.0,

@@ -35,6 +35,7 @@ REDIS = RedisFacts(
     appends=True,
     appendfsync="everysec",
     save="",
+    compresses=False,
     cannot_persist=False,
     round_trip_s=0.001,
     clock_ahead_s=0.01,
@@ -88,6 +89,8 @@ class TestRedis:
             ("Redis eviction", {"eviction": "volatile-lru"}, FAIL, "maxmemory-policy noeviction"),
             ("Redis eviction", {"eviction": None}, WARN, "noeviction"),
             ("Redis persistence", {"cannot_persist": True}, FAIL, "disk"),
+            ("Redis compression", {"compresses": True}, WARN, "rdbcompression no"),
+            ("Redis compression", {"compresses": None}, PASS, ""),
             ("Redis persistence", {"appendfsync": "always"}, PASS, ""),
             ("Redis persistence", {"appendfsync": "no"}, WARN, "appendfsync everysec"),
             ("Redis persistence", {"appendfsync": None}, WARN, "appendfsync everysec"),
@@ -105,6 +108,11 @@ class TestRedis:
         check = named(checks, name)
         assert check.verdict is verdict and fix in check.fix
         assert {each.verdict for each in checks if each is not check} == {PASS}, "one fault is told once"
+
+    def test_who_takes_no_snapshots_may_be_set_to_compress_them(self) -> None:
+        idle = replace(REDIS, compresses=True, appends=False)
+        assert named(redis.judge_redis(idle), "Redis compression").verdict is PASS
+        assert named(redis.judge_redis(replace(idle, save="3600 1")), "Redis compression").verdict is WARN
 
     def test_the_room_is_what_the_narrower_limit_leaves(self) -> None:
         assert replace(REDIS, memory_limit_bytes=300 * MB).room_bytes == 200 * MB
