@@ -28,6 +28,8 @@ def overview(documents: Sequence[Document], width: int) -> RenderableType:
     table = _table(*(title for title, _, _ in columns))
     for column in table.columns:
         column.no_wrap = True
+    # Where there is no room, long names go on in a next line: no other cell may be cut for them.
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for each in by_need:
         table.add_row(*(Text(cell(each)) for _, cell, _ in columns))
     return Group(*(_first_finding(each) for each in by_need if each["findings"]), table)

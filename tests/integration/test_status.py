@@ -12,15 +12,28 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from psa_store.cli.status_view import overview
 from psa_store.coordination import greet_zookeeper
 from psa_store.errors import Disconnected
 from psa_store.local import PrivateRedis, PrivateZooKeeper
 from psa_store.wire import inspect
 from tests.harness import PSA, Run, Site
+
+
+def test_no_cell_is_cut_for_a_long_name_of_a_job() -> None:
+    name = "long-" * 18
+    job = {"job": name, "state": "at rest", "committed": 120, "findings": [], "servers": [], "workers": []}
+    console = Console(width=80, file=StringIO(), record=True)
+    console.print(overview([job], 80))
+    shown = console.export_text()
+    assert "at rest" in shown and "120" in shown and "…" not in shown
+    assert name in "".join(line.split()[0] for line in shown.splitlines() if line.strip())
 
 
 def test_a_running_job_is_described(site: Site) -> None:

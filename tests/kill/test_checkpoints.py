@@ -79,7 +79,7 @@ def test_a_run_that_goes_back_to_a_checkpoint_ends_with_the_same_bits(
 ) -> None:
     job = f"back-{mode.partition(':')[0]}"
     run = start(site, job, mode, slow_until=tmp_path / "hurry")
-    run.wait_for_step(3)
+    site.wait_until_serving(run, job, 2)
     taken = checkpoint(site, "save", job, "--name", "early")
     assert taken.returncode == 0, taken.stdout
     (tmp_path / "hurry").touch()

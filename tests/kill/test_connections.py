@@ -78,6 +78,7 @@ def test_a_connection_that_breaks_changes_nothing(
 ) -> None:
     job, cuts, epochs = f"cut-{name}", 0, set()
     run = start(site, job, mode, compress, tmp_path)
+    site.wait_until_serving(run, job, 2)
     for turn, step in enumerate(range(15, STEPS - 20, 25)):
         run.wait_for_step(step)
         cuts += cut(site, job, turn % 2)
