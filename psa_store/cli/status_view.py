@@ -26,7 +26,7 @@ def overview(documents: Sequence[Document], width: int) -> RenderableType:
     by_need = sorted(documents, key=lambda each: (-len(each["findings"]), each["job"]))
     columns = [column for column in _JOBS if column[2] or width >= _WIDE]
     table = _table(*(title for title, _, _ in columns))
-    for column in table.columns:
+    for column in table.columns[1:]:
         column.no_wrap = True
     # Where there is no room, long names go on in a next line: no other cell may be cut for them.
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
