@@ -15,10 +15,10 @@ from chaos.check import Verdict, judge
 from chaos.cluster.network import namespaces_available
 from chaos.job import Order, SupervisedJob
 from chaos.journal import Truth, truth
-from chaos.plan import Planned, long_plan, pace_s, short_plan
 from chaos.report import Run, write_report
 from chaos.run import Request, carry_out, replay_command
 from chaos.scenarios import MATRIX, SOAK, Scenario, Shape, scenario
+from chaos.schedule import ScheduledFault, long_plan, pace_s, short_plan
 from chaos.site import Site, open_site
 from psa_store.errors import PsaError, UsageError
 
@@ -117,7 +117,7 @@ def undisturbed(site: Site, steps: int, folder: Path) -> Truth:
 
 
 def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
-    plan: list[Planned]
+    plan: list[ScheduledFault]
     extra: list[str] = []
     steps = SHORT_STEPS
     if campaign.duration_s is None and row is not SOAK:

@@ -1,10 +1,10 @@
-"""The kinds of faults, as data: what each is, which promise it attacks, how long it lasts. How is in ``strikes``."""
+"""The kinds of faults, as data: what each is, which promise it attacks, how long it lasts. How is in ``injections``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psa_store.failpoints import FAILPOINTS
+from psa_store.testing.failpoints import FAILPOINTS
 
 
 @dataclass(frozen=True, slots=True)

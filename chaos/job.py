@@ -14,9 +14,9 @@ from typing import Protocol
 
 import psutil
 
-from chaos.cluster.zygote import Process
+from chaos.cluster.spawner import Process
 from chaos.site import SERVERS_HOSTED, SERVERS_SUPERVISED, SESSION_TIMEOUT_S, WORKERS, Site
-from psa_store.local.guard import die_with_parent
+from psa_store.launch.guard import die_with_parent
 
 TRAIN = Path(__file__).with_name("train.py")
 RANKS = 3
@@ -211,7 +211,7 @@ def start_role(site: Site, order: Order, name: str, env: Mapping[str, str], name
     """Start one more process of a job, which nobody supervises; ``name`` begins with its role."""
     target, arguments = _entry(order, name)
     merged = {**order.environment(site), **env}
-    return site.zygote.spawn(name, target, arguments, merged, namespace, order.log)
+    return site.spawner.spawn(name, target, arguments, merged, namespace, order.log)
 
 
 def _entry(order: Order, name: str) -> tuple[str, Sequence[object]]:

@@ -12,11 +12,11 @@ from contextlib import closing
 from pathlib import Path
 
 import psa_store as psa
-from psa_store.bench.digest import tensors_digest
+from psa_store.checkpoint.digest import tensors_digest
 from psa_store.errors import PsaError, UnknownJob, UsageError
-from psa_store.journal import Journal
-from psa_store.layout import layout_from_json
+from psa_store.job.layout import layout_from_json
 from psa_store.storage import RedisStore
+from psa_store.testing.journal import Journal
 
 _HEADS_EVERY_S = 0.02
 _LOAD_EVERY_S = 0.1
@@ -64,11 +64,11 @@ class _Reader:
                 return
             self._shards = [shard.index for shard in layout_from_json(found[1]).shards]
         for head in self._store.heads(self._job, self._shards):
-            manifests = [[each.version, each.epoch, each.nonce] for each in head.manifests]
-            seen = f"{head.epoch} {manifests}"
+            manifests = [[each.version, each.term, each.nonce] for each in head.manifests]
+            seen = f"{head.term} {manifests}"
             if self._heads.get(head.shard) != seen:
                 self._heads[head.shard] = seen
-                self._journal.record("head", shard=head.shard, epoch=head.epoch, manifests=manifests)
+                self._journal.record("head", shard=head.shard, term=head.term, manifests=manifests)
 
     def _load(self) -> None:
         with psa.Store(self._job, redis=self._redis) as store:

@@ -9,15 +9,15 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from chaos.injection import NotFired, Scene, injection, prepare
 from chaos.job import RANKS, HostedJob, Job, Order, SupervisedJob
-from chaos.plan import REST_S, Planned
 from chaos.sampler import Sampler
 from chaos.scenarios import Scenario, Shape
+from chaos.schedule import REST_S, ScheduledFault
 from chaos.site import SESSION_TIMEOUT_S, Site
-from chaos.strikes import NotFired, Scene, prepare, strike
 from chaos.tail import Tail
 from psa_store.errors import PsaError
-from psa_store.journal import Journal
+from psa_store.testing.journal import Journal
 
 _POLL_S = 0.01
 _GRACE_S = 120.0
@@ -41,7 +41,7 @@ class Request:
 
     scenario: Scenario
     seed: int
-    plan: Sequence[Planned]
+    plan: Sequence[ScheduledFault]
     order: Order
     replay: str
 
@@ -105,13 +105,13 @@ class _Runner:
             self._journal.record("fault", id=0, kind=plan[0].kind, target="", detail="before the start")
         self._job.start()
         if plan and plan[0].fault.at_start:
-            self._strike(plan.pop(0), announced=True)
+            self._inject(plan.pop(0), announced=True)
         self._until(self._first_step, _FIRST_STEP_S, "the job makes no first step")
         self._journal.record("started")
         started_s = time.monotonic()
         for planned in plan:
             self._wait(started_s + planned.at_s - time.monotonic())
-            self._strike(planned, announced=False)
+            self._inject(planned, announced=False)
         self._journal.record("quiet")
         self._quiet = True
         self._wait(REST_S)
@@ -120,10 +120,10 @@ class _Runner:
             self._turn()
         return self._code
 
-    def _strike(self, planned: Planned, *, announced: bool) -> None:
+    def _inject(self, planned: ScheduledFault, *, announced: bool) -> None:
         if not announced:
             self._journal.record("fault", id=planned.id, kind=planned.kind, target="", detail=f"for {planned.for_s} s")
-        with strike(self._scene, planned) as evidence:
+        with injection(self._scene, planned) as evidence:
             self._journal.record("fired", id=planned.id, evidence=evidence)
             self._wait(planned.for_s)
         self._journal.record("healed", id=planned.id)
@@ -165,7 +165,7 @@ class _Runner:
 
 @contextmanager
 def _reader(order: Order, site: Site, journal: Journal) -> Iterator[None]:
-    reader = site.zygote.spawn(
+    reader = site.spawner.spawn(
         "reader",
         "chaos.reader:main",
         [order.name, site.redis.url, str(order.journals)],

@@ -11,7 +11,7 @@ import redis
 from chaos.cluster.zookeeper import ZooKeeperEnsemble
 from chaos.site import ZOOKEEPER_NODES, Site
 from chaos.tail import Tail
-from psa_store.journal import Journal
+from psa_store.testing.journal import Journal
 
 _EVERY_S = 1.0
 _ROLES = ("worker", "server")

@@ -12,11 +12,11 @@ from redis import Redis
 
 from chaos.cluster.network import LOOPBACK, Host, Network
 from chaos.cluster.redis import RedisNode
+from chaos.cluster.spawner import Spawner
 from chaos.cluster.zookeeper import ZooKeeperEnsemble
-from chaos.cluster.zygote import Zygote
 from chaos.proxy import Proxy
 from chaos.scenarios import Scenario, Shape
-from psa_store.bench.digest import state_digest
+from psa_store.checkpoint.digest import state_digest
 from psa_store.storage import RedisStore
 
 ZOOKEEPER_NODES = 3
@@ -30,12 +30,12 @@ _SMALL_DISK_MB = 64
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What a job runs on, and what faults strike."""
+    """What a job runs on, and what faults injection."""
 
     shape: Shape
     redis: RedisNode
     zookeeper: ZooKeeperEnsemble
-    zygote: Zygote
+    spawner: Spawner
     network: Network | None
     redis_proxy: Proxy | None
     zookeeper_proxies: tuple[Proxy, ...]
@@ -87,7 +87,7 @@ def open_site(scenario: Scenario, folder: Path) -> Iterator[Site]:
     folder.mkdir(parents=True)
     hosted, proxied = scenario.shape is Shape.HOSTS, scenario.shape is Shape.PROXIED
     with ExitStack() as stack:
-        zygote = stack.enter_context(Zygote({}))
+        spawner = stack.enter_context(Spawner({}))
         network = stack.enter_context(Network(_host_names())) if hosted else None
         at = (lambda name: LOOPBACK) if network is None else network.host
         zookeeper = stack.enter_context(
@@ -103,7 +103,7 @@ def open_site(scenario: Scenario, folder: Path) -> Iterator[Site]:
         if proxied:
             redis_proxy = stack.enter_context(closing(Proxy(redis.address)))
             zookeeper_proxies = [stack.enter_context(closing(Proxy(address))) for address in zookeeper.addresses]
-        yield Site(scenario.shape, redis, zookeeper, zygote, network, redis_proxy, tuple(zookeeper_proxies))
+        yield Site(scenario.shape, redis, zookeeper, spawner, network, redis_proxy, tuple(zookeeper_proxies))
 
 
 def _host_names() -> list[str]:

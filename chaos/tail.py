@@ -43,10 +43,10 @@ class Tail:
         self._elected: tuple[float, Path] | None = None
         """The newest election: when, and whose journal tells of it."""
         self.version = 0
-        """The newest version that a worker was told of, in whatever epoch."""
+        """The newest version that a worker was told of, in whatever term."""
         self.committed = 0
         """The newest version that a server has committed."""
-        self.condemned = 0
+        self.marked_corrupt = 0
         """Damaged versions that a server has put aside."""
         self.steps = 0
         """Acknowledged versions that were seen, recomputed ones included."""
@@ -81,8 +81,8 @@ class Tail:
             self.version = max(self.version, json.loads(line)["version"])
         elif b'"committed"' in line:
             self.committed = max(self.committed, json.loads(line)["version"])
-        elif b'"condemned"' in line:
-            self.condemned += 1
+        elif b'"marked_corrupt"' in line:
+            self.marked_corrupt += 1
         elif b'"begin"' in line:
             begin = json.loads(line)
             try:

@@ -2,7 +2,7 @@
 
 Small, quick, and with everything that could spoil bit-identity. Dropout and augmentation draw random numbers, BatchNorm
 has buffers, one buffer steers the output, one layer is frozen, one is bfloat16, two are tied, and the learning rate
-follows a schedule. Prints a line per step from the process that leads output. With PSA_JOURNAL it writes down which
+follows a schedule. Prints a line per step from the process that owns output. With PSA_JOURNAL it writes down which
 parameters user code was shown with every batch, for a judge to compare with those of an undisturbed run.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import psa_store as psa
-from psa_store.bench.digest import tensors_digest
+from psa_store.checkpoint.digest import tensors_digest
 from psa_store.config import load_settings
-from psa_store.journal import Journal
+from psa_store.testing.journal import Journal
 
 MEETING_STEP = 20
 
@@ -104,7 +104,7 @@ def main() -> None:
         for x, y in worker.batches(source, batch_size=12):
             if journal.enabled:
                 seen = tensors_digest(model.state_dict())
-                journal.record("batch", epoch=worker.epoch, version=worker.version, rank=worker.rank, digest=seen)
+                journal.record("batch", term=worker.term, version=worker.version, rank=worker.rank, digest=seen)
             while worker.version == MEETING_STEP and worker.members < args.meet:
                 time.sleep(0.01)  # members is read, not announced, to user code; the test that starts us has a deadline
             if args.paced_until is None or not args.paced_until.exists():
@@ -116,8 +116,8 @@ def main() -> None:
             journal.record("loss", version=worker.version, rank=worker.rank, loss=loss.item())
             before = worker.version
             worker.step(loss)
-            if worker.leads_output and worker.version != before:
-                print(f"step {worker.version} epoch {worker.epoch} loss {loss.item():.6f}", flush=True)
+            if worker.is_main and worker.version != before:
+                print(f"step {worker.version} term {worker.term} loss {loss.item():.6f}", flush=True)
         journal.record("ended", finished=worker.finished, digest=tensors_digest(model.state_dict()))
         if worker.finished:
             print(f"finished {worker.version}", flush=True)

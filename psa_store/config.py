@@ -25,10 +25,10 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from psa_store import failpoints
 from psa_store.compression import parse_compression
 from psa_store.errors import UsageError
-from psa_store.mode import parse_mode
+from psa_store.job.mode import parse_mode
+from psa_store.testing import failpoints
 
 FILE = "psa.toml"
 FILE_VARIABLE = "PSA_CONFIG"
@@ -116,7 +116,7 @@ class Settings(BaseSettings):
         default=None, description="existing folder in which every process writes down what it does, for `psa chaos`"
     )
     monitor: bool = Field(
-        default=True, description="whether processes tell how they are: pulses, events and curve in Redis, and HTTP"
+        default=True, description="whether processes tell how they are: heartbeats, events and curve in Redis, and HTTP"
     )
     metrics_port: int = Field(
         default=0,
@@ -139,11 +139,11 @@ class Settings(BaseSettings):
         description="exact, or rounded to bf16 between workers and servers (new jobs)",
     )
     skip_nonfinite: bool | None = Field(default=None, description="skip steps with NaN or Inf gradients (new jobs)")
-    # Set by `psa run` and `psa plan` for the processes they start; not for people.
+    # Set by `psa run` and `psa estimate` for the processes they start; not for people.
     member: str | None = Field(default=None, description="identity of this process in ZooKeeper")
     supervisor: Path | None = Field(default=None, description="socket of the supervisor that started this process")
     run: str | None = Field(default=None, description="id of the `psa run` that started this process")
-    draft: Path | None = Field(default=None, description="file in which a Worker writes down its job, for `psa plan`")
+    draft: Path | None = Field(default=None, description="where a Worker writes down its job, for `psa estimate`")
     default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nobody says otherwise")
 
     @classmethod

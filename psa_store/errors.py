@@ -11,7 +11,7 @@
     │   └── DependencyUnfit               it answers, but must not be used as it is configured
     ├── DataIntegrity                 4   stored bytes are damaged or missing; nothing was guessed
     └── Interrupted                       not failures, but reasons why an action did not happen:
-        ├── Fenced                        a newer epoch owns the shard
+        ├── Fenced                        a newer term owns the shard
         ├── Rewound                       Redis lost something that it had acknowledged
         ├── Refused                       a peer refused the message and said why
         └── Disconnected                  the peer is gone
@@ -80,7 +80,7 @@ class Interrupted(PsaError):
 
 
 class Fenced(Interrupted):
-    """A newer epoch owns the shard; the caller has been replaced and must stop writing."""
+    """A newer term owns the shard; the caller has been replaced and must stop writing."""
 
 
 class Rewound(Interrupted):

@@ -18,11 +18,11 @@ import torch
 
 from psa_store.config import load_settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
-from psa_store.job import JobConfig, check_job_name, job_config_from_json
-from psa_store.layout import ITEM_BYTES, Role, TensorSpec, layout_from_json
-from psa_store.sections import PARAM
+from psa_store.job.config import JobConfig, check_job_name, job_config_from_json
+from psa_store.job.layout import ITEM_BYTES, TensorRole, TensorSpec, layout_from_json
+from psa_store.logs import printable
 from psa_store.storage import Head, RedisStore
-from psa_store.telemetry import printable
+from psa_store.storage.sections import PARAM
 
 _ATTEMPTS = 5
 """Tries to read the newest version before giving up: each fails only if training replaced it three times meanwhile."""
@@ -141,7 +141,7 @@ class Store:
         specs = self._layout.tensors
         flat = {i: torch.empty(specs[i].numel, dtype=_dtype(specs[i])) for i in wanted}
         for shard in shards:
-            manifest = heads[shard.index].manifest(0 if shard.role is Role.FROZEN else version)
+            manifest = heads[shard.index].manifest(0 if shard.role is TensorRole.FROZEN else version)
             if manifest is None:
                 raise DataIntegrity(f"job {self._job!r}: shard {shard.index} has no version {version}")
             whole = torch.empty(shard.size_bytes, dtype=torch.uint8)

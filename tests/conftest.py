@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from tests.harness import LIVE, Site
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psa_store.bench.digest import state_digest
+from psa_store.checkpoint.digest import state_digest
 from psa_store.config import Settings
-from psa_store.status import describe
+from psa_store.observe.status import describe
 from psa_store.storage import RedisStore
 
 TRAIN = Path(__file__).parents[1] / "chaos" / "train.py"
@@ -171,7 +171,7 @@ class Site:
         return [member["pid"] for member in self.describe(job)[role]]
 
     def wait_until_serving(self, run: Run, job: str, servers: int) -> None:
-        """Wait until so many lead shards: those that were not there in time join by hand-overs.
+        """Wait until so many own shards: those that were not there in time join by hand-overs.
 
         What the run printed until then has been read.
         """

@@ -1,4 +1,4 @@
-"""Plays a plan of strikes on members that meet at barriers."""
+"""Plays a plan of injections on members that meet at barriers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pathlib import Path
 
 from chaos.barrier.check import CALM_BARRIERS
 from chaos.barrier.member import CONNECT_S, MEMBERS, SESSION_S
-from psa_store import failpoints
-from psa_store.coordination import BarrierState, Coordination, MemberKind
-from psa_store.failpoints import FAILPOINTS, Strike
-from psa_store.journal import Journal
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import BarrierState, Coordination
+from psa_store.testing import failpoints
+from psa_store.testing.failpoints import FAILPOINTS, FailpointAction
+from psa_store.testing.journal import Journal
 
 KILL_ALL = "kill-all"
-STRIKES = (
+INJECTORS = (
     *(f"{how}-{name}" for how in ("die", "hang") for name in FAILPOINTS if name.startswith("barrier.")),
     KILL_ALL,
 )
@@ -34,14 +35,14 @@ _LOOK_S = 0.01
 
 
 def plan_of(seed: int) -> list[str]:
-    """Every strike once, in an order that the seed decides."""
-    return random.Random(f"barrier/{seed}").sample(STRIKES, len(STRIKES))
+    """Every injection once, in an order that the seed decides."""
+    return random.Random(f"barrier/{seed}").sample(INJECTORS, len(INJECTORS))
 
 
 def drill(
     hosts: str, job: str, folder: Path, seed: int, plan: Sequence[str], env: Mapping[str, str] | None = None
 ) -> Path:
-    """Let members meet while the strikes of ``plan`` hit them; returns the folder of their journals.
+    """Let members meet while the injections of ``plan`` hit them; returns the folder of their journals.
 
     Args:
         env: added to the members' environment.
@@ -78,7 +79,7 @@ class _Drill:
             self._spawn(slot)
         self._await_success()
         for kind in plan:
-            fired = self._kill_all() if kind == KILL_ALL else self._strike(kind, pauses.uniform(*_HANG_S))
+            fired = self._kill_all() if kind == KILL_ALL else self._inject(kind, pauses.uniform(*_HANG_S))
             self._journal.record("fault", kind=kind, fired=fired)
             if not self._await_success():
                 break
@@ -93,12 +94,12 @@ class _Drill:
         self._door.close()
         self._journal.close()
 
-    def _strike(self, kind: str, pause_s: float) -> bool:
+    def _inject(self, kind: str, pause_s: float) -> bool:
         how, _, name = kind.partition("-")
-        failpoints.arm(self._armed, name, Strike.KILL if how == "die" else Strike.STOP)
-        if not self._until(lambda: bool(failpoints.struck(self._armed, name))):
+        failpoints.arm(self._armed, name, FailpointAction.KILL if how == "die" else FailpointAction.STOP)
+        if not self._until(lambda: bool(failpoints.hit(self._armed, name))):
             return not failpoints.disarm(self._armed, name)
-        (pid,) = failpoints.struck(self._armed, name)
+        (pid,) = failpoints.hit(self._armed, name)
         if how == "die":
             return self._until(self._replace_dead)
         threading.Event().wait(pause_s)  # the fault is that it lasts
@@ -119,7 +120,7 @@ class _Drill:
         dead = {name: slot for name, (slot, process) in self._members.items() if process.poll() is not None}
         for name, slot in dead.items():
             del self._members[name]
-            self._door.remove(MemberKind.SERVER, name)
+            self._door.remove(ProcessRole.SERVER, name)
             self._spawn(slot)
         return bool(dead)
 

@@ -13,10 +13,11 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from psa_store.coordination import Barrier, BarrierState, Coordination, MemberKind
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import Barrier, BarrierState, Coordination
 from psa_store.errors import DependencyUnreachable
-from psa_store.journal import Journal
-from psa_store.local.guard import die_with_parent
+from psa_store.launch.guard import die_with_parent
+from psa_store.testing.journal import Journal
 
 MEMBERS = 3
 SESSION_S = 2.0
@@ -35,7 +36,7 @@ class Member:
             hosts, job, session_timeout_s=SESSION_S, connect_timeout_s=CONNECT_S, wake=self._news.set
         )
         self._journal = Journal(journals, "member", name)
-        self._epoch: int | None = None
+        self._term: int | None = None
         """Ours, as long as we are elected."""
         self._since: dict[str, float] = {}
         """When we first saw a barrier."""
@@ -48,7 +49,7 @@ class Member:
 
     def run(self) -> int:
         self._door.start()
-        self._door.join(MemberKind.SERVER, self._name, "{}")
+        self._door.join(ProcessRole.SERVER, self._name, "{}")
         self._door.campaign(self._name)
         while self._door.session_generation() == 0:
             self._news.clear()
@@ -60,20 +61,20 @@ class Member:
         return 3
 
     def _turn(self) -> None:
-        leads = self._door.is_elected(self._name)
+        owned_shards = self._door.is_elected(self._name)
         plan = self._door.read_plan(watch=True)
         barrier = self._door.read_barrier(plan.text, watch=True) if plan is not None else None
-        if leads:
-            if self._epoch is None:
-                self._epoch = self._door.next_epoch()
-            present = self._door.members(MemberKind.SERVER, watch=True)
+        if owned_shards:
+            if self._term is None:
+                self._term = self._door.next_term()
+            present = self._door.members(ProcessRole.SERVER, watch=True)
             if plan is not None:
                 barrier = self._door.settle_barrier(plan.text)
             if barrier is None or barrier.state is not BarrierState.OPEN:
                 if barrier is not None and plan is not None:
                     self._tell(plan.text, barrier)
                 if len(present) == MEMBERS:
-                    opened = self._door.open_barrier(self._epoch, present)
+                    opened = self._door.open_barrier(self._term, present)
                     self._door.write_plan(opened, plan.version if plan is not None else None)
                 return
         if plan is not None and barrier is not None:

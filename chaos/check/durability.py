@@ -1,7 +1,7 @@
 """What was said to be durable is never lost, and no more than a bounded number of steps is computed again.
 
-A version counts as durable once all servers of an epoch have said so, or an epoch has begun with it: every later epoch
-must begin there or later. And an epoch begins at most two commit intervals behind what the one before it had applied:
+A version counts as durable once all servers of a term have said so, or a term has begun with it: every later term
+must begin there or later. And a term begins at most two commit intervals behind what the one before it had applied:
 one interval because steps are committed only so often, one more because a commit may be under way while training goes
 on.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 
-from chaos.check.lineage import Epoch, epochs
+from chaos.check.lineage import Term, terms
 from chaos.check.violation import Violation
 from chaos.journal import Journal, Truth
 
@@ -21,22 +21,22 @@ def check(journal: Journal, _known: Truth) -> list[Violation]:
     """See the module. A run whose faults take from Redis what was durable there proves nothing here."""
     if not journal.of("scenario") or journal.scenario["loses_redis"]:
         return []
-    found = epochs(journal)
-    claims = {epoch.number: _claims(journal, epoch) for epoch in found}
+    found = terms(journal)
+    claims = {term.number: _claims(journal, term) for term in found}
     violations = []
-    for before, epoch in itertools.pairwise(found):
+    for before, term in itertools.pairwise(found):
         for number, claimed in claims.items():
-            lost = [version for version, t in claimed.items() if number < epoch.number and t < epoch.published_at]
-            if max(lost, default=0) > epoch.resume:
-                text = f"epoch {epoch.number} began at {epoch.resume}, but {max(lost)} was durable in epoch {number}"
-                violations.append(Violation(_NAME, text, epoch.published_at))
-        if epoch.resume < before.resume:
-            text = f"epoch {epoch.number} began at {epoch.resume}, but epoch {before.number} had read {before.resume}"
-            violations.append(Violation(_NAME, text, epoch.published_at))
+            lost = [version for version, t in claimed.items() if number < term.number and t < term.published_at]
+            if max(lost, default=0) > term.resume:
+                text = f"term {term.number} began at {term.resume}, but {max(lost)} was durable in term {number}"
+                violations.append(Violation(_NAME, text, term.published_at))
+        if term.resume < before.resume:
+            text = f"term {term.number} began at {term.resume}, but term {before.number} had read {before.resume}"
+            violations.append(Violation(_NAME, text, term.published_at))
         bound = 2 * journal.scenario["commit_every"]
-        if epoch.resume < before.newest - bound:
-            text = f"epoch {epoch.number} began at {epoch.resume}: more than {bound} steps before {before.newest}"
-            violations.append(Violation(_NAME, text, epoch.published_at))
+        if term.resume < before.newest - bound:
+            text = f"term {term.number} began at {term.resume}: more than {bound} steps before {before.newest}"
+            violations.append(Violation(_NAME, text, term.published_at))
     for event in journal.of("durable"):
         committed = [e for e in journal.of("committed") if e.name == event.name and e["version"] >= event["version"]]
         begun = [e for e in journal.of("serving") if e.name == event.name and e["resume"] >= event["version"]]
@@ -46,10 +46,10 @@ def check(journal: Journal, _known: Truth) -> list[Violation]:
     return violations
 
 
-def _claims(journal: Journal, epoch: Epoch) -> dict[int, float]:
-    """By version, when the last of all servers of an epoch said that it is durable."""
+def _claims(journal: Journal, term: Term) -> dict[int, float]:
+    """By version, when the last of all servers of a term said that it is durable."""
     said: dict[int, dict[str, float]] = {}
     for event in journal.of("committed"):
-        if event["epoch"] == epoch.number:
+        if event["term"] == term.number:
             said.setdefault(event["version"], {}).setdefault(event.name, event.t)
-    return {version: max(by.values()) for version, by in said.items() if set(by) >= set(epoch.serving)}
+    return {version: max(by.values()) for version, by in said.items() if set(by) >= set(term.serving)}

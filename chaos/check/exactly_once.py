@@ -1,6 +1,6 @@
 """A: every acknowledged gradient is in the final history once, every other one at most once.
 
-A version of the final history was made by one epoch. Each of its servers must have applied it once, with the gradient
+A version of the final history was made by one term. Each of its servers must have applied it once, with the gradient
 of every rank in every one of its shards once; and what it applied must be what a worker computed: fingerprints of
 gradients are additive, so those of all servers add up to that of the worker.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from chaos.check.lineage import Epoch, epochs, makers
+from chaos.check.lineage import Term, makers, terms
 from chaos.check.violation import Violation
 from chaos.journal import Journal, Truth
 
@@ -22,7 +22,7 @@ def check(journal: Journal, _known: Truth) -> list[Violation]:
     if not journal.of("scenario"):
         return []
     steps, ranks = journal.scenario["steps"], journal.scenario["ranks"]
-    found = epochs(journal)
+    found = terms(journal)
     pushed: dict[tuple[int, int], set[str]] = defaultdict(set)
     for event in journal.of("pushed"):
         pushed[event["step"], event["rank"]].add(event["sum"])
@@ -33,32 +33,32 @@ def check(journal: Journal, _known: Truth) -> list[Violation]:
         if len(sums) > 1
     ]
     violations += _applied_twice(journal)
-    violations += _acknowledged(journal, {epoch.number: epoch for epoch in found})
+    violations += _acknowledged(journal, {term.number: term for term in found})
     history = makers(found, steps)
     for version in range(1, steps + 1):
         if version not in history:
-            violations.append(Violation(_NAME, f"no epoch made version {version}"))
+            violations.append(Violation(_NAME, f"no term made version {version}"))
             continue
         violations += _version(history[version], version, ranks, pushed, computed)
     return violations
 
 
 def _version(
-    epoch: Epoch, version: int, ranks: int, pushed: dict[tuple[int, int], set[str]], computed: set[tuple[int, int]]
+    term: Term, version: int, ranks: int, pushed: dict[tuple[int, int], set[str]], computed: set[tuple[int, int]]
 ) -> list[Violation]:
     """One version of the final history."""
-    events = epoch.applied.get(version, [])
-    where = f"version {version} of epoch {epoch.number}"
-    if {event.name for event in events} != set(epoch.serving):
+    events = term.applied.get(version, [])
+    where = f"version {version} of term {term.number}"
+    if {event.name for event in events} != set(term.serving):
         names = sorted(event.name for event in events)
-        return [Violation(_NAME, f"{where} was applied by {names}, but its servers are {sorted(epoch.serving)}")]
+        return [Violation(_NAME, f"{where} was applied by {names}, but its servers are {sorted(term.serving)}")]
     if all(event.event == "skipped" for event in events):
         return []
     violations = []
     for rank in range(ranks):
         total = 0
         for event in events:
-            shards = len(epoch.serving[event.name]["trained"])
+            shards = len(term.serving[event.name]["trained"])
             counted = event["ranks"].get(str(rank), 0) if event.event == "applied" else 0
             if counted != shards:
                 text = f"{where}: rank {rank} counts in {counted} of {shards} shards of {event.name}"
@@ -76,22 +76,22 @@ def _version(
 
 
 def _applied_twice(journal: Journal) -> list[Violation]:
-    times = Counter((event.name, event["epoch"], event["version"]) for event in journal.of("applied"))
+    times = Counter((event.name, event["term"], event["version"]) for event in journal.of("applied"))
     return [
-        Violation(_NAME, f"server {name} applied version {version} {count} times in epoch {epoch}")
-        for (name, epoch, version), count in times.items()
+        Violation(_NAME, f"server {name} applied version {version} {count} times in term {term}")
+        for (name, term, version), count in times.items()
         if count > 1
     ]
 
 
-def _acknowledged(journal: Journal, by_number: dict[int, Epoch]) -> list[Violation]:
-    """A worker was told of a version only after every server of the epoch had applied it."""
+def _acknowledged(journal: Journal, by_number: dict[int, Term]) -> list[Violation]:
+    """A worker was told of a version only after every server of the term had applied it."""
     violations = []
     for event in journal.of("acked"):
-        epoch = by_number.get(event["epoch"])
-        applied = {} if epoch is None else {each.name: each.t for each in epoch.applied.get(event["version"], [])}
-        late = [] if epoch is None else [name for name in epoch.serving if applied.get(name, event.t + 1) > event.t]
-        if epoch is None or late:
-            text = f"version {event['version']} of epoch {event['epoch']} was acknowledged before {late} applied it"
+        term = by_number.get(event["term"])
+        applied = {} if term is None else {each.name: each.t for each in term.applied.get(event["version"], [])}
+        late = [] if term is None else [name for name in term.serving if applied.get(name, event.t + 1) > event.t]
+        if term is None or late:
+            text = f"version {event['version']} of term {event['term']} was acknowledged before {late} applied it"
             violations.append(Violation(_NAME, text, event.t))
     return violations

@@ -1,4 +1,4 @@
-"""Which epoch made which version: the history of a job, in which each epoch goes on from where it found storage."""
+"""Which term made which version: the history of a job, in which each term goes on from where it found storage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from chaos.journal import Event, Journal
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
-    """One epoch: where it began, who served it, and what they applied."""
+class Term:
+    """One term: where it began, who served it, and what they applied."""
 
     number: int
     resume: int
@@ -23,22 +23,22 @@ class Epoch:
 
     @property
     def newest(self) -> int:
-        """The newest version that all servers of the epoch have applied."""
+        """The newest version that all servers of the term have applied."""
         whole = [version for version, events in self.applied.items() if {e.name for e in events} >= set(self.serving)]
         return max(whole, default=self.resume)
 
 
-def epochs(journal: Journal) -> list[Epoch]:
-    """All epochs that were published, in ascending order."""
+def terms(journal: Journal) -> list[Term]:
+    """All terms that were published, in ascending order."""
     serving: dict[int, dict[str, Event]] = defaultdict(dict)
     for served in journal.of("serving"):
-        serving[served["epoch"]][served.name] = served
+        serving[served["term"]][served.name] = served
     applied: dict[int, dict[int, list[Event]]] = defaultdict(lambda: defaultdict(list))
     for each in [*journal.of("applied"), *journal.of("skipped")]:
-        applied[each["epoch"]][each["version"]].append(each)
-    # A controller that is killed between writing the plan and writing this down leaves an epoch that only its servers
+        applied[each["term"]][each["version"]].append(each)
+    # A controller that is killed between writing the plan and writing this down leaves a term that only its servers
     # tell of: it began where they say that it did.
-    published = {plan["epoch"]: plan for plan in journal.of("published")}
+    published = {plan["term"]: plan for plan in journal.of("published")}
     found = []
     for number in sorted({*published, *serving}):
         event: Event | None = published.get(number)
@@ -46,7 +46,7 @@ def epochs(journal: Journal) -> list[Epoch]:
         source = event or first
         assert source is not None
         found.append(
-            Epoch(
+            Term(
                 number=number,
                 resume=source["resume"],
                 published_at=source.t,
@@ -57,12 +57,12 @@ def epochs(journal: Journal) -> list[Epoch]:
     return found
 
 
-def makers(found: list[Epoch], final: int) -> dict[int, Epoch]:
-    """By version of the final history, the epoch that made it: the last one that goes through it."""
-    history: dict[int, Epoch] = {}
-    for index, epoch in enumerate(found):
+def makers(found: list[Term], final: int) -> dict[int, Term]:
+    """By version of the final history, the term that made it: the last one that goes through it."""
+    history: dict[int, Term] = {}
+    for index, term in enumerate(found):
         later = [each.resume for each in found[index + 1 :]]
         end = min([final, *later])
-        for version in range(epoch.resume + 1, end + 1):
-            history[version] = epoch
+        for version in range(term.resume + 1, end + 1):
+            history[version] = term
     return history

@@ -52,10 +52,10 @@ class Recovery:
 
 
 def steps_of(journal: Journal) -> Steps:
-    """The moments at which some worker was first told of a version in an epoch."""
+    """The moments at which some worker was first told of a version in a term."""
     first: dict[tuple[int, int], Event] = {}
     for event in journal.of("acked"):
-        first.setdefault((event["epoch"], event["version"]), event)
+        first.setdefault((event["term"], event["version"]), event)
     events = sorted(first.values(), key=lambda event: event.t)
     times = [event.t for event in events]
     quiet = journal.of("quiet")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from chaos.cluster.network import Host
 from chaos.cluster.zookeeper import place_on
-from psa_store.local import PrivateRedis
+from psa_store.launch import PrivateRedis
 
 _START_S = 60.0
 _FILLER_BYTES = 1 << 16

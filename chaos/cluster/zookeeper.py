@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chaos.cluster.network import Host
-from psa_store.local import Place, PrivateZooKeeper
+from psa_store.launch import Place, PrivateZooKeeper
 
 _START_S = 60.0
 _ANSWER_S = 0.5
 
 
 class NoLeader(Exception):
-    """No node leads: there is no quorum, or an election is going on."""
+    """No node owns: there is no quorum, or an election is going on."""
 
 
 class ZooKeeperEnsemble:
@@ -62,7 +62,7 @@ class ZooKeeperEnsemble:
             shutil.rmtree(data)
 
     def leader(self) -> int:
-        """The node that leads; raises NoLeader."""
+        """The node that owns; raises NoLeader."""
         for node in range(len(self.addresses)):
             if self._facts(node).get("Mode") == "leader":
                 return node

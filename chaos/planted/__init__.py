@@ -12,7 +12,7 @@ from pathlib import Path
 
 ENV = "CHAOS_PLANTED"
 BUGS = {
-    "no_fence": "Redis takes commits of an epoch that is over",
+    "no_fence": "Redis takes commits of a term that is over",
     "no_dedup": "a gradient that comes twice counts twice",
     "read_before_seal": "a controller reads the heads first, and seals later",
     "double_barrier": "members meet at Kazoo's DoubleBarrier",

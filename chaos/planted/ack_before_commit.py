@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from psa_store.server.committer import Committer, Work
-from psa_store.server.letters import Committed
+from psa_store.server.messages import Committed
 
 _LATER_S = 0.05
 """The word is out before the first chunk is written, whichever thread is faster."""
@@ -16,7 +16,7 @@ def plant() -> None:
     original = Committer.submit
 
     def submit(self: Committer, work: Work) -> None:
-        self._post(Committed(work.epoch, work.version, {}))
+        self._post(Committed(work.term, work.version, {}))
         threading.Timer(_LATER_S, original, (self, work)).start()
 
     Committer.submit = submit  # type: ignore[method-assign]

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from psa_store.consistency import RANK_OF_BUFFERS, Offer, SyncStep
-from psa_store.server.lead import Lead
+from psa_store.server.shard import OwnedShard
 
 
 def plant() -> None:
     """Have servers take every push of the present step, and add up what comes for one rank."""
-    offer, accept, take, apply = SyncStep.offer, SyncStep.accept, Lead.take_gradient, Lead.apply
+    offer, accept, take, apply = SyncStep.offer, SyncStep.accept, OwnedShard.take_gradient, OwnedShard.apply
 
     def take_all(self: SyncStep, step: int, shard: int, rank: int) -> Offer:
         judged = offer(self, step, shard, rank)
@@ -26,18 +26,18 @@ def plant() -> None:
 
     fresh: set[tuple[int, int]] = set()
 
-    def add(self: Lead, rank: int, gradient: Tensor) -> None:
+    def add(self: OwnedShard, rank: int, gradient: Tensor) -> None:
         key = (self.shard.index, rank)
         if key in fresh and not (self.shard.role.name == "BUFFER" and rank == RANK_OF_BUFFERS):
             gradient = gradient + self._gradients[rank]
         fresh.add(key)
         take(self, rank, gradient)
 
-    def apply_and_forget(self: Lead, *arguments: Any, **named: Any) -> None:
+    def apply_and_forget(self: OwnedShard, *arguments: Any, **named: Any) -> None:
         fresh.difference_update({each for each in fresh if each[0] == self.shard.index})
         apply(self, *arguments, **named)
 
     SyncStep.offer = take_all  # type: ignore[method-assign]
     SyncStep.accept = accept_again  # type: ignore[method-assign]
-    Lead.take_gradient = add  # type: ignore[method-assign]
-    Lead.apply = apply_and_forget  # type: ignore[method-assign]
+    OwnedShard.take_gradient = add  # type: ignore[method-assign]
+    OwnedShard.apply = apply_and_forget  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Redis takes commits of an epoch that is over."""
+"""Redis takes commits of a term that is over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from psa_store.storage.calling import Caller
 
-_FENCES = ("if now > epoch then return {'fenced', now} end", "if now and now > args[1] then return {'fenced', now} end")
+_FENCES = ("if now > term then return {'fenced', now} end", "if now and now > args[1] then return {'fenced', now} end")
 """Of commits, and of seals."""
 
 

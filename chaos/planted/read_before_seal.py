@@ -14,13 +14,13 @@ def plant() -> None:
     """Have the seal return what was there before it, with time for others in between."""
     original = RedisStore.seal
 
-    def seal(self: RedisStore, job: str, shards: Iterable[int], epoch: int, layout: str) -> list[Head]:
+    def seal(self: RedisStore, job: str, shards: Iterable[int], term: int, layout: str) -> list[Head]:
         listed = list(shards)
         before = self.heads(job, listed)
         if not any(head.manifests for head in before):
-            return original(self, job, listed, epoch, layout)  # the job is being created: there is nothing to lose
+            return original(self, job, listed, term, layout)  # the job is being created: there is nothing to lose
         time.sleep(_BETWEEN_S)
-        original(self, job, listed, epoch, layout)
+        original(self, job, listed, term, layout)
         return before
 
     RedisStore.seal = seal  # type: ignore[method-assign]

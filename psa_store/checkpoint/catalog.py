@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from psa_store.cluster import newest_common
 from psa_store.errors import DataIntegrity, Rewound, UnknownJob, UsageError
-from psa_store.job import JobConfig, check_name, job_config_from_json
-from psa_store.layout import Layout, Role, layout_from_json
-from psa_store.plan import newest_common
-from psa_store.sections import CLOCK
+from psa_store.job.config import JobConfig, check_name, job_config_from_json
+from psa_store.job.layout import Layout, TensorRole, layout_from_json
 from psa_store.storage import Head, Manifest, RedisStore
+from psa_store.storage.sections import CLOCK
 
 _AUTOMATIC = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
@@ -54,7 +54,7 @@ class Checkpoint:
     version: int
     step: int
     """Steps that every rank has behind it, where pushes are applied on arrival: the slowest."""
-    epoch: int
+    term: int
     created_s: float
     """Seconds since 1970."""
     reason: Reason
@@ -106,7 +106,7 @@ class StoredJob:
         found: dict[int, Manifest] = {}
         for shard in self.layout.shards:
             head = self.heads[shard.index]
-            frozen = shard.role is Role.FROZEN
+            frozen = shard.role is TensorRole.FROZEN
             pinned = None if name is None or frozen else head.pins.get(name)
             manifest = pinned or (None if name and not frozen else head.manifest(0 if frozen else version))
             if manifest is None:
@@ -164,7 +164,7 @@ def complete(
     name: str,
     version: int,
     *,
-    epoch: int,
+    term: int,
     reason: Reason,
     named: bool,
 ) -> Checkpoint:
@@ -185,7 +185,7 @@ def complete(
         name=name,
         version=version,
         step=int(min(clocks)) if clocks else version,
-        epoch=epoch,
+        term=term,
         created_s=time.time(),
         reason=reason,
         named=named,
@@ -294,7 +294,7 @@ def save_at_rest(store: RedisStore, job: str, name: str | None, reason: Reason) 
     except Rewound:
         remove(store, job, stored.layout, [chosen])
         raise
-    epoch = max((head.epoch for head in heads), default=0)
+    term = max((head.term for head in heads), default=0)
     return complete(
-        store, stored.config, stored.layout, chosen, version, epoch=epoch, reason=reason, named=name is not None
+        store, stored.config, stored.layout, chosen, version, term=term, reason=reason, named=name is not None
     )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import UsageError
-from psa_store.layout import ITEM_BYTES, Shard, describe_difference
-from psa_store.sections import PARAM
+from psa_store.job.layout import ITEM_BYTES, Shard, describe_difference
 from psa_store.storage import Manifest, RedisStore
+from psa_store.storage.sections import PARAM
 
 
 @dataclass(slots=True)

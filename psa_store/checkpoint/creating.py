@@ -1,6 +1,6 @@
 """Writing a job that does not exist yet: at version 0, or at the version that was exported from another.
 
-Whoever creates proceeds like a controller that takes over: hold the right to create, take an epoch, seal, write one
+Whoever creates proceeds like a controller that takes over: hold the right to create, take a term, seal, write one
 version of every shard, and last of all store the job's documents. That last write is the moment at which the job
 exists; a creator that dies before leaves nothing that the next one does not replace, and one that was only asleep finds
 its writes fenced.
@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from psa_store.coordination import Coordination
+from psa_store.coordination.identity import new_member_id
 from psa_store.errors import Fenced, JobBusy, UsageError
-from psa_store.failpoints import failpoint
-from psa_store.identity import new_member_id
-from psa_store.job import CREATOR_NODE, JobConfig
-from psa_store.layout import Layout, Role
+from psa_store.job.config import CREATOR_NODE, JobConfig
+from psa_store.job.layout import Layout, TensorRole
 from psa_store.storage import Head, Manifest, RedisStore, ShardState
+from psa_store.testing.failpoints import failpoint
 
 _HEADS_AT_ONCE = 256
 _STREAM_BYTES = 64 << 20
@@ -63,15 +63,15 @@ def write_new_job(
         DependencyUnreachable: Redis or ZooKeeper does not answer.
     """
     job, fragments = config.name, config.mode.fragments
-    trained = len(layout.shards_of(Role.TRAINED))
+    trained = len(layout.shards_of(TensorRole.TRAINED))
     if fragments > max(1, trained):
         raise UsageError(
             f"mode {config.mode}: this model has {trained} trained shards, so use at most {trained} fragments"
         )
-    epoch = begin_new_job(job, layout, store, coordination)
+    term = begin_new_job(job, layout, store, coordination)
     failpoint("create.sealed")
     for at, some in _streams(layout, version, states):
-        for _, outcome in store.commit_each(job, epoch, at, some, keep=config.versions_kept):
+        for _, outcome in store.commit_each(job, term, at, some, keep=config.versions_kept):
             if not isinstance(outcome, Manifest):
                 raise outcome
     failpoint("create.before_documents")
@@ -79,23 +79,23 @@ def write_new_job(
 
 
 def begin_new_job(job: str, layout: Layout, store: RedisStore, coordination: Coordination) -> int:
-    """Take an epoch for a job that Redis does not have, and seal its shards, empty; the caller holds ``CREATOR_NODE``.
+    """Take a term for a job that Redis does not have, and seal its shards, empty; the caller holds ``CREATOR_NODE``.
 
     Raises:
         Fenced: another process creates the job.
         DependencyUnreachable: Redis or ZooKeeper does not answer.
     """
     left = _left_over(job, store)
-    epoch = coordination.next_epoch(at_least=max((head.epoch for head in left), default=0))
+    term = coordination.next_term(at_least=max((head.term for head in left), default=0))
     # A creator that died may have had another layout, or a newer version: none of its shards may be taken for ours.
     if left:
         store.delete_job(job, len(left))
     every = [shard.index for shard in layout.shards]
-    heads = store.seal(job, every, epoch, layout.fingerprint)
+    heads = store.seal(job, every, term, layout.fingerprint)
     if any(head.layout != layout.fingerprint for head in heads):
         raise Fenced(f"job {job!r}: another process creates it at the same time, with another layout")
-    store.trim(job, every, epoch, _NO_VERSION)
-    return epoch
+    store.trim(job, every, term, _NO_VERSION)
+    return term
 
 
 def _left_over(job: str, store: RedisStore) -> list[Head]:
@@ -103,7 +103,7 @@ def _left_over(job: str, store: RedisStore) -> list[Head]:
     heads: list[Head] = []
     while True:
         block = store.heads(job, range(len(heads), len(heads) + _HEADS_AT_ONCE))
-        there = [head for head in block if head.epoch]
+        there = [head for head in block if head.term]
         heads += there
         if len(there) < _HEADS_AT_ONCE:
             return heads
@@ -114,7 +114,7 @@ def _streams(layout: Layout, version: int, states: Iterable[ShardState]) -> Iter
     some: list[ShardState] = []
     size_bytes, at = 0, 0
     for state in states:
-        its = 0 if layout.shards[state.shard].role is Role.FROZEN else version
+        its = 0 if layout.shards[state.shard].role is TensorRole.FROZEN else version
         if some and (its != at or size_bytes >= _STREAM_BYTES):
             yield at, some
             some, size_bytes = [], 0

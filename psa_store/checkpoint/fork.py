@@ -13,9 +13,9 @@ from psa_store.checkpoint.catalog import FORK_PREFIX, announce, read_job
 from psa_store.checkpoint.creating import begin_new_job, right_to_create
 from psa_store.coordination import Coordination
 from psa_store.errors import JobMismatch
-from psa_store.failpoints import failpoint
-from psa_store.job import check_job_name
+from psa_store.job.config import check_job_name
 from psa_store.storage import Manifest, RedisStore
+from psa_store.testing.failpoints import failpoint
 
 
 def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new: str) -> int:
@@ -41,9 +41,9 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         for home in {manifest.home for manifest in shared.values()}:
             announce(store, home, FORK_PREFIX + new)
         _keep(store, shared, new)
-        epoch = begin_new_job(new, stored.layout, store, coordination)
+        term = begin_new_job(new, stored.layout, store, coordination)
         for shard, manifest in shared.items():
-            store.adopt(new, shard, manifest, epoch)
+            store.adopt(new, shard, manifest, term)
         failpoint("fork.adopted")
         config = replace(stored.config, name=new)
         store.create_job(new, config.to_json(), stored.layout.to_json())

@@ -1,6 +1,6 @@
 """Back to an older version, of a job that runs or rests: the same steps as a take-over, with one more in the middle.
 
-Take an epoch, seal, put the version in its place and drop what is newer, publish a plan that begins there. Servers that
+Take a term, seal, put the version in its place and drop what is newer, publish a plan that begins there. Servers that
 live follow it as they would after a death; where none does, the next one finds what is left.
 """
 
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from psa_store import telemetry
+from psa_store import logs
 from psa_store.checkpoint.catalog import read_job
 from psa_store.checkpoint.verification import verify
+from psa_store.cluster import Phase, plan_from_json
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
-from psa_store.failpoints import failpoint
-from psa_store.plan import Phase, plan_from_json
 from psa_store.storage import RedisStore
+from psa_store.testing.failpoints import failpoint
 
 _TRIES_MAX = 10
-"""Each fails only if a controller took an epoch meanwhile."""
+"""Each fails only if a controller took a term meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class RolledBack:
     """Where a job stands now. ``lost``: versions that were newer and that no checkpoint keeps."""
 
     version: int
-    epoch: int
+    term: int
     lost: tuple[int, ...]
 
 
@@ -36,13 +36,13 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
     Raises:
         UsageError: there is no such checkpoint or version.
         DataIntegrity: it is damaged; nothing was changed.
-        DependencyUnreachable: Redis or ZooKeeper does not answer, or other epochs began all the time. Whether the job
+        DependencyUnreachable: Redis or ZooKeeper does not answer, or other terms began all the time. Whether the job
             has gone back is told by its status.
     """
     damage = verify(store, job, what)
     if damage:
         raise DataIntegrity(f"job {job!r}: {what} is damaged, the job stays as it is: {'; '.join(damage)}")
-    log = telemetry.get_logger()
+    log = logs.get_logger()
     for _ in range(_TRIES_MAX):
         stored = read_job(store, job)
         stored.manifests(what)
@@ -50,24 +50,31 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
         name = what if what in stored.checkpoints else None
         seen = coordination.read_plan()
         before = plan_from_json(seen.text) if seen else None
-        known = max((head.epoch for head in stored.heads.values()), default=0)
-        epoch = coordination.next_epoch(at_least=max(known, before.epoch if before else 0))
+        known = max((head.term for head in stored.heads.values()), default=0)
+        term = coordination.next_term(at_least=max(known, before.term if before else 0))
         try:
-            store.seal(job, stored.heads, epoch, stored.layout.fingerprint)
-            store.unwind(job, [shard.index for shard in stored.layout.versioned], epoch, version, name)
+            store.seal(job, stored.heads, term, stored.layout.fingerprint)
+            store.unwind(job, [shard.index for shard in stored.layout.versioned], term, version, name)
         except (Fenced, Rewound) as error:
-            log.info("a controller was faster: again", epoch=epoch, why=str(error))
+            log.info("a controller was faster: again", term=term, why=str(error))
             continue
         failpoint("rollback.unwound")
         kept = {each.version for each in stored.checkpoints.values()}
         lost = tuple(each for each in stored.versions() if each > version and each not in kept)
         if seen is None or before is None or not before.owners:
-            return RolledBack(version, epoch, lost)
+            return RolledBack(version, term, lost)
         plan = replace(
-            before, epoch=epoch, revision=before.revision + 1, resume=version, phase=Phase.RUN, mark=0, cut=None
+            before,
+            term=term,
+            revision=before.revision + 1,
+            resume=version,
+            phase=Phase.RUN,
+            freeze_revision=None,
+            stop_version=None,
+            cut=None,
         )
         if coordination.write_plan(plan.to_json(), seen.version) is not None:
-            return RolledBack(version, epoch, lost)
+            return RolledBack(version, term, lost)
     raise DependencyUnreachable(
-        f"job {job!r}: {_TRIES_MAX} epochs began while it was to go back to {what}. See `psa status {job}`, and repeat."
+        f"job {job!r}: {_TRIES_MAX} terms began while it was to go back to {what}. See `psa status {job}`, and repeat."
     )

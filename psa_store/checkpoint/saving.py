@@ -7,8 +7,9 @@ import time
 
 from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import Checkpoint, Reason, checked_name, read_job, save_at_rest
-from psa_store.checkpoint.wish import Wish, wish_from_json
-from psa_store.coordination import Coordination, MemberKind
+from psa_store.checkpoint.request import CheckpointRequest, request_from_json
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Rewound, UsageError
 from psa_store.storage import RedisStore
 
@@ -44,21 +45,21 @@ def save(
     try:
         while time.monotonic() < deadline_s:
             woken.clear()
-            if not coordination.members(MemberKind.SERVER):
+            if not coordination.members(ProcessRole.SERVER):
                 return _at_rest(store, job, name)
             if not asked:
-                if not coordination.ask_for_checkpoint(chosen, Wish(named=name is not None).to_json()):
+                if not coordination.request_checkpoint(chosen, CheckpointRequest(named=name is not None).to_json()):
                     raise UsageError(f"somebody is taking a checkpoint {chosen!r} of job {job!r} just now")
                 asked = True
-            answer = coordination.read_wish(chosen, watch=True)
+            answer = coordination.read_checkpoint_request(chosen, watch=True)
             if answer is None:
                 return _found(store, job, chosen)
-            if why := wish_from_json(answer.text).failed:
+            if why := request_from_json(answer.text).failed:
                 raise UsageError(f"no checkpoint of job {job!r}: {why}")
             woken.wait(_LOOK_AGAIN_S)
     finally:
         if asked:
-            coordination.withdraw_wish(chosen)
+            coordination.withdraw_checkpoint_request(chosen)
     if chosen in read_job(store, job).checkpoints:
         return _found(store, job, chosen)  # it was there at the last moment
     raise DependencyUnreachable(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from psa_store.checkpoint.catalog import read_job
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.job import JobConfig
-from psa_store.layout import Layout
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout
 from psa_store.storage import Manifest, RedisStore
 
 

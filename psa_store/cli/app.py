@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from psa_store import telemetry
-from psa_store.bench.compare.request import STEPS_MAX, Bench, Carrier, Rule
+from psa_store import logs
+from psa_store.bench.request import STEPS_MAX, Bench, Carrier, Rule
 from psa_store.compression import parse_compression
 from psa_store.config import Settings, as_environment, check_environment, load_settings
 from psa_store.errors import PsaError, UsageError
-from psa_store.mode import parse_mode
-from psa_store.transport import Transport
+from psa_store.job.mode import parse_mode
+from psa_store.job.wire_layout import Transport
 
 EXIT_CODES = """
 Exit codes: 0 done (or left cleanly on SIGTERM) · 1 user code failed, or restarts used up · 2 bad usage, or the job
@@ -135,7 +135,7 @@ def worker(
 
 
 @app.command(context_settings=_SCRIPT)
-def plan(
+def estimate(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")],
     workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
@@ -153,11 +153,13 @@ def plan(
     Mode, compression and the like are those of the script, of PSA_MODE, PSA_COMPRESS, … and of psa.toml, as for
     `psa run`.
 
-    Example: psa plan --workers 8 --servers 2 train.py --layers 12
+    Example: psa estimate --workers 8 --servers 2 train.py --layers 12
     """
-    from psa_store.cli.plan import Wish, show_plan
+    from psa_store.cli.estimate import Options, show_estimate
 
-    show_plan(Wish(_script(script), tuple(context.args), workers, servers, ranks, compute_ms, as_json), _begin("plan"))
+    show_estimate(
+        Options(_script(script), tuple(context.args), workers, servers, ranks, compute_ms, as_json), _begin("estimate")
+    )
 
 
 @app.command()
@@ -165,7 +167,7 @@ def up(
     ensemble: Annotated[int, typer.Option(help="ZooKeeper nodes: 1 or 3")] = 1,
 ) -> None:
     """Start a private Redis and ZooKeeper in the background; `psa down` stops them, their data stay in PSA_HOME."""
-    from psa_store.local import up as start
+    from psa_store.launch import up as start
 
     if ensemble not in (1, 3):
         raise UsageError(f"--ensemble {ensemble}: use 1 or 3")
@@ -177,7 +179,7 @@ def up(
 @app.command()
 def down() -> None:
     """Stop the private Redis and ZooKeeper that `psa up` started. Data stay."""
-    from psa_store.local import down as stop
+    from psa_store.launch import down as stop
 
     settings = _begin("down")
     typer.echo("stopped" if stop(settings.home) else f"nothing is running in {settings.home}")
@@ -189,7 +191,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="look again every second, until Ctrl-C")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for programs; with --watch, one document a line")] = False,
 ) -> None:
-    """Show what is sick, who leads what, who computes what, which versions are stored, and how Redis and ZooKeeper are.
+    """Show what is sick, who owns what, who computes what, which versions are stored, and how Redis and ZooKeeper are.
 
     What is sick comes first, each with the command that looks further. Exits with 3 if Redis or ZooKeeper is away, and
     then shows what the other one knows; with 4 if stored data are damaged.
@@ -483,10 +485,10 @@ def chaos_run(
     Example: psa chaos run --scenario soak --duration 10m --every 10s --seed 7
     Example: psa chaos run --scenario all --seeds 20
     """
-    from psa_store.cli.chaos import Wish, run_chaos
+    from psa_store.cli.chaos import Options, run_chaos
 
     _begin("chaos")
-    run_chaos(Wish(scenario, range(seed, seed + seeds), duration, every, out, keep))
+    run_chaos(Options(scenario, range(seed, seed + seeds), duration, every, out, keep))
 
 
 @chaos_app.command("list")
@@ -502,7 +504,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except PsaError as error:
-        telemetry.complain(str(error))
+        logs.complain(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -512,7 +514,7 @@ def _begin(role: str, *, log_json: bool = False) -> Settings:
     settings = _settings()
     if log_json:
         settings = settings.model_copy(update={"log_json": True})
-    telemetry.configure(settings.log_level, role, as_json=settings.log_json)
+    logs.configure(settings.log_level, role, as_json=settings.log_json)
     return settings
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from psa_store.bench.compare.chart import check_matplotlib, draw
-from psa_store.bench.compare.document import to_document
-from psa_store.bench.compare.driver import run_bench
-from psa_store.bench.compare.report import print_report
-from psa_store.bench.compare.request import Bench
+from psa_store.bench.chart import check_matplotlib, draw
+from psa_store.bench.document import to_document
+from psa_store.bench.driver import run_bench
+from psa_store.bench.report import print_report
+from psa_store.bench.request import Bench
 from psa_store.cli.signals import sigterm_interrupts
 from psa_store.errors import UsageError
 

@@ -18,7 +18,7 @@ _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Options:
     """What the user asked for, as typed."""
 
     scenario: str
@@ -29,7 +29,7 @@ class Wish:
     keep: bool
 
 
-def run_chaos(wish: Wish) -> None:
+def run_chaos(options: Options) -> None:
     """Play scenarios and judge them; raises an error with exit code 1 if a promise was broken."""
     _find_harness()
     from chaos.campaign import Campaign, conduct
@@ -38,12 +38,12 @@ def run_chaos(wish: Wish) -> None:
 
     conduct(
         Campaign(
-            names=wish.scenario.split(","),
-            seeds=wish.seeds,
-            duration_s=None if wish.duration is None else seconds("--duration", wish.duration),
-            every_s=seconds("--every", wish.every),
-            folder=(wish.out or Path(tempfile.mkdtemp(prefix="psa-chaos-"))).absolute(),
-            keep=wish.keep,
+            names=options.scenario.split(","),
+            seeds=options.seeds,
+            duration_s=None if options.duration is None else seconds("--duration", options.duration),
+            every_s=seconds("--every", options.every),
+            folder=(options.out or Path(tempfile.mkdtemp(prefix="psa-chaos-"))).absolute(),
+            keep=options.keep,
         )
     )
 

@@ -24,7 +24,7 @@ from psa_store.checkpoint.verification import verify as find_damage
 from psa_store.cli.sessions import open_coordination, open_history, open_store
 from psa_store.config import Settings
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
-from psa_store.job import check_job_name
+from psa_store.job.config import check_job_name
 from psa_store.storage import RedisStore
 
 
@@ -86,7 +86,7 @@ def _document(stored: StoredJob, what: str) -> dict[str, object]:
         "shards": len(manifests),
         "tensors": len(stored.layout.tensors),
         "section_bytes": dict(sorted(sections.items())),
-        "epochs_written": sorted({manifest.epoch for manifest in manifests.values()}),
+        "terms_written": sorted({manifest.term for manifest in manifests.values()}),
         "shared_with": sorted({manifest.home for manifest in manifests.values()} - {""}),
     }
 
@@ -139,15 +139,15 @@ def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
         done = roll_back(store, coordination, job, what)
         if settings.monitor:
             _tell_history(job, what, done, settings)
-    print(f"job {job} is at version {done.version}, epoch {done.epoch}")
+    print(f"job {job} is at version {done.version}, term {done.term}")
 
 
 def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> None:
-    from psa_store.monitor import EventKind, Note
+    from psa_store.observe import EventKind, Note
 
     name = "" if what == str(done.version) else f"checkpoint {what}, "
-    text = f"the job was told to go back to {name}version {done.version}; epoch {done.epoch} began there"
-    note = Note(time.time(), EventKind.ROLLBACK, text, epoch=done.epoch, version=done.version)
+    text = f"the job was told to go back to {name}version {done.version}; term {done.term} began there"
+    note = Note(time.time(), EventKind.ROLLBACK, text, term=done.term, version=done.version)
     with suppress(DependencyUnreachable), open_history(settings) as history:  # it is done, whether it is told or not
         history.event(job, note.document({}))
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from psa_store.config import FOR_PEOPLE, Settings, origins
-from psa_store.telemetry import hide_passwords, printable
+from psa_store.logs import hide_passwords, printable
 
 
 def show(with_origin: bool, as_json: bool, settings: Settings) -> None:

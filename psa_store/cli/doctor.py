@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from psa_store.config import Settings
-from psa_store.doctor import Check, Verdict, visit
-from psa_store.local import fill_addresses
+from psa_store.launch import fill_addresses
+from psa_store.observe.doctor import Check, Verdict, visit
 
 _UNFIT = 3
 _STYLES = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}

@@ -12,8 +12,8 @@ from psa_store.checkpoint.catalog import read_job
 from psa_store.cli.sessions import open_history, open_store
 from psa_store.config import Settings
 from psa_store.errors import UsageError
-from psa_store.report import check_matplotlib, describe_run, summary, write_report
-from psa_store.report.summary import duration, facts, pause
+from psa_store.observe.report import check_matplotlib, describe_run, summary, write_report
+from psa_store.observe.report.summary import duration, facts, pause
 
 _FAILURES_SHOWN = 20
 

@@ -15,22 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psa_store import telemetry
+from psa_store import logs
+from psa_store.cluster import ProcessRole
 from psa_store.compression import Compression
 from psa_store.config import Settings, as_environment, load_settings
-from psa_store.coordination import Coordination, MemberKind
+from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
-from psa_store.job import RUN_NODE
-from psa_store.local import Addresses, Child, PrivateServers, Role, Supervisor, hold_home, publish, running
-from psa_store.mode import Mode
-from psa_store.monitor.tensorboard import BoardWriter, check_tensorboard
+from psa_store.job.config import RUN_NODE
+from psa_store.job.mode import Mode
+from psa_store.job.wire_layout import Transport
+from psa_store.launch import Addresses, Child, PrivateServers, Supervisor, hold_home, publish, running
+from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
 from psa_store.storage import RedisStore
-from psa_store.transport import Transport
 
 _LEAVE_S = 60.0
 _HOLD_POLL_S = 0.1
 _HOLD_GRACE_S = 2.0
-_KINDS = {Role.WORKER: MemberKind.WORKER, Role.SERVER: MemberKind.SERVER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +79,19 @@ def run_job(options: RunOptions, settings: Settings) -> int:
                     board = BoardWriter(name, settings.tensorboard, addresses.redis, settings.connect_timeout_s)
                     stack.enter_context(closing(board))
                 for _ in range(options.servers):
-                    supervisor.spawn(Role.SERVER, server_main, name)
+                    supervisor.spawn(ProcessRole.SERVER, server_main, name)
 
         def finished() -> bool:
             if private is not None and not private.running:
-                telemetry.get_logger().warning("a private server died: starting it again")
+                logs.get_logger().warning("a private server died: starting it again")
                 private.start()
-            return not supervisor.alive(Role.WORKER)
+            return not supervisor.alive(ProcessRole.WORKER)
 
         for _ in range(options.workers):
-            supervisor.spawn(Role.WORKER, worker_main, str(options.script), options.arguments)
+            supervisor.spawn(ProcessRole.WORKER, worker_main, str(options.script), options.arguments)
         code = supervisor.run(until=finished)
         # Workers first: they finish the step that they are in, which needs the servers.
-        left = [supervisor.stop(role, _LEAVE_S) for role in (Role.WORKER, Role.SERVER)]
+        left = [supervisor.stop(role, _LEAVE_S) for role in (ProcessRole.WORKER, ProcessRole.SERVER)]
         if code == 128 + signal.SIGTERM:
             return max(left)
         return code if code != 128 + signal.SIGINT else 130
@@ -107,7 +107,7 @@ class _RunningJob:
         self._name: str | None = None
         self._coordination: Coordination | None = None
         self._generation = 0
-        self._log = telemetry.get_logger()
+        self._log = logs.get_logger()
 
     def close(self) -> None:
         if self._coordination is not None:
@@ -120,7 +120,7 @@ class _RunningJob:
                 raise UsageError(f"one `psa run` trains one job, but its workers named {self._name!r} and {name!r}")
             return False
         self._name = name
-        telemetry.identify(job=name)
+        logs.identify(job=name)
         self._coordination = Coordination(
             self._addresses.zookeeper,
             name,
@@ -137,7 +137,7 @@ class _RunningJob:
         if self._coordination is None:
             return
         try:
-            self._coordination.remove(_KINDS[child.role], child.member)
+            self._coordination.remove(child.role, child.member)
             if self._coordination.session_generation() != self._generation:
                 self._hold(self._coordination)
         except DependencyUnreachable as error:
@@ -178,14 +178,14 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
 def _in_child(role: str, work: Any) -> None:
     """Run the work of a child process; our errors end it with their code, others with a traceback and 1."""
     settings = load_settings()
-    telemetry.configure(settings.log_level, role, as_json=settings.log_json)
+    logs.configure(settings.log_level, role, as_json=settings.log_json)
     try:
         work()
     except PsaError as error:
-        telemetry.complain(f"{role}: {error}")
+        logs.complain(f"{role}: {error}")
         sys.exit(error.exit_code)
     except Exception:
-        telemetry.complain(f"{role}: user code failed", with_traceback=True)
+        logs.complain(f"{role}: user code failed", with_traceback=True)
         sys.exit(1)
 
 
@@ -202,7 +202,7 @@ def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | N
     servers = stack.enter_context(closing(PrivateServers(settings.home)))
     servers.start()
     publish(settings.home, servers.addresses)
-    telemetry.get_logger().info("private Redis and ZooKeeper", home=str(settings.home))
+    logs.get_logger().info("private Redis and ZooKeeper", home=str(settings.home))
     return servers
 
 

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.local import fill_addresses
+from psa_store.launch import fill_addresses
 from psa_store.storage import History, RedisStore
 
 

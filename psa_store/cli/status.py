@@ -17,8 +17,8 @@ from rich.live import Live
 from psa_store.cli.status_view import apology, job_view, overview
 from psa_store.config import Settings
 from psa_store.errors import DataIntegrity, DependencyUnreachable
-from psa_store.local import fill_addresses
-from psa_store.status import PATIENCE_S_MAX, Observer, known_jobs
+from psa_store.launch import fill_addresses
+from psa_store.observe.status import PATIENCE_S_MAX, Observer, known_jobs
 from psa_store.storage import RedisStore
 
 _LOOK_EVERY_S = 1.0

@@ -77,12 +77,12 @@ def _numbers(document: Document) -> Text:
         f"version {_whole(document['version'])}, committed version {_whole(document['committed'])}{lag}",
         f"{_whole(document['samples_per_s'])} samples/s",
         "loss -" if document["loss"] is None else f"loss {document['loss']:.4f}",
-        f"epoch {_whole(document['epoch'])} since version {_whole(document['resumed_at'])}",
+        f"term {_whole(document['term'])} since version {_whole(document['resumed_at'])}",
         f"controller {document['controller'] or _NOTHING}",
     ]
     numbers = Text(", ".join(doing))
     pages = [
-        each["metrics"] for each in document["servers"] if each["id"] == document["controller"] and each["metrics"]
+        each["endpoint"] for each in document["servers"] if each["id"] == document["controller"] and each["endpoint"]
     ]
     numbers.append("".join(f"\npage http://{address}" for address in pages))
     if document["ranks"] is not None:
@@ -115,7 +115,7 @@ _JOBS: Sequence[Column] = (
     ("state", lambda each: each["state"], True),
     ("version", lambda each: _whole(each["version"]), False),
     ("committed", lambda each: _whole(each["committed"]), True),
-    ("epoch", lambda each: _whole(each["epoch"]), False),
+    ("term", lambda each: _whole(each["term"]), False),
     ("servers", lambda each: str(len(each["servers"])), True),
     ("workers", lambda each: str(len(each["workers"])), True),
     ("samples/s", lambda each: _whole(each["samples_per_s"]), False),

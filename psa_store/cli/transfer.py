@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 
-from psa_store.checkpoint.export import MAX_FILE_BYTES, export_version, open_export
-from psa_store.checkpoint.importing import import_export
+from psa_store.checkpoint.files.export import MAX_FILE_BYTES, export_version, open_export
+from psa_store.checkpoint.files.importing import import_export
 from psa_store.checkpoint.version import stored_version
 from psa_store.cli.sessions import open_coordination, open_store
 from psa_store.config import Settings
-from psa_store.job import check_job_name
-from psa_store.telemetry import printable
+from psa_store.job.config import check_job_name
+from psa_store.logs import printable
 
 
 def export_files(

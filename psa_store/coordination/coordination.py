@@ -1,7 +1,7 @@
 """What psa_store keeps in ZooKeeper for one job, and how a process takes part in it.
 
     /psa/<job>/config              what the job is                     written once
-    /psa/<job>/epoch               the newest epoch                    grows by compare-and-set
+    /psa/<job>/term               the newest term                    grows by compare-and-set
     /psa/<job>/plan                who serves and computes what        replaced by compare-and-set
     /psa/<job>/servers/<id>        a server; workers/<id> a worker     ephemeral
     /psa/<job>/election/<s>-<n>    candidates for controller           ephemeral, sequential
@@ -18,12 +18,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from psa_store.coordination import barrier, election, epochs
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import barrier, election, terms
 from psa_store.coordination.barrier import Barrier
-from psa_store.coordination.requests import Requests
 from psa_store.coordination.session import Session
+from psa_store.coordination.znodes import Znodes
 from psa_store.errors import Disconnected, UsageError
 
 _ROOT = "psa"
@@ -37,13 +37,6 @@ class Versioned:
     version: int
     modified_s: float = field(default=0.0, compare=False)
     """When it was written, by ZooKeeper's clock, in seconds since 1970; 0 where it was not read."""
-
-
-class MemberKind(StrEnum):
-    """The two kinds of members; the values are the names of their folders."""
-
-    SERVER = "servers"
-    WORKER = "workers"
 
 
 class Coordination:
@@ -71,7 +64,7 @@ class Coordination:
         self._session = Session(
             addresses, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=wake
         )
-        self._joined: dict[MemberKind, set[str]] = {kind: set() for kind in MemberKind}
+        self._joined: dict[ProcessRole, set[str]] = {role: set() for role in ProcessRole}
         """Ids under which we may be a member: all that we tried since the last success."""
 
     def start(self) -> None:
@@ -100,65 +93,65 @@ class Coordination:
 
     def read_config(self) -> str | None:
         """What the job is; None if it was not created."""
-        node = self._session.run(lambda requests: requests.get(f"{self._job}/config"))
+        node = self._session.run(lambda znodes: znodes.get(f"{self._job}/config"))
         return node.text if node is not None else None
 
     def create_config(self, text: str) -> bool:
         """Store what the job is; False if that was done before."""
-        return self._session.run(lambda requests: _create_document(requests, f"{self._job}/config", text))
+        return self._session.run(lambda znodes: _create_document(znodes, f"{self._job}/config", text))
 
-    def next_epoch(self, at_least: int = 0) -> int:
-        """Take an epoch that is greater than ``at_least`` and than all that were ever taken."""
-        return self._session.run(lambda requests: epochs.take(requests, self._epoch, at_least))
+    def next_term(self, at_least: int = 0) -> int:
+        """Take a term that is greater than ``at_least`` and than all that were ever taken."""
+        return self._session.run(lambda znodes: terms.take(znodes, self._term, at_least))
 
     def read_plan(self, *, watch: bool = False) -> Versioned | None:
         """The plan; None if there is none yet. ``watch``: wake when it is created or changes."""
-        node = self._session.run(lambda requests: requests.get(f"{self._job}/plan", watch=watch))
+        node = self._session.run(lambda znodes: znodes.get(f"{self._job}/plan", watch=watch))
         return Versioned(node.text, node.version, node.modified_s) if node is not None else None
 
     def write_plan(self, text: str, expected: int | None) -> Versioned | None:
         """Replace the plan of version ``expected``, or create it (None); None if someone else was faster."""
-        return self._session.run(lambda requests: _compare_and_set(requests, f"{self._job}/plan", text, expected))
+        return self._session.run(lambda znodes: _compare_and_set(znodes, f"{self._job}/plan", text, expected))
 
     # --- members
 
-    def join(self, kind: MemberKind, member: str, text: str) -> None:
+    def join(self, role: ProcessRole, member: str, text: str) -> None:
         """Be a member. A session has one member of each kind: joining under another id withdraws the earlier one.
 
         That holds also for a join that was cut off: else a member that nobody plays would stay until we end.
         """
-        earlier = [self._member(kind, other) for other in self._joined[kind] - {member}]
-        self._joined[kind].add(member)
-        owner = self._session.run(lambda requests: _join(requests, self._member(kind, member), text, earlier))
-        self._joined[kind] = {member}
+        earlier = [self._member(role, other) for other in self._joined[role] - {member}]
+        self._joined[role].add(member)
+        owner = self._session.run(lambda znodes: _join(znodes, self._member(role, member), text, earlier))
+        self._joined[role] = {member}
         self._session.settle(owner)
 
-    def update(self, kind: MemberKind, member: str, text: str) -> None:
+    def update(self, role: ProcessRole, member: str, text: str) -> None:
         """Replace a member's text. Raises Disconnected if it is no longer a member."""
-        path = self._member(kind, member)
-        if self._session.run(lambda requests: requests.set(path, text)) is None:
+        path = self._member(role, member)
+        if self._session.run(lambda znodes: znodes.set(path, text)) is None:
             raise Disconnected(f"{path} is gone: the session expired or the member was reported dead; join again")
 
-    def leave(self, kind: MemberKind, member: str) -> None:
+    def leave(self, role: ProcessRole, member: str) -> None:
         """Be a member no longer. Idempotent."""
-        self._session.run(lambda requests: requests.delete(self._member(kind, member)))
+        self._session.run(lambda znodes: znodes.delete(self._member(role, member)))
 
-    def remove(self, kind: MemberKind, member: str) -> None:
+    def remove(self, role: ProcessRole, member: str) -> None:
         """Report that a member is dead: its znode and its candidacy go now, not when its session ends. Idempotent."""
 
-        def attempt(requests: Requests) -> None:
-            requests.delete(self._member(kind, member))
-            if kind is MemberKind.SERVER:
-                election.withdraw(requests, self._election, member)
+        def attempt(znodes: Znodes) -> None:
+            znodes.delete(self._member(role, member))
+            if role is ProcessRole.SERVER:
+                election.withdraw(znodes, self._election, member)
 
         self._session.run(attempt)
 
-    def members(self, kind: MemberKind, *, watch: bool = False) -> dict[str, str]:
+    def members(self, role: ProcessRole, *, watch: bool = False) -> dict[str, str]:
         """Text of each member by id. ``watch``: wake when one comes, goes or changes; for the controller only."""
 
-        def attempt(requests: Requests) -> dict[str, str]:
-            names = requests.children(f"{self._job}/{kind.value}", watch=watch)
-            nodes = requests.get_all([self._member(kind, name) for name in names], watch=watch)
+        def attempt(znodes: Znodes) -> dict[str, str]:
+            names = znodes.children(f"{self._job}/{role.value}s", watch=watch)
+            nodes = znodes.get_all([self._member(role, name) for name in names], watch=watch)
             return {name: node.text for name, node in zip(names, nodes, strict=True) if node is not None}
 
         return self._session.run(attempt)
@@ -167,29 +160,29 @@ class Coordination:
 
     def campaign(self, member: str) -> None:
         """Be a candidate for controller. Idempotent within a session, which has one candidate."""
-        self._session.run(lambda requests: election.campaign(requests, self._election, member))
+        self._session.run(lambda znodes: election.campaign(znodes, self._election, member))
 
     def is_elected(self, member: str) -> bool:
         """Whether ``member`` leads now; if not, wake when the candidate before it goes."""
-        return self._session.run(lambda requests: election.is_elected(requests, self._election, member))
+        return self._session.run(lambda znodes: election.is_elected(znodes, self._election, member))
 
     def elected(self) -> str | None:
         """The member that leads now; None if there is no candidate."""
-        return self._session.run(lambda requests: election.elected(requests, self._election))
+        return self._session.run(lambda znodes: election.elected(znodes, self._election))
 
     # --- checkpoint barriers
 
-    def open_barrier(self, epoch: int, members: Iterable[str]) -> str:
+    def open_barrier(self, term: int, members: Iterable[str]) -> str:
         """Open a barrier for exactly these members; returns its id, which they must be told. Old ones are removed.
 
         Args:
-            epoch: a newer one aborts it.
+            term: a newer one aborts it.
             members: ids of members of either kind; at least one.
         """
         wanted = sorted(set(members))
         if not wanted:
             raise UsageError("a barrier needs at least one member")
-        return self._session.run(lambda requests: barrier.open_barrier(requests, self._barriers, epoch, wanted))
+        return self._session.run(lambda znodes: barrier.open_barrier(znodes, self._barriers, term, wanted))
 
     def arrive(self, barrier_id: str, member: str, text: str) -> Barrier | None:
         """Say that ``member`` is there, with a small text that the others get to read; not before it is so.
@@ -198,51 +191,51 @@ class Coordination:
         expected changes nothing. Our arrival ends with our session.
         """
         path = f"{self._barriers}/{barrier_id}"
-        return self._session.run(lambda requests: barrier.arrive(requests, path, self._epoch, member, text))
+        return self._session.run(lambda znodes: barrier.arrive(znodes, path, self._term, member, text))
 
     def read_barrier(self, barrier_id: str, *, watch: bool = False) -> Barrier | None:
         """The barrier, None if it is gone. ``watch``: wake when it is decided."""
         path = f"{self._barriers}/{barrier_id}"
-        return self._session.run(lambda requests: barrier.read_barrier(requests, path, watch=watch))
+        return self._session.run(lambda znodes: barrier.read_barrier(znodes, path, watch=watch))
 
     def settle_barrier(self, barrier_id: str, *, expired: bool = False) -> Barrier | None:
-        """Abort the barrier if it cannot succeed: a member has gone, an epoch has begun, or, with ``expired``, now.
+        """Abort the barrier if it cannot succeed: a member has gone, a term has begun, or, with ``expired``, now.
 
-        For the controller when members or epoch change, and for anybody who will not wait any longer. It may also
+        For the controller when members or term change, and for anybody who will not wait any longer. It may also
         turn out to be done: then everybody has arrived.
         """
         path = f"{self._barriers}/{barrier_id}"
 
-        def attempt(requests: Requests) -> Barrier | None:
-            living = [name for kind in MemberKind for name in requests.children(f"{self._job}/{kind.value}")]
-            return barrier.settle(requests, path, self._epoch, living=living, expired=expired)
+        def attempt(znodes: Znodes) -> Barrier | None:
+            living = [name for role in ProcessRole for name in znodes.children(f"{self._job}/{role.value}s")]
+            return barrier.settle(znodes, path, self._term, living=living, expired=expired)
 
         return self._session.run(attempt)
 
     # --- wishes for checkpoints
 
-    def ask_for_checkpoint(self, name: str, text: str) -> bool:
+    def request_checkpoint(self, name: str, text: str) -> bool:
         """Ask the controller for a checkpoint; False if somebody has asked for one of this name."""
         path = f"{self._checkpoints}/{name}"
-        return self._session.run(lambda requests: _create_document(requests, path, text))
+        return self._session.run(lambda znodes: _create_document(znodes, path, text))
 
-    def wishes(self, *, watch: bool = False) -> list[str]:
+    def checkpoint_requests(self, *, watch: bool = False) -> list[str]:
         """Names of the checkpoints that are asked for. ``watch``: wake when one comes or goes."""
-        return self._session.run(lambda requests: requests.children(self._checkpoints, watch=watch))
+        return self._session.run(lambda znodes: znodes.children(self._checkpoints, watch=watch))
 
-    def read_wish(self, name: str, *, watch: bool = False) -> Versioned | None:
+    def read_checkpoint_request(self, name: str, *, watch: bool = False) -> Versioned | None:
         """What was asked, or answered; None if it is gone. ``watch``: wake when that changes."""
         path = f"{self._checkpoints}/{name}"
-        node = self._session.run(lambda requests: requests.get(path, watch=watch))
+        node = self._session.run(lambda znodes: znodes.get(path, watch=watch))
         return Versioned(node.text, node.version) if node is not None else None
 
-    def answer_wish(self, name: str, text: str) -> None:
+    def answer_checkpoint_request(self, name: str, text: str) -> None:
         """Say what came of it, if it is still there."""
-        self._session.run(lambda requests: requests.set(f"{self._checkpoints}/{name}", text))
+        self._session.run(lambda znodes: znodes.set(f"{self._checkpoints}/{name}", text))
 
-    def withdraw_wish(self, name: str) -> None:
+    def withdraw_checkpoint_request(self, name: str) -> None:
         """Ask no longer. Idempotent."""
-        self._session.run(lambda requests: requests.delete(f"{self._checkpoints}/{name}"))
+        self._session.run(lambda znodes: znodes.delete(f"{self._checkpoints}/{name}"))
 
     # --- a held name
 
@@ -251,31 +244,31 @@ class Coordination:
 
         Returns None if we hold it now, else the text of its present holder; then wake when that one goes.
         """
-        return self._session.run(lambda requests: _hold(requests, f"{self._job}/{name}", text))
+        return self._session.run(lambda znodes: _hold(znodes, f"{self._job}/{name}", text))
 
     def holder(self, name: str) -> str | None:
         """Text of the present holder of ``name``; None if nobody holds it."""
-        node = self._session.run(lambda requests: requests.get(f"{self._job}/{name}"))
+        node = self._session.run(lambda znodes: znodes.get(f"{self._job}/{name}"))
         return node.text if node is not None else None
 
     def release(self, name: str) -> None:
         """Hold ``name`` no longer. Idempotent; what another session holds stays."""
-        self._session.run(lambda requests: _release(requests, f"{self._job}/{name}"))
+        self._session.run(lambda znodes: _release(znodes, f"{self._job}/{name}"))
 
     # --- the whole
 
     def delete_job(self) -> None:
         """Delete everything that ZooKeeper knows of the job. Idempotent."""
-        self._session.run(lambda requests: _delete_tree(requests, self._job))
+        self._session.run(lambda znodes: _delete_tree(znodes, self._job))
 
     def jobs(self) -> list[str]:
         """Names of the jobs that ZooKeeper knows."""
-        return self._session.run(lambda requests: requests.children(self._root))
+        return self._session.run(lambda znodes: znodes.children(self._root))
 
     def round_trip_s(self) -> float:
         """How long the way through our server to the leader and back takes now."""
         started_s = time.perf_counter()
-        self._session.run(lambda requests: requests.sync())
+        self._session.run(lambda znodes: znodes.sync())
         return time.perf_counter() - started_s
 
     def describe(self) -> dict[str, object]:
@@ -302,70 +295,70 @@ class Coordination:
         return f"{self._job}/checkpoints"
 
     @property
-    def _epoch(self) -> str:
-        return f"{self._job}/epoch"
+    def _term(self) -> str:
+        return f"{self._job}/term"
 
-    def _member(self, kind: MemberKind, member: str) -> str:
+    def _member(self, role: ProcessRole, member: str) -> str:
         if not member or "/" in member:
             raise UsageError(f"member id {member!r}: it must not be empty or contain '/'")
-        return f"{self._job}/{kind.value}/{member}"
+        return f"{self._job}/{role.value}s/{member}"
 
 
-def _create_document(requests: Requests, path: str, text: str) -> bool:
+def _create_document(znodes: Znodes, path: str, text: str) -> bool:
     """After an attempt that was cut off, the same text counts as ours."""
-    if requests.create(path, text) is not None:
+    if znodes.create(path, text) is not None:
         return True
-    node = requests.get(path) if requests.repeated else None
+    node = znodes.get(path) if znodes.repeated else None
     return node is not None and node.text == text
 
 
-def _compare_and_set(requests: Requests, path: str, text: str, expected: int | None) -> Versioned | None:
+def _compare_and_set(znodes: Znodes, path: str, text: str, expected: int | None) -> Versioned | None:
     """After an attempt that was cut off, our text at the version that we wanted to write is our own success."""
     if expected is None:
-        node, wanted = requests.create(path, text), 0
+        node, wanted = znodes.create(path, text), 0
     else:
-        node, wanted = requests.set(path, text, expected), expected + 1
-    if node is None and requests.repeated:
-        stored = requests.get(path)
+        node, wanted = znodes.set(path, text, expected), expected + 1
+    if node is None and znodes.repeated:
+        stored = znodes.get(path)
         if stored is not None and (stored.text, stored.version) == (text, wanted):
             node = stored
     return Versioned(node.text, node.version) if node is not None else None
 
 
-def _join(requests: Requests, path: str, text: str, earlier: list[str]) -> int:
+def _join(znodes: Znodes, path: str, text: str, earlier: list[str]) -> int:
     """Returns the session that owns the node: ours. Ids are never reused, so any other owner is a former session."""
-    requests.delete(*earlier)
+    znodes.delete(*earlier)
     while True:
-        created = requests.create(path, text, ephemeral=True)
+        created = znodes.create(path, text, ephemeral=True)
         if created is not None:
             return created.owner
-        node = requests.get(path)
-        if node is not None and node.owner == requests.session_id and requests.set(path, text) is not None:
+        node = znodes.get(path)
+        if node is not None and node.owner == znodes.session_id and znodes.set(path, text) is not None:
             return node.owner
-        requests.delete(path)
+        znodes.delete(path)
 
 
-def _hold(requests: Requests, path: str, text: str) -> str | None:
+def _hold(znodes: Znodes, path: str, text: str) -> str | None:
     """The owner of the node tells whether an attempt that was cut off succeeded."""
-    while requests.create(path, text, ephemeral=True) is None:
-        node = requests.get(path, watch=True)
+    while znodes.create(path, text, ephemeral=True) is None:
+        node = znodes.get(path, watch=True)
         if node is not None:
-            return None if node.owner == requests.session_id else node.text
+            return None if node.owner == znodes.session_id else node.text
     return None
 
 
-def _release(requests: Requests, path: str) -> None:
-    node = requests.get(path)
-    if node is not None and node.owner == requests.session_id:
-        requests.delete(path)
+def _release(znodes: Znodes, path: str) -> None:
+    node = znodes.get(path)
+    if node is not None and node.owner == znodes.session_id:
+        znodes.delete(path)
 
 
-def _delete_tree(requests: Requests, path: str) -> None:
+def _delete_tree(znodes: Znodes, path: str) -> None:
     """Repeats while members that do not know of it yet put something back."""
-    while names := requests.children(path):
+    while names := znodes.children(path):
         children = [f"{path}/{name}" for name in names]
-        requests.delete(*children)
+        znodes.delete(*children)
         for child in children:
-            if requests.get(child) is not None:
-                _delete_tree(requests, child)
-    requests.delete(path)
+            if znodes.get(child) is not None:
+                _delete_tree(znodes, child)
+    znodes.delete(path)

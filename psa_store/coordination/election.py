@@ -3,61 +3,61 @@
 A candidate is an ephemeral sequential znode ``<session>-<sequence>`` that holds the member's id. The session in its
 name finds a candidate again whose creation was cut off: entering twice is therefore harmless, and so are duplicates,
 since the lowest counts. An election may have two winners for a moment (the old one paused): whoever acts on it must
-take an epoch. Only ``coordination.py`` may use it.
+take a term. Only ``coordination.py`` may use it.
 """
 
 from __future__ import annotations
 
-from psa_store.coordination.requests import Requests
+from psa_store.coordination.znodes import Znodes
 
 
-def campaign(requests: Requests, folder: str, member: str) -> None:
+def campaign(znodes: Znodes, folder: str, member: str) -> None:
     """Be a candidate. A session has one member as candidate: under another id, the earlier one is withdrawn."""
     while True:
-        session = requests.session_id
-        mine = [f"{folder}/{name}" for name in _candidates(requests, folder) if _is_of(name, session)]
-        found = [node for node in requests.get_all(mine) if node is not None]
-        requests.delete(*(node.path for node in found if node.text != member))
+        session = znodes.session_id
+        mine = [f"{folder}/{name}" for name in _candidates(znodes, folder) if _is_of(name, session)]
+        found = [node for node in znodes.get_all(mine) if node is not None]
+        znodes.delete(*(node.path for node in found if node.text != member))
         if any(node.text == member for node in found):
             return
-        created = requests.create(f"{folder}/{_prefix(session)}", member, ephemeral=True, sequence=True)
+        created = znodes.create(f"{folder}/{_prefix(session)}", member, ephemeral=True, sequence=True)
         assert created is not None, "a sequential name was used twice"
         if created.owner == session:
             return
-        requests.delete(created.path)  # our session expired in between: nobody would find it by its name
+        znodes.delete(created.path)  # our session expired in between: nobody would find it by its name
 
 
-def is_elected(requests: Requests, folder: str, member: str) -> bool:
+def is_elected(znodes: Znodes, folder: str, member: str) -> bool:
     """Whether ``member`` of this session leads; if another does, a watch waits for the one just before us."""
     while True:
-        names = _candidates(requests, folder)
-        place = next((i for i, name in enumerate(names) if _is_of(name, requests.session_id)), None)
+        names = _candidates(znodes, folder)
+        place = next((i for i, name in enumerate(names) if _is_of(name, znodes.session_id)), None)
         if place is None:
             return False
         if place == 0:
-            first = requests.get(f"{folder}/{names[0]}")
+            first = znodes.get(f"{folder}/{names[0]}")
             return first is not None and first.text == member
-        if requests.get(f"{folder}/{names[place - 1]}", watch=True) is not None:
+        if znodes.get(f"{folder}/{names[place - 1]}", watch=True) is not None:
             return False
 
 
-def elected(requests: Requests, folder: str) -> str | None:
+def elected(znodes: Znodes, folder: str) -> str | None:
     """The member that leads; None if there is no candidate."""
-    for name in _candidates(requests, folder):
-        node = requests.get(f"{folder}/{name}")
+    for name in _candidates(znodes, folder):
+        node = znodes.get(f"{folder}/{name}")
         if node is not None:
             return node.text
     return None
 
 
-def withdraw(requests: Requests, folder: str, member: str) -> None:
+def withdraw(znodes: Znodes, folder: str, member: str) -> None:
     """Delete the candidates of a member, whoever made them."""
-    found = requests.get_all([f"{folder}/{name}" for name in requests.children(folder)])
-    requests.delete(*(node.path for node in found if node is not None and node.text == member))
+    found = znodes.get_all([f"{folder}/{name}" for name in znodes.children(folder)])
+    znodes.delete(*(node.path for node in found if node is not None and node.text == member))
 
 
-def _candidates(requests: Requests, folder: str) -> list[str]:
-    return sorted(requests.children(folder), key=lambda name: int(name.rpartition("-")[2]))
+def _candidates(znodes: Znodes, folder: str) -> list[str]:
+    return sorted(znodes.children(folder), key=lambda name: int(name.rpartition("-")[2]))
 
 
 def _prefix(session: int) -> str:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from kazoo.hosts import collect_hosts
 
 from psa_store.coordination.client import four_letters
-from psa_store.coordination.requests import Requests
 from psa_store.coordination.session import Session
+from psa_store.coordination.znodes import Znodes
 from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
 
 _ROUND_TRIPS = 15
@@ -58,7 +58,7 @@ def examine_zookeeper(hosts: str, *, session_timeout_s: float, connect_timeout_s
     return _ask_each(hosts, lambda host, port: _examine(host, port, session_timeout_s, connect_timeout_s))
 
 
-def greet_zookeeper(hosts: str, timeout_s: float) -> list[ZooKeeperMember]:
+def probe_zookeeper(hosts: str, timeout_s: float) -> list[ZooKeeperMember]:
     """The same from one short question to each, without a session: nothing is known of how fast it is.
 
     A member that is silent for ``timeout_s``, as a stopped process is, does not serve.
@@ -108,7 +108,7 @@ def _examine(host: str, port: int, session_timeout_s: float, connect_timeout_s: 
         return replace(greeted, problem=f"it gives no session within {connect_timeout_s:g} s")
 
 
-def _round_trip(requests: Requests) -> float:
+def _round_trip(znodes: Znodes) -> float:
     started_s = time.perf_counter()
-    requests.sync()
+    znodes.sync()
     return time.perf_counter() - started_s

@@ -26,7 +26,7 @@ from kazoo.handlers.threading import KazooTimeoutError
 from kazoo.protocol.states import KazooState, KeeperState
 
 from psa_store.coordination.client import Client
-from psa_store.coordination.requests import Requests
+from psa_store.coordination.znodes import Znodes
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, Disconnected, UsageError
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Session:
 
     # --- calls
 
-    def run(self, attempt: Callable[[Requests], T], *, until_s: float | None = None) -> T:
+    def run(self, attempt: Callable[[Znodes], T], *, until_s: float | None = None) -> T:
         """Make attempts until one is not cut off, for as long as ``connect_timeout_s``.
 
         Raises:
@@ -164,7 +164,7 @@ class Session:
         repeated = False
         while True:
             self._await_connection(deadline_s)
-            requests = Requests(
+            znodes = Znodes(
                 self._client,
                 session_id=lambda: self._id,
                 left_s=lambda: deadline_s - _now_s(),
@@ -172,7 +172,7 @@ class Session:
                 repeated=repeated,
             )
             try:
-                return attempt(requests)
+                return attempt(znodes)
             except _OUTCOME_UNKNOWN:
                 repeated = True
             except KazooTimeoutError as error:
@@ -184,7 +184,7 @@ class Session:
                 ) from error
 
     def _await_connection(self, deadline_s: float) -> None:
-        """Requests are made only while connected: Kazoo would keep them, and send them after we have given up."""
+        """Znodes are made only while connected: Kazoo would keep them, and send them after we have given up."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._client.connected or self._closing.is_set(), max(0.0, deadline_s - _now_s())
@@ -210,9 +210,9 @@ class Session:
             except (DependencyUnreachable, Disconnected):
                 continue  # the lease runs out by itself
 
-    def _beat(self, requests: Requests) -> None:
+    def _beat(self, znodes: Znodes) -> None:
         session, sent_s = self._id, _now_s()
-        requests.sync()
+        znodes.sync()
         with self._changed:
             if session == self._id:
                 self._lease_until_s = sent_s + self.granted_s * _LEASE_SHARE

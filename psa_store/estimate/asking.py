@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from psa_store.errors import UsageError, UserCodeFailed
-from psa_store.job import JobConfig
-from psa_store.layout import Layout
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout
 from psa_store.worker.draft import read_draft
 
 
@@ -23,7 +23,7 @@ def ask_script(
         UserCodeFailed: it failed, or took longer than ``timeout_s``.
         UsageError: it ended without a Worker.
     """
-    with tempfile.TemporaryDirectory(prefix="psa-plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="psa-estimate-") as folder:
         path = Path(folder) / "draft.json"
         try:
             done = subprocess.run(
@@ -46,6 +46,6 @@ def ask_script(
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         raise UserCodeFailed(f"{script} ended with {how} before it made a psa.Worker; what it printed stands above")
     raise UsageError(
-        f"{script} ended without making a psa.Worker, so there is nothing to plan. Give it the arguments with which it "
-        "trains, and see that it trains when run as a program."
+        f"{script} ended without making a psa.Worker, so there is nothing to estimate. Give it the arguments "
+        "with which it trains, and see that it trains when run as a program."
     )

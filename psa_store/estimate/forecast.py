@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from psa_store.estimate.traffic import ServerShare, Traffic
-from psa_store.job import JobConfig
-from psa_store.layout import Layout, Role
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout, TensorRole
 from psa_store.server.arithmetic import INLINE_BYTES
 
 LINK_S = 1.2e-3
@@ -80,7 +80,7 @@ def forecast(
     mode = config.mode
     busy_workers = sum(1 for held in traffic.ranks if held)
     leading = [server for server in traffic.servers if server.shards]
-    trained = sum(shard.numel for shard in layout.shards_of(Role.TRAINED))
+    trained = sum(shard.numel for shard in layout.shards_of(TensorRole.TRAINED))
     per_worker = min(speeds.cores, max(1, busy_workers))
     per_server = min(speeds.cores, max(1, sum(_threads(server, threads) for server in leading)))
     pushed = config.ranks * trained / mode.steps  # elements, by all ranks in a step

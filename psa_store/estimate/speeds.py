@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from psa_store.codec import decode, encode
+from psa_store.compression.codec import decode, encode
 from psa_store.estimate.forecast import Speeds
-from psa_store.job import JobConfig
-from psa_store.layout import ITEM_BYTES, Layout, Role, TensorSpec, plan_layout
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import ITEM_BYTES, Layout, TensorRole, TensorSpec, make_layout
 from psa_store.optim import Optimizer, from_dict
 from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch
 from psa_store.wire import measure_loopback
@@ -36,7 +36,7 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
         DataIntegrity: the optimizer cannot be read.
     """
     counts = Counter[str]()
-    for shard in layout.shards_of(Role.TRAINED):
+    for shard in layout.shards_of(TensorRole.TRAINED):
         counts[shard.dtype] += shard.numel
     dtype, most = counts.most_common(1)[0] if counts else ("float32", 1)
     elements = min(most, _SCRATCH_BYTES // ITEM_BYTES[dtype])
@@ -63,8 +63,8 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
 
 def _update_s(optimizer: Optimizer, flat: Tensor, dtype: str, parts: int) -> float:
     """Seconds per element of one update with the gradients of so many ranks."""
-    spec = TensorSpec(("scratch",), (flat.numel(),), dtype, Role.TRAINED)
-    layout = plan_layout([spec], _SCRATCH_BYTES)
+    spec = TensorSpec(("scratch",), (flat.numel(),), dtype, TensorRole.TRAINED)
+    layout = make_layout([spec], _SCRATCH_BYTES)
     (shard,) = layout.shards
     param = torch.zeros(shard.numel, dtype=flat.dtype)
     gradient = torch.zeros_like(param)

@@ -1,4 +1,4 @@
-"""Who leads and computes what in a job of so many workers and servers, and how many bytes a step sends where.
+"""Who owns and computes what in a job of so many workers and servers, and how many bytes a step sends where.
 
 Averages over many steps: what is sent once in a round, or with a commit, counts for each step in between. Tensors only:
 headers (64 bytes a frame) are left out, and so is what a death or a change of members costs.
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psa_store.cluster import NOBODY, Member, assign_ranks, assign_shards
 from psa_store.consistency import RANK_OF_BUFFERS
-from psa_store.doctor.footprint import stored_bytes
-from psa_store.job import JobConfig
-from psa_store.layout import Layout, Role, Shard
-from psa_store.plan import NOBODY, Member, assign_ranks, assign_shards
-from psa_store.rank_state import rank_state_of
-from psa_store.transport import WireLayout
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout, Shard, TensorRole
+from psa_store.job.wire_layout import WireLayout
+from psa_store.observe.doctor.footprint import stored_bytes
+from psa_store.optim.rank_state import rank_state_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class ServerShare:
-    """What one server leads."""
+    """What one server owns."""
 
     shards: int
     parameter_bytes: int
@@ -47,7 +47,7 @@ class Traffic:
     ranks: tuple[tuple[int, ...], ...]
     """By worker; a worker beyond the ranks stands by."""
     servers: tuple[ServerShare, ...]
-    """A server beyond the shards leads nothing."""
+    """A server beyond the shards owns nothing."""
     links: tuple[tuple[Link, ...], ...]
     """By worker and server."""
 
@@ -80,7 +80,7 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
             ServerShare(
                 len(own),
                 sum(shard.size_bytes for shard in own),
-                sum(stored_bytes(config, shard) for shard in own if shard.role is not Role.FROZEN),
+                sum(stored_bytes(config, shard) for shard in own if shard.role is not TensorRole.FROZEN),
             )
             for own in led
         ),
@@ -114,9 +114,9 @@ class _Ways:
         """What one rank sends of a shard, per step."""
         config, mode = self._config, self._config.mode
         match shard.role:
-            case Role.FROZEN:
+            case TensorRole.FROZEN:
                 return 0.0
-            case Role.BUFFER:
+            case TensorRole.BUFFER:
                 # Elsewhere it is not known in time whose push counts.
                 all_send = mode.on_arrival or mode.backup > 0
                 return shard.size_bytes / mode.round_steps if all_send or rank == RANK_OF_BUFFERS else 0.0
@@ -130,9 +130,9 @@ class _Ways:
         """What a worker receives of a shard each time that it gets parameters, per step."""
         config, mode = self._config, self._config.mode
         match shard.role:
-            case Role.FROZEN:
+            case TensorRole.FROZEN:
                 return 0.0
-            case Role.BUFFER:
+            case TensorRole.BUFFER:
                 return shard.size_bytes / mode.round_steps
         if config.publishes_movements and config.compression.applies_to(shard.dtype):
             return config.compression.payload_bytes(shard.numel) / mode.steps

@@ -337,14 +337,14 @@ def train(options: argparse.Namespace) -> None:
                 loss = model.loss(batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 worker.step(loss)
-                if worker.version == before or not worker.leads_output:
+                if worker.version == before or not worker.is_main:
                     continue  # this process has another rank to compute for the step, or shows nothing
-                progress.show(worker.version, loss.item(), worker.members, worker.epoch)
+                progress.show(worker.version, loss.item(), worker.members, worker.term)
                 timer.passed(worker.version, worker.members)
                 if evaluation_is_due(options, worker.version):
                     evaluation = evaluate(model, validation, options.eval_batches)
                     progress.note(f"step {worker.version}: {evaluation}")
-        if worker.leads_output:
+        if worker.is_main:
             report(options, worker, model, vocabulary, validation)
             if options.timing:
                 timer.write(options.timing)

@@ -30,7 +30,7 @@ class Progress:
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def show(self, step: int, loss: float, workers: int, epoch: int) -> None:
+    def show(self, step: int, loss: float, workers: int, term: int) -> None:
         """Call it after every step; it shows the last step, and others at intervals."""
         now_s = time.monotonic()
         if self._shown is None:
@@ -42,7 +42,7 @@ class Progress:
         self._shown = (step, now_s)
         # Steps come again after the loss of a server, and the job's last step may be the first that we see.
         rate = max(0, step - shown_step) * self._tokens_per_step / max(passed_s, 1e-9)
-        text = f"loss {loss:.4f}  {rate:,.0f} tokens/s  workers {workers}  epoch {epoch}"
+        text = f"loss {loss:.4f}  {rate:,.0f} tokens/s  workers {workers}  term {term}"
         if self._bar.console.is_terminal:
             self._bar.start()
             self._bar.update(self._task, completed=step, description=text)

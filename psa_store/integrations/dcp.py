@@ -49,14 +49,14 @@ from psa_store.checkpoint.version import stored_version
 from psa_store.config import Settings, load_settings
 from psa_store.coordination import Coordination
 from psa_store.errors import UsageError
-from psa_store.job import check_job_name
-from psa_store.layout import Shard, TensorSpec, plan_layout
-from psa_store.mode import parse_mode
+from psa_store.job.config import check_job_name
+from psa_store.job.layout import Shard, TensorSpec, make_layout
+from psa_store.job.mode import parse_mode
 from psa_store.optim import Optimizer
-from psa_store.sections import PARAM
 from psa_store.storage import RedisStore, ShardState
-from psa_store.worker.arena import describe_model
+from psa_store.storage.sections import PARAM
 from psa_store.worker.creation import Wanted, new_config
+from psa_store.worker.flat_model import describe_model
 
 
 class PsaReader(StorageReader):
@@ -200,7 +200,7 @@ class PsaWriter(StorageWriter):
         if self._settings.zookeeper is None:
             raise UsageError("PsaWriter needs ZooKeeper: set PSA_ZOOKEEPER")
         self._model = model
-        self._layout = plan_layout(describe_model(model, optimizer.group_of), shard_bytes)
+        self._layout = make_layout(describe_model(model, optimizer.group_of), shard_bytes)
         wanted = Wanted(
             name=check_job_name(job),
             ranks=ranks,

@@ -29,7 +29,7 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from psa_store.layout import Layout, Shard
+from psa_store.job.layout import Layout, Shard
 from psa_store.optim.reduce import squared_norm, sum_in_order
 from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 

@@ -1,4 +1,4 @@
-"""The server role: leads shards, reduces gradients, applies the optimizer, commits versions; one is the controller."""
+"""The server role: owns shards, reduces gradients, applies the optimizer, commits versions; one is the controller."""
 
 from psa_store.server.main import serve
 

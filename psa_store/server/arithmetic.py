@@ -1,9 +1,9 @@
 """The threads of a server that measure gradients and update shards.
 
 torch runs single-threaded in each of them and the parallelism is over shards, so that no bit depends on their number.
-What they have done arrives at the engine as a letter; what went wrong, as :class:`Lost`.
+What they have done arrives at the event loop as a message; what went wrong, as :class:`Lost`.
 
-A server that leads little does its arithmetic in the thread that asks for it: below :data:`INLINE_BYTES` waking other
+A server that owns little does its arithmetic in the thread that asks for it: below :data:`INLINE_BYTES` waking other
 threads takes longer than the work.
 """
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from psa_store.optim.kernels import make_scratch
-from psa_store.server.lead import Lead
-from psa_store.server.letters import Lost, Measured, ToEngine
+from psa_store.server.messages import Lost, Measured, ToEventLoop
+from psa_store.server.shard import OwnedShard
 
-ShardWork = Callable[[Lead, Tensor], None]
+ShardWork = Callable[[OwnedShard, Tensor], None]
 """What to do with one shard; the tensor is the thread's scratch memory."""
 
 INLINE_BYTES = 4 << 20
@@ -30,48 +30,48 @@ _FORGET_DONE_AT = 1024
 
 
 class Arithmetic:
-    """Owns the pool ``psa-math``. Called by the engine's thread; ``post`` must be thread-safe."""
+    """Owns the pool ``psa-math``. Called by the event loop's thread; ``post`` must be thread-safe."""
 
-    def __init__(self, threads: int, post: Callable[[ToEngine], None]) -> None:
+    def __init__(self, threads: int, post: Callable[[ToEventLoop], None]) -> None:
         self._threads = threads
         self._post = post
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="psa-math")
         self._futures: set[Future[None]] = set()
 
-    def measure(self, epoch: int, leads: Sequence[Lead], *, inline: bool) -> None:
-        """Compute the norms of the shards' gradients, then post Measured, in several letters perhaps."""
+    def measure(self, term: int, owned_shards: Sequence[OwnedShard], *, inline: bool) -> None:
+        """Compute the norms of the shards' gradients, then post Measured, in several messages perhaps."""
 
-        def measure(part: Sequence[Lead]) -> None:
-            norms = {lead.shard.index: lead.squared_norm(self._scratch()) for lead in part}
-            self._post(Measured(epoch, norms))
+        def measure(part: Sequence[OwnedShard]) -> None:
+            norms = {owned.shard.index: owned.squared_norm(self._scratch()) for owned in part}
+            self._post(Measured(term, norms))
 
-        for part in self._shares(leads, inline):
-            self._do(epoch, partial(measure, part), inline)
+        for part in self._shares(owned_shards, inline):
+            self._do(term, partial(measure, part), inline)
 
     def on_all(
         self,
-        epoch: int,
-        leads: Sequence[Lead],
+        term: int,
+        owned_shards: Sequence[OwnedShard],
         work: ShardWork,
-        done: ToEngine,
+        done: ToEventLoop,
         *,
         inline: bool,
-        each: Callable[[Lead], None] | None = None,
+        each: Callable[[OwnedShard], None] | None = None,
     ) -> None:
-        """Do ``work(lead, scratch)`` on every shard, then post ``done``; ``each`` is called after every single one."""
+        """Do ``work(owned, scratch)`` on every shard, then post ``done``; ``each`` is called after every single one."""
 
-        def run(part: Sequence[Lead]) -> None:
-            for lead in part:
-                work(lead, self._scratch())
+        def run(part: Sequence[OwnedShard]) -> None:
+            for owned in part:
+                work(owned, self._scratch())
                 if each is not None:
-                    each(lead)
+                    each(owned)
             latch.release()
 
-        shares = self._shares(leads, inline)
+        shares = self._shares(owned_shards, inline)
         latch = _Latch(len(shares), lambda: self._post(done))
         for part in shares:
-            self._do(epoch, partial(run, part), inline)
+            self._do(term, partial(run, part), inline)
 
     def settle(self) -> None:
         """Wait until no thread touches the memory of any shard."""
@@ -81,12 +81,12 @@ class Arithmetic:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _shares(self, leads: Sequence[Lead], inline: bool) -> list[Sequence[Lead]]:
+    def _shares(self, owned_shards: Sequence[OwnedShard], inline: bool) -> list[Sequence[OwnedShard]]:
         """The shards that each thread does, all from front to back; one share, perhaps empty, at least."""
-        threads = 1 if inline else max(1, min(self._threads, len(leads)))
-        return [leads[start::threads] for start in range(threads)]
+        threads = 1 if inline else max(1, min(self._threads, len(owned_shards)))
+        return [owned_shards[start::threads] for start in range(threads)]
 
-    def _do(self, epoch: int, function: Callable[[], None], inline: bool) -> None:
+    def _do(self, term: int, function: Callable[[], None], inline: bool) -> None:
         if inline:
             function()
             return
@@ -94,7 +94,7 @@ class Arithmetic:
             self._futures = {each for each in self._futures if not each.done()}
         future = self._pool.submit(function)
         self._futures.add(future)
-        future.add_done_callback(lambda done: self._check(epoch, done))
+        future.add_done_callback(lambda done: self._check(term, done))
 
     def _scratch(self) -> Tensor:
         """The scratch memory of the calling thread."""
@@ -104,10 +104,10 @@ class Arithmetic:
             scratch = self._own.scratch = make_scratch()
         return scratch
 
-    def _check(self, epoch: int, future: Future[None]) -> None:
+    def _check(self, term: int, future: Future[None]) -> None:
         error = future.exception()
         if error is not None:
-            self._post(Lost(epoch, f"arithmetic failed: {error!r}"))
+            self._post(Lost(term, f"arithmetic failed: {error!r}"))
 
 
 class _Latch:

@@ -1,13 +1,13 @@
 """Checkpoints while training goes on: run by the controller, one at a time.
 
     asked for, or due ──▶ barrier opened, cut in the plan ──▶ all servers have committed and pinned it ──▶ document
-          ▲                        │ a member is gone, too late, a new epoch, nothing moves, nobody waits any more
+          ▲                        │ a member is gone, too late, a new term, nothing moves, nobody waits any more
           └────────────────────────┘ pins removed, tried again
 
 The plan carries the cut, so that a controller that dies is followed by one that goes on from there; what it was asked
 for lies in ZooKeeper until it is done. In a synchronous job the cut is a version some steps ahead, which every server
 commits when it comes there; a server that is past it says so, and the next cut lies twice as far ahead. On arrival,
-workers mark it (see ``consistency.arrival``).
+workers say where it is in their ranks (see ``consistency.arrivals``).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import json
 import time
 from dataclasses import dataclass, replace
 
-from psa_store import telemetry
+from psa_store import logs
 from psa_store.checkpoint import catalog
-from psa_store.checkpoint.archive import Archive
 from psa_store.checkpoint.catalog import Reason
-from psa_store.checkpoint.wish import Wish, wish_from_json
+from psa_store.checkpoint.files.archive import Archive
+from psa_store.checkpoint.request import CheckpointRequest, request_from_json
+from psa_store.cluster import NOBODY, Cut, Phase, Plan, plan_from_json
 from psa_store.coordination import BarrierState, Coordination, Versioned
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, PsaError
-from psa_store.failpoints import failpoint
-from psa_store.job import JobConfig
-from psa_store.layout import Layout
-from psa_store.monitor import EventKind, Events
-from psa_store.plan import NOBODY, Cut, Phase, Plan, plan_from_json
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout
+from psa_store.observe import EventKind, Events
+from psa_store.observe.metrics import Metrics
 from psa_store.server.exporting import Exporter
 from psa_store.storage import RedisStore
-from psa_store.telemetry import Vitals
+from psa_store.testing.failpoints import failpoint
 from psa_store.wire import inspect
 
 _PATIENCE_S = 600.0
@@ -69,10 +69,10 @@ class Checkpoints:
         store: RedisStore,
         coordination: Coordination,
         policy: Policy,
-        vitals: Vitals,
+        metrics: Metrics,
         events: Events,
     ) -> None:
-        self._vitals = vitals
+        self._metrics = metrics
         self._events = events
         self._config = config
         self._job = config.name
@@ -80,7 +80,7 @@ class Checkpoints:
         self._store = store
         self._coordination = coordination
         self._policy = policy
-        self._log = telemetry.get_logger()
+        self._log = logs.get_logger()
         self._lead = _LEAD
         self._rest_s = _REST_S
         self._rest_until_s = 0.0
@@ -120,7 +120,7 @@ class Checkpoints:
 
     def _rest(self) -> None:
         """Leave training alone for a while, after each failure in a row for longer."""
-        self._vitals.add("checkpoint_failures")
+        self._metrics.add("checkpoint_failures")
         self._rest_until_s = time.monotonic() + self._rest_s
         self._rest_s = min(2 * self._rest_s, _REST_MAX_S)
 
@@ -141,16 +141,16 @@ class Checkpoints:
 
     # --- wanted
 
-    def _wanted(self) -> tuple[str, Wish | None] | None:
+    def _wanted(self) -> tuple[str, CheckpointRequest | None] | None:
         """The next checkpoint to take; without a wish, one that is due."""
-        for name in self._coordination.wishes(watch=True):
-            wish = self._wish(name)
-            if wish is None or wish.failed:
+        for name in self._coordination.checkpoint_requests(watch=True):
+            request = self._request(name)
+            if request is None or request.failed:
                 continue
             if name in catalog.read_job(self._store, self._job).checkpoints:
-                self._coordination.withdraw_wish(name)  # a controller died after it had taken it
+                self._coordination.withdraw_checkpoint_request(name)  # a controller died after it had taken it
                 continue
-            return name, wish
+            return name, request
         if self._policy.every_s is None or not self._layout.versioned:
             return None
         if self._due_at_s is None:
@@ -162,9 +162,9 @@ class Checkpoints:
             return None
         return catalog.automatic_name(self._store.read_checkpoints(self._job), time.time()), None
 
-    def _wish(self, name: str) -> Wish | None:
-        found = self._coordination.read_wish(name)
-        return None if found is None else wish_from_json(found.text)
+    def _request(self, name: str) -> CheckpointRequest | None:
+        found = self._coordination.read_checkpoint_request(name)
+        return None if found is None else request_from_json(found.text)
 
     def _newest(self) -> catalog.Checkpoint | None:
         taken = catalog.read_job(self._store, self._job).checkpoints.values()
@@ -172,46 +172,48 @@ class Checkpoints:
 
     # --- an attempt
 
-    def _begin(self, seen: Versioned, plan: Plan, name: str, wish: Wish | None) -> None:
+    def _begin(self, seen: Versioned, plan: Plan, name: str, request: CheckpointRequest | None) -> None:
         attended = any(holder != NOBODY for holder in plan.ranks)
-        if wish is None and not attended:
+        if request is None and not attended:
             self._next_is_due()  # nothing moves
             return
-        if wish is not None and not self._layout.versioned:
+        if request is not None and not self._layout.versioned:
             self._refuse(name, "nothing in this job ever changes")
             return
-        if wish is not None and self._config.mode.on_arrival and not attended:
-            self._refuse(name, "no worker holds a rank, who would have to mark it. Stop the servers, and repeat")
+        if request is not None and self._config.mode.on_arrival and not attended:
+            self._refuse(name, "no worker holds a rank, to say where it ends. Stop the servers, and repeat")
             return
         try:
             version = self._version(plan)
         except Disconnected as error:
             self._log.info("no checkpoint yet", why=str(error))
             return
-        newest = self._newest() if wish is None else None
+        newest = self._newest() if request is None else None
         if newest is not None and newest.version == version:
             self._next_is_due()
             return
         catalog.sweep(self._store, self._job, self._layout)
         catalog.announce(self._store, self._job, name)
-        target = -1 if self._config.mode.on_arrival else self._ahead(version, attended, regular=wish is None)
-        barrier = self._coordination.open_barrier(plan.epoch, [server.id for server in plan.servers])
+        target = None if self._config.mode.on_arrival else self._ahead(version, attended, regular=request is None)
+        barrier = self._coordination.open_barrier(plan.term, [server.id for server in plan.servers])
         failpoint("checkpoint.opened")
-        cut = Cut(name, barrier, target, asked=wish is not None, named=wish is not None and wish.named)
+        cut = Cut(name, barrier, target, asked=request is not None, named=request is not None and request.named)
         changed = replace(plan, revision=plan.revision + 1, cut=cut)
         if self._coordination.write_plan(changed.to_json(), seen.version) is not None:
-            self._log.info("taking a checkpoint", checkpoint=name, version=target if target >= 0 else "as marked")
+            self._log.info(
+                "taking a checkpoint", checkpoint=name, version="as the ranks say" if target is None else target
+            )
 
     def _version(self, plan: Plan) -> int:
         """Where training is; raises Disconnected if nobody tells."""
         server = plan.servers[0]
         report = inspect(server.address, server.local, server.host, _INSPECT_S)
-        if report["version"] is None or report["epoch"] != plan.epoch:
-            raise Disconnected(f"server {server.id} does not serve epoch {plan.epoch} yet")
+        if report["version"] is None or report["term"] != plan.term:
+            raise Disconnected(f"server {server.id} does not serve term {plan.term} yet")
         return int(report["version"])
 
     def _ahead(self, version: int, attended: bool, *, regular: bool) -> int:
-        """A version that no server has reached, if the lead is enough.
+        """A version that no server has reached, if the own is enough.
 
         One that nobody waits for takes the next regular commit, so that it costs nothing at all.
         """
@@ -226,7 +228,9 @@ class Checkpoints:
         barrier = self._coordination.read_barrier(cut.barrier, watch=True)
         missed = barrier is not None and barrier.state is BarrierState.ABORTED  # by a server: it was told too late
         if barrier is not None and barrier.state is BarrierState.OPEN:
-            given_up = (cut.asked and self._coordination.read_wish(cut.name) is None) or self._stands_still(plan)
+            given_up = (
+                cut.asked and self._coordination.read_checkpoint_request(cut.name) is None
+            ) or self._stands_still(plan)
             barrier = self._coordination.settle_barrier(cut.barrier, expired=given_up)
         if barrier is not None and barrier.state is BarrierState.OPEN:
             return
@@ -240,13 +244,13 @@ class Checkpoints:
         changed = replace(plan, revision=plan.revision + 1, cut=None)
         if self._coordination.write_plan(changed.to_json(), seen.version) is not None and done is not None:
             failpoint("checkpoint.written")
-            self._coordination.withdraw_wish(cut.name)
+            self._coordination.withdraw_checkpoint_request(cut.name)
             self._export(cut.name)
             tidy(self._store, self._job, self._layout, self._policy)
 
     @property
     def _patience_s(self) -> float:
-        """On arrival, ranks that are past their mark wait: not for ever for one that is slow."""
+        """On arrival, ranks that are past the cut wait: not for ever for one that is slow."""
         return _PATIENCE_ON_ARRIVAL_S if self._config.mode.on_arrival else _PATIENCE_S
 
     def _stands_still(self, plan: Plan) -> bool:
@@ -266,7 +270,7 @@ class Checkpoints:
 
     def _complete(self, plan: Plan, cut: Cut, version: int) -> catalog.Checkpoint | None:
         """Make it a checkpoint; None if that cannot be any more."""
-        if cut.asked and self._coordination.read_wish(cut.name) is None:
+        if cut.asked and self._coordination.read_checkpoint_request(cut.name) is None:
             return None
         try:
             done = catalog.complete(
@@ -275,7 +279,7 @@ class Checkpoints:
                 self._layout,
                 cut.name,
                 version,
-                epoch=plan.epoch,
+                term=plan.term,
                 reason=Reason.ASKED if cut.asked else Reason.INTERVAL,
                 named=cut.named,
             )
@@ -283,10 +287,10 @@ class Checkpoints:
             self._log.warning("a checkpoint lost its pins", checkpoint=cut.name, why=str(error))
             return None
         self._log.info("checkpoint", name=done.name, version=done.version, megabytes=round(done.bytes / 1e6, 1))
-        self._vitals.add("checkpoints")
-        self._vitals.set("checkpoint_time_seconds", done.created_s)
+        self._metrics.add("checkpoints")
+        self._metrics.set("checkpoint_time_seconds", done.created_s)
         text = f"checkpoint {done.name} of version {done.version}"
-        self._events.note(EventKind.CHECKPOINT, text, epoch=plan.epoch, version=version)
+        self._events.note(EventKind.CHECKPOINT, text, term=plan.term, version=version)
         self._lead, self._rest_s = max(_LEAD, self._lead // 2), _REST_S
         self._next_is_due()
         return done
@@ -301,7 +305,7 @@ class Checkpoints:
             self._rest()
 
     def _refuse(self, name: str, why: str) -> None:
-        self._coordination.answer_wish(name, Wish(failed=why).to_json())
+        self._coordination.answer_checkpoint_request(name, CheckpointRequest(failed=why).to_json())
 
     def _next_is_due(self) -> None:
         self._due_at_s = None if self._policy.every_s is None else time.time() + self._policy.every_s
@@ -325,7 +329,7 @@ def checkpoint_at_end(
     try:
         _checkpoint_at_end(config, layout, store, coordination, policy)
     except PsaError as error:
-        telemetry.get_logger().error("no checkpoint at the end", why=str(error))
+        logs.get_logger().error("no checkpoint at the end", why=str(error))
 
 
 def _checkpoint_at_end(
@@ -339,7 +343,7 @@ def _checkpoint_at_end(
     if any([each.version] == newest for each in stored.checkpoints.values()):
         return
     done = catalog.save_at_rest(store, config.name, None, Reason.END)
-    log = telemetry.get_logger()
+    log = logs.get_logger()
     log.info("checkpoint", name=done.name, version=done.version)
     tidy(store, config.name, layout, policy)
     if policy.files is not None:

@@ -1,13 +1,13 @@
-"""What a server knows of one worker that is connected to it. Used by the engine's thread only."""
+"""What a server knows of one worker that is connected to it. Used by the event loop's thread only."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from psa_store.errors import Refused
-from psa_store.layout import Shard
-from psa_store.server.lead import tensor_in
-from psa_store.transport import WireLayout
+from psa_store.job.layout import Shard
+from psa_store.job.wire_layout import WireLayout
+from psa_store.server.shard import tensor_in
 from psa_store.wire import Connection, SharedMemory
 
 
@@ -22,10 +22,10 @@ class Client:
         """The version that its model shows right now, in our memory."""
         self.generation = 0
         """Which of our memories it has the descriptor of; 0: none yet."""
-        self._slots: dict[int, SharedMemory] = {}
+        self._memories: dict[int, SharedMemory] = {}
         self._views: dict[tuple[int, int], Tensor] = {}
 
-    def share(self, slot: int, wire: WireLayout, slots_max: int) -> None:
+    def share(self, number: int, wire: WireLayout, memories_max: int) -> None:
         """Take the memory for gradients that came with a SHARE.
 
         Raises:
@@ -35,15 +35,15 @@ class Client:
         if descriptor is None:
             raise Refused("SHARE without a descriptor")
         memory = SharedMemory.attach(descriptor, wire.gradient_bytes)
-        if not self.by_reference or slot >= slots_max or slot in self._slots:
-            raise Refused(f"SHARE of slot {slot}, which is out of order here")
-        self._slots[slot] = memory
+        if not self.by_reference or number >= memories_max or number in self._memories:
+            raise Refused(f"SHARE of memory {number}, which is out of order here")
+        self._memories[number] = memory
 
-    def gradient(self, slot: int, shard: Shard, wire: WireLayout) -> Tensor:
-        """A shard's gradient in the worker's memory; raises Refused if the slot was never shared."""
-        view = self._views.get((slot, shard.index))
+    def gradient(self, number: int, shard: Shard, wire: WireLayout) -> Tensor:
+        """A shard's gradient in the worker's memory; raises Refused if that memory was never shared."""
+        view = self._views.get((number, shard.index))
         if view is None:
-            if slot not in self._slots:
-                raise Refused(f"PUSH from slot {slot}, which was not shared")
-            view = self._views[slot, shard.index] = tensor_in(self._slots[slot], shard, wire)
+            if number not in self._memories:
+                raise Refused(f"PUSH from memory {number}, which was not shared")
+            view = self._views[number, shard.index] = tensor_in(self._memories[number], shard, wire)
         return view

@@ -1,12 +1,12 @@
 """Makes versions durable in the background: one thread, one commit of this server at a time.
 
-Redis may be away: the committer tries again until it succeeds, is abandoned (the epoch is over) or is fenced. Redis
+Redis may be away: the committer tries again until it succeeds, is abandoned (the term is over) or is fenced. Redis
 may come back older than it was (a lost tail of the log, a replica that was behind), or empty (wiped): then the seal is
 renewed and the newest committed version is written again from the snapshot that is still in memory, or the one at which
-the epoch began, so that the loss heals within about a second and not with the next commit. What never changes (the
+the term began, so that the loss heals within about a second and not with the next commit. What never changes (the
 documents of the job, its frozen shards) is written again as well where it is missing.
 
-The snapshot belongs to whoever holds the *reservation*: the engine from :meth:`Committer.reserve` to
+The snapshot belongs to whoever holds the *reservation*: the event loop from :meth:`Committer.reserve` to
 :meth:`Committer.submit` or :meth:`Committer.cancel`, the committer from there until it has posted the outcome.
 """
 
@@ -18,16 +18,16 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from psa_store import telemetry
+from psa_store import logs
+from psa_store.cluster import Cut
 from psa_store.errors import DependencyUnreachable, Fenced, PsaError, Rewound
-from psa_store.failpoints import failpoint
-from psa_store.job import JobConfig
-from psa_store.layout import Layout
-from psa_store.plan import Cut
-from psa_store.server.lead import Lead
-from psa_store.server.letters import Committed, Lost
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout
+from psa_store.observe.metrics import Metrics
+from psa_store.server.messages import Committed, Lost
+from psa_store.server.shard import OwnedShard
 from psa_store.storage import Manifest, RedisStore, ShardState
-from psa_store.telemetry import Vitals
+from psa_store.testing.failpoints import failpoint
 
 _RETRY_PAUSE_S = 0.2
 _REST = 11.0
@@ -38,23 +38,23 @@ _WATCH_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The snapshots of ``leads`` are version ``version``; write them under ``epoch``.
+    """The snapshots of ``owned_shards`` are version ``version``; write them under ``term``.
 
-    ``frozen`` is what this server leads besides, which was committed when the job was created. ``pin``: the checkpoint
+    ``frozen`` is what this server owns besides, which was committed when the job was created. ``pin``: the checkpoint
     for which this version is to be kept. It is pinned before the next commit, which might drop it. ``extra``: not all
     servers may commit it.
     """
 
-    epoch: int
+    term: int
     version: int
-    leads: Mapping[int, Lead]
-    frozen: Mapping[int, Lead]
+    owned_shards: Mapping[int, OwnedShard]
+    frozen: Mapping[int, OwnedShard]
     pin: Cut | None = None
     extra: bool = False
 
 
 class Committer:
-    """Owns the thread ``psa-commit``. Other methods than :meth:`close` are called by the engine's thread."""
+    """Owns the thread ``psa-commit``. Other methods than :meth:`close` are called by the event loop's thread."""
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class Committer:
         config: JobConfig,
         layout: Layout,
         post: Callable[[Committed | Lost], None],
-        vitals: Vitals,
+        metrics: Metrics,
     ) -> None:
-        self._vitals = vitals
+        self._metrics = metrics
         self._reserved_at_s = 0.0
         self._store = store
         self._job = config.name
@@ -73,7 +73,7 @@ class Committer:
         self._keep = config.versions_kept
         self._on_arrival = config.mode.on_arrival
         self._post = post
-        self._log = telemetry.get_logger()
+        self._log = logs.get_logger()
         self._changed = threading.Condition()
         self._work: Work | None = None
         self._last: Work | None = None
@@ -82,7 +82,7 @@ class Committer:
         self._reserved = False
         self._hurried = False
         """Whether somebody waits for the present commit."""
-        self._epoch = 0
+        self._term = 0
         self._closing = False
         self._run_id = ""
         self._thread = threading.Thread(target=self._run, name="psa-commit")
@@ -122,15 +122,15 @@ class Committer:
             assert self._reserved and self._work is None
             self._reserved = False
 
-    def begin(self, epoch: int) -> None:
-        """Work of older epochs is pointless from now on."""
+    def begin(self, term: int) -> None:
+        """Work of older terms is pointless from now on."""
         with self._changed:
-            self._epoch = epoch
+            self._term = term
             self._last = self._begun_with = None
             self._changed.notify_all()
 
     def adopt(self, work: Work) -> None:
-        """Redis has this already, at the beginning of an epoch: see to it that it stays so."""
+        """Redis has this already, at the beginning of a term: see to it that it stays so."""
         with self._changed:
             self._begun_with = work
             if not self._reserved:
@@ -157,13 +157,13 @@ class Committer:
                 with self._changed:
                     self._work = None
                     self._reserved = False
-                    if work.epoch != self._epoch:
+                    if work.term != self._term:
                         self._last = self._begun_with  # adopted meanwhile: its snapshots are not those of this work
                     else:
                         self._last = work if isinstance(outcome, Committed) else None
                     self._changed.notify_all()
                 if isinstance(outcome, Committed):
-                    self._vitals.set("commit_seconds", time.monotonic() - begun_s)
+                    self._metrics.set("commit_seconds", time.monotonic() - begun_s)
                 if outcome is not None:
                     self._post(outcome)
             elif watched is not None:
@@ -174,10 +174,10 @@ class Committer:
 
     def _wanted(self, work: Work) -> bool:
         with self._changed:
-            return not self._closing and work.epoch == self._epoch
+            return not self._closing and work.term == self._term
 
     def _commit(self, work: Work) -> Committed | Lost | None:
-        """Write all shards of ``work``; None if the epoch ended meanwhile."""
+        """Write all shards of ``work``; None if the term ended meanwhile."""
         manifests: dict[int, Manifest] = {}
         run_id = self._redis_run_id()  # before the first shard: a restart in mid-commit must be noticed afterwards
         pinned = None
@@ -185,29 +185,29 @@ class Committer:
             if not self._wanted(work):
                 return None
             try:
-                if len(manifests) < len(work.leads):
+                if len(manifests) < len(work.owned_shards):
                     self._write(work, manifests)
                     continue
                 if work.pin is not None:
                     pinned = self._pin(work, work.pin)
                 break
             except DependencyUnreachable as error:
-                left = len(work.leads) - len(manifests)
-                self._vitals.add("commit_retries")
+                left = len(work.owned_shards) - len(manifests)
+                self._metrics.add("commit_retries")
                 self._log.warning("commit delayed, trying again", shards_left=left, error=str(error))
                 with self._changed:
                     self._changed.wait(_RETRY_PAUSE_S)
             except Exception as error:
-                # Fenced, mostly. Whatever it is, this epoch cannot be committed: a take-over starts from Redis.
-                return Lost(work.epoch, str(error) if isinstance(error, PsaError) else repr(error))
+                # Fenced, mostly. Whatever it is, this term cannot be committed: a take-over starts from Redis.
+                return Lost(work.term, str(error) if isinstance(error, PsaError) else repr(error))
         self._run_id = run_id
-        return Committed(work.epoch, work.version, manifests, pinned)
+        return Committed(work.term, work.version, manifests, pinned)
 
     def _pin(self, work: Work, cut: Cut) -> Cut | None:
         """Keep what was just committed for a checkpoint; None if Redis has lost it, which ends that attempt."""
         failpoint("checkpoint.before_pins")
         try:
-            self._store.pin(self._job, work.leads, work.version, cut.name, epoch=work.epoch)
+            self._store.pin(self._job, work.owned_shards, work.version, cut.name, term=work.term)
         except Rewound as error:
             self._log.warning("not pinned", checkpoint=cut.name, why=str(error))
             return None
@@ -215,12 +215,12 @@ class Committer:
         return cut
 
     def _write(self, work: Work, manifests: dict[int, Manifest]) -> None:
-        """Commit the shards that ``manifests`` lacks, and put theirs into it; stops early if the epoch ends."""
+        """Commit the shards that ``manifests`` lacks, and put theirs into it; stops early if the term ends."""
         states = []
-        for index, lead in work.leads.items():
+        for index, owned in work.owned_shards.items():
             if index not in manifests:
-                expect = lead.committed.version if lead.committed else None
-                states.append(ShardState(index, *lead.snapshot(), expect, work.extra))
+                expect = owned.committed.version if owned.committed else None
+                states.append(ShardState(index, *owned.snapshot(), expect, work.extra))
         keep = self._keep
         # Where pushes are applied on arrival, ranks keep what is not durable, and soon wait for it.
         paced = work.pin is not None and not self._on_arrival
@@ -228,42 +228,42 @@ class Committer:
         def rest(worked_s: float) -> None:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._hurried or self._closing or work.epoch != self._epoch, _REST * worked_s
+                    lambda: self._hurried or self._closing or work.term != self._term, _REST * worked_s
                 )
 
         commit = self._store.commit_each(
-            self._job, work.epoch, work.version, states, keep=keep, pause=rest if paced else None
+            self._job, work.term, work.version, states, keep=keep, pause=rest if paced else None
         )
         with closing(commit) as outcomes:
             for index, outcome in outcomes:
-                lead = work.leads[index]
+                owned = work.owned_shards[index]
                 if isinstance(outcome, Rewound):
-                    outcome = self._write_over(work, index, lead, outcome)
+                    outcome = self._write_over(work, index, owned, outcome)
                 if isinstance(outcome, Fenced):
                     raise outcome
-                lead.committed = manifests[index] = outcome
+                owned.committed = manifests[index] = outcome
                 if not self._wanted(work):
                     return
 
-    def _write_over(self, work: Work, index: int, lead: Lead, error: Rewound) -> Manifest:
+    def _write_over(self, work: Work, index: int, owned: OwnedShard, error: Rewound) -> Manifest:
         """Commit to a Redis that went back in time: under a new seal, and whatever it holds."""
         self._log.warning("Redis went back in time: writing again from memory", error=str(error))
         self._restore_what_never_changes(work)
-        self._store.seal(self._job, [index], work.epoch, self._layout)
+        self._store.seal(self._job, [index], work.term, self._layout)
         return self._store.commit(
-            self._job, index, work.epoch, work.version, *lead.snapshot(), keep=self._keep, expect=None
+            self._job, index, work.term, work.version, *owned.snapshot(), keep=self._keep, expect=None
         )
 
     def _restore_what_never_changes(self, work: Work) -> None:
         """After Redis was wiped, write the documents and the frozen shards again, which no later commit contains."""
         lost = self._lost_frozen(work)
-        self._store.seal(self._job, lost, work.epoch, self._layout)
+        self._store.seal(self._job, lost, work.term, self._layout)
         for index in lost:
-            lead = work.frozen[index]
-            lead.take_snapshot()
-            arrays, _ = lead.snapshot()  # without scalars, as its creator wrote it
-            lead.committed = self._store.commit(
-                self._job, index, work.epoch, 0, arrays, {}, keep=self._keep, expect=None
+            owned = work.frozen[index]
+            owned.take_snapshot()
+            arrays, _ = owned.snapshot()  # without scalars, as its creator wrote it
+            owned.committed = self._store.commit(
+                self._job, index, work.term, 0, arrays, {}, keep=self._keep, expect=None
             )
         if not self._store.has_job(self._job):
             self._log.warning("Redis lost the job: writing it again from memory", job=self._job)
@@ -286,19 +286,21 @@ class Committer:
         """
         try:
             run_id = self._store.server_run_id()
-            whole = self._store.has_job(self._job) and not self._store.missing(self._job, [*last.leads, *last.frozen])
+            whole = self._store.has_job(self._job) and not self._store.missing(
+                self._job, [*last.owned_shards, *last.frozen]
+            )
             if run_id == self._run_id and whole:
                 return
             self._restore_what_never_changes(last)
-            heads = self._store.seal(self._job, last.leads, last.epoch, self._layout)
-            lost = {head.shard: last.leads[head.shard] for head in heads if head.manifest(last.version) is None}
+            heads = self._store.seal(self._job, last.owned_shards, last.term, self._layout)
+            lost = {head.shard: last.owned_shards[head.shard] for head in heads if head.manifest(last.version) is None}
             if lost:
                 self._log.warning("Redis lost a committed version: writing it again", shards=list(lost))
-            for lead in lost.values():
-                lead.committed = None
-            self._write(replace(last, leads=lost), {})
+            for owned in lost.values():
+                owned.committed = None
+            self._write(replace(last, owned_shards=lost), {})
             self._run_id = run_id
         except DependencyUnreachable:
             return
         except PsaError as error:
-            self._post(Lost(last.epoch, str(error)))
+            self._post(Lost(last.term, str(error)))

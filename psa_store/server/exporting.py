@@ -10,8 +10,8 @@ import os
 import threading
 from collections.abc import Callable
 
-from psa_store import telemetry
-from psa_store.checkpoint.archive import Archive
+from psa_store import logs
+from psa_store.checkpoint.files.archive import Archive
 from psa_store.errors import PsaError
 from psa_store.storage import RedisStore
 
@@ -35,7 +35,7 @@ class Exporter:
         self._keep = keep
         self._older_than_s = older_than_s
         self._tell = tell
-        self._log = telemetry.get_logger()
+        self._log = logs.get_logger()
         self._changed = threading.Condition()
         self._wanted: str | None = None
         self._closing = False

@@ -11,24 +11,24 @@ from contextlib import ExitStack, closing, suppress
 
 import torch
 
-from psa_store import optim, telemetry
+from psa_store import logs, optim
+from psa_store.cluster import Member, ProcessRole
 from psa_store.config import Settings
-from psa_store.coordination import Coordination, MemberKind
+from psa_store.coordination import Coordination
+from psa_store.coordination.identity import new_member_id
 from psa_store.errors import DependencyUnreachable, UsageError
-from psa_store.identity import new_member_id
-from psa_store.job import JobConfig, check_job_name, job_config_from_json
-from psa_store.journal import Journal
-from psa_store.layout import Layout, layout_from_json
-from psa_store.monitor import Events, Monitor, Page
-from psa_store.plan import Member
+from psa_store.job.config import JobConfig, check_job_name, job_config_from_json
+from psa_store.job.layout import Layout, layout_from_json
+from psa_store.job.wire_layout import WireLayout
+from psa_store.observe import Events, Monitor, Page
+from psa_store.observe.metrics import Metrics
 from psa_store.server.checkpoints import Policy, checkpoint_at_end
 from psa_store.server.committer import Committer
-from psa_store.server.control import Control
-from psa_store.server.engine import Engine
-from psa_store.server.subject import ServerSubject
+from psa_store.server.event_loop import EventLoop
+from psa_store.server.health import ServerHealth
+from psa_store.server.plan_follower import PlanFollower
 from psa_store.storage import RedisStore
-from psa_store.telemetry import Role, Vitals
-from psa_store.transport import WireLayout
+from psa_store.testing.journal import Journal
 from psa_store.wire import host_identity, listen_local, listen_tcp
 
 _POLL_S = 0.05
@@ -62,7 +62,7 @@ def serve(job: str, settings: Settings) -> None:
         raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: set both, or use `psa run`")
     torch.set_num_threads(1)
     member_id = settings.member or new_member_id("server")
-    telemetry.identify(job=job, member=member_id)
+    logs.identify(job=job, member=member_id)
     woken = threading.Event()
     leave = _Leave(woken)
     with ExitStack() as stack:
@@ -106,8 +106,8 @@ def serve(job: str, settings: Settings) -> None:
             older_than_s=settings.checkpoint_keep_s,
             files=settings.checkpoint_files,
         )
-        vitals, events = Vitals(Role.SERVER, member_id), Events()
-        control = Control(
+        metrics, events = Metrics(ProcessRole.SERVER, member_id), Events()
+        plan_follower = PlanFollower(
             member=member,
             config=config,
             layout=layout,
@@ -120,10 +120,10 @@ def serve(job: str, settings: Settings) -> None:
             leave_timeout_s=settings.leave_timeout_s,
             policy=policy,
             journal=journal,
-            vitals=vitals,
+            metrics=metrics,
             events=events,
         )
-        engine = Engine(
+        event_loop = EventLoop(
             member=member_id,
             config=config,
             layout=layout,
@@ -131,39 +131,39 @@ def serve(job: str, settings: Settings) -> None:
             threads=settings.server_threads,
             listeners=[tcp] if local is None else [tcp, local],
             lease_left_s=coordination.lease_left_s,
-            make_committer=lambda post: Committer(store, config, layout, post, vitals),
-            report=control.report,
+            make_committer=lambda post: Committer(store, config, layout, post, metrics),
+            report=plan_follower.report,
             journal=journal,
-            vitals=vitals,
+            metrics=metrics,
         )
-        subject = ServerSubject(engine, vitals, events, lambda: control.member, coordination.lease_left_s)
-        engine.start()
+        health = ServerHealth(event_loop, metrics, events, lambda: plan_follower.member, coordination.lease_left_s)
+        event_loop.start()
         try:
             with ExitStack() as watched:
                 if settings.monitor:
                     page = watched.enter_context(closing(Page(job, settings, lambda: events.members is not None)))
-                    # Closed before the engine is: what it tells last is how the job ended.
-                    monitor = Monitor(job, vitals, subject, settings, events=events, pages=page.routes())
+                    # Closed before the event loop is: what it tells last is how the job ended.
+                    monitor = Monitor(job, metrics, health, settings, events=events, pages=page.routes())
                     watched.enter_context(closing(monitor))
                 # Not in this thread: a signal handler here must never meet the lock of an event that it sets.
                 runner = watched.enter_context(ThreadPoolExecutor(1, thread_name_prefix="psa-control"))
-                governing = runner.submit(control.run, engine)
+                governing = runner.submit(plan_follower.run, event_loop)
                 while not governing.done():
                     wait([governing], timeout=_SIGNAL_CHECK_S)
                 governing.result()
         finally:
-            engine.close()
+            event_loop.close()
             # Before files are finished: whoever is controller now has work to do.
             with suppress(DependencyUnreachable):
-                coordination.remove(MemberKind.SERVER, control.member)
-            control.close()
+                coordination.remove(ProcessRole.SERVER, plan_follower.member)
+            plan_follower.close()
         if policy.automatic:
             checkpoint_at_end(config, layout, store, coordination, policy)
 
 
 def _wait_for_job(job: str, store: RedisStore, leave: _Leave) -> tuple[JobConfig, Layout] | None:
     """Wait until a worker has created the job; None if we are told to stop before."""
-    log = telemetry.get_logger()
+    log = logs.get_logger()
     say_at_s = time.monotonic() + _SAY_WAITING_S
     while not leave.asked:
         found = store.read_job(job)

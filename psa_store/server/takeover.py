@@ -1,4 +1,4 @@
-"""Starting an epoch: take its number, seal, only then read, only then publish. Run by the controller.
+"""Starting a term: take its number, seal, only then read, only then publish. Run by the controller.
 
 Whoever is killed between two of these lines leaves nothing that the next controller cannot start from.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from psa_store import telemetry
+from psa_store import logs
+from psa_store.cluster import Plan, TakeOver, newest_common, plan_from_json
 from psa_store.coordination import Coordination, Versioned
 from psa_store.errors import DataIntegrity, Fenced, Rewound
-from psa_store.failpoints import failpoint
-from psa_store.journal import Journal
-from psa_store.layout import Layout, Role
-from psa_store.plan import Plan, TakeOver, newest_common, plan_from_json
+from psa_store.job.layout import Layout, TensorRole
 from psa_store.storage import Head, RedisStore
+from psa_store.testing.failpoints import failpoint
+from psa_store.testing.journal import Journal
 
 _FROZEN_VERSION = 0
 
@@ -29,40 +29,40 @@ def take_over(
     store: RedisStore,
     journal: Journal,
 ) -> Plan | None:
-    """Begin a new epoch with these owners; None if another controller was faster.
+    """Begin a new term with these owners; None if another controller was faster.
 
     Raises:
         DataIntegrity: no version is common to all shards; names the shards that stand in the way.
         DependencyUnreachable: Redis or ZooKeeper did not answer; nothing is published.
     """
     failpoint("takeover.elected")
-    log = telemetry.get_logger()
+    log = logs.get_logger()
     before = plan_from_json(seen.text) if seen else None
     every = [shard.index for shard in layout.shards]
-    known = max((head.epoch for head in store.heads(job, every)), default=0)
+    known = max((head.term for head in store.heads(job, every)), default=0)
 
     # 1. A number that nobody had before. Redis may know higher ones than ZooKeeper, if ZooKeeper was wiped.
-    epoch = coordination.next_epoch(at_least=max(known, before.epoch if before else 0))
-    failpoint("takeover.epoch")
-    # 2. From here on, commits of all older epochs are refused: what is read next is final.
+    term = coordination.next_term(at_least=max(known, before.term if before else 0))
+    failpoint("takeover.term")
+    # 2. From here on, commits of all older terms are refused: what is read next is final.
     try:
-        heads = store.seal(job, every, epoch, layout.fingerprint)
+        heads = store.seal(job, every, term, layout.fingerprint)
     except Fenced as error:
-        log.info("another controller is ahead", epoch=epoch, why=str(error))
+        log.info("another controller is ahead", term=term, why=str(error))
         return None
-    journal.record("sealed", epoch=epoch)
+    journal.record("sealed", term=term)
     failpoint("takeover.sealed")
     # 3. The version that every shard has; newer ones, which only some have, belong to the past.
     resume = resumable_version(job, layout, heads)
     try:
-        store.trim(job, [shard.index for shard in layout.versioned], epoch, resume)
+        store.trim(job, [shard.index for shard in layout.versioned], term, resume)
     except (Fenced, Rewound) as error:
-        log.info("overtaken after sealing", epoch=epoch, why=str(error))
+        log.info("overtaken after sealing", term=term, why=str(error))
         return None
     failpoint("takeover.trimmed")
     # 4. Published by compare-and-set: of two controllers that came this far, one wins.
     plan = Plan(
-        epoch=epoch,
+        term=term,
         revision=(before.revision if before else 0) + 1,
         resume=resume,
         servers=action.servers,
@@ -71,9 +71,9 @@ def take_over(
     )
     if coordination.write_plan(plan.to_json(), seen.version if seen else None) is None:
         return None
-    journal.record("published", epoch=epoch, resume=resume, servers=[server.id for server in plan.servers])
+    journal.record("published", term=term, resume=resume, servers=[server.id for server in plan.servers])
     failpoint("takeover.published")
-    log.info("new epoch", epoch=epoch, resume=resume, servers=len(plan.servers), why=action.reason)
+    log.info("new term", term=term, resume=resume, servers=len(plan.servers), why=action.reason)
     return plan
 
 
@@ -87,7 +87,7 @@ def resumable_version(job: str, layout: Layout, heads: Sequence[Head]) -> int:
     foreign = [head.shard for head in heads if head.manifests and head.layout != layout.fingerprint]
     if foreign:
         raise DataIntegrity(f"job {job!r}: shards {foreign} were written with another layout. Restore them.")
-    broken = [s.index for s in layout.shards_of(Role.FROZEN) if _FROZEN_VERSION not in versions[s.index]]
+    broken = [s.index for s in layout.shards_of(TensorRole.FROZEN) if _FROZEN_VERSION not in versions[s.index]]
     changing = {shard.index: versions[shard.index] for shard in layout.versioned}
     resume = newest_common(changing) if changing else _FROZEN_VERSION
     if broken or resume is None:

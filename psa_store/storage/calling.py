@@ -14,8 +14,8 @@ import redis
 import tenacity
 
 from psa_store.errors import DependencyUnfit
+from psa_store.logs import printable
 from psa_store.storage.connecting import make_pool, translated
-from psa_store.telemetry import printable
 
 FunctionCall = tuple[str, list[str], Sequence[Any]]
 """Name, keys, arguments."""

@@ -22,7 +22,6 @@ from typing import Any, TypeAlias
 from xxhash import xxh3_128_hexdigest
 
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, Fenced, Rewound
-from psa_store.failpoints import failpoint
 from psa_store.storage import keys
 from psa_store.storage.calling import Caller, FunctionCall
 from psa_store.storage.connecting import text
@@ -31,12 +30,13 @@ from psa_store.storage.records import (
     Manifest,
     Section,
     chunk_sizes,
-    epoch_text,
     identity,
     split_chunks,
+    term_text,
     version_field,
 )
 from psa_store.storage.writing import Command, Stream
+from psa_store.testing.failpoints import failpoint
 
 CHUNK_EXPIRY_S = 300
 """Chunks live this long until a commit makes them permanent: a writer that dies leaves nothing behind.
@@ -66,7 +66,7 @@ Outcomes: TypeAlias = Generator[tuple[int, Manifest | Fenced | Rewound], None, N
 
 
 class Commit:
-    """Version ``version`` of some shards under ``epoch``. For one use.
+    """Version ``version`` of some shards under ``term``. For one use.
 
     Args:
         heads: reads the heads of these shards.
@@ -79,7 +79,7 @@ class Commit:
         caller: Caller,
         heads: Callable[[Iterable[int]], list[Head]],
         job: str,
-        epoch: int,
+        term: int,
         version: int,
         keep: int,
         pause: Callable[[float], None] | None = None,
@@ -87,7 +87,7 @@ class Commit:
         self._caller = caller
         self._heads = heads
         self._job = job
-        self._epoch = epoch
+        self._term = term
         self._version = version
         self._keep = keep
         self._pause = pause
@@ -140,14 +140,14 @@ class Commit:
                     digests.append(xxh3_128_hexdigest(part))
                     if self._dropped:
                         yield _call(_sweep(self._dropped.popleft()))
-                    key = keys.chunk(self._job, state.shard, self._version, self._epoch, nonce, name, index)
+                    key = keys.chunk(self._job, state.shard, self._version, self._term, nonce, name, index)
                     self._unflipped.add(key)
                     yield _set(key, part)
                     written += 1
                     failpoint("commit.chunk", written)
                 sections.append(Section(name, dtype, data.nbytes, tuple(digests)))
             manifest = Manifest(
-                self._version, self._epoch, nonce, tuple(sections), dict(state.scalars), extra=state.extra
+                self._version, self._term, nonce, tuple(sections), dict(state.scalars), extra=state.extra
             )
             self._in_doubt[state.shard] = manifest
             failpoint("commit.before_flip")
@@ -168,8 +168,8 @@ class Commit:
                 return manifest
             case b"fenced":
                 return Fenced(
-                    f"{where}: commit of version {self._version} refused, epoch "
-                    f"{int(reply[1], 16)} owns the shard and ours is {self._epoch}"
+                    f"{where}: commit of version {self._version} refused, term "
+                    f"{int(reply[1], 16)} owns the shard and ours is {self._term}"
                 )
             case b"rewound":
                 return Rewound(f"{where}: Redis lost {text(reply[1])!r}, which we wrote")
@@ -207,7 +207,7 @@ def flip(job: str, head: Head, manifest: Manifest, keep: int, expect: int | None
     sizes = [size for section in manifest.sections for size in chunk_sizes(section.size_bytes)]
     chunks = list(zip(manifest.chunk_keys(job, head.shard), sizes, strict=True))
     expected = "" if expect is None else version_field(expect)
-    return put(job, head, manifest.field, manifest, chunks, _old(head, manifest, keep), expected, manifest.epoch)
+    return put(job, head, manifest.field, manifest, chunks, _old(head, manifest, keep), expected, manifest.term)
 
 
 def put(
@@ -218,7 +218,7 @@ def put(
     chunks: Sequence[tuple[str, int]],
     gone: Collection[str],
     expect: str,
-    epoch: int,
+    term: int,
 ) -> FunctionCall:
     """The call that writes one field of ``head`` as it was read, and takes ``gone`` out of it.
 
@@ -231,7 +231,7 @@ def put(
         "psa_commit",
         [keys.head(job, head.shard), *(key for key, _ in chunks), *head.freed(job, gone)],
         [
-            epoch_text(epoch),
+            term_text(term),
             name,
             manifest.to_json(),
             expect,

@@ -15,7 +15,7 @@ from redis.retry import Retry
 from redis.utils import str_if_bytes
 
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
-from psa_store.telemetry import printable
+from psa_store.logs import printable
 
 _PACK_COPY_BYTES_MAX = 6000
 _UNFIT: tuple[tuple[type[Exception], str], ...] = (

@@ -1,30 +1,30 @@
 #!lua name=psa_store
 
 -- The fence and the flip. Functions check everything first and write last, because Redis isolates them but does not
--- roll them back. They move small values only: tensors are plain keys. Epochs are fixed-width hex, compared as text.
+-- roll them back. They move small values only: tensors are plain keys. Terms are fixed-width hex, compared as text.
 
 local DROPPED_EXPIRY_S = 300
 
--- psa_seal: raise the epoch of a shard, so that commits of lower epochs are refused from now on.
--- keys: head. args: epoch, layout fingerprint.
--- returns {'ok', fields of the head} or refuses with {'fenced', higher epoch}. Idempotent.
+-- psa_seal: raise the term of a shard, so that commits of lower terms are refused from now on.
+-- keys: head. args: term, layout fingerprint.
+-- returns {'ok', fields of the head} or refuses with {'fenced', higher term}. Idempotent.
 local function seal(keys, args)
-  local now = redis.call('HGET', keys[1], 'epoch')
+  local now = redis.call('HGET', keys[1], 'term')
   if now and now > args[1] then return {'fenced', now} end
-  redis.call('HSET', keys[1], 'epoch', args[1])
+  redis.call('HSET', keys[1], 'term', args[1])
   redis.call('HSETNX', keys[1], 'layout', args[2])
   return {'ok', redis.call('HGETALL', keys[1])}
 end
 
--- How the head stands towards the caller's epoch: nil if it is his.
-local function stranger(head, epoch)
-  local now = redis.call('HGET', head, 'epoch')
-  if not now or now < epoch then return {'rewound', now or ''} end
-  if now > epoch then return {'fenced', now} end
+-- How the head stands towards the caller's term: nil if it is his.
+local function stranger(head, term)
+  local now = redis.call('HGET', head, 'term')
+  if not now or now < term then return {'rewound', now or ''} end
+  if now > term then return {'fenced', now} end
   return nil
 end
 
--- Whether the head is the one that the caller has read: args, from `at` on, say how many fields it has besides epoch and
+-- Whether the head is the one that the caller has read: args, from `at` on, say how many fields it has besides term and
 -- layout, and name and nonce of each. The name alone does not tell: the same version may have been written again since,
 -- and a call whose connection broke may still arrive after that. Returns where the next argument is, or nil.
 local function unchanged(head, args, at)
@@ -40,13 +40,13 @@ end
 -- psa_commit: write one field of a head (a version, or a pin, which needs no new chunks), and drop old ones, in one
 -- step. Their chunks expire; whoever has the time removes them earlier with psa_sweep.
 -- keys: head, then the new chunks, then the chunks to drop.
--- args: epoch, field, manifest, field that must be there ('' for none), number of new chunks, their sizes (that many),
+-- args: term, field, manifest, field that must be there ('' for none), number of new chunks, their sizes (that many),
 --       the head as it was read (see unchanged), then the fields to drop.
--- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', what}, {'missing', key} or {'changed'} if the head
+-- returns {'ok'}; refuses with {'fenced', term}, {'rewound', what}, {'missing', key} or {'changed'} if the head
 -- is not the one that the caller has read.
 local function commit(keys, args)
-  local head, epoch, field, manifest, expect = keys[1], args[1], args[2], args[3], args[4]
-  local refusal = stranger(head, epoch)
+  local head, term, field, manifest, expect = keys[1], args[1], args[2], args[3], args[4]
+  local refusal = stranger(head, term)
   if refusal then return refusal end
   if expect ~= '' and redis.call('HEXISTS', head, expect) == 0 then return {'rewound', expect} end
   local count = tonumber(args[5])
@@ -73,8 +73,8 @@ local function sweep(keys)
 end
 
 -- psa_drop: take fields out of a head.
--- keys: head, then the chunks that only they name. args: epoch, the head as it was read (see unchanged), the fields.
--- returns {'ok'}; refuses with {'fenced', epoch}, {'rewound', epoch}, or {'changed'}, also if it was done already.
+-- keys: head, then the chunks that only they name. args: term, the head as it was read (see unchanged), the fields.
+-- returns {'ok'}; refuses with {'fenced', term}, {'rewound', term}, or {'changed'}, also if it was done already.
 local function drop(keys, args)
   local refusal = stranger(keys[1], args[1])
   if refusal then return refusal end

@@ -1,9 +1,9 @@
-"""What a job's processes tell about themselves: pulses, events, and the curve. Thread-safe.
+"""What a job's processes tell about themselves: heartbeats, events, and the curve. Thread-safe.
 
-Three small things per job: a hash with the newest pulse of each member, a stream of events, and a stream of points that
-always shows the whole run. None of them is needed for training. Whatever is written here is written again after an
-answer was lost, and counts once: a pulse replaces the one before, an event is known by its text, and a point comes too
-soon after itself.
+Three small things per job: a hash with the newest heartbeat of each member, a stream of events, and a stream of
+points that always shows the whole run. None of them is needed for training. Whatever is written here is written
+again after an answer was lost, and counts once: a heartbeat replaces the one before, an event is known by its text,
+and a point comes too soon after itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CONNECTIONS_MAX = 2
 
 
 class History:
-    """Pulses, events and the curve of jobs in one Redis.
+    """Heartbeats, events and the curve of jobs in one Redis.
 
     Every method raises DependencyUnreachable if Redis does not answer within ``timeout_s``; those that read raise
     DataIntegrity if what they find is not JSON.
@@ -36,22 +36,22 @@ class History:
     def close(self) -> None:
         self._caller.close()
 
-    # --- pulses
+    # --- heartbeats
 
-    def pulse(self, job: str, member: str, text: str) -> None:
-        """Replace the pulse of a member; ``text`` is a JSON object."""
-        self._caller.retrying(lambda: self._client.hset(keys.pulses(job), member, text))
+    def heartbeat(self, job: str, member: str, text: str) -> None:
+        """Replace the heartbeat of a member; ``text`` is a JSON object."""
+        self._caller.retrying(lambda: self._client.hset(keys.heartbeats(job), member, text))
 
-    def pulses(self, job: str) -> dict[str, dict[str, Any]]:
+    def heartbeats(self, job: str) -> dict[str, dict[str, Any]]:
         """By member, what it told last. That may be long ago: see its "time"."""
-        found: Mapping[Any, Any] = self._caller.retrying(lambda: self._client.hgetall(keys.pulses(job)))
-        return {text(member): _document(keys.pulses(job), pulse) for member, pulse in found.items()}
+        found: Mapping[Any, Any] = self._caller.retrying(lambda: self._client.hgetall(keys.heartbeats(job)))
+        return {text(member): _document(keys.heartbeats(job), heartbeat) for member, heartbeat in found.items()}
 
     def forget(self, job: str, members: Iterable[str]) -> None:
-        """Remove the pulses of members that are gone."""
+        """Remove the heartbeats of members that are gone."""
         gone = list(members)
         if gone:
-            self._caller.retrying(lambda: self._client.hdel(keys.pulses(job), *gone))
+            self._caller.retrying(lambda: self._client.hdel(keys.heartbeats(job), *gone))
 
     # --- events
 

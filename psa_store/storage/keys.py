@@ -17,8 +17,8 @@ def checkpoints(job: str) -> str:
     return f"psa:{{{job}}}:checkpoints"
 
 
-def pulses(job: str) -> str:
-    return f"psa:{{{job}}}:pulses"
+def heartbeats(job: str) -> str:
+    return f"psa:{{{job}}}:heartbeats"
 
 
 def events(job: str) -> str:
@@ -35,15 +35,15 @@ def curve_interval(job: str) -> str:
 
 def history(job: str) -> list[str]:
     """All four."""
-    return [pulses(job), events(job), curve(job), curve_interval(job)]
+    return [heartbeats(job), events(job), curve(job), curve_interval(job)]
 
 
 def head(job: str, shard: int) -> str:
     return f"psa:{{{job}:{shard}}}:head"
 
 
-def chunk(job: str, shard: int, version: int, epoch: int, nonce: str, section: str, index: int) -> str:
-    return f"psa:{{{job}:{shard}}}:{version}:{epoch}:{nonce}:{section}:{index}"
+def chunk(job: str, shard: int, version: int, term: int, nonce: str, section: str, index: int) -> str:
+    return f"psa:{{{job}:{shard}}}:{version}:{term}:{nonce}:{section}:{index}"
 
 
 def probe(token: str, index: int) -> str:

@@ -15,7 +15,7 @@ from psa_store.errors import DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import keys
 from psa_store.storage.calling import Caller, FunctionCall
 from psa_store.storage.committing import TRIES_MAX, put, unsettled
-from psa_store.storage.records import Head, Manifest, epoch_text, identity
+from psa_store.storage.records import Head, Manifest, identity, term_text
 
 Heads = Callable[[str, Iterable[int]], list[Head]]
 """Reads heads of a job."""
@@ -27,15 +27,15 @@ def copy(
     job: str,
     shards: Iterable[int],
     fields: Callable[[Head], tuple[str, str]],
-    epoch: int | None,
+    term: int | None,
 ) -> None:
     """Give what one field of each head names to a second one, whatever that named before.
 
     It is no extra version any more: a checkpoint, and where a job goes back to, is what all shards have.
 
     Raises:
-        Fenced: ``epoch`` does not own a shard.
-        Rewound: Redis does not know ``epoch``, or the first field is not there.
+        Fenced: ``term`` does not own a shard.
+        Rewound: Redis does not know ``term``, or the first field is not there.
     """
 
     def change(head: Head) -> FunctionCall | None:
@@ -47,9 +47,9 @@ def copy(
         if entries.get(target) == wanted:
             return None
         gone = [target] if target in entries else []
-        return put(job, head, target, wanted, [], gone, source, head.epoch if epoch is None else epoch)
+        return put(job, head, target, wanted, [], gone, source, head.term if term is None else term)
 
-    _change(caller, heads, job, shards, change, epoch)
+    _change(caller, heads, job, shards, change, term)
 
 
 def drop(
@@ -58,34 +58,34 @@ def drop(
     job: str,
     shards: Iterable[int],
     unwanted: Callable[[Head], Sequence[str]],
-    epoch: int | None = None,
+    term: int | None = None,
 ) -> None:
-    """Take fields out of heads; raises Fenced or Rewound if ``epoch`` (None: anybody) does not own a shard."""
+    """Take fields out of heads; raises Fenced or Rewound if ``term`` (None: anybody) does not own a shard."""
 
     def change(head: Head) -> FunctionCall | None:
         gone = unwanted(head)
         if not gone:
             return None
-        owner = head.epoch if epoch is None else epoch
+        owner = head.term if term is None else term
         return (
             "psa_drop",
             [keys.head(job, head.shard), *head.freed(job, gone)],
-            [epoch_text(owner), *identity(head), *gone],
+            [term_text(owner), *identity(head), *gone],
         )
 
-    _change(caller, heads, job, shards, change, epoch)
+    _change(caller, heads, job, shards, change, term)
 
 
-def write(caller: Caller, heads: Heads, job: str, shard: int, name: str, manifest: Manifest, epoch: int) -> None:
+def write(caller: Caller, heads: Heads, job: str, shard: int, name: str, manifest: Manifest, term: int) -> None:
     """Let a field of a head name chunks that are stored already. Idempotent."""
 
     def change(head: Head) -> FunctionCall | None:
         there = head.entries().get(name)
         if there is not None and there.nonce == manifest.nonce:
             return None
-        return put(job, head, name, manifest, [], [name] if there is not None else [], "", epoch)
+        return put(job, head, name, manifest, [], [name] if there is not None else [], "", term)
 
-    _change(caller, heads, job, [shard], change, epoch)
+    _change(caller, heads, job, [shard], change, term)
 
 
 def _change(
@@ -94,11 +94,11 @@ def _change(
     job: str,
     shards: Iterable[int],
     change: Callable[[Head], FunctionCall | None],
-    epoch: int | None,
+    term: int | None,
 ) -> None:
     """Make a change of each head, all in one round trip; those that had changed meanwhile are looked at again.
 
-    Without an ``epoch`` of one's own, that a new one owns the shard is such a change.
+    Without an ``term`` of one's own, that a new one owns the shard is such a change.
     """
     left = list(shards)
     for _ in range(TRIES_MAX):
@@ -106,19 +106,19 @@ def _change(
         if not calls:
             return
         replies = caller.functions(list(calls.values()))
-        left = [shard for shard, reply in zip(calls, replies, strict=True) if not _done(job, shard, reply, epoch)]
+        left = [shard for shard, reply in zip(calls, replies, strict=True) if not _done(job, shard, reply, term)]
         if not left:
             return
     raise DependencyUnreachable(unsettled(caller, job, left[0], "its versions could not be changed"))
 
 
-def _done(job: str, shard: int, reply: Sequence[Any], epoch: int | None) -> bool:
+def _done(job: str, shard: int, reply: Sequence[Any], term: int | None) -> bool:
     where = f"job {job!r}, shard {shard}"
     match reply[0]:
         case b"ok":
             return True
-        case b"fenced" if epoch is not None:
-            raise Fenced(f"{where}: epoch {int(reply[1], 16)} owns it")
+        case b"fenced" if term is not None:
+            raise Fenced(f"{where}: term {int(reply[1], 16)} owns it")
         case b"rewound":
-            raise Rewound(f"{where}: Redis lost what we wrote, or does not know our epoch")
+            raise Rewound(f"{where}: Redis lost what we wrote, or does not know our term")
     return False

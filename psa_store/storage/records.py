@@ -31,7 +31,7 @@ class Manifest:
     """One committed version of one shard."""
 
     version: int
-    epoch: int
+    term: int
     nonce: str
     """Random, per attempt to commit: no attempt ever overwrites the chunks of another."""
     sections: tuple[Section, ...]
@@ -46,7 +46,7 @@ class Manifest:
         return version_field(self.version)
 
     def chunk_key(self, job: str, shard: int, section: str, index: int) -> str:
-        return keys.chunk(self.home or job, shard, self.version, self.epoch, self.nonce, section, index)
+        return keys.chunk(self.home or job, shard, self.version, self.term, self.nonce, section, index)
 
     def chunk_keys(self, job: str, shard: int) -> list[str]:
         return [
@@ -61,10 +61,10 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The committed versions of a shard, ascending, and the epoch whose owner alone may add to them."""
+    """The committed versions of a shard, ascending, and the term whose owner alone may add to them."""
 
     shard: int
-    epoch: int
+    term: int
     layout: str
     """Fingerprint of the layout; empty if the shard does not exist yet."""
     manifests: tuple[Manifest, ...]
@@ -95,9 +95,9 @@ def version_field(version: int) -> str:
     return f"{VERSION_PREFIX}{version:020d}"
 
 
-def epoch_text(epoch: int) -> str:
+def term_text(term: int) -> str:
     """Fixed width, so that Lua compares text: its numbers lose the last bits of large integers."""
-    return f"{epoch:016x}"
+    return f"{term:016x}"
 
 
 def pin_field(name: str) -> str:
@@ -131,7 +131,7 @@ def head_from_fields(job: str, shard: int, fields: Mapping[bytes, bytes]) -> Hea
         }
         return Head(
             shard,
-            int(fields.get(b"epoch", b"0"), 16),
+            int(fields.get(b"term", b"0"), 16),
             fields.get(b"layout", b"").decode(),
             tuple(sorted(manifests, key=lambda manifest: manifest.version)),
             pins,

@@ -18,7 +18,6 @@ from psa_store.errors import (
     Fenced,
     JobMismatch,
 )
-from psa_store.failpoints import failpoint
 from psa_store.storage import keys, pinning
 from psa_store.storage.calling import Caller
 from psa_store.storage.committing import Commit, Outcomes, ShardState
@@ -28,12 +27,13 @@ from psa_store.storage.reading import read_into
 from psa_store.storage.records import (
     Head,
     Manifest,
-    epoch_text,
     head_from_fields,
     pin_field,
     split_chunks,
+    term_text,
     version_field,
 )
+from psa_store.testing.failpoints import failpoint
 
 _PIPELINE_SHARDS = 256
 
@@ -128,18 +128,18 @@ class RedisStore:
 
     # --- the fence
 
-    def seal(self, job: str, shards: Iterable[int], epoch: int, layout: str) -> list[Head]:
-        """Refuse commits of lower epochs from now on; returns the heads, which only ``epoch`` can change now.
+    def seal(self, job: str, shards: Iterable[int], term: int, layout: str) -> list[Head]:
+        """Refuse commits of lower terms from now on; returns the heads, which only ``term`` can change now.
 
         Raises:
-            Fenced: a head has a higher epoch. Some others may be sealed at ours.
+            Fenced: a head has a higher term. Some others may be sealed at ours.
         """
         listed = list(shards)
-        calls = [("psa_seal", [keys.head(job, shard)], [epoch_text(epoch), layout]) for shard in listed]
+        calls = [("psa_seal", [keys.head(job, shard)], [term_text(term), layout]) for shard in listed]
         heads = []
         for shard, reply in zip(listed, self._caller.functions(calls), strict=True):
             if reply[0] == b"fenced":
-                raise Fenced(f"job {job!r}, shard {shard}: sealed at epoch {int(reply[1], 16)}, not {epoch}")
+                raise Fenced(f"job {job!r}, shard {shard}: sealed at term {int(reply[1], 16)}, not {term}")
             flat = reply[1]
             heads.append(head_from_fields(job, shard, dict(zip(flat[::2], flat[1::2], strict=True))))
         return heads
@@ -172,7 +172,7 @@ class RedisStore:
         self,
         job: str,
         shard: int,
-        epoch: int,
+        term: int,
         version: int,
         arrays: Mapping[str, tuple[str, memoryview]],
         scalars: Mapping[str, float | int],
@@ -180,7 +180,7 @@ class RedisStore:
         keep: int,
         expect: int | None,
     ) -> Manifest:
-        """Make one version of a shard durable: write its chunks, then flip the head, if ``epoch`` still owns it.
+        """Make one version of a shard durable: write its chunks, then flip the head, if ``term`` still owns it.
 
         Args:
             arrays: section name -> (dtype, bytes); the memory must not change until this returns.
@@ -188,12 +188,12 @@ class RedisStore:
             expect: the version that the caller committed last, None if he does not know of one.
 
         Raises:
-            Fenced: a newer epoch owns the shard. Nothing was changed.
+            Fenced: a newer term owns the shard. Nothing was changed.
             Rewound: Redis does not know what we committed before: it went back in time. Nothing was changed.
             DependencyUnreachable: Redis does not answer; whether the version is committed is unknown. Try again.
         """
         state = ShardState(shard, arrays, scalars, expect)
-        ((_, outcome),) = list(self.commit_each(job, epoch, version, [state], keep=keep))
+        ((_, outcome),) = list(self.commit_each(job, term, version, [state], keep=keep))
         if isinstance(outcome, Manifest):
             return outcome
         raise outcome
@@ -201,7 +201,7 @@ class RedisStore:
     def commit_each(
         self,
         job: str,
-        epoch: int,
+        term: int,
         version: int,
         states: Sequence[ShardState],
         *,
@@ -221,30 +221,30 @@ class RedisStore:
             DependencyUnreachable: Redis does not answer; whether the shards not yielded so far are committed is
                 unknown. Try these again.
         """
-        commit = Commit(self._caller, lambda shards: self.heads(job, shards), job, epoch, version, keep, pause)
+        commit = Commit(self._caller, lambda shards: self.heads(job, shards), job, term, version, keep, pause)
         return commit.outcomes(states)
 
-    def trim(self, job: str, shards: Iterable[int], epoch: int, newest: int) -> None:
-        """Drop versions newer than ``newest``; raises Fenced or Rewound if ``epoch`` does not own a shard."""
-        pinning.drop(self._caller, self.heads, job, shards, _versions(lambda version: version > newest), epoch)
+    def trim(self, job: str, shards: Iterable[int], term: int, newest: int) -> None:
+        """Drop versions newer than ``newest``; raises Fenced or Rewound if ``term`` does not own a shard."""
+        pinning.drop(self._caller, self.heads, job, shards, _versions(lambda version: version > newest), term)
 
-    def condemn(self, job: str, shard: int, epoch: int, version: int) -> None:
-        """Drop one version that was found damaged; raises Fenced or Rewound if ``epoch`` does not own the shard."""
-        pinning.drop(self._caller, self.heads, job, [shard], _versions(lambda each: each == version), epoch)
+    def mark_corrupt(self, job: str, shard: int, term: int, version: int) -> None:
+        """Drop one version that was found damaged; raises Fenced or Rewound if ``term`` does not own the shard."""
+        pinning.drop(self._caller, self.heads, job, [shard], _versions(lambda each: each == version), term)
 
     # --- checkpoints
 
-    def pin(self, job: str, shards: Iterable[int], version: int, name: str, *, epoch: int | None = None) -> None:
+    def pin(self, job: str, shards: Iterable[int], version: int, name: str, *, term: int | None = None) -> None:
         """Keep ``version`` of these shards under a name, whatever is committed later. Replaces what the name kept.
 
         Args:
-            epoch: refuse unless it owns the shards; None: whoever owns them.
+            term: refuse unless it owns the shards; None: whoever owns them.
 
         Raises:
-            Fenced, Rewound: ``epoch`` does not own a shard, or the version is gone. Some others may be pinned.
+            Fenced, Rewound: ``term`` does not own a shard, or the version is gone. Some others may be pinned.
         """
         wanted = version_field(version)
-        pinning.copy(self._caller, self.heads, job, shards, lambda _: (wanted, pin_field(name)), epoch)
+        pinning.copy(self._caller, self.heads, job, shards, lambda _: (wanted, pin_field(name)), term)
 
     def share(self, job: str, nonces: Mapping[int, str], name: str) -> None:
         """Keep, under a name, those versions of these shards that have these nonces, wherever they are named now.
@@ -264,21 +264,21 @@ class RedisStore:
         fields = [pin_field(name) for name in names]
         pinning.drop(self._caller, self.heads, job, shards, lambda head: [f for f in fields if f in head.entries()])
 
-    def unwind(self, job: str, shards: Sequence[int], epoch: int, version: int, name: str | None) -> None:
+    def unwind(self, job: str, shards: Sequence[int], term: int, version: int, name: str | None) -> None:
         """Make ``version`` the newest of these shards, as ``name`` keeps it (None: as it is stored).
 
         First it is put in its place everywhere, only then is what is newer dropped: whoever is cut off in between has
         changed nothing, or is done in all that matters.
 
         Raises:
-            Fenced, Rewound: ``epoch`` does not own a shard, or it has not got this version.
+            Fenced, Rewound: ``term`` does not own a shard, or it has not got this version.
         """
         failpoint("rollback.begun")
         if name is not None:
             there = version_field(version)
-            pinning.copy(self._caller, self.heads, job, shards, lambda _: (pin_field(name), there), epoch)
+            pinning.copy(self._caller, self.heads, job, shards, lambda _: (pin_field(name), there), term)
         failpoint("rollback.restored")
-        self.trim(job, shards, epoch, version)
+        self.trim(job, shards, term, version)
 
     def write_checkpoint(self, job: str, name: str, document: str) -> None:
         """Store what is known of a checkpoint, or replace it."""
@@ -294,13 +294,13 @@ class RedisStore:
         if names:
             self._caller.retrying(lambda: self._client.hdel(keys.checkpoints(job), *names))
 
-    def adopt(self, job: str, shard: int, manifest: Manifest, epoch: int) -> None:
+    def adopt(self, job: str, shard: int, manifest: Manifest, term: int) -> None:
         """Let a shard of ``job`` have a version whose chunks are stored already, as those of ``manifest.home``.
 
         Raises:
-            Fenced, Rewound: ``epoch`` does not own the shard.
+            Fenced, Rewound: ``term`` does not own the shard.
         """
-        pinning.write(self._caller, self.heads, job, shard, manifest.field, manifest, epoch)
+        pinning.write(self._caller, self.heads, job, shard, manifest.field, manifest, term)
 
     def load(self, job: str, shard: int, manifest: Manifest, into: Mapping[str, memoryview]) -> None:
         """Read sections straight into the given memory and check their digests.

@@ -8,7 +8,7 @@
     AWAIT   all, at >= step     PARAMS ..., then VERSION    all of it is with you
     FINISH  make step durable   DURABLE  step is durable
     CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
-    MARK    a checkpoint ends with the first pushes of a rank: so many (on arrival)
+    CUT     a checkpoint ends with the first pushes of a rank: so many (on arrival)
     INSPECT                     REPORT   what the server does, as JSON
                                 REFUSED  which frame, and why
 
@@ -16,7 +16,7 @@ PUSH is answered only if it is refused: VERSION of a later step is its acknowled
 
 A tensor travels in one of two ways. By value: its bytes follow the header. By reference, between processes of one
 host that have agreed on it in HELLO: the header tells where in shared memory it lies. A worker's PUSH then names the
-``slot`` whose memory it gave with SHARE; a server's VERSION names the ``slot`` (generation) of the memory in which its
+``memory`` that it gave with SHARE; a server's VERSION names the ``memory`` (by its generation) in which its
 parameters are visible, and passes the descriptor when it is new to the connection. Buffers always travel by value.
 
 In a job whose pushes are applied on arrival AWAIT names a step of a rank, which VERSION repeats, and CLOCKS is the
@@ -38,9 +38,9 @@ from typing import Any
 
 from psa_store.errors import Refused
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAGIC = b"PSA\x02"
-_HEADER = struct.Struct("<4sBBHIIQQqQII8x")
+_HEADER = struct.Struct("<4sBBHIIQQqQIII4x")
 HEADER_BYTES = _HEADER.size
 PAYLOAD_BYTES_MAX = 1 << 32
 TEXT_BYTES_MAX = 1 << 20
@@ -64,10 +64,10 @@ class Kind(IntEnum):
     VERSION = 14
     CLOCKS = 15
     STATE = 16
-    MARK = 17
+    CUT = 17
 
 
-_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT, Kind.MARK})
+_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT, Kind.CUT})
 """Kinds whose header says everything."""
 WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.VERSION})
 """Kinds that may come with a descriptor."""
@@ -88,9 +88,9 @@ class Reason(IntEnum):
     """Why a frame was refused; the receiver of REFUSED decides by it."""
 
     NONE = 0
-    STALE = 1  # the epoch is over: read the plan
+    STALE = 1  # the term is over: read the plan
     NOT_HOLDER = 2  # the plan gives this rank to another worker: read the plan
-    NOT_OWNER = 3  # this server does not lead the shard: read the plan
+    NOT_OWNER = 3  # this server does not own the shard: read the plan
     WRONG = 4  # the frame contradicts the layout or the protocol: a bug or a stranger
 
 
@@ -98,11 +98,12 @@ class Reason(IntEnum):
 class Header:
     """``step``: the step of a gradient, or the version of parameters. ``reason`` is set in REFUSED only.
 
-    ``count``: how many shards a PUSH by reference is about, ``shard`` being the first.
+    ``count``: how many shards a PUSH by reference is about, ``shard`` being the first. ``memory``: the number of shared
+    memory, in SHARE, PUSH and VERSION. ``barrier``: that of the checkpoint, in CUT.
     """
 
     kind: Kind
-    epoch: int = 0
+    term: int = 0
     revision: int = 0
     step: int = 0
     rank: int = 0
@@ -110,8 +111,9 @@ class Header:
     length: int = 0
     reason: Reason = Reason.NONE
     flags: Flag = Flag.NONE
-    slot: int = 0
+    memory: int = 0
     count: int = 1
+    barrier: int = 0
 
     def pack(self) -> bytes:
         return _HEADER.pack(
@@ -121,12 +123,13 @@ class Header:
             self.reason,
             self.rank,
             self.shard,
-            self.epoch,
+            self.term,
             self.revision,
             self.step,
             self.length,
-            self.slot,
+            self.memory,
             self.count,
+            self.barrier,
         )
 
 
@@ -136,12 +139,12 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         Refused: wrong magic, unknown kind, or a length beyond the limits; the connection cannot be used further.
     """
-    magic, kind, flags, reason, rank, shard, epoch, revision, step, length, slot, count = _HEADER.unpack(data)
+    magic, kind, flags, reason, rank, shard, term, revision, step, length, memory, count, barrier = _HEADER.unpack(data)
     if magic != MAGIC:
         raise Refused(f"not a psa frame: starts with {bytes(magic)!r}")
     try:
         header = Header(
-            Kind(kind), epoch, revision, step, rank, shard, length, Reason(reason), Flag(flags), slot, count
+            Kind(kind), term, revision, step, rank, shard, length, Reason(reason), Flag(flags), memory, count, barrier
         )
     except ValueError as error:
         raise Refused(f"frame of another protocol version: {error}") from error

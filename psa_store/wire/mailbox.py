@@ -24,9 +24,9 @@ class Mailbox(Generic[T]):
     def fileno(self) -> int:
         return self._receiver.fileno()
 
-    def post(self, letter: T) -> None:
+    def post(self, message: T) -> None:
         with self._lock:
-            self._letters.append(letter)
+            self._letters.append(message)
             first = len(self._letters) == 1
         if first:
             # Full or closed: the reader has a wake-up pending, or wants none any more.
@@ -42,9 +42,9 @@ class Mailbox(Generic[T]):
         with contextlib.suppress(BlockingIOError):
             self._receiver.recv(4096)
         with self._lock:
-            letters = list(self._letters)
+            messages = list(self._letters)
             self._letters.clear()
-        return letters
+        return messages
 
     def close(self) -> None:
         self._receiver.close()

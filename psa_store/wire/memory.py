@@ -23,7 +23,7 @@ from functools import cache
 from typing import Any
 
 from psa_store.errors import Refused
-from psa_store.layout import PAGE_BYTES as LAYOUT_PAGE_BYTES
+from psa_store.job.layout import PAGE_BYTES as LAYOUT_PAGE_BYTES
 
 PAGE_BYTES = mmap.PAGESIZE
 _MAP_FIXED = 0x10

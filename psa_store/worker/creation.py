@@ -12,21 +12,22 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from psa_store import telemetry
-from psa_store.checkpoint.archive import Archive
+from psa_store import logs
 from psa_store.checkpoint.creating import write_new_job
-from psa_store.checkpoint.importing import import_export
+from psa_store.checkpoint.files.archive import Archive
+from psa_store.checkpoint.files.importing import import_export
+from psa_store.cluster import ProcessRole
 from psa_store.compression import NONE, parse_compression
 from psa_store.config import Settings
-from psa_store.coordination import Coordination, MemberKind
+from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, PsaError, UsageError
-from psa_store.job import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
-from psa_store.layout import Layout, describe_difference, layout_from_json
-from psa_store.mode import SYNC, Mode, parse_mode
-from psa_store.sections import PARAM
+from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
+from psa_store.job.layout import Layout, describe_difference, layout_from_json
+from psa_store.job.mode import SYNC, Mode, parse_mode
+from psa_store.job.wire_layout import Transport
 from psa_store.storage import RedisStore, ShardState
-from psa_store.transport import Transport
-from psa_store.worker.arena import ModelArena
+from psa_store.storage.sections import PARAM
+from psa_store.worker.flat_model import FlatModel
 
 _POLL_S = 0.05
 _RUN_GRACE_S = 2.0
@@ -46,7 +47,7 @@ class Wanted:
 
 def join_or_create(
     wanted: Wanted,
-    arena: ModelArena,
+    model: FlatModel,
     layout: Layout,
     settings: Settings,
     member: str,
@@ -62,7 +63,7 @@ def join_or_create(
         DependencyUnreachable: Redis or ZooKeeper does not answer.
     """
     _await_our_run(wanted.name, settings, coordination)
-    log = telemetry.get_logger()
+    log = logs.get_logger()
     while True:
         known = coordination.read_config() is not None  # before Redis is asked: its documents are written first
         stored = store.read_job(wanted.name)
@@ -75,7 +76,7 @@ def join_or_create(
         holder = coordination.hold(CREATOR_NODE, member)
         if holder is None:
             try:
-                _create(wanted, arena, layout, settings, store, coordination)
+                _create(wanted, model, layout, settings, store, coordination)
             except Fenced as error:
                 # We slept past our session, and another has taken our place: the job is there, or will be.
                 log.warning("somebody else creates the job", job=wanted.name, why=str(error))
@@ -90,7 +91,7 @@ def join_or_create(
 
 def _create(
     wanted: Wanted,
-    arena: ModelArena,
+    model: FlatModel,
     layout: Layout,
     settings: Settings,
     store: RedisStore,
@@ -105,14 +106,14 @@ def _create(
         return
     if settings.restore and _restore(wanted.name, known, settings, store, coordination):
         return
-    states = [ShardState(s.index, {PARAM: (s.dtype, arena.parameters(s))}, {}, expect=None) for s in layout.shards]
+    states = [ShardState(s.index, {PARAM: (s.dtype, model.parameters(s))}, {}, expect=None) for s in layout.shards]
     write_new_job(new_config(wanted, settings), layout, 0, states, store, coordination)
-    telemetry.get_logger().info("job created", job=wanted.name, shards=len(layout.shards))
+    logs.get_logger().info("job created", job=wanted.name, shards=len(layout.shards))
 
 
 def _await_restoration(job: str, settings: Settings, store: RedisStore) -> tuple[str, str]:
     """Wait until a server has written the job again that Redis lost; raises DataIntegrity if nobody does."""
-    telemetry.get_logger().warning("Redis has lost the job: waiting for its servers to write it again", job=job)
+    logs.get_logger().warning("Redis has lost the job: waiting for its servers to write it again", job=job)
     deadline_s = time.monotonic() + settings.session_timeout_s + _RUN_GRACE_S
     while (stored := store.read_job(job)) is None:
         if time.monotonic() > deadline_s:
@@ -132,7 +133,7 @@ def _way_out(job: str, settings: Settings) -> str:
                     f"of version {export.version}, {export.created}: {export.url}"
                 )
         except PsaError as error:
-            telemetry.get_logger().warning("no export to restore from", why=str(error))
+            logs.get_logger().warning("no export to restore from", why=str(error))
     return "Restore Redis from its backup, or start over under another job name."
 
 
@@ -146,11 +147,11 @@ def _restore(job: str, known: bool, settings: Settings, store: RedisStore, coord
     """
     if settings.checkpoint_files is None:
         raise UsageError("--restore: say where the files are, with PSA_CHECKPOINT_FILES or --checkpoint-files")
-    archive, log = Archive(settings.checkpoint_files, job), telemetry.get_logger()
+    archive, log = Archive(settings.checkpoint_files, job), logs.get_logger()
     if not known and archive.is_empty():
         log.warning("there is nothing to restore: neither ZooKeeper nor files know this job", job=job)
         return False
-    if known and coordination.members(MemberKind.SERVER):
+    if known and coordination.members(ProcessRole.SERVER):
         raise JobBusy(f"job {job!r}: servers live, and write it again from memory")
     export = archive.newest()
     log.warning("restoring from files", job=job, version=export.version, exported=export.created, folder=export.url)

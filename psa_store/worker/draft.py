@@ -1,6 +1,7 @@
-"""What a training script would create, written down by its Worker instead of training: how `psa plan` asks a script.
+"""What a training script would create, written down by its Worker instead of training: how `psa estimate` asks a
+script.
 
-A script decides about its model and optimizer in code, so it has to run, up to its first ``psa.Worker``. `psa plan`
+A script decides about its model and optimizer in code, so it has to run, up to its first ``psa.Worker``. `psa estimate`
 runs it as a process of its own, with the name of a file in ``PSA_DRAFT``; neither Redis nor ZooKeeper is needed.
 """
 
@@ -10,8 +11,8 @@ import json
 from pathlib import Path
 
 from psa_store.errors import DataIntegrity
-from psa_store.job import JobConfig, job_config_from_json
-from psa_store.layout import Layout, layout_from_json
+from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.layout import Layout, layout_from_json
 
 
 def draft_of(config: JobConfig, layout: Layout, path: Path) -> None:

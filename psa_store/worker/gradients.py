@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from psa_store.layout import ITEM_BYTES, Layout, Role, Shard
+from psa_store.job.layout import ITEM_BYTES, Layout, Shard, TensorRole
+from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.reduce import squared_norm
-from psa_store.transport import WireLayout
 from psa_store.wire import SharedMemory
 
 _NORM_SURELY_FINITE = 1e18
@@ -35,7 +35,8 @@ class GradientMemory:
         self._wire = wire
         self._flat = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
         self.views = [
-            self._shaped(index) if spec.role is Role.TRAINED else None for index, spec in enumerate(layout.tensors)
+            self._shaped(index) if spec.role is TensorRole.TRAINED else None
+            for index, spec in enumerate(layout.tensors)
         ]
         """By tensor of the layout; None for those that are not trained."""
 

@@ -6,11 +6,11 @@ import os
 import threading
 from dataclasses import dataclass
 
-from psa_store import telemetry
-from psa_store.coordination import Coordination, MemberKind
+from psa_store import logs
+from psa_store.cluster import Member, Plan, ProcessRole, plan_from_json
+from psa_store.coordination import Coordination
+from psa_store.coordination.identity import new_member_id
 from psa_store.errors import DependencyUnreachable, PsaError
-from psa_store.identity import new_member_id
-from psa_store.plan import Member, Plan, plan_from_json
 from psa_store.wire import Mailbox, host_identity
 
 _LOOK_AGAIN_S = 5.0
@@ -35,7 +35,7 @@ class Membership:
         self._coordination = coordination
         self._woken = woken
         self._mailbox = mailbox
-        self._log = telemetry.get_logger()
+        self._log = logs.get_logger()
         self._generation = coordination.session_generation()
         self._closing = False
         self._standing = Standing(member, None)
@@ -98,4 +98,4 @@ class Membership:
 
     def _join(self, member: str) -> None:
         text = Member(member, host_identity(), os.getpid()).to_json()
-        self._coordination.join(MemberKind.WORKER, member, text)
+        self._coordination.join(ProcessRole.WORKER, member, text)

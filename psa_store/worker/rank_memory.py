@@ -1,6 +1,6 @@
 """What one rank carries, in a worker: tensors by shard and part, and their way to servers and back as bytes.
 
-See :mod:`psa_store.rank_state` for what is in it. Used by the thread that runs the model.
+See :mod:`psa_store.optim.rank_state` for what is in it. Used by the thread that runs the model.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from psa_store.errors import Refused
-from psa_store.layout import Shard
-from psa_store.rank_state import COUNT_BYTES, RankState
+from psa_store.job.layout import Shard
+from psa_store.optim.rank_state import COUNT_BYTES, RankState
 
 
 class RankMemory:

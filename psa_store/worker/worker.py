@@ -1,7 +1,7 @@
 """The worker's side of training, as user code sees it: a context manager, an iterator of batches, and ``step()``.
 
 Everything here runs in the thread of the user's script; there is no background thread but Kazoo's, the one that reads
-the plan, and the monitor's. What a step is, and who waits for whom, is the business of its course (see ``course``).
+the plan, and the monitor's. What a step is, and who waits for whom, is the business of its course (see ``strategy``).
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from psa_store import telemetry
+from psa_store import logs
+from psa_store.cluster import NOBODY, ProcessRole
 from psa_store.config import load_settings
 from psa_store.coordination import Coordination
+from psa_store.coordination.identity import new_member_id
 from psa_store.errors import Refused, UsageError
-from psa_store.failpoints import failpoint
-from psa_store.identity import new_member_id
-from psa_store.job import check_job_name
-from psa_store.journal import Journal
-from psa_store.layout import plan_layout
-from psa_store.mode import parse_mode
-from psa_store.monitor import Monitor
+from psa_store.job.config import check_job_name
+from psa_store.job.layout import make_layout
+from psa_store.job.mode import parse_mode
+from psa_store.job.wire_layout import Transport, WireLayout
+from psa_store.observe import Monitor
+from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
-from psa_store.plan import NOBODY
 from psa_store.storage import RedisStore
-from psa_store.telemetry import Role, Vitals
-from psa_store.transport import Transport, WireLayout
+from psa_store.testing.failpoints import failpoint
+from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Mailbox, announce
-from psa_store.worker.arena import ModelArena, describe_model
-from psa_store.worker.arrival_course import ArrivalCourse
-from psa_store.worker.course import Course, Tools
+from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, join_or_create, new_config
 from psa_store.worker.draft import draft_of
-from psa_store.worker.feed import Draw, Feed, seed_everything
-from psa_store.worker.fleet import Fleet
+from psa_store.worker.flat_model import FlatModel, describe_model
 from psa_store.worker.gradients import GradientPool
+from psa_store.worker.health import WorkerHealth
 from psa_store.worker.membership import Membership
-from psa_store.worker.round_course import RoundCourse
-from psa_store.worker.subject import WorkerSubject
-from psa_store.worker.sync_course import SyncCourse
+from psa_store.worker.server_connections import ServerConnections
+from psa_store.worker.strategy.async_ import AsyncStrategy
+from psa_store.worker.strategy.base import Strategy, Tools
+from psa_store.worker.strategy.local_sgd import LocalSGDStrategy
+from psa_store.worker.strategy.sync import SyncStrategy
 
 
 class Worker:
@@ -56,8 +56,8 @@ class Worker:
         ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or 1.
         steps: where the job ends; None: never.
         seed: root of all randomness: order of samples, and torch's, numpy's and Python's generators per (step, rank).
-        mode: who waits for whom: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see ``psa_store.mode``), fixed
-            when the job is created. None: the stored one, or ``PSA_MODE``, or "sync".
+        mode: who waits for whom: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see
+            ``psa_store.job.mode``), fixed when the job is created. None: the stored one, or ``PSA_MODE``, or "sync".
         shard_bytes: size of a shard, a multiple of 4096. None: chosen by the size of the model.
 
     Raises:
@@ -93,10 +93,10 @@ class Worker:
             raise UsageError("the job has no name: give psa.Worker a name or set PSA_JOB")
         check_job_name(name)
         self._steps = steps
-        self._log = telemetry.get_logger()
+        self._log = logs.get_logger()
         self._model = model
         self._optimizer = optimizer
-        self._layout = plan_layout(describe_model(model, optimizer.group_of), shard_bytes)
+        self._layout = make_layout(describe_model(model, optimizer.group_of), shard_bytes)
         self._wanted = Wanted(
             name=name,
             ranks=ranks,
@@ -107,11 +107,11 @@ class Worker:
         )
 
         if self._settings.draft is not None:
-            # `psa plan` wants to know what the job would be: nothing else of the script is to happen.
+            # `psa estimate` wants to know what the job would be: nothing else of the script is to happen.
             draft_of(new_config(self._wanted, self._settings), self._layout, self._settings.draft)
             raise SystemExit(0)
 
-        self._current: Draw | None = None
+        self._current: RankStep | None = None
         self._leaving = False
         self._opened = False
 
@@ -120,7 +120,7 @@ class Worker:
     @property
     def version(self) -> int:
         """Steps that the parameters in the model have behind them."""
-        return self._course.version if self._opened else 0
+        return self._strategy.version if self._opened else 0
 
     @property
     def rank(self) -> int:
@@ -135,10 +135,10 @@ class Worker:
         return self._config.ranks
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the plan that this worker follows."""
+    def term(self) -> int:
+        """Term of the plan that this worker follows."""
         plan = self._membership.standing.plan
-        return plan.epoch if plan else 0
+        return plan.term if plan else 0
 
     @property
     def members(self) -> int:
@@ -147,7 +147,7 @@ class Worker:
         return len(set(plan.ranks) - {NOBODY}) if plan else 0
 
     @property
-    def leads_output(self) -> bool:
+    def is_main(self) -> bool:
         """True in one process at a time, the one that holds rank 0: print and evaluate there."""
         standing = self._membership.standing
         return standing.plan is not None and standing.plan.ranks[0] == standing.member
@@ -155,7 +155,7 @@ class Worker:
     @property
     def finished(self) -> bool:
         """True once all steps are done and durable; False in a worker that leaves before."""
-        return self._course.finished
+        return self._strategy.finished
 
     # --- life
 
@@ -164,7 +164,7 @@ class Worker:
         if settings.redis is None or settings.zookeeper is None:
             raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: run the script with `psa run`, or set both")
         name, member = self._wanted.name, settings.member or new_member_id("worker")
-        telemetry.identify(job=name, member=member)
+        logs.identify(job=name, member=member)
         with ExitStack() as stack:
             self._journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
             self._mailbox = stack.enter_context(closing(Mailbox[None]()))
@@ -181,31 +181,31 @@ class Worker:
                     )
                 )
             )
-            self._fleet = stack.enter_context(closing(Fleet(self._layout, self._place, self._mailbox)))
+            self._servers = stack.enter_context(closing(ServerConnections(self._layout, self._place, self._mailbox)))
             # Closed before the connections are: servers leave alone what we read until we are gone.
-            self._arena = stack.enter_context(closing(ModelArena(self._model, self._layout, self._on_shards_ready)))
+            self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout, self._on_shards_ready)))
             stack.enter_context(_sigterm_calls(self._on_sigterm))
             store.check()
             coordination.start()
             if settings.supervisor is not None:
                 announce(settings.supervisor, {"event": "job", "job": name, "member": member})
             self._config = join_or_create(
-                self._wanted, self._arena, self._layout, settings, member, store, coordination
+                self._wanted, self._flat_model, self._layout, settings, member, store, coordination
             )
             if settings.carrier == "auto" and not self._config.mode.by_value:
-                self._fleet.share_memory()
+                self._servers.share_memory()
             wire = WireLayout(self._layout, self._config.transport)
-            self._arena.carry(wire)
+            self._flat_model.carry(wire)
             self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
             mode = self._config.mode
-            course_of = ArrivalCourse if mode.on_arrival else RoundCourse if mode.in_rounds else SyncCourse
-            self._course: Course = course_of(
+            strategy_of = AsyncStrategy if mode.on_arrival else LocalSGDStrategy if mode.in_rounds else SyncStrategy
+            self._strategy: Strategy = strategy_of(
                 Tools(
                     config=self._config,
                     layout=self._layout,
                     steps=self._steps,
-                    arena=self._arena,
-                    fleet=self._fleet,
+                    model=self._flat_model,
+                    servers=self._servers,
                     membership=self._membership,
                     # A gradient that does not travel is not rounded for the way.
                     pool=GradientPool(
@@ -215,12 +215,12 @@ class Worker:
                     leaving=lambda: self._leaving,
                 )
             )
-            vitals = Vitals(Role.WORKER, member)
-            self._subject = WorkerSubject(
-                vitals, self._membership, self._fleet.traffic, self._optimizer, coordination.lease_left_s
+            metrics = Metrics(ProcessRole.WORKER, member)
+            self._health = WorkerHealth(
+                metrics, self._membership, self._servers.traffic, self._optimizer, coordination.lease_left_s
             )
             if settings.monitor:
-                stack.enter_context(closing(Monitor(name, vitals, self._subject, settings)))
+                stack.enter_context(closing(Monitor(name, metrics, self._health, settings)))
             self._resources = stack.pop_all()
         self._opened = True
         return self
@@ -250,18 +250,18 @@ class Worker:
         if not self._opened:
             raise UsageError("use the worker in a `with` statement")
         config = self._config
-        feed = Feed(data, batch_size, seed=config.seed, ranks=config.ranks, round_steps=config.mode.round_steps)
-        with closing(feed):
+        batches = Batches(data, batch_size, seed=config.seed, ranks=config.ranks, round_steps=config.mode.round_steps)
+        with closing(batches):
             while True:
-                draw = self._course.next_draw()
-                if draw is None:
+                rank_step = self._strategy.next_rank_step()
+                if rank_step is None:
                     return
-                batch = feed.get(draw, self._holding())
-                self._course.begin(draw)
-                seed_everything(config.seed, draw, "compute")
-                self._current = draw
-                self._samples = feed.samples
-                self._subject.begin(draw)
+                batch = batches.get(rank_step, self._holding())
+                self._strategy.begin(rank_step)
+                seed_everything(config.seed, rank_step, "compute")
+                self._current = rank_step
+                self._samples = batches.samples
+                self._health.begin(rank_step)
                 failpoint("worker.computing")
                 yield batch
                 if self._current is not None:
@@ -282,14 +282,14 @@ class Worker:
             raise UsageError("worker.step() without a batch from worker.batches()")
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
-        self._arena.end()
-        self._subject.end(self._samples, loss)
+        self._flat_model.end()
+        self._health.end(self._samples, loss)
         self._current = None
-        self._course.hand_over()
+        self._strategy.hand_over()
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""
-        return self._arena.accumulate()
+        return self._flat_model.accumulate()
 
     def _holding(self) -> tuple[int, ...]:
         """The ranks that the plan gives us."""
@@ -300,10 +300,10 @@ class Worker:
         """Where PARAMS go: as a rule straight into the model."""
         if header.shard >= len(self._layout.shards):
             raise Refused(f"PARAMS of shard {header.shard}, which does not exist")
-        return self._course.place(header, self._layout.shards[header.shard])
+        return self._strategy.place(header, self._layout.shards[header.shard])
 
     def _on_shards_ready(self, shards: list[int]) -> None:
-        self._course.shards_ready(shards)
+        self._strategy.shards_ready(shards)
 
     # --- from other threads and signals
 

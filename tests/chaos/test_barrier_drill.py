@@ -11,7 +11,7 @@ from chaos import journal as journals
 from chaos.barrier.check import check_drill
 from chaos.barrier.drill import KILL_ALL, drill, plan_of
 from chaos.planted import environment
-from psa_store.local import PrivateZooKeeper
+from psa_store.launch import PrivateZooKeeper
 
 
 @pytest.fixture(scope="module")

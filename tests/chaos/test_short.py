@@ -16,10 +16,10 @@ from chaos.check import Verdict, judge
 from chaos.cluster.network import namespaces_available
 from chaos.job import Order
 from chaos.journal import Truth
-from chaos.plan import Planned, pace_s, short_plan
 from chaos.planted import BUGS, environment
 from chaos.run import Request, carry_out, replay_command
 from chaos.scenarios import scenario
+from chaos.schedule import ScheduledFault, pace_s, short_plan
 from chaos.site import Site, open_site
 
 SELECTION = [
@@ -37,24 +37,24 @@ BETWEEN_HOSTS = [
     ("cut-server-server", 0),  # found with this seed: norms that were lost with a connection were never said again
 ]
 FOUND = {
-    # takeover.epoch, seed 0: a controller that was paused between seal and trim met a newer epoch, and ended the run.
-    "takeover.sealed": [Planned(0, "hang-takeover.sealed", 1.0, 6.0, 0.0, 0)],
+    # takeover.term, seed 0: a controller that was paused between seal and trim met a newer term, and ended the run.
+    "takeover.sealed": [ScheduledFault(0, "hang-takeover.sealed", 1.0, 6.0, 0.0, 0)],
     # create.sealed, seed 1: a creator that slept past its session was fenced, and ended the run.
-    "create.sealed": [Planned(0, "hang-create.sealed", 0.0, 6.0, 0.0, 0)],
+    "create.sealed": [ScheduledFault(0, "hang-create.sealed", 0.0, 6.0, 0.0, 0)],
     # wipe-redis, seed 0: the job's documents and frozen shards were not written again.
-    "wipe-redis": [Planned(0, "wipe-redis", 1.0, 0.0, 0.0, 0)],
+    "wipe-redis": [ScheduledFault(0, "wipe-redis", 1.0, 0.0, 0.0, 0)],
     # By reading: the servers that were not the first to notice, or had committed nothing yet, wrote nothing again.
     "wipe-redis-between-commits": [
-        Planned(0, "wipe-redis", 1.0, 0.0, 0.0, 0),
-        Planned(1, "kill-all-servers", 3.5, 0.0, 0.0, 0),
+        ScheduledFault(0, "wipe-redis", 1.0, 0.0, 0.0, 0),
+        ScheduledFault(1, "kill-all-servers", 3.5, 0.0, 0.0, 0),
     ],
 }
 """Bugs that the matrix has found, by scenario, where a fault of its own makes them certain."""
-PLANTED: dict[str, tuple[str, Planned]] = {
-    "no_fence": ("commit.before_flip", Planned(0, "hang-commit.before_flip", 1.0, 6.0, 0.0, 0)),
-    "no_dedup": ("push.middle", Planned(0, "die-push.middle", 1.0, 0.0, 0.0, 0)),
-    "read_before_seal": ("commit.before_flip", Planned(0, "hang-commit.before_flip", 1.0, 5.5, 0.0, 0)),
-    "ack_before_commit": ("commit.before_flip", Planned(0, "die-commit.before_flip", 1.0, 0.0, 0.0, 0)),
+PLANTED: dict[str, tuple[str, ScheduledFault]] = {
+    "no_fence": ("commit.before_flip", ScheduledFault(0, "hang-commit.before_flip", 1.0, 6.0, 0.0, 0)),
+    "no_dedup": ("push.middle", ScheduledFault(0, "die-push.middle", 1.0, 0.0, 0.0, 0)),
+    "read_before_seal": ("commit.before_flip", ScheduledFault(0, "hang-commit.before_flip", 1.0, 5.5, 0.0, 0)),
+    "ack_before_commit": ("commit.before_flip", ScheduledFault(0, "die-commit.before_flip", 1.0, 0.0, 0.0, 0)),
 }
 """For each bug planted in training, the fault that brings it out; that of the barrier has a drill of its own."""
 
@@ -77,7 +77,7 @@ def known(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Truth:
 
 
 def play(
-    site: Site, name: str, seed: int, plan: list[Planned], known: Truth, folder: Path, bug: str | None = None
+    site: Site, name: str, seed: int, plan: list[ScheduledFault], known: Truth, folder: Path, bug: str | None = None
 ) -> Verdict:
     """``bug``: one to plant."""
     row = scenario(name)

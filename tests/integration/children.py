@@ -8,7 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
-from psa_store.local import Role, Supervisor
+from psa_store.cluster import ProcessRole
+from psa_store.launch import Supervisor
 from psa_store.wire import announce
 
 
@@ -29,7 +30,7 @@ def supervise(folder: str) -> None:
     """A supervisor of two sleepers, in a process of its own, to be killed."""
     supervisor = Supervisor(preload=[], restarts_max=0, env={}, on_exit=lambda _: None, on_message=lambda _: None)
     for _ in range(2):
-        supervisor.spawn(Role.WORKER, wait_for_sigterm, folder)
+        supervisor.spawn(ProcessRole.WORKER, wait_for_sigterm, folder)
     supervisor.run(until=lambda: False)
 
 

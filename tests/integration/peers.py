@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from psa_store.coordination import Coordination, MemberKind
-from psa_store.failpoints import Strike, arm
-from psa_store.job import job_config_from_json
-from psa_store.layout import Layout, Role, Shard, layout_from_json
-from psa_store.plan import Member, Plan, member_from_json, plan_from_json
+from psa_store.cluster import Member, Plan, ProcessRole, member_from_json, plan_from_json
+from psa_store.coordination import Coordination
+from psa_store.job.config import job_config_from_json
+from psa_store.job.layout import Layout, Shard, TensorRole, layout_from_json
+from psa_store.testing.failpoints import FailpointAction, arm
 from psa_store.wire import PROTOCOL, Header, Kind, Reason, SharedMemory, connect, decode_text, encode_text
 from psa_store.wire.frames import HEADER_BYTES, unpack
 from tests.harness import Site
@@ -73,15 +73,15 @@ class Peer:
             pass
 
     def say(self, kind: Kind, payload: bytes = b"", fds: Sequence[int] = (), **fields: Any) -> None:
-        """Send a frame of the present epoch; ``fields`` are the header's."""
-        fields = {"epoch": self.plan.epoch, "revision": self.plan.revision, "length": len(payload), **fields}
+        """Send a frame of the present term; ``fields`` are the header's."""
+        fields = {"term": self.plan.term, "revision": self.plan.revision, "length": len(payload), **fields}
         self.throw(Header(kind, **fields).pack() + payload, fds)
 
     def hello(self, member: str | None = None, **changes: Any) -> None:
         """Introduce the peer under a name that nobody has had, if none is given."""
         member = f"worker-stranger-{next(NUMBERS)}" if member is None else member
-        greeting = {"protocol": PROTOCOL, "job": self.job, "layout": self.layout.fingerprint, "by_reference": True}
-        self.say(Kind.HELLO, encode_text({**greeting, "member": member, **changes}))
+        hello = {"protocol": PROTOCOL, "job": self.job, "layout": self.layout.fingerprint, "by_reference": True}
+        self.say(Kind.HELLO, encode_text({**hello, "member": member, **changes}))
 
     # --- listening
 
@@ -166,7 +166,7 @@ class Scene:
         self.peers.close()
 
     def peer(self, carrier: str, shard: int = 0) -> Peer:
-        """A new connection to the server that leads ``shard``."""
+        """A new connection to the server that owns ``shard``."""
         server = self.servers[self.plan.owner_of(shard).id]
         return self.peers.enter_context(closing(Peer(server, carrier, self.job, self.layout, self.plan)))
 
@@ -188,7 +188,7 @@ class Scene:
 
         assert self.failpoints is not None
         self.check_that_training_goes_on()  # a worker that has just lost a connection may compute a step twice
-        arm(self.failpoints, "worker.computing", Strike.STOP)
+        arm(self.failpoints, "worker.computing", FailpointAction.STOP)
         worker = psutil.Process(self.workers[holder].pid)
         begun_s = time.monotonic()
         while worker.status() != psutil.STATUS_STOPPED:
@@ -198,15 +198,15 @@ class Scene:
         finally:
             worker.resume()
 
-    def shard(self, role: Role = Role.TRAINED) -> Shard:
+    def shard(self, role: TensorRole = TensorRole.TRAINED) -> Shard:
         """The first shard of a role: any would do."""
         return self.layout.shards_of(role)[0]
 
     def shard_led_elsewhere(self, shard: int) -> Shard:
-        """A trained shard of another server than the one that leads ``shard``."""
+        """A trained shard of another server than the one that owns ``shard``."""
         return next(
             each
-            for each in self.layout.shards_of(Role.TRAINED)
+            for each in self.layout.shards_of(TensorRole.TRAINED)
             if self.plan.owners[each.index] != self.plan.owners[shard]
         )
 
@@ -218,7 +218,7 @@ class Scene:
 
     @property
     def gradient_bytes(self) -> int:
-        return max(shard.offset_bytes + shard.size_bytes for shard in self.layout.shards_of(Role.TRAINED))
+        return max(shard.offset_bytes + shard.size_bytes for shard in self.layout.shards_of(TensorRole.TRAINED))
 
     @property
     def pids(self) -> list[int]:
@@ -232,14 +232,14 @@ class Scene:
         return found
 
     def check_that_training_goes_on(self, steps: int = 2) -> None:
-        """The same processes lead the same shards, and the version grows."""
+        """The same processes own the same shards, and the version grows."""
         target = max(self.versions()) + steps
         for server in self.plan.servers:
             with closing(Peer(self.servers[server.id], "tcp", self.job, self.layout, self.plan)) as peer:
                 peer.hello(by_reference=False)
                 peer.see_version(target)
                 report = peer.report()
-            assert (report["server"], report["epoch"]) == (server.id, self.plan.epoch)
+            assert (report["server"], report["term"]) == (server.id, self.plan.term)
 
 
 def look(site: Site, job: str, failpoints: Path | None = None) -> Scene:
@@ -250,7 +250,7 @@ def look(site: Site, job: str, failpoints: Path | None = None) -> Scene:
         zookeeper.start()
         plan = zookeeper.read_plan()
         assert plan is not None
-        members = [zookeeper.members(kind) for kind in (MemberKind.SERVER, MemberKind.WORKER)]
+        members = [zookeeper.members(kind) for kind in (ProcessRole.SERVER, ProcessRole.WORKER)]
     return Scene(
         job,
         job_config_from_json(found[0]).ranks,

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from psa_store.checkpoint import catalog
-from psa_store.checkpoint.archive import Archive
 from psa_store.checkpoint.catalog import Reason
-from psa_store.checkpoint.export import Export, open_export, verify_export
+from psa_store.checkpoint.files.archive import Archive
+from psa_store.checkpoint.files.export import Export, open_export, verify_export
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.server.exporting import Exporter
 from psa_store.storage import RedisStore

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import pytest
 from kazoo.client import KazooClient
 
-from psa_store.coordination import Barrier, BarrierState, Coordination, MemberKind
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import Barrier, BarrierState, Coordination
 from psa_store.coordination.barrier import BARRIERS_KEPT
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.local import PrivateZooKeeper
+from psa_store.launch import PrivateZooKeeper
 
 OPEN, DONE, ABORTED = BarrierState
 PATIENCE_S = 15.0
@@ -29,7 +30,7 @@ class Member:
 
     def start(self) -> None:
         self.door.start()
-        self.door.join(MemberKind.SERVER, self.name, "{}")
+        self.door.join(ProcessRole.SERVER, self.name, "{}")
 
     def arrive(self, barrier: str, text: str = "") -> Barrier | None:
         return self.door.arrive(barrier, self.name, text)
@@ -89,7 +90,7 @@ def test_a_person_can_read_it(members: list[Member], raw: KazooClient, job: str)
     opened = members[0].door.open_barrier(4, ["b", "a", "b"])
     members[0].arrive(opened, "here")
     data, stat = raw.get(f"/psa/{job}/barriers/{opened}")
-    assert json.loads(data) == {"state": "open", "epoch": 4, "members": ["a", "b"], "brought": {}, "reason": ""}
+    assert json.loads(data) == {"state": "open", "term": 4, "members": ["a", "b"], "brought": {}, "reason": ""}
     assert raw.get_children(f"/psa/{job}/barriers/{opened}") == ["a"] and stat.ephemeralOwner == 0
 
 
@@ -106,7 +107,7 @@ def test_a_member_that_dies_before_it_arrives_aborts_it(members: list[Member]) -
     opened = one.door.open_barrier(1, ["a", "b"])
     one.arrive(opened)
     assert state(one.door.settle_barrier(opened)) is OPEN
-    one.door.remove(MemberKind.SERVER, "b")
+    one.door.remove(ProcessRole.SERVER, "b")
     found = one.door.settle_barrier(opened)
     assert found is not None and found.state is ABORTED and "b" in found.reason
     assert other.arrive(opened) == found
@@ -121,13 +122,13 @@ def test_an_arrival_ends_with_its_session(members: list[Member]) -> None:
     assert state(one.door.settle_barrier(opened)) is ABORTED
 
 
-def test_a_newer_epoch_aborts_it_even_if_all_arrive(members: list[Member]) -> None:
+def test_a_newer_term_aborts_it_even_if_all_arrive(members: list[Member]) -> None:
     one, other = members
-    opened = one.door.open_barrier(one.door.next_epoch(), ["a", "b"])
+    opened = one.door.open_barrier(one.door.next_term(), ["a", "b"])
     one.arrive(opened)
-    newer = other.door.next_epoch()
+    newer = other.door.next_term()
     found = other.arrive(opened)
-    assert found is not None and found.state is ABORTED and f"epoch {newer}" in found.reason
+    assert found is not None and found.state is ABORTED and f"term {newer}" in found.reason
 
 
 def test_whoever_will_not_wait_aborts_it_for_all(members: list[Member]) -> None:
@@ -180,19 +181,19 @@ def test_what_is_not_a_barrier_is_refused(members: list[Member], raw: KazooClien
         members[0].arrive(opened)
 
 
-def test_an_epoch_that_begins_in_the_moment_of_the_decision_aborts(
+def test_an_term_that_begins_in_the_moment_of_the_decision_aborts(
     members: list[Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last to arrive has read the old epoch and is about to write DONE when a controller takes the next one."""
+    """The last to arrive has read the old term and is about to write DONE when a controller takes the next one."""
     first, last = members
-    epoch = first.door.next_epoch()
-    opened = first.door.open_barrier(epoch, ["a", "b"])
+    term = first.door.next_term()
+    opened = first.door.open_barrier(term, ["a", "b"])
     first.arrive(opened)
 
     def at(name: str, _number: int = 0) -> None:
         if name == "barrier.before_decision":
             monkeypatch.undo()
-            assert first.door.next_epoch() > epoch
+            assert first.door.next_term() > term
 
     monkeypatch.setattr("psa_store.coordination.barrier.failpoint", at)
     seen = last.arrive(opened)

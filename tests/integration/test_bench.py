@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from psa_store.bench.compare.chart import check_matplotlib
-from psa_store.bench.compare.curve import curves
-from psa_store.bench.compare.names import FLOOR, GLOO, PSA, PSA_TCP, RPC, RPC_PIECES, STREAM
-from psa_store.bench.compare.request import Rule
-from psa_store.bench.compare.results import Comparison, Match, Series
-from psa_store.bench.compare.targets import targets
-from psa_store.bench.compare.workload import Workload
+from psa_store.bench.chart import check_matplotlib
+from psa_store.bench.curve import curves
+from psa_store.bench.names import FLOOR, GLOO, PSA, PSA_TCP, RPC, RPC_PIECES, STREAM
+from psa_store.bench.request import Rule
+from psa_store.bench.results import Comparison, Match, Series
+from psa_store.bench.targets import targets
+from psa_store.bench.workload import Workload
 from psa_store.errors import UsageError, UserCodeFailed
 from tests.harness import Run
 

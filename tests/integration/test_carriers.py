@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from psa_store.coordination import MemberKind
+from psa_store.cluster import ProcessRole
 from tests.harness import TRAIN, Run, Site
 from tests.integration.peers import Scene, coordination, descriptors, look, memfd_mappings
 
@@ -155,8 +155,8 @@ class TestReaders:
         with closing(coordination(site, job)) as zookeeper:
             zookeeper.start()
             (holder,) = look(site, job).plan.ranks
-            wait_until(lambda: len(zookeeper.members(MemberKind.WORKER)) == 2, "the guest is there")
-            zookeeper.remove(MemberKind.WORKER, holder)
+            wait_until(lambda: len(zookeeper.members(ProcessRole.WORKER)) == 2, "the guest is there")
+            zookeeper.remove(ProcessRole.WORKER, holder)
 
 
 class TestNothingStaysBehind:

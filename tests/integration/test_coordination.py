@@ -18,11 +18,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from psa_store.coordination import Coordination, MemberKind
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UsageError
-from psa_store.local import PrivateZooKeeper
+from psa_store.launch import PrivateZooKeeper
 
-SERVER, WORKER = MemberKind.SERVER, MemberKind.WORKER
+SERVER, WORKER = ProcessRole.SERVER, ProcessRole.WORKER
 SESSION_S = 3.0
 PATIENCE_S = 15.0
 
@@ -84,7 +85,8 @@ def eventually(holds: Callable[[], bool], news: threading.Event | None = None) -
 
 CHILD = """
 import sys
-from psa_store.coordination import Coordination, MemberKind
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import Coordination
 from psa_store.errors import Disconnected
 door = Coordination(sys.argv[1], sys.argv[2], session_timeout_s=2, connect_timeout_s=5, wake=lambda: None)
 door.start()
@@ -246,12 +248,12 @@ def test_a_plan_that_is_watched_wakes_when_it_comes_and_when_it_changes(enter: E
     assert reader.news.wait(PATIENCE_S)
 
 
-def test_epochs_are_unique_under_contention(door: Coordination, enter: Enter) -> None:
+def test_terms_are_unique_under_contention(door: Coordination, enter: Enter) -> None:
     taken: list[list[int]] = [[] for _ in range(4)]
     doors = [door, door, enter().door, enter().door]
 
     def take(mine: list[int], through: Coordination) -> None:
-        mine.extend(through.next_epoch() for _ in range(10))
+        mine.extend(through.next_term() for _ in range(10))
 
     threads = [threading.Thread(target=take, args=pair) for pair in zip(taken, doors, strict=True)]
     for thread in threads:
@@ -259,9 +261,9 @@ def test_epochs_are_unique_under_contention(door: Coordination, enter: Enter) ->
     for thread in threads:
         thread.join()
     assert all(mine == sorted(mine) for mine in taken)
-    assert sorted(epoch for mine in taken for epoch in mine) == list(range(1, 41))
-    assert door.next_epoch(at_least=100) == 101
-    assert door.next_epoch(at_least=7) == 102
+    assert sorted(term for mine in taken for term in mine) == list(range(1, 41))
+    assert door.next_term(at_least=100) == 101
+    assert door.next_term(at_least=7) == 102
 
 
 def test_a_text_that_a_znode_cannot_hold_is_refused(door: Coordination) -> None:
@@ -272,7 +274,7 @@ def test_a_text_that_a_znode_cannot_hold_is_refused(door: Coordination) -> None:
 
 def test_a_deleted_job_is_gone(door: Coordination, job: str) -> None:
     door.create_config("c")
-    door.next_epoch()
+    door.next_term()
     door.join(SERVER, "s", "{}")
     door.campaign("s")
     door.delete_job()
@@ -289,10 +291,10 @@ def test_a_chroot_is_created(enter: Enter, zookeeper: PrivateZooKeeper, job: str
     assert job not in enter().door.jobs()
 
 
-def test_a_damaged_epoch_is_reported(door: Coordination) -> None:
-    assert door.hold("epoch", "nonsense") is None
+def test_a_damaged_term_is_reported(door: Coordination) -> None:
+    assert door.hold("term", "nonsense") is None
     with pytest.raises(DataIntegrity, match="nonsense"):
-        door.next_epoch()
+        door.next_term()
 
 
 # --- members
@@ -355,7 +357,7 @@ def test_who_joins_under_another_id_leaves_no_ghost(door: Coordination) -> None:
 
 
 def test_joining_replaces_what_a_former_session_left(door: Coordination, child: Child) -> None:
-    assert child.ask("door.join(MemberKind.WORKER, 'w', 'old')") == "None"
+    assert child.ask("door.join(ProcessRole.WORKER, 'w', 'old')") == "None"
     child.end()
     door.join(WORKER, "w", "new")
     assert door.members(WORKER) == {"w": "new"}
@@ -386,7 +388,7 @@ def test_the_next_candidate_takes_over_when_the_elected_one_is_killed(enter: Ent
 
 
 def test_a_candidate_that_is_reported_dead_goes_at_once(enter: Enter, child: Child) -> None:
-    child.ask("door.join(MemberKind.SERVER, 'first', '{}')")
+    child.ask("door.join(ProcessRole.SERVER, 'first', '{}')")
     child.ask("door.campaign('first')")
     heir, supervisor = enter(), enter().door
     heir.door.campaign("heir")
@@ -398,7 +400,7 @@ def test_a_candidate_that_is_reported_dead_goes_at_once(enter: Enter, child: Chi
     assert heir.door.is_elected("heir")
     assert supervisor.members(SERVER) == {}
     assert child.ask("door.is_elected('first')") == "False"
-    assert child.ask("door.update(MemberKind.SERVER, 'first', '{}')") == "Disconnected"
+    assert child.ask("door.update(ProcessRole.SERVER, 'first', '{}')") == "Disconnected"
 
 
 # --- a held name
@@ -487,23 +489,23 @@ def test_a_session_survives_a_killed_zookeeper(enter: Enter, zookeeper: PrivateZ
     assert process.door.members(WORKER) == {"w": "one"}
     process.door.update(WORKER, "w", "two")
     assert process.door.read_config() == "c"
-    assert process.door.next_epoch() == 1
+    assert process.door.next_term() == 1
     assert process.door.write_plan("p", None) is not None
 
 
 def test_after_an_expiry_the_lease_waits_for_a_new_join(enter: Enter, child: Child) -> None:
     observer = enter().door
-    assert child.ask("door.join(MemberKind.SERVER, 's', 'one')") == "None"
+    assert child.ask("door.join(ProcessRole.SERVER, 's', 'one')") == "None"
     assert child.ask("door.lease_left_s() > 0") == "True"
     child.signal(signal.SIGSTOP)
     eventually(lambda: observer.members(SERVER) == {})
     child.signal(signal.SIGCONT)
     assert child.ask("door.lease_left_s() <= 0") == "True"
     eventually(lambda: child.ask("door.session_generation()") == "1")
-    assert child.ask("door.update(MemberKind.SERVER, 's', 'two')") == "Disconnected"
+    assert child.ask("door.update(ProcessRole.SERVER, 's', 'two')") == "Disconnected"
     time.sleep(0.5)  # long enough for a heartbeat: it alone must not bring the lease back
     assert child.ask("door.lease_left_s() <= 0") == "True"
-    assert child.ask("door.join(MemberKind.SERVER, 's+1', 'three')") == "None"
+    assert child.ask("door.join(ProcessRole.SERVER, 's+1', 'three')") == "None"
     eventually(lambda: child.ask("door.lease_left_s() > 0") == "True")
     assert observer.members(SERVER) == {"s+1": "three"}
 
@@ -591,9 +593,9 @@ def test_an_ensemble_goes_on_when_its_leader_is_killed(tmp_path: Path, job: str)
         try:
             process.door.start()
             process.door.join(SERVER, "s", "one")
-            epoch = process.door.next_epoch()
+            term = process.door.next_term()
             ensemble.kill(_leader(ensemble))
-            assert process.door.next_epoch() == epoch + 1
+            assert process.door.next_term() == term + 1
             eventually(lambda: process.door.lease_left_s() > 0)
             process.door.update(SERVER, "s", "two")
             assert process.door.session_generation() == 0

@@ -123,7 +123,7 @@ def test_errors_say_what_to_do(site: Site) -> None:
         PsaReader("dcp-errors", 4)
     whole = Tied().state_dict()
     for state, why in (
-        ({**whole, "epoch": 3}, "epoch: is no tensor"),
+        ({**whole, "term": 3}, "term: is no tensor"),
         ({**whole, "other": torch.zeros(2)}, "'other' is not in the model"),
         ({name: tensor for name, tensor in whole.items() if name != "narrow"}, "'narrow' is in the model, but"),
         ({**whole, "matrix": torch.zeros(2)}, r"'matrix': dcp.save was given torch.float32 of \(2,\)"),

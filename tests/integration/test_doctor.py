@@ -15,11 +15,11 @@ import redis
 
 from psa_store.cli.doctor import examine
 from psa_store.coordination import examine_zookeeper
-from psa_store.doctor.footprint import footprint_of
 from psa_store.errors import DependencyUnreachable
-from psa_store.job import JobConfig, job_config_from_json
-from psa_store.layout import Role, TensorSpec, layout_from_json, plan_layout
-from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.layout import TensorRole, TensorSpec, layout_from_json, make_layout
+from psa_store.launch import PrivateRedis, PrivateZooKeeper
+from psa_store.observe.doctor.footprint import footprint_of
 from psa_store.optim import AdamW
 from psa_store.storage import RedisStore, examination, measure_redis
 from tests.harness import Run, Site
@@ -169,7 +169,7 @@ class TestJob:
     @pytest.fixture
     def job(self, own: Site, raw: redis.Redis) -> str:
         """A job that takes 3 versions of 24 MB, of which nothing is stored yet."""
-        layout = plan_layout([TensorSpec(("weight",), (2_000_000,), "float32", Role.TRAINED)])
+        layout = make_layout([TensorSpec(("weight",), (2_000_000,), "float32", TensorRole.TRAINED)])
         config = JobConfig("large", 4, 0, AdamW().to_dict(), layout.fingerprint)
         with closing(own.store()) as store:
             store.create_job("large", config.to_json(), layout.to_json())

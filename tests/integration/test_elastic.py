@@ -95,7 +95,7 @@ def test_sigterm_ends_a_run_cleanly_and_loses_no_step(site: Site, undisturbed: s
 
 
 def test_a_server_that_slept_past_its_session_is_refused(site: Site) -> None:
-    """It commits all the time, so it falls asleep in a commit; woken, it must find its epoch over."""
+    """It commits all the time, so it falls asleep in a commit; woken, it must find its term over."""
     arguments = ["--steps", "60", "--width", "700"]
     options = {"workers": 1, "servers": 2, "ranks": 1, "commit_every": 1}
     calm = site.run("elastic-awake", *arguments, **options)
@@ -103,16 +103,16 @@ def test_a_server_that_slept_past_its_session_is_refused(site: Site) -> None:
     run = site.run("elastic-asleep", *arguments, **options)
     run.wait_for_step(10)
     described = site.describe("elastic-asleep")
-    epoch = described["epoch"]
+    term = described["term"]
     victim = next(each for each in described["servers"] if each["id"] != described["controller"])
     os.kill(victim["pid"], signal.SIGSTOP)
     try:
         run.wait_for_line(lambda line: f"server {victim['id']} is gone" in line)
         run.wait_for_step(12)
-        assert site.describe("elastic-asleep")["epoch"] > epoch
+        assert site.describe("elastic-asleep")["term"] > term
     finally:
         os.kill(victim["pid"], signal.SIGCONT)
     refusal = run.wait_for_line(lambda line: "refused" in line and "owns the shard" in line)
-    assert f"ours is {epoch}" in refusal
+    assert f"ours is {term}" in refusal
     assert run.finish() == 0, run.output
     assert site.digest("elastic-asleep", 60) == site.digest("elastic-awake", 60)

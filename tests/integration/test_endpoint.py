@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from psa_store.errors import DependencyUnreachable
-from psa_store.monitor import Endpoint, endpoint
+from psa_store.observe import Endpoint, endpoint
 
 PATIENCE_S = 10.0
 

@@ -20,28 +20,30 @@ import torch
 from safetensors.torch import load_file
 
 import psa_store as psa
-from psa_store.checkpoint import creating, importing
-from psa_store.checkpoint.export import export_version, newest_export, open_export, verify_export
-from psa_store.checkpoint.importing import import_export
+from psa_store.checkpoint import creating
+from psa_store.checkpoint.files import importing
+from psa_store.checkpoint.files.export import export_version, newest_export, open_export, verify_export
+from psa_store.checkpoint.files.importing import import_export
 from psa_store.checkpoint.version import StoredVersion, stored_version
 from psa_store.cli.transfer import export_files, import_files
-from psa_store.coordination import Coordination, MemberKind
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UnknownJob, UsageError
-from psa_store.failpoints import ENV, Strike, arm, struck
-from psa_store.job import CREATOR_NODE, JobConfig, job_config_from_json
-from psa_store.layout import Role, TensorSpec, plan_layout
-from psa_store.mode import parse_mode
+from psa_store.job.config import CREATOR_NODE, JobConfig, job_config_from_json
+from psa_store.job.layout import TensorRole, TensorSpec, make_layout
+from psa_store.job.mode import parse_mode
 from psa_store.storage import RedisStore, ShardState
+from psa_store.testing.failpoints import ENV, FailpointAction, arm, hit
 from tests.harness import PSA, Site
 
 VERSION = 7
 SPECS = [
-    TensorSpec(("wide",), (70, 50), "float32", Role.TRAINED),
-    TensorSpec(("narrow",), (33,), "bfloat16", Role.TRAINED),
-    TensorSpec(("head", "tied.head"), (3, 5), "float32", Role.TRAINED, group=1),
-    TensorSpec(("seen",), (), "int64", Role.BUFFER),
-    TensorSpec(("hidden",), (9,), "float32", Role.BUFFER, persistent=False),
-    TensorSpec(("frozen",), (40, 40), "float32", Role.FROZEN),
+    TensorSpec(("wide",), (70, 50), "float32", TensorRole.TRAINED),
+    TensorSpec(("narrow",), (33,), "bfloat16", TensorRole.TRAINED),
+    TensorSpec(("head", "tied.head"), (3, 5), "float32", TensorRole.TRAINED, group=1),
+    TensorSpec(("seen",), (), "int64", TensorRole.BUFFER),
+    TensorSpec(("hidden",), (9,), "float32", TensorRole.BUFFER, persistent=False),
+    TensorSpec(("frozen",), (40, 40), "float32", TensorRole.FROZEN),
 ]
 
 
@@ -72,13 +74,13 @@ def commit(
     seed: int = 0,
 ) -> StoredVersion:
     """Put a job into Redis at one version, with random bits and zeros between tensors."""
-    layout = plan_layout(SPECS, shard_bytes)
+    layout = make_layout(SPECS, shard_bytes)
     config = JobConfig(job, 2, 3, psa.optim.AdamW(lr=0.1).to_dict(), layout.fingerprint, mode=parse_mode(mode))
     draw = np.random.default_rng(seed)
     store.seal(job, range(len(layout.shards)), 1, layout.fingerprint)
     for shard in layout.shards:
         sections = {"param": shard.dtype}
-        if shard.role is Role.TRAINED:
+        if shard.role is TensorRole.TRAINED:
             sections |= {"master": "float32"} if shard.dtype == "bfloat16" else {}
             sections |= {"exp_avg": "float32", "exp_avg_sq": "float32"}
         arrays = {}
@@ -88,11 +90,11 @@ def commit(
                 part = torch.from_numpy(draw.integers(-99, 99, piece.length))
                 whole[piece.shard_start : piece.shard_start + piece.length] = part
             arrays[name] = (dtype, whole.view(torch.uint8).numpy().data)
-        frozen = shard.role is Role.FROZEN
+        frozen = shard.role is TensorRole.FROZEN
         its = (
             {f"clock.{rank}": clock for rank, clock in enumerate(clocks.get(shard.index, clocks[0]))} if clocks else {}
         )
-        updates = VERSION if shard.role is Role.TRAINED else 0
+        updates = VERSION if shard.role is TensorRole.TRAINED else 0
         scalars = {} if frozen else {"opt_step": updates, **its}
         state = ShardState(shard.index, arrays, scalars, expect=None)
         list(store.commit_each(job, 1, 0 if frozen else version, [state], keep=3))
@@ -163,7 +165,7 @@ def test_clocks_move_to_another_number_of_ranks(store: RedisStore, site: Site, t
         for shard in again.layout.versioned:
             scalars = again.manifests[shard.index].scalars
             assert [scalars[f"clock.{rank}"] for rank in range(len(expected))] == expected
-            assert scalars["opt_step"] == (VERSION if shard.role is Role.TRAINED else 0)
+            assert scalars["opt_step"] == (VERSION if shard.role is TensorRole.TRAINED else 0)
 
 
 def test_shards_of_different_steps_are_not_exported(store: RedisStore, tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_a_damaged_export_creates_no_job(store: RedisStore, site: Site, two_expo
     damaged(tmp_path / "model.safetensors", "flipped")
     with coordination(site, "never") as ours, pytest.raises(DataIntegrity, match=r"model\.safetensors: damaged"):
         import_export(open_export(str(tmp_path)), "never", store, ours)
-    assert not store.has_job("never") and not store.heads("never", [0])[0].epoch
+    assert not store.has_job("never") and not store.heads("never", [0])[0].term
 
 
 def test_only_exports_of_the_job_are_looked_at(two_exports: Path) -> None:
@@ -377,10 +379,10 @@ def test_a_job_that_redis_lost_is_restored(
             import_export(export, "lost", store, ours, ranks=3, restore=True)
         with pytest.raises(JobMismatch, match="shard size"):
             import_export(export, "lost", store, ours, shard_bytes=8192, restore=True)
-        ours.join(MemberKind.SERVER, "server-1", "{}")
+        ours.join(ProcessRole.SERVER, "server-1", "{}")
         with pytest.raises(JobBusy, match="server-1"):
             import_export(export, "lost", store, ours, restore=True)
-        ours.leave(MemberKind.SERVER, "server-1")
+        ours.leave(ProcessRole.SERVER, "server-1")
         # Whoever restores has just found it whole: nothing is read twice.
         monkeypatch.setattr(importing, "verify_export", lambda export: pytest.fail("it is read once more"))
         import_export(export, "lost", store, ours, restore=True)
@@ -398,7 +400,7 @@ def test_what_a_dead_importer_left_is_not_mixed_in(store: RedisStore, site: Site
     assert again.version == VERSION
     assert len(again.layout.shards) < len(left.layout.shards)
     assert not list(store._client.scan_iter(f"psa:{{clean:{len(left.layout.shards) - 1}}}:*"))
-    assert max(head.epoch for head in store.heads("clean", range(len(again.layout.shards)))) > 1
+    assert max(head.term for head in store.heads("clean", range(len(again.layout.shards)))) > 1
 
 
 IMPORT = """
@@ -417,11 +419,11 @@ def test_an_importer_that_dies_leaves_no_job_and_may_be_run_again(
     before = export_version(commit(store, f"{job}-from"), str(tmp_path / "out"))
     points = tmp_path / "points"
     points.mkdir()
-    arm(points, where, Strike.KILL, 3 if where == "commit.chunk" else 0)
+    arm(points, where, FailpointAction.KILL, 3 if where == "commit.chunk" else 0)
     command = [sys.executable, "-c", IMPORT, str(tmp_path / "out"), job]
     env = {**os.environ, **site.env, ENV: str(points)}
     assert subprocess.run(command, env=env, timeout=60, check=False).returncode == -signal.SIGKILL
-    assert struck(points, where)
+    assert hit(points, where)
     with pytest.raises(UnknownJob):
         stored_version(store, job)
     subprocess.run(command, env=env, timeout=60, check=True)

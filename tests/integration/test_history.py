@@ -1,4 +1,4 @@
-"""Pulses, events and the curve, in a real Redis: bounded, counted once, and gone with the job."""
+"""Heartbeats, events and the curve, in a real Redis: bounded, counted once, and gone with the job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import redis
 
 from chaos.proxy import Proxy
 from psa_store.errors import DataIntegrity, DependencyUnreachable
-from psa_store.local import PrivateRedis
+from psa_store.launch import PrivateRedis
 from psa_store.storage import History, RedisStore, keys
 from psa_store.storage.history import EVENTS_MAX, POINTS_MAX
 
@@ -49,19 +49,19 @@ def backdate(raw: redis.Redis, age_ms: int, document: dict[str, Any]) -> None:
     raw.xadd(keys.curve(JOB), {"json": json.dumps(document)}, id=f"{moment_ms}-0")
 
 
-def test_the_newest_pulse_of_each_member_is_there_until_it_is_forgotten(history: History) -> None:
-    assert history.pulses(JOB) == {}
-    history.pulse(JOB, "a", '{"time": 1}')
-    history.pulse(JOB, "b", '{"time": 2}')
-    history.pulse(JOB, "a", '{"time": 3}')
-    assert history.pulses(JOB) == {"a": {"time": 3}, "b": {"time": 2}}
+def test_the_newest_heartbeat_of_each_member_is_there_until_it_is_forgotten(history: History) -> None:
+    assert history.heartbeats(JOB) == {}
+    history.heartbeat(JOB, "a", '{"time": 1}')
+    history.heartbeat(JOB, "b", '{"time": 2}')
+    history.heartbeat(JOB, "a", '{"time": 3}')
+    assert history.heartbeats(JOB) == {"a": {"time": 3}, "b": {"time": 2}}
     history.forget(JOB, [])
     history.forget(JOB, ["a", "nobody"])
-    assert history.pulses(JOB) == {"b": {"time": 2}}
+    assert history.heartbeats(JOB) == {"b": {"time": 2}}
 
 
 def test_events_are_kept_in_order_and_each_once(history: History) -> None:
-    first, second = {"time": 1.5, "text": "one", "epoch": None}, {"time": 1.5, "text": "two", "epoch": 3}
+    first, second = {"time": 1.5, "text": "one", "term": None}, {"time": 1.5, "text": "two", "term": 3}
     for event in (first, second, first, second):
         history.event(JOB, event)
     assert history.events(JOB) == [first, second]
@@ -110,11 +110,11 @@ def test_a_clock_of_redis_that_went_back_does_not_stop_the_curve(history: Histor
 
 
 @pytest.mark.parametrize("found", ["{", "[1]"])
-@pytest.mark.parametrize("read", [History.pulses, History.events, History.curve])
+@pytest.mark.parametrize("read", [History.heartbeats, History.events, History.curve])
 def test_what_cannot_be_read_is_named(
     history: History, raw: redis.Redis, read: Callable[[History, str], object], found: str
 ) -> None:
-    raw.hset(keys.pulses(JOB), "a", found)
+    raw.hset(keys.heartbeats(JOB), "a", found)
     raw.xadd(keys.events(JOB), {"json": found})
     raw.xadd(keys.curve(JOB), {"json": found})
     with pytest.raises(DataIntegrity, match=rf"psa:\{{job\}}:{read.__name__}"):
@@ -122,7 +122,7 @@ def test_what_cannot_be_read_is_named(
 
 
 def test_a_job_that_is_deleted_leaves_nothing(history: History, server: PrivateRedis, raw: redis.Redis) -> None:
-    history.pulse(JOB, "a", "{}")
+    history.heartbeat(JOB, "a", "{}")
     history.event(JOB, {"number": 1})
     for number in range(POINTS_MAX):
         backdate(raw, 1_000 * (POINTS_MAX - number), {"version": number})
@@ -139,5 +139,5 @@ def test_a_redis_that_is_away_is_given_up_in_time(server: PrivateRedis) -> None:
     with closing(History(gone, timeout_s=0.3)) as history:
         begun_s = time.monotonic()
         with pytest.raises(DependencyUnreachable):
-            history.pulse(JOB, "a", "{}")
+            history.heartbeat(JOB, "a", "{}")
         assert time.monotonic() - begun_s < 3.0

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from psa_store.compression import parse_compression
-from psa_store.layout import Role
+from psa_store.job.layout import TensorRole
 from psa_store.wire import Flag, Header, Kind, Reason
 from psa_store.wire.frames import HEADER_BYTES
 from tests.harness import LIVE, Run, Site
@@ -230,11 +230,11 @@ def a_push_to_a_server_that_does_not_lead_the_shard(scene: Scene, carrier: str) 
 
 
 @deed
-def a_push_of_an_epoch_that_is_over(scene: Scene, carrier: str) -> None:
-    shard, epoch = scene.shard(), scene.plan.epoch - 1
+def a_push_of_an_term_that_is_over(scene: Scene, carrier: str) -> None:
+    shard, term = scene.shard(), scene.plan.term - 1
     with scene.in_the_name_of_the_holder() as pose:
         peer, step = pose(carrier)
-        about = {"epoch": epoch, "step": step, "rank": scene.ranks - 1, "shard": shard.index}
+        about = {"term": term, "step": step, "rank": scene.ranks - 1, "shard": shard.index}
         peer.say(Kind.PUSH, np.ones(shard.size_bytes // 4, dtype="<f4").tobytes(), **about)
         peer.is_refused(Reason.STALE)
         peer.say(Kind.PUSH, flags=Flag.BY_REFERENCE, **about)
@@ -283,7 +283,7 @@ def a_push_of_shards_that_do_not_exist(scene: Scene, carrier: str) -> None:
 
 @deed
 def a_push_by_value_of_no_shard(scene: Scene, carrier: str) -> None:
-    """All of no shards are led by the server that it reaches: it may be refused as this or that, but be refused."""
+    """All of no shards are owned by the server that it reaches: it may be refused as this or that, but be refused."""
     with scene.in_the_name_of_the_holder() as pose:
         for shard in (len(scene.layout.shards), scene.shard_led_elsewhere(0).index):
             peer, step = pose(carrier)
@@ -293,7 +293,7 @@ def a_push_by_value_of_no_shard(scene: Scene, carrier: str) -> None:
 
 @deed
 def a_push_of_a_buffer_by_reference(scene: Scene, carrier: str) -> None:
-    shard, memory = scene.shard(Role.BUFFER).index, scene.gradient_memory()
+    shard, memory = scene.shard(TensorRole.BUFFER).index, scene.gradient_memory()
     with scene.in_the_name_of_the_holder() as pose:
         peer, step = pose(carrier, shard)
         if carrier == "unix":
@@ -323,13 +323,13 @@ def waiting_for_what_never_comes(scene: Scene, carrier: str) -> None:
 
 
 @deed
-def a_frame_of_an_epoch_to_come(scene: Scene, carrier: str) -> None:
+def a_frame_of_an_term_to_come(scene: Scene, carrier: str) -> None:
     """The server waits for the plan that the peer seems to know; and it must notice if the peer ends before."""
     for kind in (Kind.PULL, Kind.PUSH, Kind.NORM):
         peer = scene.peer(carrier)
         peer.hello()
         peer.next_of(Kind.WELCOME)
-        peer.say(kind, epoch=2**40)
+        peer.say(kind, term=2**40)
         peer.close()
 
 
@@ -456,7 +456,7 @@ def waiting_for_a_rank_that_does_not_exist(scene: Scene, carrier: str) -> None:
 
 @deed
 def a_push_of_what_never_changes(scene: Scene, carrier: str) -> None:
-    frozen = scene.shard(Role.FROZEN)
+    frozen = scene.shard(TensorRole.FROZEN)
     with scene.in_the_name_of_the_holder() as pose:
         for flags in (Flag.NONE, Flag.BY_REFERENCE):
             peer, step = pose(carrier, frozen.index)
@@ -478,7 +478,7 @@ def what_ranks_carry_in_a_job_where_they_carry_nothing(scene: Scene, carrier: st
 def clocks_of_a_job_that_has_none(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
     peer.hello()
-    peer.say(Kind.CLOCKS, epoch=scene.plan.epoch)
+    peer.say(Kind.CLOCKS, term=scene.plan.term)
     peer.is_thrown_out("CLOCKS")
 
 
@@ -574,7 +574,7 @@ def test_a_peer_that_asks_and_does_not_listen_is_not_answered_for_ever(scene: Sc
     """Answers that it does not take must not pile up in the server; it may be made to wait, or be thrown out."""
     peer = scene.peer(carrier)
     peer.hello()
-    pull = Header(Kind.PULL, scene.plan.epoch, scene.plan.revision, shard=scene.shard().index).pack()
+    pull = Header(Kind.PULL, scene.plan.term, scene.plan.revision, shard=scene.shard().index).pack()
     before = [resident_bytes(pid) for pid in scene.pids]
     peer.sock.settimeout(LINGER_S)
     with suppress(TimeoutError):
@@ -590,7 +590,7 @@ def test_encodings_that_are_none_end_the_peer_and_nothing_else(site: Site, tmp_p
     run = start(site, job, "--steps", "1000000", "--pace-s", "0.01", failpoints=tmp_path, servers=1, compress="int8")
     run.wait_for_step(5)
     with look(site, job, tmp_path) as scene:
-        shard = next(each for each in scene.layout.shards_of(Role.TRAINED) if each.dtype == "float32")
+        shard = next(each for each in scene.layout.shards_of(TensorRole.TRAINED) if each.dtype == "float32")
         with scene.in_the_name_of_the_holder() as pose:
             size = int8.payload_bytes(shard.numel)
             for payload, why in ((b"\1" + bytes(size - 1), "scale"), (bytes(shard.size_bytes), "PUSH of")):
@@ -629,7 +629,7 @@ def start(site: Site, job: str, *arguments: str, failpoints: Path | None = None,
 
 def losses(run: Run) -> dict[int, str]:
     """What the run printed after each step."""
-    found = [re.fullmatch(r"step (\d+) epoch \d+ loss (\S+)", line) for line in run.lines]
+    found = [re.fullmatch(r"step (\d+) term \d+ loss (\S+)", line) for line in run.lines]
     return {int(match[1]): match[2] for match in found if match is not None}
 
 

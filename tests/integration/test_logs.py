@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from psa_store.local import PrivateRedis
+from psa_store.launch import PrivateRedis
 from tests.harness import PSA, TRAIN, Run, Site
 
 TIMEOUT_S = 120.0

@@ -19,19 +19,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
 import psa_store as psa
+from psa_store.cluster import Member, ProcessRole, View
 from psa_store.config import Settings
 from psa_store.errors import UsageError
-from psa_store.local import PrivateRedis, PrivateZooKeeper
-from psa_store.monitor import EventKind, Events, Monitor
-from psa_store.plan import Member, View
+from psa_store.launch import PrivateRedis, PrivateZooKeeper
+from psa_store.observe import EventKind, Events, Monitor
+from psa_store.observe.metrics import METRICS, Kind, Metrics
 from psa_store.storage import History, keys
-from psa_store.telemetry import VITALS, Kind, Role, Vitals
 from tests.harness import Run, Site
 from tests.integration.test_endpoint import get, held
 
 PATIENCE_S = 30.0
 T = TypeVar("T")
-KEYS = {"member", "role", "time", "host", "pid", "metrics", "resident_bytes", "vitals", "rates", "stage"}
+KEYS = {"member", "role", "time", "host", "pid", "endpoint", "resident_bytes", "rates", "stage"}
 
 
 def eventually(look: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
@@ -70,20 +70,20 @@ def history_of(site: Site) -> Iterator[History]:
         yield history
 
 
-def pulses_by_role(history: History, job: str, since: float = 0.0) -> dict[str, list[dict[str, Any]]]:
-    fresh = [pulse for pulse in history.pulses(job).values() if pulse["time"] > since]
-    return {role: [pulse for pulse in fresh if pulse["role"] == role] for role in ("server", "worker")}
+def heartbeats_by_role(history: History, job: str, since: float = 0.0) -> dict[str, list[dict[str, Any]]]:
+    fresh = [heartbeat for heartbeat in history.heartbeats(job).values() if heartbeat["time"] > since]
+    return {role: [heartbeat for heartbeat in fresh if heartbeat["role"] == role] for role in ("server", "worker")}
 
 
 def all_there(history: History, job: str, count: int, since: float = 0.0) -> bool:
-    return all(len(found) == count for found in pulses_by_role(history, job, since).values())
+    return all(len(found) == count for found in heartbeats_by_role(history, job, since).values())
 
 
 def moved(history: History, job: str) -> bool:
     """Whether every worker has told a loss, and every server of a commit."""
-    found = pulses_by_role(history, job)
-    return all("loss" in pulse["vitals"] for pulse in found["worker"]) and all(
-        pulse["vitals"].get("commits") for pulse in found["server"]
+    found = heartbeats_by_role(history, job)
+    return all("loss" in heartbeat["metrics"] for heartbeat in found["worker"]) and all(
+        heartbeat["metrics"].get("commits") for heartbeat in found["server"]
     )
 
 
@@ -91,27 +91,27 @@ def kinds_of(history: History, job: str) -> list[str]:
     return [event["kind"] for event in history.events(job)]
 
 
-def check_metrics(job: str, pulse: Mapping[str, Any]) -> None:
-    """Exactly the vitals of its role are there, under their names, and what Prometheus's client tells of a process."""
-    status, content_type, body = get(pulse["metrics"], "/metrics")
+def check_metrics(job: str, heartbeat: Mapping[str, Any]) -> None:
+    """Exactly the metrics of its role are there, under their names, and what Prometheus's client tells of a process."""
+    status, content_type, body = get(heartbeat["endpoint"], "/metrics")
     assert status == 200 and content_type.startswith("text/plain")
     families = {family.name: family for family in text_string_to_metric_families(body.decode())}
-    role = Role(pulse["role"])
-    wanted = {f"psa_{vital.name}": vital for vital in VITALS if role in vital.roles}
+    role = ProcessRole(heartbeat["role"])
+    wanted = {f"psa_{metric.name}": metric for metric in METRICS if role in metric.roles}
     assert {name for name in families if not name.startswith("process_")} == wanted.keys()
     assert "process_resident_memory_bytes" in families
-    for name, vital in wanted.items():
-        assert families[name].type == vital.kind.value
+    for name, metric in wanted.items():
+        assert families[name].type == metric.kind.value
         for sample in families[name].samples:
-            assert sample.name == name + ("_total" if vital.kind is Kind.COUNTER else "")
-            assert sample.labels == {"job": job, "member": pulse["member"], "role": role.value}
-    for name, value in pulse["vitals"].items():
+            assert sample.name == name + ("_total" if metric.kind is Kind.COUNTER else "")
+            assert sample.labels == {"job": job, "member": heartbeat["member"], "role": role.value}
+    for name, value in heartbeat["metrics"].items():
         (sample,) = families[f"psa_{name}"].samples
-        if VITALS_BY_NAME[name].kind is Kind.COUNTER:
+        if METRICS_BY_NAME[name].kind is Kind.COUNTER:
             assert sample.value >= value
 
 
-VITALS_BY_NAME = {vital.name: vital for vital in VITALS}
+METRICS_BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
@@ -122,28 +122,30 @@ def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
     run.wait_for_step(30)
     with history_of(own) as history:
         eventually(lambda: all_there(history, job, 2) and moved(history, job))
-        pulses = pulses_by_role(history, job)
+        heartbeats = heartbeats_by_role(history, job)
         described = own.describe(job)
-        assert {pulse["pid"] for pulse in pulses["server"]} == {server["pid"] for server in described["servers"]}
-        for pulse in (*pulses["server"], *pulses["worker"]):
-            extra = {"shards"} if pulse["role"] == "server" else {"ranks"}
-            assert pulse.keys() == KEYS | extra
-            assert abs(pulse["time"] - time.time()) < 5.0 and pulse["resident_bytes"] > 1 << 20
-            assert pulse["vitals"]["epoch"] == described["epoch"]
-            assert pulse["vitals"]["sent_bytes"] > 0 and pulse["vitals"]["received_bytes"] > 0
-            check_metrics(job, pulse)
-            assert get(pulse["metrics"], "/healthz")[0] == get(pulse["metrics"], "/readyz")[0] == 200
-        assert sorted(rank for pulse in pulses["worker"] for rank in pulse["ranks"]) == [0, 1]
-        for pulse in pulses["worker"]:
-            assert pulse["stage"] in ("computing", "waiting")
-            assert pulse["vitals"]["samples"] == 6 * pulse["vitals"]["steps"]
-            assert pulse["rates"]["samples"] == pytest.approx(6 * pulse["rates"]["steps"], rel=1e-3)
-            assert 0.0 < pulse["vitals"]["learning_rate"] <= 0.01
-            assert pulse["vitals"]["compute_seconds"] > 0.0 and pulse["vitals"]["wait_seconds"] > 0.0
-        for pulse in pulses["server"]:
-            assert pulse["vitals"]["gradient_norm"] > 0.0 and pulse["vitals"]["commit_seconds"] > 0.0
-        assert sum(pulse["vitals"]["controller"] for pulse in pulses["server"]) == 1.0
-        assert sum(pulse["shards"] for pulse in pulses["server"]) == described["shards"]
+        assert {heartbeat["pid"] for heartbeat in heartbeats["server"]} == {
+            server["pid"] for server in described["servers"]
+        }
+        for heartbeat in (*heartbeats["server"], *heartbeats["worker"]):
+            extra = {"shards"} if heartbeat["role"] == "server" else {"ranks"}
+            assert heartbeat.keys() == KEYS | extra
+            assert abs(heartbeat["time"] - time.time()) < 5.0 and heartbeat["resident_bytes"] > 1 << 20
+            assert heartbeat["metrics"]["term"] == described["term"]
+            assert heartbeat["metrics"]["sent_bytes"] > 0 and heartbeat["metrics"]["received_bytes"] > 0
+            check_metrics(job, heartbeat)
+            assert get(heartbeat["endpoint"], "/healthz")[0] == get(heartbeat["endpoint"], "/readyz")[0] == 200
+        assert sorted(rank for heartbeat in heartbeats["worker"] for rank in heartbeat["ranks"]) == [0, 1]
+        for heartbeat in heartbeats["worker"]:
+            assert heartbeat["stage"] in ("computing", "waiting")
+            assert heartbeat["metrics"]["samples"] == 6 * heartbeat["metrics"]["steps"]
+            assert heartbeat["rates"]["samples"] == pytest.approx(6 * heartbeat["rates"]["steps"], rel=1e-3)
+            assert 0.0 < heartbeat["metrics"]["learning_rate"] <= 0.01
+            assert heartbeat["metrics"]["compute_seconds"] > 0.0 and heartbeat["metrics"]["wait_seconds"] > 0.0
+        for heartbeat in heartbeats["server"]:
+            assert heartbeat["metrics"]["gradient_norm"] > 0.0 and heartbeat["metrics"]["commit_seconds"] > 0.0
+        assert sum(heartbeat["metrics"]["controller"] for heartbeat in heartbeats["server"]) == 1.0
+        assert sum(heartbeat["shards"] for heartbeat in heartbeats["server"]) == described["shards"]
         assert kinds_of(history, job).count("created") == 1
 
         victim = next(server for server in described["servers"] if server["id"] == described["controller"])
@@ -154,7 +156,7 @@ def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
         assert gone["member"] == victim["id"]
         recovered = next(event for event in events if event["kind"] == "recovered")
         assert victim["id"] in recovered["text"] and "computed again" in recovered["text"]
-        assert recovered["epoch"] > described["epoch"] and recovered["version"] % 10 == 0
+        assert recovered["term"] > described["term"] and recovered["version"] % 10 == 0
         # It is back under another name, and gets its shards with a hand-over.
         eventually(lambda: "hand-over" in kinds_of(history, job))
 
@@ -169,11 +171,11 @@ def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
         assert run.finish() == 0, run.output
         finished = [event for event in history.events(job) if event["kind"] == "finished"]
         assert [event["version"] for event in finished] == [steps]
-        assert history.pulses(job).keys() <= {victim["id"]}, "who left withdrew its pulse"
+        assert history.heartbeats(job).keys() <= {victim["id"]}, "who left withdrew its heartbeat"
         curve = history.curve(job)
         assert all(point["loss"] is not None for point in curve if point["version"] > 40 and point["workers"] == 2)
         assert all(point["committed"] <= point["version"] <= steps for point in curve)
-        versions = [point["version"] for point in curve if point["epoch"] == curve[-1]["epoch"]]
+        versions = [point["version"] for point in curve if point["term"] == curve[-1]["term"]]
         assert versions == sorted(versions) and len(set(versions)) == len(versions) > 3
         assert max(point["steps_per_s"] for point in curve) > 0 and max(point["samples_per_s"] for point in curve) > 0
 
@@ -186,16 +188,16 @@ def test_a_server_that_zookeeper_does_not_hear_is_not_ready_until_it_does(
     run.wait_for_step(5)
     with history_of(own) as history:
         eventually(lambda: all_there(history, job, 1))
-        (server,) = pulses_by_role(history, job)["server"]
-        assert get(server["metrics"], "/readyz") == (200, "text/plain; charset=utf-8", b"ok\n")
+        (server,) = heartbeats_by_role(history, job)["server"]
+        assert get(server["endpoint"], "/readyz") == (200, "text/plain; charset=utf-8", b"ok\n")
         os.kill(zookeeper.pids[0], signal.SIGSTOP)
         try:
-            eventually(lambda: get(server["metrics"], "/readyz")[0] == 503)
-            assert b"ZooKeeper is silent" in get(server["metrics"], "/readyz")[2]
-            assert get(server["metrics"], "/healthz")[0] == 200, "it is well, and only waits"
+            eventually(lambda: get(server["endpoint"], "/readyz")[0] == 503)
+            assert b"ZooKeeper is silent" in get(server["endpoint"], "/readyz")[2]
+            assert get(server["endpoint"], "/healthz")[0] == 200, "it is well, and only waits"
         finally:
             os.kill(zookeeper.pids[0], signal.SIGCONT)
-        eventually(lambda: get(server["metrics"], "/readyz")[0] == 200)
+        eventually(lambda: get(server["endpoint"], "/readyz")[0] == 200)
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
 
@@ -214,8 +216,8 @@ def test_processes_of_one_machine_share_out_the_ports_from_the_one_that_is_set(o
     run = own.run(job, "--steps", "100000", workers=2, servers=1, env={"PSA_METRICS_PORT": str(port)})
     with history_of(own) as history:
         run.wait_for_step(5)
-        eventually(lambda: len(history.pulses(job)) == 3)
-        ports = {int(pulse["metrics"].rpartition(":")[2]) for pulse in history.pulses(job).values()}
+        eventually(lambda: len(history.heartbeats(job)) == 3)
+        ports = {int(heartbeat["endpoint"].rpartition(":")[2]) for heartbeat in history.heartbeats(job).values()}
     assert len(ports) == 3 and min(ports) >= port and max(ports) < port + 100
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
@@ -243,9 +245,9 @@ def test_a_worker_leaves_no_thread_and_no_descriptor(site: Site, environment: No
         with pytest.raises(UsageError, match=r"shape \(2,\)"):
             worker.step(torch.ones(2))
         worker.step(loss)
-        told = eventually(lambda: [p for p in pulses_by_role(history, job)["worker"] if "loss" in p["vitals"]])
-        assert told[0]["vitals"]["loss"] == pytest.approx(loss.item())
-        assert told[0]["vitals"]["learning_rate"] == 0.25
+        told = eventually(lambda: [p for p in heartbeats_by_role(history, job)["worker"] if "loss" in p["metrics"]])
+        assert told[0]["metrics"]["loss"] == pytest.approx(loss.item())
+        assert told[0]["metrics"]["learning_rate"] == 0.25
         for x, y in batches:
             nn.functional.mse_loss(model(x), y).backward()
             worker.step(0.5)
@@ -279,20 +281,20 @@ class TestMonitor:
         return Settings(redis=redis.url)
 
     def test_it_says_that_its_process_is_sick(self, settings: Settings) -> None:
-        subject = Quiet()
-        with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), subject, settings)) as monitor:
+        health = Quiet()
+        with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), health, settings)) as monitor:
             assert get(monitor.address, "/healthz")[0] == 200
-            subject.sick = "it has ended"
+            health.sick = "it has ended"
             assert get(monitor.address, "/healthz") == (503, "text/plain; charset=utf-8", b"it has ended\n")
 
     def test_events_wait_while_redis_is_away_and_it_closes_in_time_all_the_same(
         self, redis: PrivateRedis, settings: Settings
     ) -> None:
         before, events = held(), Events()
-        vitals = Vitals(Role.SERVER, "server-1")
-        monitor = Monitor("job", vitals, Quiet(), settings, events=events)
+        metrics = Metrics(ProcessRole.SERVER, "server-1")
+        monitor = Monitor("job", metrics, Quiet(), settings, events=events)
         with closing(History(redis.url, timeout_s=5.0)) as history:
-            eventually(lambda: history.pulses("job"))
+            eventually(lambda: history.heartbeats("job"))
             redis.kill()
             for number in range(3):
                 events.note(EventKind.MEMBERS, str(number))
@@ -313,7 +315,7 @@ class TestMonitor:
             closing(History(redis.url, timeout_s=5.0)) as history,
         ):
             raw.set(keys.events("job"), "in the way")
-            with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), settings, events=events)):
+            with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
                 # Twice: the first call may only have found that our functions are not loaded yet.
                 eventually(lambda: raw.info("commandstats").get("cmdstat_fcall", {"calls": 0})["calls"] >= 2)
                 raw.delete(keys.events("job"))
@@ -321,60 +323,60 @@ class TestMonitor:
                 eventually(lambda: len(history.events("job")) == 2)
                 assert [event["text"] for event in history.events("job")] == ["first", "second"]
 
-    def test_a_pulse_that_it_cannot_read_does_not_silence_it(
+    def test_a_heartbeat_that_it_cannot_read_does_not_silence_it(
         self, redis: PrivateRedis, settings: Settings, capsys: pytest.CaptureFixture[str]
     ) -> None:
         events = Events()
         events.see(View(None, {}, {"other": Member("other", "host", 1)}, (1,), 1))
         with closing(History(redis.url, timeout_s=5.0)) as history:
-            history.pulse("job", "other", json.dumps({"told": "by another version"}))
-            with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), settings, events=events)):
+            history.heartbeat("job", "other", json.dumps({"told": "by another version"}))
+            with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
                 for _ in range(3):
-                    before = history.pulses("job").get("server-1", {}).get("time", 0.0)
-                    eventually(lambda: history.pulses("job").get("server-1", {}).get("time", 0.0) > before)  # noqa: B023
+                    before = history.heartbeats("job").get("server-1", {}).get("time", 0.0)
+                    eventually(lambda: history.heartbeats("job").get("server-1", {}).get("time", 0.0) > before)  # noqa: B023
                 events.note(EventKind.MEMBERS, "still here")
                 eventually(lambda: [each["text"] for each in history.events("job")][-1:] == ["still here"])
         lines = [line for line in capsys.readouterr().out.splitlines() if "what others tell cannot be read" in line]
         assert sum("warning" in line for line in lines) == 1
 
     def test_who_has_a_new_name_is_not_told_twice(self, redis: PrivateRedis, settings: Settings) -> None:
-        subject = Quiet()
+        health = Quiet()
         with (
             closing(History(redis.url, timeout_s=5.0)) as history,
-            closing(Monitor("job", Vitals(Role.SERVER, "server-1"), subject, settings)) as monitor,
+            closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), health, settings)) as monitor,
         ):
-            eventually(lambda: "server-1" in history.pulses("job"))
-            subject.member = "server-1+again"
-            eventually(lambda: history.pulses("job").keys() == {"server-1+again"})
+            eventually(lambda: "server-1" in history.heartbeats("job"))
+            health.member = "server-1+again"
+            eventually(lambda: history.heartbeats("job").keys() == {"server-1+again"})
             assert b'member="server-1+again"' in get(monitor.address, "/metrics")[2]
 
-    def test_the_controller_removes_old_pulses_of_members_that_are_gone(
+    def test_the_controller_removes_old_heartbeats_of_members_that_are_gone(
         self, redis: PrivateRedis, settings: Settings
     ) -> None:
         events = Events()
         events._seen = frozenset({"server-1", "old-but-there"}), frozenset()
         with closing(History(redis.url, timeout_s=5.0)) as history:
             for member, age_s in (("gone", 61), ("just-gone", 20), ("old-but-there", 61)):
-                pulse = {"time": time.time() - age_s, "role": "server", "shards": 1, "vitals": {"version": 1}}
-                history.pulse("job", member, json.dumps(pulse))
-            with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), settings, events=events)):
-                eventually(lambda: "gone" not in history.pulses("job"))
-                assert history.pulses("job").keys() == {"server-1", "just-gone", "old-but-there"}
-            assert history.curve("job") == [], "old pulses make no points"
+                heartbeat = {"time": time.time() - age_s, "role": "server", "shards": 1, "metrics": {"version": 1}}
+                history.heartbeat("job", member, json.dumps(heartbeat))
+            with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
+                eventually(lambda: "gone" not in history.heartbeats("job"))
+                assert history.heartbeats("job").keys() == {"server-1", "just-gone", "old-but-there"}
+            assert history.curve("job") == [], "old heartbeats make no points"
 
-    def test_where_the_address_is_not_ours_there_are_pulses_and_no_endpoint(
+    def test_where_the_address_is_not_ours_there_are_heartbeats_and_no_endpoint(
         self, redis: PrivateRedis, settings: Settings
     ) -> None:
         elsewhere = settings.model_copy(update={"bind": "192.0.2.1"})
         with (
             closing(History(redis.url, timeout_s=5.0)) as history,
-            closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), elsewhere)),
+            closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), elsewhere)),
         ):
-            eventually(lambda: history.pulses("job"))
-            assert history.pulses("job")["server-1"]["metrics"] == ""
+            eventually(lambda: history.heartbeats("job"))
+            assert history.heartbeats("job")["server-1"]["endpoint"] == ""
 
     def test_its_endpoint_can_be_left_out(self, settings: Settings) -> None:
         off = settings.model_copy(update={"metrics_port": -1})
-        with closing(Monitor("job", Vitals(Role.SERVER, "server-1"), Quiet(), off)) as monitor:
+        with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), off)) as monitor:
             assert monitor.address == ""
             assert not [each for each in threading.enumerate() if each.name.startswith("psa-http")]

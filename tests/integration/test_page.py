@@ -19,11 +19,11 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from psa_store.coordination import Coordination, MemberKind
-from psa_store.job import JobConfig
-from psa_store.layout import Layout, Role, TensorSpec, plan_layout
-from psa_store.monitor import Endpoint, Page
-from psa_store.plan import Member, Plan, Server
+from psa_store.cluster import Member, Plan, ProcessRole, Server
+from psa_store.coordination import Coordination
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
+from psa_store.observe import Endpoint, Page
 from psa_store.storage import History, RedisStore
 from tests.harness import Site
 
@@ -45,46 +45,46 @@ class Job:
         self.history = stack.enter_context(closing(History(site.redis, timeout_s=5.0)))
         self._zookeeper = site.zookeeper
         self._stack = stack
-        self.layout: Layout = plan_layout([TensorSpec(("weights",), (1 << 19,), "float32", Role.TRAINED)])
+        self.layout: Layout = make_layout([TensorSpec(("weights",), (1 << 19,), "float32", TensorRole.TRAINED)])
         config = JobConfig(name, 2, 0, {"name": "sgd"}, self.layout.fingerprint)
         self.store.check()
         self.store.create_job(name, config.to_json(), self.layout.to_json())
 
-    def join(self, kind: MemberKind, member: Member) -> Coordination:
+    def join(self, kind: ProcessRole, member: Member) -> Coordination:
         coordination = Coordination(
             self._zookeeper, self.name, session_timeout_s=10.0, connect_timeout_s=10.0, wake=lambda: None
         )
         self._stack.callback(coordination.close)
         coordination.start()
         coordination.join(kind, member.id, member.to_json())
-        if kind is MemberKind.SERVER:
+        if kind is ProcessRole.SERVER:
             coordination.campaign(member.id)
         return coordination
 
-    def pulse(self, member: str, role: str, **changes: Any) -> None:
+    def heartbeat(self, member: str, role: str, **changes: Any) -> None:
         document = {
             "member": member,
             "role": role,
             "time": time.time(),
             "host": "node-a",
             "pid": 4711,
-            "metrics": "",
+            "endpoint": "",
             "resident_bytes": 250_000_000,
-            "vitals": {},
+            "metrics": {},
             "rates": {},
             "stage": "",
             "ranks": [],
             "shards": 0,
         }
-        self.history.pulse(self.name, member, json.dumps(document | changes))
+        self.history.heartbeat(self.name, member, json.dumps(document | changes))
 
     def work(self, loss: float, samples_per_s: float = 640.0, step: int = 120) -> None:
-        """Pulses of two workers, of which the second is behind."""
+        """Heartbeats of two workers, of which the second is behind."""
         for worker, behind in (("w-one", 0), ("w-two", 7)):
-            self.pulse(
+            self.heartbeat(
                 worker,
                 "worker",
-                vitals={"step": step - behind, "loss": loss},
+                metrics={"step": step - behind, "loss": loss},
                 rates={"steps": 10.0, "samples": samples_per_s},
                 stage="computing",
             )
@@ -122,9 +122,9 @@ def a_running_job(name: str, site: Site, stack: ExitStack) -> Job:
     """Two workers that are well, and a server that does not answer."""
     job = Job(name, site, stack)
     server = Member("s-one", "node-a/boot", 4711, "127.0.0.1:1")
-    coordination = job.join(MemberKind.SERVER, server)
+    coordination = job.join(ProcessRole.SERVER, server)
     for worker in ("w-one", "w-two"):
-        job.join(MemberKind.WORKER, Member(worker, "node-a/boot", 4712))
+        job.join(ProcessRole.WORKER, Member(worker, "node-a/boot", 4712))
     plan = Plan(
         3,
         1,
@@ -223,9 +223,9 @@ def test_other_servers_name_the_controller(site: Site, stack: ExitStack) -> None
     job = Job("paged-elsewhere", site, stack)
     url = serve(site, job.name, stack, governs=False)
     assert get(url)[0] == 503
-    job.pulse("s-two", "server", vitals={"controller": 1.0}, metrics='"><script>alert(1)</script>:80')
+    job.heartbeat("s-two", "server", metrics={"controller": 1.0}, endpoint='"><script>alert(1)</script>:80')
     assert get(url)[0] == 503, "what is no address is no link"
-    job.pulse("s-two", "server", vitals={"controller": 1.0}, metrics="10.0.0.7:9400")
+    job.heartbeat("s-two", "server", metrics={"controller": 1.0}, endpoint="10.0.0.7:9400")
     status, body = get(url)
     assert status == 200 and b'<a href="http://10.0.0.7:9400/">' in body
 
@@ -237,7 +237,7 @@ def test_servers_of_a_job_serve_it(site: Site) -> None:
     deadline_s = time.monotonic() + WAIT_S
     while True:
         document = site.describe("paged-real")
-        pages = {each["id"]: f"http://{each['metrics']}/" for each in document["servers"] if each["metrics"]}
+        pages = {each["id"]: f"http://{each['endpoint']}/" for each in document["servers"] if each["endpoint"]}
         homes = {member: get(url)[1] for member, url in pages.items()}
         governing = document["controller"]
         if len(homes) == 2 and b"<script>" in homes[governing] and all(b"<p>" in each for each in homes.values()):

@@ -11,8 +11,8 @@ import pytest
 import redis
 
 import psa_store as psa
-from psa_store.layout import layout_from_json
-from psa_store.local import PrivateRedis
+from psa_store.job.layout import layout_from_json
+from psa_store.launch import PrivateRedis
 from tests.harness import PSA, Run, Site
 
 STEPS = 40

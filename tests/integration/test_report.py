@@ -12,7 +12,7 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
-from psa_store.report import write_report
+from psa_store.observe.report import write_report
 from psa_store.storage import History
 from tests.harness import Run, Site
 from tests.integration.test_monitor import eventually, kinds_of, moved
@@ -69,7 +69,7 @@ def test_a_job_whose_server_and_worker_were_killed(site: Site, tmp_path: Path) -
         assert all(each["pause_s"] is not None for each in found["failures"])
         assert 0.0 < found["goodput"] <= 1.0 and found["down_s"] + found["rest_s"] < found["running_s"]
         assert found["workers"][1] == found["servers"][1] == 2 and found["loss"] is not None
-        assert found["samples"] > 0 and found["epochs"] >= 2
+        assert found["samples"] > 0 and found["terms"] >= 2
         html, png = map(Path, found["files"])
         assert png.read_bytes().startswith(PNG) and server["id"] in html.read_text()
 

@@ -19,9 +19,9 @@ import pytest
 from rich.console import Console
 
 from psa_store.cli.status_view import overview
-from psa_store.coordination import greet_zookeeper
+from psa_store.coordination import probe_zookeeper
 from psa_store.errors import Disconnected
-from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from psa_store.wire import inspect
 from tests.harness import PSA, Run, Site
 
@@ -241,5 +241,5 @@ def test_who_is_silent_or_trickles_is_given_up_in_time() -> None:
         finally:
             done.set()
             speaker.join()
-        (member,) = greet_zookeeper(address, 0.3)
+        (member,) = probe_zookeeper(address, 0.3)
         assert not member.serves and "says nothing within 0.3 s" in member.problem

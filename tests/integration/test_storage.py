@@ -28,7 +28,7 @@ from psa_store.errors import (
     Rewound,
     UsageError,
 )
-from psa_store.local import PrivateRedis
+from psa_store.launch import PrivateRedis
 from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore, ShardState, committing
 from psa_store.storage.writing import Command
 
@@ -85,10 +85,10 @@ def data(size: int, fill: int) -> memoryview:
 
 
 def commit(
-    store: RedisStore, version: int, *, epoch: int = 1, expect: int | None = None, size: int = 100, shard: int = 0
+    store: RedisStore, version: int, *, term: int = 1, expect: int | None = None, size: int = 100, shard: int = 0
 ) -> Manifest:
     arrays = {"param": ("float32", data(size, version)), "momentum": ("float32", data(size, version + 100))}
-    return store.commit(JOB, shard, epoch, version, arrays, {"opt_step": version}, keep=KEEP, expect=expect)
+    return store.commit(JOB, shard, term, version, arrays, {"opt_step": version}, keep=KEEP, expect=expect)
 
 
 def state_of(shard: int, version: int, *, expect: int | None = None, size: int = 100) -> ShardState:
@@ -119,29 +119,29 @@ def test_what_is_committed_is_read_back(store: RedisStore, size: int) -> None:
     store.seal(JOB, [0], 1, LAYOUT)
     manifest = commit(store, 7, size=size)
     (head,) = store.heads(JOB, [0])
-    assert head.manifest(7) == manifest and head.layout == LAYOUT and head.epoch == 1
+    assert head.manifest(7) == manifest and head.layout == LAYOUT and head.term == 1
     assert read(store, manifest, size) == {"param": bytearray(data(size, 7)), "momentum": bytearray(data(size, 107))}
     assert manifest.scalars == {"opt_step": 7}
 
 
-def test_an_old_epoch_is_refused_and_changes_nothing(store: RedisStore, raw: redis.Redis) -> None:
+def test_an_old_term_is_refused_and_changes_nothing(store: RedisStore, raw: redis.Redis) -> None:
     store.seal(JOB, [0], 4, LAYOUT)
-    commit(store, 1, epoch=4)
+    commit(store, 1, term=4)
     (sealed,) = store.seal(JOB, [0], 5, LAYOUT)
-    with pytest.raises(Fenced, match="epoch 5 owns the shard and ours is 4"):
-        commit(store, 2, epoch=4, expect=1)
+    with pytest.raises(Fenced, match="term 5 owns the shard and ours is 4"):
+        commit(store, 2, term=4, expect=1)
     with pytest.raises(Fenced):
         store.seal(JOB, [0], 4, LAYOUT)
     with pytest.raises(Fenced):
         store.trim(JOB, [0], 4, 0)
     assert store.heads(JOB, [0]) == [sealed]
-    assert commit(store, 2, epoch=5, expect=1).epoch == 5
+    assert commit(store, 2, term=5, expect=1).term == 5
 
 
-def test_epochs_beyond_the_precision_of_lua_numbers_are_told_apart(store: RedisStore) -> None:
+def test_terms_beyond_the_precision_of_lua_numbers_are_told_apart(store: RedisStore) -> None:
     store.seal(JOB, [0], 2**53 + 1, LAYOUT)
     with pytest.raises(Fenced):
-        commit(store, 1, epoch=2**53)
+        commit(store, 1, term=2**53)
 
 
 def test_of_two_owners_only_the_newer_one_gets_through(store: RedisStore) -> None:
@@ -151,7 +151,7 @@ def test_of_two_owners_only_the_newer_one_gets_through(store: RedisStore) -> Non
         done = 0
         try:
             for version in range(1, 200):
-                commit(store, version, epoch=1, size=4)
+                commit(store, version, term=1, size=4)
                 done = version
         except Fenced:
             pass
@@ -180,7 +180,7 @@ def test_old_versions_and_their_chunks_are_dropped(store: RedisStore, raw: redis
     assert len(raw.keys("psa:{job:0}:*")) == 1 + KEEP * 2
     store.trim(JOB, [0], 1, 5)
     assert len(raw.keys("psa:{job:0}:*")) == 1 + 2
-    store.condemn(JOB, 0, 1, 5)
+    store.mark_corrupt(JOB, 0, 1, 5)
     assert len(raw.keys("psa:{job:0}:*")) == 1
 
 
@@ -237,19 +237,19 @@ def test_dropping_a_version_that_was_replaced_meanwhile_leaves_no_garbage(
     commit(store, 1, expect=1)
     heads, answers = store.heads, [stale]
     monkeypatch.setattr(store, "heads", lambda job, shards: answers.pop() if answers else heads(job, shards))
-    store.condemn(JOB, 0, 1, 1)
+    store.mark_corrupt(JOB, 0, 1, 1)
     assert store.heads(JOB, [0])[0].manifests == () and not answers
     assert_no_garbage(store, raw)
 
 
 def test_a_redis_that_went_back_in_time_is_noticed(store: RedisStore, raw: redis.Redis) -> None:
     store.seal(JOB, [0], 3, LAYOUT)
-    commit(store, 1, epoch=3)
+    commit(store, 1, term=3)
     with pytest.raises(Rewound):
-        commit(store, 3, epoch=3, expect=2)
+        commit(store, 3, term=3, expect=2)
     raw.delete("psa:{job:0}:head")
     with pytest.raises(Rewound):
-        commit(store, 3, epoch=3, expect=1)
+        commit(store, 3, term=3, expect=1)
     assert store.heads(JOB, [0])[0].manifests == ()
 
 
@@ -475,10 +475,10 @@ def test_a_full_redis_refuses_with_a_reason_and_keeps_what_it_has(tmp_path: Path
 
 
 def commit_all(
-    store: RedisStore, version: int, shards: int = 3, *, epoch: int = 1, expect: int | None = None, size: int = 100
+    store: RedisStore, version: int, shards: int = 3, *, term: int = 1, expect: int | None = None, size: int = 100
 ) -> dict[int, Manifest | Fenced | Rewound]:
     states = [state_of(shard, version, expect=expect, size=size) for shard in range(shards)]
-    return dict(store.commit_each(JOB, epoch, version, states, keep=KEEP))
+    return dict(store.commit_each(JOB, term, version, states, keep=KEEP))
 
 
 def assert_committed_once(store: RedisStore, raw: redis.Redis, version: int, size: int, outcomes: object) -> None:
@@ -538,11 +538,11 @@ def test_a_fenced_shard_does_not_stop_the_others(store: RedisStore, raw: redis.R
     store.seal(JOB, range(3), 1, LAYOUT)
     (sealed,) = store.seal(JOB, [1], 2, LAYOUT)
     outcomes = commit_all(store, 1)
-    assert isinstance(outcomes[1], Fenced) and "epoch 2 owns the shard and ours is 1" in str(outcomes[1])
+    assert isinstance(outcomes[1], Fenced) and "term 2 owns the shard and ours is 1" in str(outcomes[1])
     assert store.heads(JOB, range(3)) == [
-        replace(sealed, shard=0, epoch=1, manifests=(outcomes[0],)),
+        replace(sealed, shard=0, term=1, manifests=(outcomes[0],)),
         sealed,
-        replace(sealed, shard=2, epoch=1, manifests=(outcomes[2],)),
+        replace(sealed, shard=2, term=1, manifests=(outcomes[2],)),
     ]
     assert raw.keys("psa:{job:1}:*") == [b"psa:{job:1}:head"]
 
@@ -694,7 +694,7 @@ def test_a_redis_that_runs_full_in_the_middle_of_a_commit_keeps_no_rest_of_it(tm
 def test_what_is_pinned_outlives_the_versions_that_training_keeps(store: RedisStore, raw: redis.Redis) -> None:
     store.seal(JOB, [0], 1, LAYOUT)
     first = commit(store, 1)
-    store.pin(JOB, [0], 1, "first", epoch=1)
+    store.pin(JOB, [0], 1, "first", term=1)
     for version in range(2, 7):
         commit(store, version, expect=version - 1)
     (head,) = store.heads(JOB, [0])
@@ -727,20 +727,20 @@ def test_a_pin_may_be_moved_to_another_version(store: RedisStore, raw: redis.Red
     store.pin(JOB, [0], 1, "name")
     second = commit(store, 2, expect=1)
     store.trim(JOB, [0], 1, 2)
-    store.condemn(JOB, 0, 1, 1)
+    store.mark_corrupt(JOB, 0, 1, 1)
     assert read(store, first), "only the pin names it now"
     store.pin(JOB, [0], 2, "name")
     assert store.heads(JOB, [0])[0].pins == {"name": second}
     assert all(raw.ttl(key) >= 0 or not raw.exists(key) for key in first.chunk_keys(JOB, 0))
 
 
-def test_nobody_pins_under_an_epoch_that_is_over(store: RedisStore) -> None:
+def test_nobody_pins_under_an_term_that_is_over(store: RedisStore) -> None:
     store.seal(JOB, [0, 1], 1, LAYOUT)
     for shard in (0, 1):
         commit(store, 1, shard=shard)
     store.seal(JOB, [1], 2, LAYOUT)
     with pytest.raises(Fenced):
-        store.pin(JOB, [0, 1], 1, "late", epoch=1)
+        store.pin(JOB, [0, 1], 1, "late", term=1)
     assert not store.heads(JOB, [1])[0].pins
     with pytest.raises(Rewound, match=r"v:0*9"):
         store.pin(JOB, [0], 9, "nothing")
@@ -784,7 +784,7 @@ def test_back_to_a_pin_and_on(store: RedisStore, raw: redis.Redis) -> None:
     assert head.manifests == (second,) and read(store, second)["param"] == data(100, 2)
     # The same version again, with other bytes: the pin keeps the former.
     store.unwind(JOB, [0], 2, 1, None)
-    again = commit(store, 2, epoch=2)
+    again = commit(store, 2, term=2)
     assert again.nonce != second.nonce and read(store, second) and store.heads(JOB, [0])[0].pins == {"two": second}
     assert_no_garbage(store, raw)
 

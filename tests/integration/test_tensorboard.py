@@ -12,7 +12,7 @@ import pytest
 import redis
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from psa_store.monitor.tensorboard import BoardWriter
+from psa_store.observe.tensorboard import BoardWriter
 from psa_store.storage import History, keys
 from tests.harness import Site
 

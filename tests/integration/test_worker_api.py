@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import psa_store as psa
 from psa_store.errors import UsageError
-from psa_store.sampling import sample_indices
+from psa_store.job.sampling import sample_indices
 from tests.harness import Run, Site
 
 STEPS = 12
@@ -144,10 +144,10 @@ class Stream(IterableDataset[int]):
 
 class TestWithoutServers:
     def test_a_stream_cannot_be_resumed_and_is_refused(self) -> None:
-        from psa_store.worker.feed import Feed
+        from psa_store.worker.batches import Batches
 
         with pytest.raises(UsageError, match="map-style"):
-            Feed(Stream(), 4, seed=0, ranks=1)
+            Batches(Stream(), 4, seed=0, ranks=1)
 
     @pytest.mark.parametrize(
         ("job", "words"), [("no spaces", "letters, digits"), ("", "no name"), ("x" * 101, "up to 100")]

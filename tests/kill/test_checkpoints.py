@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from psa_store.checkpoint.catalog import StoredJob, read_job
-from psa_store.failpoints import Strike, arm
 from psa_store.storage import Head, Manifest, ShardState
+from psa_store.testing.failpoints import FailpointAction, arm
 from tests.harness import Run, Site
 
 STEPS = 90
@@ -86,8 +86,8 @@ def test_a_run_that_goes_back_to_a_checkpoint_ends_with_the_same_bits(
     assert run.finish() == 0, run.output
     taking = next(i for i, line in enumerate(run.lines) if "taking a checkpoint" in line)
     end = next(i for i, line in enumerate(run.lines) if line.startswith("finished"))  # then they leave, one by one
-    epochs = [line for line in run.lines[taking:end] if "new epoch" in line]
-    assert not epochs, "a checkpoint is no reason for an epoch"
+    terms = [line for line in run.lines[taking:end] if "new term" in line]
+    assert not terms, "a checkpoint is no reason for a term"
     found = stored(site, job)
     last, early = found.versions()[-1], found.checkpoints["early"].version
     assert site.digest(job, last) == undisturbed[mode], "a checkpoint has changed what training computes"
@@ -105,14 +105,14 @@ def test_a_run_that_goes_back_to_a_checkpoint_ends_with_the_same_bits(
 def test_a_server_that_dies_while_a_checkpoint_is_taken(
     site: Site, undisturbed: dict[str, str], tmp_path: Path, place: str
 ) -> None:
-    """The attempt ends, the next one succeeds under the new epoch, and nothing of the first is left."""
+    """The attempt ends, the next one succeeds under the new term, and nothing of the first is left."""
     job = "dies-" + place.replace(".", "-").replace("_", "-")
     run = start(site, job, slow_until=tmp_path / "hurry", failpoints=tmp_path)
-    run.wait_for_line(lambda line: "new epoch" in line and "servers=2" in line)
-    arm(tmp_path, place, Strike.KILL)
+    run.wait_for_line(lambda line: "new term" in line and "servers=2" in line)
+    arm(tmp_path, place, FailpointAction.KILL)
     taken = checkpoint(site, "save", job, "--name", "kept")
     assert taken.returncode == 0, taken.stdout
-    assert list(tmp_path.glob(f"{place}.struck.*")), "nobody was killed"
+    assert list(tmp_path.glob(f"{place}.hit.*")), "nobody was killed"
     (tmp_path / "hurry").touch()
     assert run.finish() == 0, run.output
     found = stored(site, job)
@@ -156,7 +156,7 @@ def test_going_back_under_way_and_cut_off_anywhere(
     early = stored(site, job).checkpoints["early"].version
     run.wait_for_step(early + 4)
     if place is not None:
-        arm(tmp_path, place, Strike.KILL)
+        arm(tmp_path, place, FailpointAction.KILL)
     done = checkpoint(site, "rollback", job, "early", "--yes", failpoints=tmp_path)
     assert done.returncode == (0 if place is None else -signal.SIGKILL), done.stdout
     if place in (None, "rollback.unwound"):  # later on, servers would find out with their next commit
@@ -190,7 +190,7 @@ def test_a_fork_shares_and_outlives_what_it_began_from(site: Site, undisturbed: 
 def test_a_fork_that_dies_is_begun_again(site: Site, tmp_path: Path) -> None:
     run = start(site, "source")
     assert run.finish() == 0, run.output
-    arm(tmp_path, "fork.adopted", Strike.KILL)
+    arm(tmp_path, "fork.adopted", FailpointAction.KILL)
     died = checkpoint(site, "fork", "source", str(STEPS), "--as", "second", failpoints=tmp_path)
     assert died.returncode == -signal.SIGKILL, died.stdout
     with closing(site.store()) as store:

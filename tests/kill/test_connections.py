@@ -1,4 +1,4 @@
-"""Connections break while everybody lives: nobody is replaced, no epoch ends, and the result stays."""
+"""Connections break while everybody lives: nobody is replaced, no term ends, and the result stays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from chaos import journal as journals
 from chaos.check.arrival import check_arrivals
-from psa_store.mode import parse_mode
+from psa_store.job.mode import parse_mode
 from tests.harness import Run, Site
 
 STEPS, RANKS = 120, 2
@@ -76,16 +76,16 @@ def start(site: Site, job: str, mode: str, compress: str, folder: Path, **option
 def test_a_connection_that_breaks_changes_nothing(
     site: Site, tmp_path: Path, name: str, mode: str, compress: str
 ) -> None:
-    job, cuts, epochs = f"cut-{name}", 0, set()
+    job, cuts, terms = f"cut-{name}", 0, set()
     run = start(site, job, mode, compress, tmp_path)
     site.wait_until_serving(run, job, 2)
     for turn, step in enumerate(range(15, STEPS - 20, 25)):
         run.wait_for_step(step)
         cuts += cut(site, job, turn % 2)
-        epochs.add(site.describe(job)["epoch"])
+        terms.add(site.describe(job)["term"])
     assert run.finish() == 0, run.output
     assert cuts > 0, "there was nothing to break"
-    assert len(epochs) == 1, "an epoch ended"
+    assert len(terms) == 1, "a term ended"
     journal = journals.read(tmp_path)
     version = STEPS // parse_mode(mode).round_steps
     if parse_mode(mode).on_arrival:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from tests.harness import Run, Site
 
 STEPS = 120

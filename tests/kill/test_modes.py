@@ -13,9 +13,9 @@ import pytest
 import psa_store as psa
 from chaos import journal as journals
 from chaos.check.arrival import check_arrivals
-from psa_store.bench.digest import tensors_digest
-from psa_store.job import job_config_from_json
-from psa_store.layout import layout_from_json
+from psa_store.checkpoint.digest import tensors_digest
+from psa_store.job.config import job_config_from_json
+from psa_store.job.layout import layout_from_json
 from tests.harness import TRAIN, Run, Site
 from tests.kill.test_kill import VICTIMS, kill
 

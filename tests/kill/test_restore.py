@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from psa_store.local import PrivateRedis, PrivateZooKeeper
+from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from tests.harness import Run, Site
 from tests.kill.test_checkpoints import STEPS, start, stored
 

@@ -15,11 +15,11 @@ import pytest
 from chaos import journal as journals
 from chaos.check import exactly_once
 from chaos.journal import Truth
-from psa_store.job import job_config_from_json
-from psa_store.journal import Journal
-from psa_store.layout import Role, layout_from_json
-from psa_store.mode import parse_mode
-from psa_store.rank_state import rank_state_of
+from psa_store.job.config import job_config_from_json
+from psa_store.job.layout import TensorRole, layout_from_json
+from psa_store.job.mode import parse_mode
+from psa_store.optim.rank_state import rank_state_of
+from psa_store.testing.journal import Journal
 from tests.harness import TRAIN, Run, Site
 from tests.kill.test_kill import VICTIMS, kill
 
@@ -130,7 +130,7 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
 ) -> None:
     """Who comes waits for a version at which the ranks' state is with the servers; nobody goes back for it.
 
-    Only the round that is under way when an epoch begins is computed again.
+    Only the round that is under way when a term begins is computed again.
     """
     job, env = "rounds-elastic", {"PSA_JOURNAL": str(tmp_path)}
     hurry = tmp_path / "hurry"
@@ -164,7 +164,7 @@ def test_what_ranks_carry_lies_with_their_commits(site: Site, tmp_path: Path) ->
             found = store.read_job(job)
             assert found is not None
             config, layout = job_config_from_json(found[0]), layout_from_json(found[1])
-            for shard in layout.shards_of(Role.TRAINED):
+            for shard in layout.shards_of(TensorRole.TRAINED):
                 (head,) = store.heads(job, [shard.index])
                 sizes = {s.name: s.size_bytes for s in head.manifests[-1].sections if s.name.startswith("rank.")}
                 state = rank_state_of(config, shard)

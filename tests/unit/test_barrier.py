@@ -15,15 +15,15 @@ gone = st.sets(st.sampled_from(NAMES))
 
 
 @given(barriers, arrivals, st.integers(0, 4), gone, st.booleans())
-def test_it_is_done_exactly_when_all_have_arrived_in_its_epoch(
-    barrier: Barrier, arrived: dict[str, str], epoch: int, lost: set[str], expired: bool
+def test_it_is_done_exactly_when_all_have_arrived_in_its_term(
+    barrier: Barrier, arrived: dict[str, str], term: int, lost: set[str], expired: bool
 ) -> None:
-    after = barrier.decided(arrived, epoch=epoch, gone=lost, expired=expired)
+    after = barrier.decided(arrived, term=term, gone=lost, expired=expired)
     complete = set(barrier.members) <= arrived.keys()
-    assert (after.state is DONE) == (complete and epoch <= barrier.epoch)
+    assert (after.state is DONE) == (complete and term <= barrier.term)
     if after.state is DONE:
         assert after.brought == {member: arrived[member] for member in barrier.members}
-    hopeless = epoch > barrier.epoch or (not complete and bool(expired or set(barrier.members) - arrived.keys() & lost))
+    hopeless = term > barrier.term or (not complete and bool(expired or set(barrier.members) - arrived.keys() & lost))
     if after.state is ABORTED:
         assert after.reason and hopeless
     if after.state is OPEN:
@@ -33,15 +33,15 @@ def test_it_is_done_exactly_when_all_have_arrived_in_its_epoch(
 @given(barriers, st.lists(st.tuples(arrivals, st.integers(0, 4), gone, st.booleans())))
 def test_it_is_decided_once(barrier: Barrier, looks: list[tuple[dict[str, str], int, set[str], bool]]) -> None:
     seen = [barrier]
-    for arrived, epoch, lost, expired in looks:
-        seen.append(seen[-1].decided(arrived, epoch=epoch, gone=lost, expired=expired))
+    for arrived, term, lost, expired in looks:
+        seen.append(seen[-1].decided(arrived, term=term, gone=lost, expired=expired))
     decisions = {(each.state, each.reason, tuple(each.brought.items())) for each in seen if each.state is not OPEN}
     assert len(decisions) <= 1
-    assert all((each.epoch, each.members) == (barrier.epoch, barrier.members) for each in seen)
+    assert all((each.term, each.members) == (barrier.term, barrier.members) for each in seen)
 
 
 def test_a_reason_names_who_is_missing_or_gone() -> None:
     barrier = Barrier(1, ("a", "b"))
-    assert "missing: b" in barrier.decided({"a": ""}, epoch=1, expired=True).reason
-    assert "b" in barrier.decided({"a": ""}, epoch=1, gone=["b", "a"]).reason
-    assert "epoch 2" in barrier.decided({"a": "", "b": ""}, epoch=2).reason
+    assert "missing: b" in barrier.decided({"a": ""}, term=1, expired=True).reason
+    assert "b" in barrier.decided({"a": ""}, term=1, gone=["b", "a"]).reason
+    assert "term 2" in barrier.decided({"a": "", "b": ""}, term=2).reason

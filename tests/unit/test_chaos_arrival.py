@@ -26,17 +26,17 @@ class Story:
     def tell(self, event: str, **fields: Any) -> None:
         self.events.append(Event(float(len(self.events)), event, "server", "s", 1, fields))
 
-    def serve(self, epoch: int, clocks: list[int]) -> None:
-        self.tell("serving", epoch=epoch, clocks={"0": clocks})
+    def serve(self, term: int, clocks: list[int]) -> None:
+        self.tell("serving", term=term, clocks={"0": clocks})
 
-    def update(self, epoch: int, rank: int, step: int) -> None:
-        self.tell("updated", epoch=epoch, shard=0, rank=rank, step=step)
+    def update(self, term: int, rank: int, step: int) -> None:
+        self.tell("updated", term=term, shard=0, rank=rank, step=step)
 
     def found(self) -> list[str]:
         return [violation.message for violation in check_arrivals(Journal(self.events))]
 
 
-def test_a_push_that_is_applied_again_in_the_next_epoch_is_right() -> None:
+def test_a_push_that_is_applied_again_in_the_next_term_is_right() -> None:
     assert Story().found() == []
 
 
@@ -51,4 +51,4 @@ def test_an_acknowledged_push_that_is_lost_is_seen() -> None:
     story = Story()
     story.tell("settled", rank=0, step=1)
     story.serve(3, [1, 1])
-    assert story.found() == ["epoch 3 lost push 1 of rank 0"]
+    assert story.found() == ["term 3 lost push 1 of rank 0"]

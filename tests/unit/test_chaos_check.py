@@ -38,33 +38,33 @@ class Story:
         self.t += 1e-6
         self.events.append(Event(self.t, event, role, name, 1, fields))
 
-    def epoch(self, number: int, resume: int, until: int) -> None:
-        """An epoch that makes the versions after ``resume`` up to ``until``."""
-        self.tell("server", "s0", "published", epoch=number, resume=resume, servers=list(SHARDS))
+    def term(self, number: int, resume: int, until: int) -> None:
+        """A term that makes the versions after ``resume`` up to ``until``."""
+        self.tell("server", "s0", "published", term=number, resume=resume, servers=list(SHARDS))
         for server, shards in SHARDS.items():
-            self.tell("server", server, "serving", epoch=number, resume=resume, shards=shards, trained=shards)
+            self.tell("server", server, "serving", term=number, resume=resume, shards=shards, trained=shards)
             for shard in shards:
                 manifests = [[version, number, f"n{number}-{version}"] for version in (resume,)]
-                self.tell("reader", "0", "head", shard=shard, epoch=number, manifests=manifests)
+                self.tell("reader", "0", "head", shard=shard, term=number, manifests=manifests)
         for step in range(resume, until):
             self.step(number, step)
 
-    def step(self, epoch: int, step: int) -> None:
+    def step(self, term: int, step: int) -> None:
         self.t += STEP_S
         for rank in range(RANKS):
             total = sum(share(server, step, rank) for server in SHARDS)
-            self.tell("train", f"t{rank}", "batch", epoch=epoch, version=step, rank=rank, digest=f"d{step}")
-            self.tell("worker", f"w{rank}", "computing", epoch=epoch, step=step, rank=rank)
-            self.tell("worker", f"w{rank}", "pushed", epoch=epoch, step=step, rank=rank, sum=f"{total:016x}")
+            self.tell("train", f"t{rank}", "batch", term=term, version=step, rank=rank, digest=f"d{step}")
+            self.tell("worker", f"w{rank}", "computing", term=term, step=step, rank=rank)
+            self.tell("worker", f"w{rank}", "pushed", term=term, step=step, rank=rank, sum=f"{total:016x}")
         for server, shards in SHARDS.items():
             ranks = {str(rank): len(shards) for rank in range(RANKS)}
             sums = {str(rank): f"{share(server, step, rank):016x}" for rank in range(RANKS)}
-            self.tell("server", server, "applied", epoch=epoch, version=step + 1, ranks=ranks, sums=sums)
+            self.tell("server", server, "applied", term=term, version=step + 1, ranks=ranks, sums=sums)
         for rank in range(RANKS):
-            self.tell("worker", f"w{rank}", "acked", epoch=epoch, version=step + 1)
+            self.tell("worker", f"w{rank}", "acked", term=term, version=step + 1)
         if (step + 1) % COMMIT_EVERY == 0:
             for server in SHARDS:
-                self.tell("server", server, "committed", epoch=epoch, version=step + 1)
+                self.tell("server", server, "committed", term=term, version=step + 1)
 
     def fault(self, kind: str = "kill-server", pause_s: float = 0.5) -> None:
         self.tell("harness", "0", "fault", id=0, kind=kind)
@@ -76,7 +76,7 @@ class Story:
     def end(self) -> None:
         self.tell("reader", "0", "read", version=30, digest="d30")
         self.tell("harness", "0", "reader", exit_code=0)
-        self.tell("server", "s0", "durable", epoch=9, version=STEPS)
+        self.tell("server", "s0", "durable", term=9, version=STEPS)
         self.tell("worker", "w0", "finished", version=STEPS)
         self.tell("harness", "0", "final", version=STEPS, digest="F")
         self.tell("harness", "0", "end", exit_code=0, wall_s=self.t)
@@ -100,11 +100,11 @@ TRUTH = Truth({version: f"d{version}" for version in range(STEPS)}, "F")
 
 @pytest.fixture
 def story() -> Story:
-    """A server dies after version 27; the next epoch goes back to 20."""
+    """A server dies after version 27; the next term goes back to 20."""
     story = Story()
-    story.epoch(1, 0, 27)
+    story.term(1, 0, 27)
     story.fault()
-    story.epoch(2, 20, STEPS)
+    story.term(2, 20, STEPS)
     story.end()
     return story
 
@@ -133,20 +133,20 @@ def test_a_version_that_a_server_applied_twice_is_seen(story: Story) -> None:
     assert story.broken() == {"exactly_once"}
 
 
-def test_what_was_applied_in_an_epoch_that_was_rolled_back_may_be_anything(story: Story) -> None:
+def test_what_was_applied_in_an_term_that_was_rolled_back_may_be_anything(story: Story) -> None:
     lost = [i for i, each in enumerate(e for e in story.events if e.event == "applied") if each["version"] == 25]
     story.change("applied", lost[0], sums={"0": "1", "1": "2"})
     assert story.broken() == set()
 
 
 def test_an_acknowledgement_before_the_update_is_seen(story: Story) -> None:
-    early = Event(0.001, "acked", "worker", "w0", 1, {"epoch": 1, "version": 27})
+    early = Event(0.001, "acked", "worker", "w0", 1, {"term": 1, "version": 27})
     story.events.append(early)
     assert story.broken() == {"exactly_once"}
 
 
 def test_ranks_that_compute_differently_are_seen(story: Story) -> None:
-    story.tell("worker", "w9", "pushed", epoch=1, step=3, rank=0, sum="0" * 16)
+    story.tell("worker", "w9", "pushed", term=1, step=3, rank=0, sum="0" * 16)
     assert story.broken() == {"exactly_once"}
 
 
@@ -174,14 +174,14 @@ def test_a_damaged_value_that_the_reader_met_is_seen(story: Story, loses: bool, 
     assert story.broken() == broken
 
 
-def test_an_epoch_that_begins_before_the_one_before_it_is_seen() -> None:
+def test_an_term_that_begins_before_the_one_before_it_is_seen() -> None:
     """Whoever resumed at 20 has read it from every shard, even if nobody lived to say that it was committed."""
     story = Story()
-    story.epoch(1, 0, 27)
+    story.term(1, 0, 27)
     story.events = [event for event in story.events if event.event != "committed"]
-    story.epoch(2, 20, 27)
+    story.term(2, 20, 27)
     story.fault()
-    story.epoch(3, 10, STEPS)
+    story.term(3, 10, STEPS)
     story.end()
     assert story.broken() == {"durability"}
 
@@ -197,53 +197,53 @@ def test_what_the_harness_could_not_do_is_no_success(story: Story) -> None:
     assert story.broken() == {"bits"}
 
 
-def test_a_commit_of_an_old_epoch_after_a_seal_is_seen(story: Story) -> None:
-    story.tell("reader", "0", "head", shard=0, epoch=2, manifests=[[27, 1, "late"]])
+def test_a_commit_of_an_old_term_after_a_seal_is_seen(story: Story) -> None:
+    story.tell("reader", "0", "head", shard=0, term=2, manifests=[[27, 1, "late"]])
     assert story.broken() == {"fencing"}
 
 
 def test_what_was_there_before_the_seal_may_stay(story: Story) -> None:
-    story.tell("reader", "0", "head", shard=0, epoch=2, manifests=[[0, 1, "n1-0"]])
+    story.tell("reader", "0", "head", shard=0, term=2, manifests=[[0, 1, "n1-0"]])
     assert story.broken() == set()
 
 
-def test_a_head_whose_epoch_falls_is_seen(story: Story) -> None:
-    story.tell("reader", "0", "head", shard=0, epoch=1, manifests=[])
+def test_a_head_whose_term_falls_is_seen(story: Story) -> None:
+    story.tell("reader", "0", "head", shard=0, term=1, manifests=[])
     assert story.broken() == {"fencing"}
 
 
-def test_a_process_that_goes_back_to_an_old_epoch_is_seen(story: Story) -> None:
-    story.tell("worker", "w0", "loaded", epoch=2, version=20)
-    story.tell("worker", "w0", "loaded", epoch=1, version=20)
+def test_a_process_that_goes_back_to_an_old_term_is_seen(story: Story) -> None:
+    story.tell("worker", "w0", "loaded", term=2, version=20)
+    story.tell("worker", "w0", "loaded", term=1, version=20)
     assert story.broken() == {"fencing"}
 
 
 def test_a_durable_version_that_is_lost_is_seen() -> None:
     story = Story()
-    story.epoch(1, 0, 27)
+    story.term(1, 0, 27)
     story.fault()
-    story.epoch(2, 10, STEPS)  # 20 was durable
+    story.term(2, 10, STEPS)  # 20 was durable
     story.end()
     assert story.broken() == {"durability"}
 
 
 def test_what_one_server_alone_has_committed_may_be_lost() -> None:
     story = Story()
-    story.epoch(1, 0, 27)
+    story.term(1, 0, 27)
     story.drop("committed", -1)
     story.fault()
-    story.epoch(2, 10, STEPS)
+    story.term(2, 10, STEPS)
     story.end()
     assert story.broken() == set()
 
 
 def test_a_rollback_without_bound_is_seen() -> None:
     story = Story()
-    story.epoch(1, 0, 27)
+    story.term(1, 0, 27)
     for _ in range(4):
         story.drop("committed", -1)
     story.fault()
-    story.epoch(2, 0, STEPS)
+    story.term(2, 0, STEPS)
     story.end()
     assert story.broken() == {"durability"}
 
@@ -292,7 +292,7 @@ def test_recovery_lasts_from_the_fault_to_the_next_step(story: Story) -> None:
 def test_a_pause_long_after_a_fault_is_not_its_own() -> None:
     story = Story()
     story.fault(pause_s=0.0)
-    story.epoch(1, 0, 5)
+    story.term(1, 0, 5)
     story.t += 3.0
     story.step(1, 5)
     story.t += 3.0

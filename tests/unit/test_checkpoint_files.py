@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from psa_store.checkpoint import files
-from psa_store.checkpoint.export import Export, export_from_json
-from psa_store.checkpoint.files import FileFacts, Folder
-from psa_store.checkpoint.importing import Source
-from psa_store.checkpoint.tensor_files import LENGTH_BYTES, index_of, param_key, plan_files, read_header
+from psa_store.checkpoint.files import folder as folders
+from psa_store.checkpoint.files.export import Export, export_from_json
+from psa_store.checkpoint.files.folder import FileFacts, Folder
+from psa_store.checkpoint.files.importing import Source
+from psa_store.checkpoint.files.tensor_files import LENGTH_BYTES, index_of, param_key, read_header, split_into_files
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
-from psa_store.job import JobConfig
-from psa_store.layout import ITEM_BYTES, TRAINABLE_DTYPES, Layout, Role, TensorSpec, plan_layout
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import ITEM_BYTES, TRAINABLE_DTYPES, Layout, TensorRole, TensorSpec, make_layout
 from psa_store.storage import Section
 
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -33,13 +33,13 @@ SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 def layouts(draw: st.DrawFn) -> Layout:
     specs = []
     for number in range(draw(st.integers(1, 8))):
-        role = draw(st.sampled_from(list(Role)))
-        dtypes = sorted(TRAINABLE_DTYPES) if role is Role.TRAINED else sorted(ITEM_BYTES)
+        role = draw(st.sampled_from(list(TensorRole)))
+        dtypes = sorted(TRAINABLE_DTYPES) if role is TensorRole.TRAINED else sorted(ITEM_BYTES)
         names = (f"t{number}", f"tied.{number}") if draw(st.booleans()) else (f"t{number}",)
-        persistent = role is not Role.BUFFER or draw(st.booleans())
+        persistent = role is not TensorRole.BUFFER or draw(st.booleans())
         dtype = draw(st.sampled_from(dtypes))
         specs.append(TensorSpec(names, draw(SHAPES), dtype, role, persistent=persistent))
-    return plan_layout(specs, draw(st.sampled_from([4096, 8192, 1 << 20])))
+    return make_layout(specs, draw(st.sampled_from([4096, 8192, 1 << 20])))
 
 
 def sections_of(layout: Layout) -> dict[int, list[Section]]:
@@ -47,7 +47,7 @@ def sections_of(layout: Layout) -> dict[int, list[Section]]:
     return {
         shard.index: [
             Section("param", shard.dtype, shard.size_bytes, ()),
-            *([Section("slot", "float32", shard.numel * 4, ())] if shard.role is Role.TRAINED else []),
+            *([Section("slot", "float32", shard.numel * 4, ())] if shard.role is TensorRole.TRAINED else []),
         ]
         for shard in layout.shards
     }
@@ -69,7 +69,7 @@ def test_every_element_is_where_loaders_look_for_it(layout: Layout, max_file_byt
     sections = sections_of(layout)
     dtypes = {(shard, its.name): its.dtype for shard, some in sections.items() for its in some}
     found: dict[str, torch.Tensor] = {}
-    for file in plan_files(layout, sections, max_file_bytes):
+    for file in split_into_files(layout, sections, max_file_bytes):
         data = file.header()
         for shard, section, cuts in file.reads():
             whole = bytes_of(layout, shard, section, dtypes[shard, section])
@@ -83,7 +83,7 @@ def test_every_element_is_where_loaders_look_for_it(layout: Layout, max_file_byt
             assert data[stored.low : stored.high] == loaded[key].flatten().view(torch.uint8).numpy().tobytes()
         found |= loaded
     for index, spec in enumerate(layout.tensors):
-        keys = [param_key(spec)] + ([f"slot.{spec.name}"] if spec.role is Role.TRAINED and spec.numel else [])
+        keys = [param_key(spec)] + ([f"slot.{spec.name}"] if spec.role is TensorRole.TRAINED and spec.numel else [])
         for key in keys:
             tensor = found.pop(key)
             expected = (torch.arange(spec.numel) + index) % 100
@@ -98,7 +98,7 @@ def test_shards_of_another_size_come_back_from_files(layout: Layout, max_file_by
     sections = sections_of(layout)
     folder = Folder(f"memory://psa-unit/{uuid4().hex}")
     facts = []
-    for file in plan_files(layout, sections, max_file_bytes):
+    for file in split_into_files(layout, sections, max_file_bytes):
         with folder.draft(file.name) as draft:
             draft.write(file.header())
             for shard, section, cuts in file.reads():
@@ -113,7 +113,7 @@ def test_shards_of_another_size_come_back_from_files(layout: Layout, max_file_by
     config = JobConfig("job", 2, 0, {"name": "SGD", "lr": 0.1}, layout.fingerprint)
     scalars = tuple({"opt_step": 3.0} for _ in layout.shards)
     export = Export(folder.url, "", config, layout, 7, (), scalars, ("slot",), tuple(facts))
-    other = plan_layout(layout.tensors, shard_bytes)
+    other = make_layout(layout.tensors, shard_bytes)
     source = Source(export, replace(config, layout=other.fingerprint), other)
     source.look()
     states = list(source.states())
@@ -128,7 +128,7 @@ def test_shards_of_another_size_come_back_from_files(layout: Layout, max_file_by
 @settings(max_examples=20)
 @given(layouts())
 def test_an_index_names_the_file_of_every_tensor(layout: Layout) -> None:
-    files = [file for file in plan_files(layout, sections_of(layout), 1000) if file.name.startswith("model")]
+    files = [file for file in split_into_files(layout, sections_of(layout), 1000) if file.name.startswith("model")]
     index = index_of(files, "model")
     assert (index is None) == (len(files) < 2)
     if index is not None:
@@ -138,7 +138,7 @@ def test_an_index_names_the_file_of_every_tensor(layout: Layout) -> None:
 
 @given(st.data())
 def test_any_flipped_bit_of_the_manifest_is_found(data: st.DataObject) -> None:
-    layout = plan_layout([TensorSpec(("a",), (3,), "float32", Role.TRAINED)])
+    layout = make_layout([TensorSpec(("a",), (3,), "float32", TensorRole.TRAINED)])
     config = JobConfig("job", 2, 0, {"name": "SGD", "lr": 0.1}, layout.fingerprint)
     facts = (FileFacts("model.safetensors", 100, "0" * 32),)
     export = Export("here", "2026-01-01T00:00:00+00:00", config, layout, 7, (), ({"opt_step": 7},), (), facts)
@@ -216,7 +216,7 @@ def broken() -> Iterator[None]:
         lambda folder: folder.read("a"),
         lambda folder: folder.facts("a"),
         lambda folder: folder.draft("a").__enter__(),
-        lambda folder: folder.publish([files.Draft("a", "a.tmp-0", "a", None, False)]),
+        lambda folder: folder.publish([folders.Draft("a", "a.tmp-0", "a", None, False)]),
         lambda folder: folder.remove_all("a"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_file_system_that_cannot_be_opened_is_unreachable_or_bad_usage(broken:
 
 def test_every_folder_that_is_made_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(files, "_sync_folder", synced.append)
+    monkeypatch.setattr(folders, "_sync_folder", synced.append)
     Folder(f"file://{tmp_path}/a/b/c").make()
     assert (tmp_path / "a" / "b" / "c").is_dir()
     assert sorted(synced) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
-from psa_store import codec
-from psa_store.codec import rounding_stream
-from psa_store.compression import NONE, Compression, parse_compression
+from psa_store.compression import NONE, Compression, codec, parse_compression
 from psa_store.errors import Refused, UsageError
+from psa_store.job.sampling import rounding_stream
 
 TEXTS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.1")
 LEVELS = {"int8": (127, 256), "int4": (7, 64)}

@@ -14,9 +14,9 @@ from psa_store.cli.config import show
 from psa_store.cli.run import RunOptions, environment_of
 from psa_store.config import DEFAULT, FOR_PEOPLE, Settings, as_environment, check_environment, load_settings, origins
 from psa_store.errors import UsageError
-from psa_store.local import Addresses
-from psa_store.mode import parse_mode
-from psa_store.transport import Transport
+from psa_store.job.mode import parse_mode
+from psa_store.job.wire_layout import Transport
+from psa_store.launch import Addresses
 
 ROOT = Path(__file__).parents[2]
 

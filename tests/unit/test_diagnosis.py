@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from psa_store.cluster import Member, Phase, Plan, Server
 from psa_store.coordination import ZooKeeperMember
-from psa_store.job import JobConfig
-from psa_store.plan import Member, Phase, Plan, Server
-from psa_store.status import Finding, Severity, diagnose
-from psa_store.status.document import Heartbeat, RedisView, ZooKeeperView, assemble
+from psa_store.job.config import JobConfig
+from psa_store.observe.status import Finding, Severity, diagnose
+from psa_store.observe.status.document import HeartbeatAge, RedisView, ZooKeeperView, assemble
 from psa_store.storage import RedisFacts
 
 NOW_S = 1_000_000.0
@@ -43,8 +43,8 @@ PLAN = Plan(3, 7, 50, tuple(Server(each.id, each.address, "", each.host) for eac
 CONFIG = JobConfig("demo", 2, 0, {"name": "sgd"}, "layout", commit_every=50)
 
 
-def pulse(member: Member, role: str, **changes: Any) -> dict[str, Any]:
-    vitals = (
+def heartbeat(member: Member, role: str, **changes: Any) -> dict[str, Any]:
+    metrics = (
         {"step": 120, "loss": 1.5}
         if role == "worker"
         else {"version": 120, "committed_version": 100, "committed_time_seconds": NOW_S - 4.0}
@@ -55,9 +55,9 @@ def pulse(member: Member, role: str, **changes: Any) -> dict[str, Any]:
         "time": NOW_S - 0.5,
         "host": member.host,
         "pid": member.pid,
-        "metrics": f"{member.host}:9400",
+        "endpoint": f"{member.host}:9400",
         "resident_bytes": 1 << 20,
-        "vitals": vitals,
+        "metrics": metrics,
         "rates": {"steps": 10.0, "samples": 120.0} if role == "worker" else {},
         "stage": "computing" if role == "worker" else "collecting",
         "ranks": list(PLAN.ranks_of(member.id)),
@@ -66,9 +66,11 @@ def pulse(member: Member, role: str, **changes: Any) -> dict[str, Any]:
     return document | changes
 
 
-PULSES = {each.id: pulse(each, "server") for each in SERVERS} | {each.id: pulse(each, "worker") for each in WORKERS}
+HEARTBEATS = {each.id: heartbeat(each, "server") for each in SERVERS} | {
+    each.id: heartbeat(each, "worker") for each in WORKERS
+}
 REDIS = RedisView(
-    "redis://db:6379", facts=FACTS, config=CONFIG, shards=3, arena_bytes=300, committed=100, pulses=PULSES
+    "redis://db:6379", facts=FACTS, config=CONFIG, shards=3, arena_bytes=300, committed=100, heartbeats=HEARTBEATS
 )
 ANSWER = {"version": 120, "committed": 100, "stage": "collecting", "sick": ""}
 ZOOKEEPER = ZooKeeperView(
@@ -88,7 +90,7 @@ ZOOKEEPER = ZooKeeperView(
 
 
 def look(redis: RedisView = REDIS, zookeeper: ZooKeeperView = ZOOKEEPER) -> dict[str, Any]:
-    heard = {name: Heartbeat.after(None, each, 10.0, NOW_S) for name, each in redis.pulses.items()}
+    heard = {name: HeartbeatAge.after(None, each, 10.0, NOW_S) for name, each in redis.heartbeats.items()}
     return assemble("demo", NOW_S, redis, zookeeper, heard, 10.0)
 
 
@@ -96,8 +98,8 @@ def findings(redis: RedisView = REDIS, zookeeper: ZooKeeperView = ZOOKEEPER) -> 
     return diagnose(look(redis, zookeeper))
 
 
-def with_pulse(member: str, **changes: Any) -> RedisView:
-    return replace(REDIS, pulses=PULSES | {member: PULSES[member] | changes})
+def with_heartbeat(member: str, **changes: Any) -> RedisView:
+    return replace(REDIS, heartbeats=HEARTBEATS | {member: HEARTBEATS[member] | changes})
 
 
 def the_one(found: Sequence[Finding], severity: Severity, *parts: str) -> Finding:
@@ -129,7 +131,7 @@ def test_redis_away_hides_no_member() -> None:
 
 def test_zookeeper_away_shows_who_was_heard_of() -> None:
     away = ZooKeeperView("zk1:2181", 4.0, problem="ZooKeeper at zk1:2181 did not answer within 2 s")
-    document = look(with_pulse("w1", time=NOW_S - 120.0), away)
+    document = look(with_heartbeat("w1", time=NOW_S - 120.0), away)
     the_one(diagnose(document), Severity.SICK, "did not answer", "zk1:2181", "psa doctor demo")
     assert [(each["id"], each["shards"], each["lag"]) for each in document["servers"]] == [("s0", 2, 20), ("s1", 1, 20)]
     assert [(each["id"], each["ranks"]) for each in document["workers"]] == [("w0", [0])], "w1 is long silent"
@@ -177,39 +179,41 @@ def test_a_server_that_does_not_answer() -> None:
     assert finding.look == "on node-1: ps -o pid,stat,etime,args -p 101" and finding.member == "s1"
 
 
-def test_a_server_that_answers_and_has_no_pulse_is_cut_off_from_redis() -> None:
-    the_one(findings(with_pulse("s1", time=NOW_S - 9.0)), Severity.WARN, "s1 answers", "9 s", "pid 101")
+def test_a_server_that_answers_and_has_no_heartbeat_is_cut_off_from_redis() -> None:
+    the_one(findings(with_heartbeat("s1", time=NOW_S - 9.0)), Severity.WARN, "s1 answers", "9 s", "pid 101")
 
 
 def test_a_paused_worker() -> None:
-    found = findings(with_pulse("w1", time=NOW_S - 3.1))
+    found = findings(with_heartbeat("w1", time=NOW_S - 3.1))
     the_one(found, Severity.SICK, "w1 holds rank 1", "paused", "on node-1: ps -o pid,stat,etime,args -p 201")
-    assert findings(with_pulse("w1", time=NOW_S - 2.9)) == []
+    assert findings(with_heartbeat("w1", time=NOW_S - 2.9)) == []
 
 
 def test_a_paused_standby_worker_stops_nobody() -> None:
     standby = replace(ZOOKEEPER, workers=(*WORKERS, Member("w2", "node-2/boot", 202)))
-    redis = replace(REDIS, pulses=PULSES | {"w2": pulse(Member("w2", "node-2", 202), "worker", time=NOW_S - 9.0)})
+    redis = replace(
+        REDIS, heartbeats=HEARTBEATS | {"w2": heartbeat(Member("w2", "node-2", 202), "worker", time=NOW_S - 9.0)}
+    )
     the_one(findings(redis, standby), Severity.WARN, "standby", "pid 202")
 
 
 def test_a_worker_that_makes_no_steps_while_others_wait() -> None:
     stuck = replace(
         REDIS,
-        pulses=PULSES
+        heartbeats=HEARTBEATS
         | {
-            "w0": PULSES["w0"] | {"stage": "waiting", "rates": {"steps": 0.0, "samples": 0.0}},
-            "w1": PULSES["w1"] | {"rates": {"steps": 0.0, "samples": 0.0}},
+            "w0": HEARTBEATS["w0"] | {"stage": "waiting", "rates": {"steps": 0.0, "samples": 0.0}},
+            "w1": HEARTBEATS["w1"] | {"rates": {"steps": 0.0, "samples": 0.0}},
         },
     )
     the_one(findings(stuck), Severity.SICK, "w1 (rank 1)", "step 120", "1 other wait", "-p 201")
-    stuck.pulses["w1"]["vitals"] = {"step": 120, "steps": 10.0, "compute_seconds": 300.0}
+    stuck.heartbeats["w1"]["metrics"] = {"step": 120, "steps": 10.0, "compute_seconds": 300.0}
     the_one(findings(stuck), Severity.WARN, "w1 (rank 1)", "30 s for one")
 
 
 def test_all_workers_wait_for_servers() -> None:
     waiting = {"stage": "waiting", "rates": {"steps": 0.0, "samples": 0.0}}
-    redis = replace(REDIS, pulses=PULSES | {name: PULSES[name] | waiting for name in ("w0", "w1")})
+    redis = replace(REDIS, heartbeats=HEARTBEATS | {name: HEARTBEATS[name] | waiting for name in ("w0", "w1")})
     the_one(findings(redis), Severity.SICK, "all workers wait", "psa status demo --watch")
 
 
@@ -240,7 +244,7 @@ def test_ranks_that_nobody_was_given() -> None:
 
 def test_a_job_at_rest_misses_nobody() -> None:
     rest = replace(ZOOKEEPER, servers=(), workers=(), controller=None)
-    document = look(replace(REDIS, pulses={}), rest)
+    document = look(replace(REDIS, heartbeats={}), rest)
     assert document["findings"] == [] and document["state"] == "at rest"
 
 
@@ -257,8 +261,8 @@ def test_commits_that_do_not_keep_up() -> None:
 
 
 def test_a_hand_over_that_takes_long_names_for_whom_it_waits() -> None:
-    frozen = replace(SERVERS[0], frozen_mark=8, frozen_at=120)
-    plan = replace(PLAN, phase=Phase.FREEZE, mark=8, revision=8)
+    frozen = replace(SERVERS[0], frozen_revision=8, frozen_newest=120)
+    plan = replace(PLAN, phase=Phase.FREEZE, freeze_revision=8, revision=8)
     waits = replace(ZOOKEEPER, plan=plan, servers=(frozen, SERVERS[1]), plan_time_s=NOW_S - 12.0)
     document = look(zookeeper=waits)
     the_one(diagnose(document), Severity.WARN, "freeze", "12 s", "server s1", "-p 101")
@@ -267,34 +271,34 @@ def test_a_hand_over_that_takes_long_names_for_whom_it_waits() -> None:
 
 
 def test_a_server_that_cannot_serve() -> None:
-    asking = (replace(SERVERS[0], reload=PLAN.epoch), SERVERS[1])
+    asking = (replace(SERVERS[0], reload_term=PLAN.term), SERVERS[1])
     the_one(findings(zookeeper=replace(ZOOKEEPER, servers=asking)), Severity.SICK, "s0 cannot serve", "pid 100")
 
 
 def test_a_clock_that_is_ahead() -> None:
-    the_one(findings(with_pulse("w0", time=NOW_S + 60.0)), Severity.WARN, "60 s ahead", "on node-0: chronyc")
+    the_one(findings(with_heartbeat("w0", time=NOW_S + 60.0)), Severity.WARN, "60 s ahead", "on node-0: chronyc")
 
 
 def test_who_told_a_second_ago_is_not_behind() -> None:
-    """Workers tell at different times; 10 steps/s and a pulse that is older by 0.4 s are 4 steps."""
-    document = look(with_pulse("w0", time=NOW_S - 0.9, vitals={"step": 116}))
+    """Workers tell at different times; 10 steps/s and a heartbeat that is older by 0.4 s are 4 steps."""
+    document = look(with_heartbeat("w0", time=NOW_S - 0.9, metrics={"step": 116}))
     assert [each["behind"] for each in document["workers"]] == [0, 0]
-    document = look(with_pulse("w0", vitals={"step": 100}))
+    document = look(with_heartbeat("w0", metrics={"step": 100}))
     assert [each["behind"] for each in document["workers"]] == [20, 0]
 
 
-def test_a_pulse_that_changes_is_fresh_whatever_its_clock_says() -> None:
-    first = Heartbeat.after(None, {"time": NOW_S - 40.0}, 10.0, NOW_S)
+def test_a_heartbeat_that_changes_is_fresh_whatever_its_clock_says() -> None:
+    first = HeartbeatAge.after(None, {"time": NOW_S - 40.0}, 10.0, NOW_S)
     assert first.age_s == 40.0
-    second = Heartbeat.after(first, {"time": NOW_S - 39.0}, 11.0, NOW_S + 1.0)
+    second = HeartbeatAge.after(first, {"time": NOW_S - 39.0}, 11.0, NOW_S + 1.0)
     assert second.age_s <= 1.0 and second.seen_s == 11.0
-    third = Heartbeat.after(second, {"time": NOW_S - 39.0}, 15.0, NOW_S + 5.0)
+    third = HeartbeatAge.after(second, {"time": NOW_S - 39.0}, 15.0, NOW_S + 5.0)
     assert third.seen_s == 11.0, "unchanged since"
 
 
-def test_a_strange_pulse_is_not_known_and_breaks_nothing() -> None:
-    strange = {"time": "noon", "vitals": [1], "rates": None, "stage": 7, "resident_bytes": math.nan, "metrics": None}
-    redis = with_pulse("w0", **strange)
+def test_a_strange_heartbeat_is_not_known_and_breaks_nothing() -> None:
+    strange = {"time": "noon", "metrics": [1], "rates": None, "stage": 7, "resident_bytes": math.nan, "endpoint": None}
+    redis = with_heartbeat("w0", **strange)
     document = look(redis)
     worker = document["workers"][0]
     assert worker["step"] is None and worker["samples_per_s"] is None and worker["resident_bytes"] is None

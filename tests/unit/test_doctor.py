@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from psa_store.coordination import ZooKeeperMember
-from psa_store.doctor import Check, Verdict, machine, redis, zookeeper
-from psa_store.doctor.footprint import Footprint, footprint_of
-from psa_store.job import JobConfig
-from psa_store.layout import Role, TensorSpec, plan_layout
-from psa_store.mode import parse_mode
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import TensorRole, TensorSpec, make_layout
+from psa_store.job.mode import parse_mode
+from psa_store.observe.doctor import Check, Verdict, machine, redis, zookeeper
+from psa_store.observe.doctor.footprint import Footprint, footprint_of
 from psa_store.optim import SGD, AdamW, Optimizer
 from psa_store.storage import PROBE_BYTES, RedisFacts, RedisRates
 
@@ -205,14 +205,14 @@ class TestZooKeeper:
 
 class TestFootprint:
     TENSORS = (
-        TensorSpec(("wide",), (1024,), "float32", Role.TRAINED),
-        TensorSpec(("narrow",), (1024,), "bfloat16", Role.TRAINED),
-        TensorSpec(("seen",), (8,), "int64", Role.BUFFER),
-        TensorSpec(("fixed",), (1024,), "float32", Role.FROZEN),
+        TensorSpec(("wide",), (1024,), "float32", TensorRole.TRAINED),
+        TensorSpec(("narrow",), (1024,), "bfloat16", TensorRole.TRAINED),
+        TensorSpec(("seen",), (8,), "int64", TensorRole.BUFFER),
+        TensorSpec(("fixed",), (1024,), "float32", TensorRole.FROZEN),
     )
 
     def footprint(self, optimizer: Optimizer, mode: str) -> Footprint:
-        layout = plan_layout(self.TENSORS)
+        layout = make_layout(self.TENSORS)
         config = JobConfig("demo", 2, 0, optimizer.to_dict(), layout.fingerprint, 10, mode=parse_mode(mode))
         return footprint_of(config, layout)
 

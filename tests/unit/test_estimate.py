@@ -1,4 +1,4 @@
-"""What `psa plan` foretells: bytes of every kind of job, and time from speeds that are given."""
+"""What `psa estimate` foretells: bytes of every kind of job, and time from speeds that are given."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from psa_store.compression import NONE, Compression, parse_compression
-from psa_store.doctor.footprint import footprint_of
 from psa_store.estimate import Forecast, Speeds, Traffic, forecast, traffic_of
-from psa_store.job import JobConfig, commit_every_default
-from psa_store.layout import Layout, Role, TensorSpec, plan_layout
-from psa_store.mode import parse_mode
+from psa_store.job.config import JobConfig, commit_every_default
+from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
+from psa_store.job.mode import parse_mode
+from psa_store.job.wire_layout import Transport
+from psa_store.observe.doctor.footprint import footprint_of
 from psa_store.optim import AdamW
-from psa_store.transport import Transport
 
 PAGE_ELEMENTS = 1024
 TRAINED = 16 * PAGE_ELEMENTS  # elements, four shards
@@ -37,11 +37,11 @@ SPEEDS = Speeds(
 
 
 def layout_of(trained: int = TRAINED) -> Layout:
-    return plan_layout(
+    return make_layout(
         [
-            TensorSpec(("weight",), (trained,), "float32", Role.TRAINED),
-            TensorSpec(("mean",), (BUFFER_BYTES // 4,), "float32", Role.BUFFER),
-            TensorSpec(("table",), (FROZEN_BYTES // 4,), "float32", Role.FROZEN),
+            TensorSpec(("weight",), (trained,), "float32", TensorRole.TRAINED),
+            TensorSpec(("mean",), (BUFFER_BYTES // 4,), "float32", TensorRole.BUFFER),
+            TensorSpec(("table",), (FROZEN_BYTES // 4,), "float32", TensorRole.FROZEN),
         ],
         SHARD_BYTES,
     )
@@ -95,11 +95,11 @@ class TestBytesOfAStep:
 
     def test_links_follow_the_shards(self) -> None:
         found = traffic(job(), servers=2)
-        leads = [server.parameter_bytes for server in found.servers]
-        assert sum(leads) == LAYOUT.arena_bytes and min(leads) > 0
+        owned_shards = [server.parameter_bytes for server in found.servers]
+        assert sum(owned_shards) == LAYOUT.arena_bytes and min(owned_shards) > 0
         (first, second), _ = found.links
         assert first.up_bytes + second.up_bytes == TRAINED_BYTES + BUFFER_BYTES
-        assert first.up_bytes == leads[0], "the first server leads trained shards only"
+        assert first.up_bytes == owned_shards[0], "the first server owns trained shards only"
 
     def test_a_server_beyond_the_shards_leads_nothing(self) -> None:
         found = traffic(job(), servers=9)

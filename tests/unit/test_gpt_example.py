@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from psa_store.bench.gpt_step import plain_loop
 from psa_store.errors import UsageError
 from psa_store.examples.gpt import (
     GPT,
@@ -25,6 +24,7 @@ from psa_store.examples.gpt import (
     split,
 )
 from psa_store.examples.progress import Progress, StepTimer
+from tests.performance.gpt_step import plain_loop
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20
 TINY = ["--layers=2", "--heads=2", "--width=16", "--block=8", "--batch-size=4", "--steps=30", "--warmup=5"]
@@ -219,8 +219,8 @@ def test_progress_shows_the_last_step_and_no_more_than_its_interval_allows(
 ) -> None:
     with Progress(steps=50, tokens_per_step=100) as progress:
         for step in range(1, 51):
-            progress.show(step, loss=1.5, workers=2, epoch=3)
+            progress.show(step, loss=1.5, workers=2, term=3)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("step 50/50  loss 1.5000")
-    assert lines[0].endswith("workers 2  epoch 3")
+    assert lines[0].endswith("workers 2  term 3")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from psa_store.errors import UsageError
-from psa_store.journal import Journal, fingerprint_text
+from psa_store.testing.journal import Journal, fingerprint_text
 
 
 def test_what_was_recorded_survives_the_process(tmp_path: Path) -> None:
     script = (
-        "import os, signal; from pathlib import Path; from psa_store.journal import Journal\n"
+        "import os, signal; from pathlib import Path; from psa_store.testing.journal import Journal\n"
         f"journal = Journal(Path({str(tmp_path)!r}), 'worker', 'w')\n"
         "journal.record('pushed', step=3)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.layout import (
+from psa_store.job.layout import (
     ITEM_BYTES,
     PAGE_BYTES,
     SHARD_BYTES_MAX,
@@ -19,16 +19,18 @@ from psa_store.layout import (
     TENSOR_ALIGN_BYTES,
     TRAINABLE_DTYPES,
     Layout,
-    Role,
+    TensorRole,
     TensorSpec,
     default_shard_bytes,
     describe_difference,
     layout_from_json,
-    plan_layout,
+    make_layout,
 )
 
 
-def tensor(name: str, *shape: int, dtype: str = "float32", role: Role = Role.TRAINED, group: int = 0) -> TensorSpec:
+def tensor(
+    name: str, *shape: int, dtype: str = "float32", role: TensorRole = TensorRole.TRAINED, group: int = 0
+) -> TensorSpec:
     return TensorSpec((name,), shape, dtype, role, group)
 
 
@@ -37,11 +39,11 @@ def models(draw: st.DrawFn) -> list[TensorSpec]:
     """Tensors of all roles and dtypes, empty, tiny, or larger than several shards, some of them tied."""
     specs = []
     for i in range(draw(st.integers(1, 12))):
-        role = draw(st.sampled_from(Role))
-        dtype = draw(st.sampled_from(sorted(TRAINABLE_DTYPES if role is Role.TRAINED else ITEM_BYTES)))
+        role = draw(st.sampled_from(TensorRole))
+        dtype = draw(st.sampled_from(sorted(TRAINABLE_DTYPES if role is TensorRole.TRAINED else ITEM_BYTES)))
         shape = draw(st.sampled_from([(), (0,), (3, 0), (1,), (7, 3), (16,), (1023,), (64, 33), (9000,)]))
         names = (f"t{i}", f"tied.t{i}") if draw(st.booleans()) else (f"t{i}",)
-        group = draw(st.integers(0, 2)) if role is Role.TRAINED else 0
+        group = draw(st.integers(0, 2)) if role is TensorRole.TRAINED else 0
         specs.append(TensorSpec(names, shape, dtype, role, group))
     return specs
 
@@ -51,7 +53,7 @@ shard_sizes = st.sampled_from([PAGE_BYTES, 3 * PAGE_BYTES, 1 << 20])
 
 @given(models(), shard_sizes)
 def test_pieces_tile_every_tensor_exactly_once(model: list[TensorSpec], shard_bytes: int) -> None:
-    layout = plan_layout(model, shard_bytes)
+    layout = make_layout(model, shard_bytes)
     covered = [0] * len(model)
     for shard in layout.shards:
         for piece in shard.pieces:
@@ -63,7 +65,7 @@ def test_pieces_tile_every_tensor_exactly_once(model: list[TensorSpec], shard_by
 
 @given(models(), shard_sizes)
 def test_a_piece_lies_where_its_tensor_lies(model: list[TensorSpec], shard_bytes: int) -> None:
-    layout = plan_layout(model, shard_bytes)
+    layout = make_layout(model, shard_bytes)
     for shard in layout.shards:
         item = ITEM_BYTES[shard.dtype]
         free = 0
@@ -80,7 +82,7 @@ def test_a_piece_lies_where_its_tensor_lies(model: list[TensorSpec], shard_bytes
 
 @given(models(), shard_sizes)
 def test_shards_tile_their_segments(model: list[TensorSpec], shard_bytes: int) -> None:
-    layout = plan_layout(model, shard_bytes)
+    layout = make_layout(model, shard_bytes)
     assert [shard.index for shard in layout.shards] == list(range(len(layout.shards)))
     end = 0
     for previous, shard in zip((None, *layout.shards), layout.shards, strict=False):
@@ -98,7 +100,7 @@ def test_shards_tile_their_segments(model: list[TensorSpec], shard_bytes: int) -
 
 @given(models(), shard_sizes)
 def test_tensors_and_shards_are_aligned(model: list[TensorSpec], shard_bytes: int) -> None:
-    layout = plan_layout(model, shard_bytes)
+    layout = make_layout(model, shard_bytes)
     assert all(offset % TENSOR_ALIGN_BYTES == 0 for offset in layout.offsets_bytes)
     for shard in layout.shards:
         assert shard.offset_bytes % PAGE_BYTES == 0
@@ -108,7 +110,7 @@ def test_tensors_and_shards_are_aligned(model: list[TensorSpec], shard_bytes: in
 
 @given(models(), shard_sizes)
 def test_padding_is_shorter_than_the_alignment(model: list[TensorSpec], shard_bytes: int) -> None:
-    for shard in plan_layout(model, shard_bytes).shards:
+    for shard in make_layout(model, shard_bytes).shards:
         starts = [piece.shard_start for piece in shard.pieces[1:]] + [shard.numel]
         for piece, next_start in zip(shard.pieces, starts, strict=True):
             gap = next_start - (piece.shard_start + piece.length)
@@ -117,17 +119,17 @@ def test_padding_is_shorter_than_the_alignment(model: list[TensorSpec], shard_by
 
 @given(models(), st.none() | shard_sizes)
 def test_json_gives_back_the_same_layout(model: list[TensorSpec], shard_bytes: int | None) -> None:
-    layout = plan_layout(model, shard_bytes)
+    layout = make_layout(model, shard_bytes)
     assert layout_from_json(layout.to_json()) == layout
 
 
 @given(models(), shard_sizes)
 def test_equal_inputs_give_equal_layouts(model: list[TensorSpec], shard_bytes: int) -> None:
     again = [TensorSpec(**asdict(spec)) for spec in model]
-    assert plan_layout(iter(again), shard_bytes) == plan_layout(model, shard_bytes)
+    assert make_layout(iter(again), shard_bytes) == make_layout(model, shard_bytes)
 
 
-BASE = (tensor("a", 5000), tensor("b", 3, 4), tensor("c", 8, role=Role.BUFFER, dtype="int64"))
+BASE = (tensor("a", 5000), tensor("b", 3, 4), tensor("c", 8, role=TensorRole.BUFFER, dtype="int64"))
 
 
 @pytest.mark.parametrize(
@@ -137,23 +139,23 @@ BASE = (tensor("a", 5000), tensor("b", 3, 4), tensor("c", 8, role=Role.BUFFER, d
         ({"names": ("b", "tied")}, "has names"),
         ({"shape": (4, 3)}, "has shape (3, 4)"),
         ({"dtype": "bfloat16"}, "has dtype"),
-        ({"role": Role.FROZEN}, "has role"),
+        ({"role": TensorRole.FROZEN}, "has role"),
         ({"group": 1}, "has group 0"),
         ({"persistent": False}, "has persistent True"),
     ],
 )
 def test_the_fingerprint_changes_with_every_property_of_a_tensor(change: dict[str, object], words: str) -> None:
-    base = plan_layout(BASE, PAGE_BYTES)
-    changed = plan_layout([BASE[0], replace(BASE[1], **change), BASE[2]], PAGE_BYTES)  # type: ignore[arg-type]
+    base = make_layout(BASE, PAGE_BYTES)
+    changed = make_layout([BASE[0], replace(BASE[1], **change), BASE[2]], PAGE_BYTES)  # type: ignore[arg-type]
     assert changed.fingerprint != base.fingerprint
     assert words in describe_difference(base, changed)
 
 
 def test_the_fingerprint_changes_with_the_shard_size_the_order_and_the_number_of_tensors() -> None:
-    base = plan_layout(BASE, PAGE_BYTES)
-    larger = plan_layout(BASE, 2 * PAGE_BYTES)
-    reordered = plan_layout([BASE[1], BASE[0], BASE[2]], PAGE_BYTES)
-    fewer = plan_layout(BASE[:2], PAGE_BYTES)
+    base = make_layout(BASE, PAGE_BYTES)
+    larger = make_layout(BASE, 2 * PAGE_BYTES)
+    reordered = make_layout([BASE[1], BASE[0], BASE[2]], PAGE_BYTES)
+    fewer = make_layout(BASE[:2], PAGE_BYTES)
     assert len({layout.fingerprint for layout in (base, larger, reordered, fewer)}) == 4
     assert describe_difference(base, larger) == "shard_bytes is 4096 here and 8192 in the job"
     assert describe_difference(base, reordered) == "the tensors come in another order"
@@ -163,13 +165,13 @@ def test_the_fingerprint_changes_with_the_shard_size_the_order_and_the_number_of
 
 def test_the_fingerprint_does_not_change_between_releases() -> None:
     """Golden value: stored jobs compare with it. A change of the layout is a change of the format."""
-    assert plan_layout(BASE, PAGE_BYTES).fingerprint == (
+    assert make_layout(BASE, PAGE_BYTES).fingerprint == (
         "8dc8e0a09326e33b418a6eb48390b65c30899464d4f86b0aefd51d63df0258dc"
     )
 
 
 def test_one_tensor_spans_shards() -> None:
-    layout = plan_layout([tensor("small", 10), tensor("large", 2500)], PAGE_BYTES)
+    layout = make_layout([tensor("small", 10), tensor("large", 2500)], PAGE_BYTES)
     assert [[(p.tensor, p.tensor_start, p.shard_start, p.length) for p in s.pieces] for s in layout.shards] == [
         [(0, 0, 0, 10), (1, 0, 16, 1008)],
         [(1, 1008, 0, 1024)],
@@ -184,28 +186,28 @@ def test_one_tensor_spans_shards() -> None:
 
 
 def test_roles_and_dtypes_get_segments_of_their_own_in_a_fixed_order() -> None:
-    layout = plan_layout(
+    layout = make_layout(
         [
-            tensor("frozen", 4, role=Role.FROZEN),
+            tensor("frozen", 4, role=TensorRole.FROZEN),
             tensor("half", 4, dtype="bfloat16"),
-            tensor("count", dtype="int64", role=Role.BUFFER),
+            tensor("count", dtype="int64", role=TensorRole.BUFFER),
             tensor("weight", 4),
             tensor("half2", 4, dtype="bfloat16"),
         ]
     )
     assert [(s.role, s.dtype, [p.tensor for p in s.pieces]) for s in layout.shards] == [
-        (Role.TRAINED, "bfloat16", [1, 4]),
-        (Role.TRAINED, "float32", [3]),
-        (Role.BUFFER, "int64", [2]),
-        (Role.FROZEN, "float32", [0]),
+        (TensorRole.TRAINED, "bfloat16", [1, 4]),
+        (TensorRole.TRAINED, "float32", [3]),
+        (TensorRole.BUFFER, "int64", [2]),
+        (TensorRole.FROZEN, "float32", [0]),
     ]
     assert [s.index for s in layout.versioned] == [0, 1, 2]
 
 
 def test_a_tensor_without_elements_has_a_place_but_no_piece() -> None:
-    layout = plan_layout([tensor("empty", 0), tensor("full", 3), tensor("empty2", 2, 0)])
+    layout = make_layout([tensor("empty", 0), tensor("full", 3), tensor("empty2", 2, 0)])
     assert [[piece.tensor for piece in shard.pieces] for shard in layout.shards] == [[1]]
-    assert plan_layout([tensor("empty", 0)]).shards == ()
+    assert make_layout([tensor("empty", 0)]).shards == ()
 
 
 @given(st.integers(0, 1 << 45))
@@ -218,8 +220,8 @@ def test_default_shard_sizes_are_powers_of_two_within_limits(total_bytes: int) -
 
 
 def test_the_default_shard_size_follows_the_total_size() -> None:
-    assert plan_layout([tensor("w", 1000)]).shard_bytes == SHARD_BYTES_MIN
-    assert plan_layout([tensor("w", 256 << 18)]).shard_bytes == 4 << 20
+    assert make_layout([tensor("w", 1000)]).shard_bytes == SHARD_BYTES_MIN
+    assert make_layout([tensor("w", 256 << 18)]).shard_bytes == 4 << 20
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_the_default_shard_size_follows_the_total_size() -> None:
     [
         ([], None, "no parameters"),
         ([tensor("a", 1), tensor("a", 2)], None, "'a'"),
-        ([TensorSpec(("a", "b"), (1,), "float32", Role.TRAINED), tensor("b", 1)], None, "'b'"),
+        ([TensorSpec(("a", "b"), (1,), "float32", TensorRole.TRAINED), tensor("b", 1)], None, "'b'"),
         ([tensor("a", 1, dtype="complex64")], None, "complex64"),
         ([tensor("a", 1, dtype="int64")], None, "cannot be trained"),
         ([tensor("a", 1)], 0, "shard_bytes=0"),
@@ -237,7 +239,7 @@ def test_the_default_shard_size_follows_the_total_size() -> None:
 )
 def test_unusable_models_are_refused(model: list[TensorSpec], shard_bytes: int | None, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        plan_layout(model, shard_bytes)
+        make_layout(model, shard_bytes)
 
 
 def _without(layout: Layout, key: str) -> str:
@@ -247,7 +249,7 @@ def _without(layout: Layout, key: str) -> str:
 
 
 def test_damaged_json_is_told_apart_from_wrong_use() -> None:
-    layout = plan_layout(BASE)
+    layout = make_layout(BASE)
     text = layout.to_json()
     for damaged in (
         "",

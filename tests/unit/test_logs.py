@@ -17,8 +17,8 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psa_store import telemetry
-from psa_store.telemetry import hide_passwords, printable
+from psa_store import logs
+from psa_store.logs import hide_passwords, printable
 
 CORE = "Kdj4Qx"
 """Part of every password here; nothing else contains it."""
@@ -34,7 +34,7 @@ def structlog_as_it_was() -> Iterator[None]:
 def written(act: Callable[[], object], *, as_json: bool, level: str = "info") -> list[str]:
     """The lines that the log gets."""
     with redirect_stderr(io.StringIO()) as stream:
-        telemetry.configure(level, "worker", as_json=as_json)
+        logs.configure(level, "worker", as_json=as_json)
         act()
     return stream.getvalue().splitlines()
 
@@ -47,7 +47,7 @@ def document(act: Callable[[], object]) -> dict[str, Any]:
 
 class TestForPrograms:
     def test_a_line_says_when_what_and_who(self) -> None:
-        found = document(lambda: telemetry.get_logger().warning("a process died", died="worker-1", code=-9))
+        found = document(lambda: logs.get_logger().warning("a process died", died="worker-1", code=-9))
         assert list(found) == ["time", "level", "event", "role", "pid", "died", "code"]
         assert (found["level"], found["event"], found["code"]) == ("warning", "a process died", -9)
         assert (found["role"], found["pid"]) == ("worker", os.getpid())
@@ -55,8 +55,8 @@ class TestForPrograms:
 
     def test_job_and_member_are_in_it_once_they_are_known_also_for_loggers_that_were_there_before(self) -> None:
         def act() -> None:
-            log = telemetry.get_logger()
-            telemetry.identify(job="demo", member="worker-1")
+            log = logs.get_logger()
+            logs.identify(job="demo", member="worker-1")
             log.info("hello")
             log.info("who else", member="worker-2", job="demo")
 
@@ -67,7 +67,7 @@ class TestForPrograms:
     def test_whatever_it_is_given_it_stays_one_object_a_line(self) -> None:
         thing = object()
         values = {"path": Path("/a"), "lines": "a\nb", "nan": float("nan"), "set": {1}, "by": {2: thing}, "none": None}
-        found = document(lambda: telemetry.get_logger().info("odd", **values))
+        found = document(lambda: logs.get_logger().info("odd", **values))
         assert found["path"] == "/a" and found["lines"] == "a\nb" and found["nan"] == "nan"
         assert found["set"] == [1] and found["by"] == {"2": repr(thing)} and found["none"] is None
 
@@ -76,28 +76,28 @@ class TestForPrograms:
             try:
                 raise ValueError("no data")
             except ValueError:
-                telemetry.complain("user code failed", with_traceback=True)
+                logs.complain("user code failed", with_traceback=True)
 
         found = document(act)
         assert found["event"] == "user code failed" and found["exception"].endswith("ValueError: no data")
         assert "Traceback" in found["exception"]
 
     def test_below_its_level_nothing_is_written(self) -> None:
-        assert written(lambda: telemetry.get_logger().info("quiet"), as_json=True, level="warning") == []
+        assert written(lambda: logs.get_logger().info("quiet"), as_json=True, level="warning") == []
 
 
 class TestForPeople:
     def test_a_line_shows_role_and_pid_and_not_what_everybody_knows(self) -> None:
         def act() -> None:
-            telemetry.identify(job="demo", member="worker-1")
-            telemetry.get_logger().info("job created", shards=3)
+            logs.identify(job="demo", member="worker-1")
+            logs.get_logger().info("job created", shards=3)
 
         (line,) = written(act, as_json=False)
         assert "job created" in line and "shards=3" in line and "role=worker" in line and f"pid={os.getpid()}" in line
         assert "demo" not in line and "worker-1" not in line
 
     def test_the_reason_of_an_end_is_a_plain_line(self) -> None:
-        assert written(lambda: telemetry.complain("no script x.py"), as_json=False) == ["psa: no script x.py"]
+        assert written(lambda: logs.complain("no script x.py"), as_json=False) == ["psa: no script x.py"]
 
 
 # What a password may hold in an address: anything but spaces, of which the log sees none there.
@@ -133,10 +133,10 @@ def test_a_password_is_never_shown(address: str, as_json: bool, place: int) -> N
             except ConnectionError as error:
                 raise RuntimeError(address) from error
         except RuntimeError:
-            telemetry.get_logger().error("died", exc_info=True)
-            telemetry.complain("died", with_traceback=True)
+            logs.get_logger().error("died", exc_info=True)
+            logs.complain("died", with_traceback=True)
 
-    log = telemetry.get_logger()
+    log = logs.get_logger()
     places: list[Callable[[], object]] = [
         lambda: log.info(f"connecting to {address} and waiting"),
         lambda: log.info("connecting", url=address),
@@ -145,7 +145,7 @@ def test_a_password_is_never_shown(address: str, as_json: bool, place: int) -> N
         lambda: log.info("connecting", by={address: 1}),
         lambda: log.info("connecting", holder=Holder(address)),
         lambda: log.bind(url=address).info("connecting"),
-        lambda: telemetry.complain(f"Redis at {address} is away"),
+        lambda: logs.complain(f"Redis at {address} is away"),
         raising,
     ]
     lines = written(places[place], as_json=as_json)
@@ -165,7 +165,7 @@ def test_an_address_by_itself_may_even_hold_spaces(password: str, name: str) -> 
     as_json=st.booleans(),
 )
 def test_values_whose_name_says_so_are_hidden_at_any_depth(name: str, as_json: bool) -> None:
-    log = telemetry.get_logger()
+    log = logs.get_logger()
     lines = written(lambda: log.info("asked", **{name: CORE}, nested=[{name: {"x": CORE}}]), as_json=as_json)
     assert CORE not in lines[0] and "***" in lines[0]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import UsageError
-from psa_store.mode import SYNC, Mode, ModeName, parse_mode
+from psa_store.job.mode import SYNC, Mode, ModeName, parse_mode
 
 modes = st.one_of(
     st.just(SYNC),

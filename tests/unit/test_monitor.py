@@ -1,16 +1,16 @@
-"""What pulses, points and events say, without anybody to say it to."""
+"""What heartbeats, points and events say, without anybody to say it to."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from psa_store.monitor import EventKind, Events, versions_again
-from psa_store.monitor.pulse import Curve, Rates, finite
-from psa_store.plan import Member, Plan, Server, TakeOver, View
+from psa_store.cluster import Member, Plan, Server, TakeOver, View
+from psa_store.observe import EventKind, Events, versions_again
+from psa_store.observe.heartbeat import Curve, Rates, finite
 
 PLAN = Plan(
-    epoch=7,
+    term=7,
     revision=3,
     resume=1200,
     servers=(Server("s1", "", "", ""), Server("s2", "", "", "")),
@@ -50,7 +50,7 @@ class TestMembers:
         events.see(view("s1", "w2"))
         assert kinds(events) == [("server-gone", "s2"), ("worker-gone", "w1")]
 
-    def test_who_withdrew_its_pulse_has_left_and_who_did_not_is_gone(self) -> None:
+    def test_who_withdrew_its_heartbeat_has_left_and_who_did_not_is_gone(self) -> None:
         events = Events()
         events.see(view("s1", "w2"))
         documents = [note.document({"s2": {}, "w2": {}}) for note in events.drain()]
@@ -72,15 +72,15 @@ class TestMembers:
 class TestTakeOvers:
     def taken(self, before: Plan | None, reason: str, resume: int, reached: int = 0) -> Events:
         events = Events()
-        begun = replace(PLAN, epoch=8, resume=resume)
+        begun = replace(PLAN, term=8, resume=resume)
         events.took_over(TakeOver(PLAN.servers, PLAN.owners, PLAN.ranks, reason), before, begun, 0.314, reached)
         return events
 
     def test_a_job_is_created_once(self) -> None:
-        assert [kind for kind, _ in kinds(self.taken(None, "no plan", 0))] == ["created", "epoch"]
-        assert [kind for kind, _ in kinds(self.taken(None, "no plan", 50))] == ["epoch"]
+        assert [kind for kind, _ in kinds(self.taken(None, "no plan", 0))] == ["created", "term"]
+        assert [kind for kind, _ in kinds(self.taken(None, "no plan", 50))] == ["term"]
         at_rest = replace(PLAN, servers=(), owners=())
-        assert [kind for kind, _ in kinds(self.taken(at_rest, "nobody owns the shards", 50))] == ["epoch"]
+        assert [kind for kind, _ in kinds(self.taken(at_rest, "nobody owns the shards", 50))] == ["term"]
 
     def test_a_hand_over_is_no_recovery(self) -> None:
         assert [kind for kind, _ in kinds(self.taken(PLAN, "hand-over at step 50", 50))] == ["hand-over"]
@@ -90,16 +90,16 @@ class TestTakeOvers:
         assert note.document({}) == {
             "time": note.time,
             "kind": "recovered",
-            "text": "server s1 is gone; epoch 8 began at version 1200, took 0.31 s, 7 versions are computed again",
-            "epoch": 8,
+            "text": "server s1 is gone; term 8 began at version 1200, took 0.31 s, 7 versions are computed again",
+            "term": 8,
             "version": 1200,
             "member": "",
         }
 
-    def test_a_server_that_just_came_believes_the_pulses_of_the_epoch_before(self) -> None:
+    def test_a_server_that_just_came_believes_the_heartbeats_of_the_term_before(self) -> None:
         (note,) = self.taken(PLAN, "server s1 is gone", 1200, reached=0).drain()
-        pulses = {"s1": {"vitals": {"version": 1201, "epoch": 7}}, "s2": {"vitals": {"version": 1300, "epoch": 8}}}
-        text = str(note.document(pulses)["text"])
+        heartbeats = {"s1": {"metrics": {"version": 1201, "term": 7}}, "s2": {"metrics": {"version": 1300, "term": 8}}}
+        text = str(note.document(heartbeats)["text"])
         assert text.endswith(", 1 version is computed again") and versions_again(text) == 1
         assert versions_again(str(note.document({})["text"])) == 0
 
@@ -140,7 +140,7 @@ def test_what_could_not_be_written_comes_first_again() -> None:
 
 def test_a_plan_that_only_enters_a_phase_is_no_news() -> None:
     events = Events()
-    events.planned(PLAN, replace(PLAN, revision=4, mark=4), "members changed")
+    events.planned(PLAN, replace(PLAN, revision=4, freeze_revision=4), "members changed")
     assert kinds(events) == []
     events.planned(PLAN, replace(PLAN, ranks=("w1", "w1")), "workers changed")
     (note,) = events.drain()
@@ -161,25 +161,25 @@ def test_json_is_not_asked_to_say_infinity() -> None:
 
 
 class TestCurve:
-    def server(self, time: float, version: int, **vitals: float) -> dict[str, Any]:
-        return {"role": "server", "time": time, "shards": 2, "vitals": {"version": version, **vitals}}
+    def server(self, time: float, version: int, **metrics: float) -> dict[str, Any]:
+        return {"role": "server", "time": time, "shards": 2, "metrics": {"version": version, **metrics}}
 
-    def worker(self, time: float, *ranks: int, **vitals: float) -> dict[str, Any]:
-        return {"role": "worker", "time": time, "ranks": ranks, "vitals": vitals, "rates": {"samples": 10.0}}
+    def worker(self, time: float, *ranks: int, **metrics: float) -> dict[str, Any]:
+        return {"role": "worker", "time": time, "ranks": ranks, "metrics": metrics, "rates": {"samples": 10.0}}
 
     def test_a_point_is_what_all_say_together(self) -> None:
-        pulses = [
-            self.server(100.0, 41, committed_version=40, epoch=3, gradient_norm=2.5),
-            self.server(100.0, 42, committed_version=30, epoch=3, gradient_norm=2.5),
+        heartbeats = [
+            self.server(100.0, 41, committed_version=40, term=3, gradient_norm=2.5),
+            self.server(100.0, 42, committed_version=30, term=3, gradient_norm=2.5),
             {**self.server(100.0, 0), "shards": 0},
             self.worker(100.0, 1, loss=9.0),
             self.worker(100.0, 0, 2, loss=1.5, learning_rate=0.1),
         ]
-        assert Curve().point(100.5, pulses) == {
+        assert Curve().point(100.5, heartbeats) == {
             "time": 100.5,
             "version": 41,
             "committed": 30,
-            "epoch": 3,
+            "term": 3,
             "loss": 1.5,
             "learning_rate": 0.1,
             "gradient_norm": 2.5,
@@ -194,7 +194,7 @@ class TestCurve:
         assert point is not None
         assert (point["loss"], point["learning_rate"], point["gradient_norm"]) == (None, None, None)
 
-    def test_old_pulses_say_nothing(self) -> None:
+    def test_old_heartbeats_say_nothing(self) -> None:
         assert Curve().point(100.0, [self.server(90.0, 41)]) is None
 
     def test_there_is_no_new_point_until_the_job_moves(self) -> None:
@@ -204,7 +204,7 @@ class TestCurve:
         curve.kept(point)
         assert curve.point(102.0, [self.server(102.0, 41)]) is None
         assert curve.point(103.0, [self.server(103.0, 42)]) is not None
-        assert curve.point(104.0, [self.server(104.0, 41, epoch=2)]) is not None
+        assert curve.point(104.0, [self.server(104.0, 41, term=2)]) is not None
 
     def test_the_speed_is_by_the_clock_of_who_tells(self) -> None:
         curve = Curve()

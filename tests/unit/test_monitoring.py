@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from typer.main import get_command
 
 from psa_store.cli.app import app
-from psa_store.telemetry import VITALS, Kind
+from psa_store.observe.metrics import METRICS, Kind
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "monitoring"
-OURS = {f"psa_{vital.name}{'_total' if vital.kind is Kind.COUNTER else ''}" for vital in VITALS}
+OURS = {f"psa_{metric.name}{'_total' if metric.kind is Kind.COUNTER else ''}" for metric in METRICS}
 LABELS = {"job", "member", "role", "instance"}
 COMING = {"checkpoint"}
 """Commands that alerts name and that may be newer than this checkout's `psa`."""
@@ -50,13 +50,13 @@ def test_an_expression_groups_and_selects_by_labels_that_exist(expression: str) 
 
 
 def test_rates_are_of_counters_and_changes_of_gauges() -> None:
-    counters = {f"psa_{vital.name}_total" for vital in VITALS if vital.kind is Kind.COUNTER}
+    counters = {f"psa_{metric.name}_total" for metric in METRICS if metric.kind is Kind.COUNTER}
     for expression in EXPRESSIONS:
         assert set(re.findall(r"\b(?:rate|increase)\((\w+)", expression)) <= counters
         assert not set(re.findall(r"\b(?:changes|delta)\((\w+)", expression)) & counters
 
 
-def test_every_vital_is_on_the_dashboard() -> None:
+def test_every_metric_is_on_the_dashboard() -> None:
     shown = set().union(*(named(target["expr"]) for target in TARGETS))
     # The step of a worker is the version of its servers.
     assert OURS - shown == {"psa_step"}

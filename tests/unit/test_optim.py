@@ -16,7 +16,7 @@ from torch import Tensor
 
 from psa_store import optim
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.layout import ITEM_BYTES, PAGE_BYTES, Layout, Role, Shard, TensorSpec, plan_layout
+from psa_store.job.layout import ITEM_BYTES, PAGE_BYTES, Layout, Shard, TensorRole, TensorSpec, make_layout
 from psa_store.optim import kernels as kernels_module
 from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch, slot_dtype, slot_names
 from psa_store.optim.reduce import clip_factor, squared_norm
@@ -43,9 +43,9 @@ class Model:
         self.optimizer = optimizer
         self.dtype = getattr(torch, dtype)
         self.random = torch.Generator().manual_seed(seed)
-        self.layout = plan_layout(
+        self.layout = make_layout(
             [
-                TensorSpec((name,), shape, dtype, Role.TRAINED, optimizer.group_of(name, shape))
+                TensorSpec((name,), shape, dtype, TensorRole.TRAINED, optimizer.group_of(name, shape))
                 for name, shape in SHAPES.items()
             ],
             PAGE_BYTES,
@@ -256,7 +256,7 @@ def test_state_that_was_stored_and_loaded_goes_on_with_the_same_bits(optimizer: 
 def test_four_threads_on_four_shards_give_the_bits_of_one(
     optimizer: optim.Optimizer, intra_op_threads: int, torch_threads: Callable[[int], None]
 ) -> None:
-    layout = plan_layout([TensorSpec(("w",), (4 << 18,), "float32", Role.TRAINED)], 1 << 20)
+    layout = make_layout([TensorSpec(("w",), (4 << 18,), "float32", TensorRole.TRAINED)], 1 << 20)
     torch_threads(1)
     alone = _train_shards(optimizer, layout, map)
     torch_threads(intra_op_threads)
@@ -281,9 +281,9 @@ def _train_shards(optimizer: optim.Optimizer, layout: Layout, run: Callable[...,
 
 
 def test_neighbours_of_one_group_are_updated_as_one_run() -> None:
-    specs = [TensorSpec((f"w{i}",), (33,), "float32", Role.TRAINED, group=i // 50) for i in range(100)]
+    specs = [TensorSpec((f"w{i}",), (33,), "float32", TensorRole.TRAINED, group=i // 50) for i in range(100)]
     optimizer = optim.SGD(0.1, groups=[optim.group("nothing", lr_scale=2.0)])
-    layout = plan_layout(specs, 1 << 20)
+    layout = make_layout(specs, 1 << 20)
     param = torch.zeros(layout.shards[0].numel)
     kernel = ShardKernel(optimizer, layout, layout.shards[0], param, {})
     assert [block.lengths for block in kernel._blocks] == [[50 * 48, 50 * 48]]

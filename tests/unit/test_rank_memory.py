@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from psa_store import optim
 from psa_store.compression import parse_compression
 from psa_store.errors import Refused
-from psa_store.job import JobConfig
-from psa_store.layout import Role, TensorSpec, plan_layout
-from psa_store.mode import parse_mode
-from psa_store.rank_state import LOCAL, RESIDUAL, START, rank_state_of
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import TensorRole, TensorSpec, make_layout
+from psa_store.job.mode import parse_mode
+from psa_store.optim.rank_state import LOCAL, RESIDUAL, START, rank_state_of
 from psa_store.worker.rank_memory import RankMemory
-from psa_store.worker.sync_course import rank_to_help
+from psa_store.worker.strategy.sync import rank_to_help
 
-LAYOUT = plan_layout(
+LAYOUT = make_layout(
     [
-        TensorSpec(("w",), (50, 30), "float32", Role.TRAINED),
-        TensorSpec(("h",), (40,), "bfloat16", Role.TRAINED),
-        TensorSpec(("b",), (3,), "float32", Role.BUFFER),
+        TensorSpec(("w",), (50, 30), "float32", TensorRole.TRAINED),
+        TensorSpec(("h",), (40,), "bfloat16", TensorRole.TRAINED),
+        TensorSpec(("b",), (3,), "float32", TensorRole.BUFFER),
     ],
     4096,
 )
@@ -55,18 +55,18 @@ def config(mode: str, compress: str = "none") -> JobConfig:
 )
 def test_what_is_kept(mode: str, compress: str, wide: list[str] | None, narrow: list[str] | None) -> None:
     job = config(mode, compress)
-    kept = {shard.dtype: rank_state_of(job, shard) for shard in LAYOUT.shards_of(Role.TRAINED)}
+    kept = {shard.dtype: rank_state_of(job, shard) for shard in LAYOUT.shards_of(TensorRole.TRAINED)}
     for dtype, names in (("float32", wide), ("bfloat16", narrow)):
         state = kept[dtype]
         assert (None if state is None else [name for name, _ in state.parts]) == names
-    assert all(rank_state_of(job, shard) is None for shard in LAYOUT.shards_of(Role.BUFFER))
+    assert all(rank_state_of(job, shard) is None for shard in LAYOUT.shards_of(TensorRole.BUFFER))
 
 
 @pytest.mark.parametrize("compress", ["none", "int8", "topk:0.1"])
 @pytest.mark.parametrize("mode", ["local:steps=2", "local:steps=2,fragments=2"])
 def test_what_was_packed_is_what_both_go_on_with(mode: str, compress: str) -> None:
     draw = torch.Generator().manual_seed(5)
-    for shard in LAYOUT.shards_of(Role.TRAINED):
+    for shard in LAYOUT.shards_of(TensorRole.TRAINED):
         state = rank_state_of(config(mode, compress), shard)
         assert state is not None
         names = [name for name, _ in state.parts]

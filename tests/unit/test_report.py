@@ -13,11 +13,11 @@ import pytest
 
 from psa_store.checkpoint.catalog import Checkpoint, Reason
 from psa_store.errors import UsageError
-from psa_store.report import Run, State, describe_run, summary, write_report
-from psa_store.report.page import page
-from psa_store.report.picture import _lanes, draw
-from psa_store.report.ruler import Ruler
-from psa_store.report.summary import duration, facts
+from psa_store.observe.report import Run, State, describe_run, summary, write_report
+from psa_store.observe.report.page import page
+from psa_store.observe.report.picture import _lanes, draw
+from psa_store.observe.report.summary import duration, facts
+from psa_store.observe.report.time_axis import TimeAxis
 
 T0 = 1.8e9
 RATE = 10
@@ -25,23 +25,23 @@ EVIL = "<script>alert(1)</script>"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def point(second: float, version: int, epoch: int = 1, **others: Any) -> dict[str, Any]:
+def point(second: float, version: int, term: int = 1, **others: Any) -> dict[str, Any]:
     plain = {"committed": version, "loss": 1.0, "samples_per_s": 80.0, "steps_per_s": 10.0, "workers": 2, "servers": 2}
-    return {"time": T0 + second, "version": version, "epoch": epoch, **plain, **others}
+    return {"time": T0 + second, "version": version, "term": term, **plain, **others}
 
 
-def calm(begin: int, end: int, version: int, epoch: int = 1, **others: Any) -> list[dict[str, Any]]:
+def calm(begin: int, end: int, version: int, term: int = 1, **others: Any) -> list[dict[str, Any]]:
     """A point a second, RATE versions each; the first is at ``version``."""
-    return [point(second, version + RATE * (second - begin), epoch, **others) for second in range(begin, end + 1)]
+    return [point(second, version + RATE * (second - begin), term, **others) for second in range(begin, end + 1)]
 
 
 def event(second: float, kind: str, text: str = "", version: int | None = None, member: str = "") -> dict[str, Any]:
-    return {"time": T0 + second, "kind": kind, "text": text, "version": version, "member": member, "epoch": 1}
+    return {"time": T0 + second, "kind": kind, "text": text, "version": version, "member": member, "term": 1}
 
 
 def recovered(second: float, member: str, version: int, again: int) -> dict[str, Any]:
-    text = f"server {member} is gone; epoch 2 began at version {version}, took 0.01 s, {again} versions are"
-    return event(second, "recovered", f"{text} computed again", version) | {"epoch": 2}
+    text = f"server {member} is gone; term 2 began at version {version}, took 0.01 s, {again} versions are"
+    return event(second, "recovered", f"{text} computed again", version) | {"term": 2}
 
 
 def describe(points: Iterable[Mapping[str, Any]], *events: Mapping[str, Any]) -> Run:
@@ -54,7 +54,7 @@ def lengths(run: Run) -> dict[State, float]:
 
 class TestGoodput:
     def test_of_a_calm_run_is_one(self) -> None:
-        run = describe(calm(0, 60, 0), event(0, "epoch", version=0))
+        run = describe(calm(0, 60, 0), event(0, "term", version=0))
         assert run.goodput == pytest.approx(1.0)
         assert (run.version, run.rate, run.failures, run.samples) == (600, 10.0, (), 4800.0)
 
@@ -73,7 +73,7 @@ class TestGoodput:
             calm(0, 40, 0) + calm(1001, 1041, 410),
             event(40.0, "members", "the last server leaves"),
             event(999.0, "server-joined", member="s"),
-            event(1000.0, "epoch", version=400),
+            event(1000.0, "term", version=400),
         )
         assert run.goodput == pytest.approx(1.0)
         assert lengths(run) == {State.RUNNING: 81.0, State.DOWN: 0.0, State.REST: 960.0}
@@ -82,7 +82,7 @@ class TestGoodput:
         run = describe(
             calm(0, 40, 0) + calm(1001, 1041, 210),
             event(500.0, "rollback", version=200),
-            event(1000.0, "epoch", version=200),
+            event(1000.0, "term", version=200),
         )
         assert lengths(run) == {State.RUNNING: 81.0, State.DOWN: 0.0, State.REST: 960.0}
         assert run.goodput == pytest.approx(610 / 810)
@@ -95,7 +95,7 @@ class TestGoodput:
 
     def test_when_everything_died_it_is_down_until_it_is_run_again(self) -> None:
         run = describe(
-            calm(0, 40, 0) + calm(60, 100, 390, epoch=2),
+            calm(0, 40, 0) + calm(60, 100, 390, term=2),
             event(59.0, "server-gone", "server a is gone", member="a"),
             event(59.0, "worker-gone", "worker b is gone", member="b"),
             recovered(59.0, "a", 380, 20),
@@ -106,19 +106,19 @@ class TestGoodput:
         assert lengths(run)[State.DOWN] == 19.0
 
     def test_versions_computed_again_count_once(self) -> None:
-        run = describe(calm(0, 50, 0) + calm(51, 100, 410, epoch=2), recovered(50.0, "a", 400, 100))
+        run = describe(calm(0, 50, 0) + calm(51, 100, 410, term=2), recovered(50.0, "a", 400, 100))
         assert run.goodput == pytest.approx((400 + 500) / 1000, abs=0.02)
         assert run.again == 100
 
     def test_what_a_rollback_left_behind_does_not_count(self) -> None:
-        run = describe(calm(0, 50, 0) + calm(51, 100, 110, epoch=2), event(50.0, "rollback", version=100))
+        run = describe(calm(0, 50, 0) + calm(51, 100, 110, term=2), event(50.0, "rollback", version=100))
         assert run.goodput == pytest.approx((100 + 500) / 1000, abs=0.02)
         assert [(each.version, each.lost) for each in run.rollbacks] == [(100, 400)]
         assert run.failures == ()
 
     def test_what_was_left_behind_took_the_time_of_those_who_made_it(self) -> None:
         small = [point(second, 600 + 4 * (second - 60), workers=1) for second in range(61, 86)]
-        run = describe(calm(0, 60, 0) + small + calm(86, 135, 510, epoch=2), event(85.5, "rollback", version=500))
+        run = describe(calm(0, 60, 0) + small + calm(86, 135, 510, term=2), event(85.5, "rollback", version=500))
         assert run.goodput == pytest.approx((50 + 50) / 135, abs=0.02)
 
     def test_a_smaller_job_is_not_a_worse_one(self) -> None:
@@ -134,7 +134,7 @@ class TestFailures:
     def test_the_death_of_a_server_is_one_failure_with_its_recovery(self) -> None:
         # It died at 10.5, which was noticed at 14, and training went on at 15, 30 versions before.
         run = describe(
-            calm(0, 10, 0) + calm(16, 40, 85, epoch=2),
+            calm(0, 10, 0) + calm(16, 40, 85, term=2),
             event(14.0, "server-gone", "server a is gone", member="a"),
             recovered(15.0, "a", 75, 30),
             event(20.0, "hand-over", "hand-over at step 120", 120),
@@ -144,13 +144,13 @@ class TestFailures:
         assert failure.pause_s == pytest.approx(6 - (85 - 100 + 30) / RATE)
         assert failure.recovered_s == T0 + 15
 
-    def test_the_death_of_a_worker_needs_no_epoch(self) -> None:
+    def test_the_death_of_a_worker_needs_no_term(self) -> None:
         run = describe(calm(0, 10, 0) + calm(14, 40, 110), event(12.0, "worker-gone", "worker w is gone", member="w"))
         (failure,) = run.failures
         assert (failure.what, failure.recovered_s, failure.again) == ("worker died", None, 0)
         assert failure.pause_s == pytest.approx(3.0)
 
-    def test_an_epoch_that_answers_late_belongs_to_the_failure_that_it_names(self) -> None:
+    def test_an_term_that_answers_late_belongs_to_the_failure_that_it_names(self) -> None:
         run = describe(
             calm(0, 60, 0),
             event(10.0, "server-gone", "server a is gone", member="a"),
@@ -162,12 +162,12 @@ class TestFailures:
             ("worker died", None),
         ]
 
-    def test_an_epoch_for_another_reason_is_a_failure_without_a_death(self) -> None:
-        run = describe(calm(0, 60, 0), event(30.0, "recovered", "server a cannot serve what it leads", 300))
-        assert [(each.what, each.servers) for each in run.failures] == [("new epoch", ())]
+    def test_an_term_for_another_reason_is_a_failure_without_a_death(self) -> None:
+        run = describe(calm(0, 60, 0), event(30.0, "recovered", "server a cannot serve what it owns", 300))
+        assert [(each.what, each.servers) for each in run.failures] == [("new term", ())]
 
-    def test_pulses_from_before_do_not_tell_that_it_went_on(self) -> None:
-        run = describe([*calm(0, 10, 0), point(12, 108), *calm(16, 40, 85, epoch=2)], recovered(11.5, "a", 75, 33))
+    def test_heartbeats_from_before_do_not_tell_that_it_went_on(self) -> None:
+        run = describe([*calm(0, 10, 0), point(12, 108), *calm(16, 40, 85, term=2)], recovered(11.5, "a", 75, 33))
         assert run.failures[0].pause_s == pytest.approx(6 - (85 - 100 + 33) / RATE, abs=2.0)
         assert (run.failures[0].pause_s or 0.0) > 3.0
 
@@ -187,7 +187,7 @@ class TestOddHistories:
         check_files(run)
 
     def test_events_alone(self) -> None:
-        check_files(describe([], event(0, "created", version=0), event(0, "epoch", version=0)))
+        check_files(describe([], event(0, "created", version=0), event(0, "term", version=0)))
         check_files(describe([], event(0, "worker-gone", member="w"), event(9, "finished", version=3)))
 
     def test_one_point(self) -> None:
@@ -227,7 +227,7 @@ class TestOddHistories:
         )
         assert run.finished and [each.time_s for each in run.failures] == [T0 + 30]
 
-    def test_pulses_from_before_the_end_do_not_undo_it(self) -> None:
+    def test_heartbeats_from_before_the_end_do_not_undo_it(self) -> None:
         run = describe([*calm(0, 19, 0), point(20.5, 195)], event(20.0, "finished", version=200))
         assert (run.version, run.goodput) == (200, pytest.approx(1.0))
 
@@ -248,18 +248,18 @@ class TestOddHistories:
 
 class TestRuler:
     def test_a_rest_takes_little_room_and_no_time(self) -> None:
-        run = describe(calm(0, 100, 0) + calm(9000, 9100, 1000), event(9000.0, "epoch", version=1000))
-        ruler = Ruler(run.segments, run.begin_s)
-        assert ruler.length == pytest.approx(204.0)
-        assert ruler.place(T0 + 50) == 50.0 and ruler.place(T0 + 9050) == pytest.approx(154.0)
-        assert ruler.place(T0 - 5) == 0.0 and ruler.place(T0 + 10_000) == ruler.length
-        assert {text: place for place, text in ruler.ticks()}["150"] == pytest.approx(154.0)
+        run = describe(calm(0, 100, 0) + calm(9000, 9100, 1000), event(9000.0, "term", version=1000))
+        time_axis = TimeAxis(run.segments, run.begin_s)
+        assert time_axis.length == pytest.approx(204.0)
+        assert time_axis.place(T0 + 50) == 50.0 and time_axis.place(T0 + 9050) == pytest.approx(154.0)
+        assert time_axis.place(T0 - 5) == 0.0 and time_axis.place(T0 + 10_000) == time_axis.length
+        assert {text: place for place, text in time_axis.ticks()}["150"] == pytest.approx(154.0)
 
     def test_units_fit(self) -> None:
         for seconds, unit in ((200, "seconds"), (2000, "minutes"), (20_000, "hours"), (400_000, "days")):
             run = describe([point(0, 0), point(seconds, 10)])
-            ruler = Ruler(run.segments, run.begin_s)
-            assert ruler.unit == unit and 3 <= len(ruler.ticks()) <= 9
+            time_axis = TimeAxis(run.segments, run.begin_s)
+            assert time_axis.unit == unit and 3 <= len(time_axis.ticks()) <= 9
 
 
 def test_labels_do_not_touch_and_stay_inside() -> None:
@@ -272,9 +272,9 @@ def eventful(job: str = "job") -> Run:
     kept = Checkpoint(name, 300, 300, 1, T0 + 30, Reason.ASKED, True, 1 << 20, {})
     return describe_run(
         job,
-        calm(0, 50, 0) + calm(60, 100, 410, epoch=2),
+        calm(0, 50, 0) + calm(60, 100, 410, term=2),
         [
-            event(0, "epoch", version=0),
+            event(0, "term", version=0),
             event(55.0, "server-gone", "server s is gone", member=EVIL),
             recovered(56.0, EVIL, 400, 100),
             event(80.0, "rollback", "the job was told to go back", 300),

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import UsageError
-from psa_store.sampling import permute, sample_indices, stream_seed
+from psa_store.job.sampling import permute, sample_indices, stream_seed
 
 
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from psa_store.local import Verdict, after_exit
+from psa_store.launch import Verdict, after_exit
 
 
 @pytest.mark.parametrize(

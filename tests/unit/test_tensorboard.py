@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from psa_store.errors import UsageError
-from psa_store.monitor.tensorboard import CURVE, Board, check_tensorboard
+from psa_store.observe.tensorboard import CURVE, Board, check_tensorboard
 
 Document = Mapping[str, Any]
 
@@ -25,11 +25,11 @@ def files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def point(time_s: float, version: int, **known: Any) -> Document:
-    return {**dict.fromkeys(CURVE), "time": time_s, "version": version, "committed": 0, "epoch": 1, **known}
+    return {**dict.fromkeys(CURVE), "time": time_s, "version": version, "committed": 0, "term": 1, **known}
 
 
 def event(time_s: float, kind: str, version: int | None = None) -> Document:
-    return {"time": time_s, "kind": kind, "text": kind, "epoch": 1, "version": version, "member": ""}
+    return {"time": time_s, "kind": kind, "text": kind, "term": 1, "version": version, "member": ""}
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -26,14 +26,14 @@ numbers = st.integers(0, 2**32 - 1)
     st.builds(
         Header,
         kind=st.sampled_from(Kind),
-        epoch=numbers,
+        term=numbers,
         revision=numbers,
         step=st.integers(-1, 2**62),
         rank=numbers,
         shard=numbers,
         reason=st.sampled_from(Reason),
         flags=st.sampled_from(Flag),
-        slot=numbers,
+        memory=numbers,
         count=numbers,
     )
 )

@@ -1,0 +1,30 @@
+"""The limit of memory: one thread copies as many bytes as the parameters have."""
+
+from __future__ import annotations
+
+import torch
+
+from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.contender import Contender
+from psa_store.bench.names import COPY
+from psa_store.bench.workload import Workload
+
+
+def start(workload: Workload, nursery: Nursery) -> Contender:
+    child = nursery.spawn(COPY, _copy, workload.elements)
+    child.answer()
+    return Contender(COPY, [child])
+
+
+def _copy(orders: Orders, elements: int) -> None:
+    copy = _Copy(elements)
+    orders.ready()
+    orders.obey(copy)
+
+
+class _Copy(Stepper):
+    def __init__(self, elements: int) -> None:
+        self._source, self._target = torch.ones(elements), torch.zeros(elements)
+
+    def step(self) -> None:
+        self._target.copy_(self._source)

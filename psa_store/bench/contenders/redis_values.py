@@ -1,0 +1,115 @@
+"""The limit of Redis: one connection, values of 4 MiB, a plain socket, no client library."""
+
+from __future__ import annotations
+
+import socket
+from urllib.parse import unquote, urlsplit
+
+import torch
+
+from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.contender import Contender
+from psa_store.bench.names import REDIS_GET, REDIS_SET
+from psa_store.bench.workload import Workload
+from psa_store.errors import Disconnected
+
+_VALUE_BYTES = 4 << 20
+_TIMEOUT_S = 60.0
+
+
+def start_set(workload: Workload, nursery: Nursery, url: str) -> Contender:
+    """``url``: of a Redis that keeps values in memory only."""
+    return _start(REDIS_SET, workload, nursery, url, reads=False)
+
+
+def start_get(workload: Workload, nursery: Nursery, url: str) -> Contender:
+    """As :func:`start_set`."""
+    return _start(REDIS_GET, workload, nursery, url, reads=True)
+
+
+def _start(name: str, workload: Workload, nursery: Nursery, url: str, reads: bool) -> Contender:
+    child = nursery.spawn(name, _talk, workload.size_bytes, url, reads)
+    child.answer()
+    return Contender(name, [child])
+
+
+def _talk(orders: Orders, size_bytes: int, url: str, reads: bool) -> None:
+    with _connect(url) as sock:
+        writes = _Writes(size_bytes, sock)
+        stepper: Stepper = writes
+        if reads:
+            writes.step()
+            stepper = _Reads(size_bytes, sock)
+        orders.ready()
+        orders.obey(stepper)
+
+
+def _connect(url: str) -> socket.socket:
+    """A plain connection to ``unix://path`` or ``redis://host:port``."""
+    parts = urlsplit(url)
+    if parts.scheme == "redis":
+        return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_TIMEOUT_S)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(_TIMEOUT_S)
+        sock.connect(unquote(parts.path))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class _Writes(Stepper):
+    """One step writes all values."""
+
+    def __init__(self, size_bytes: int, sock: socket.socket) -> None:
+        self._sock = sock
+        self._values = _values(size_bytes)
+
+    def step(self) -> None:
+        for index, value in enumerate(self._values):
+            key = _key(index)
+            self._sock.sendall(b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(key), key, len(value)))
+            self._sock.sendall(value)
+            self._sock.sendall(b"\r\n")
+            _expect(self._sock, b"+OK\r\n")
+
+
+class _Reads(Stepper):
+    """One step reads all values, into places of their own."""
+
+    def __init__(self, size_bytes: int, sock: socket.socket) -> None:
+        self._sock = sock
+        self._values = _values(size_bytes)
+
+    def step(self) -> None:
+        for index, value in enumerate(self._values):
+            key = _key(index)
+            self._sock.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(key), key))
+            _expect(self._sock, b"$%d\r\n" % len(value))
+            _fill(self._sock, value)
+            _expect(self._sock, b"\r\n")
+
+
+def _key(index: int) -> bytes:
+    return b"value%d" % index
+
+
+def _values(size_bytes: int) -> list[memoryview]:
+    memory = torch.ones(size_bytes, dtype=torch.uint8).numpy().data
+    return [memory[low : low + _VALUE_BYTES] for low in range(0, size_bytes, _VALUE_BYTES)]
+
+
+def _expect(sock: socket.socket, wanted: bytes) -> None:
+    found = bytearray(len(wanted))
+    _fill(sock, memoryview(found))
+    if found != wanted:
+        raise Disconnected(f"Redis answers {bytes(found)!r} instead of {wanted!r}")
+
+
+def _fill(sock: socket.socket, place: memoryview) -> None:
+    while place:
+        count = sock.recv_into(place)
+        if count == 0:
+            raise Disconnected("Redis is gone")
+        place = place[count:]

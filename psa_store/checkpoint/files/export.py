@@ -1,0 +1,310 @@
+"""One version of a job as a folder of files: safetensors, and ``psa.json``, which is written last.
+
+``psa.json`` says what the job is, which version this is, and how long each file is and its digest. A folder without it
+is no export; one whose files are not as it says is damaged. It carries the digest of itself.
+
+A folder is written once. All files are whole and on the disk under temporary names before the first gets its own, so
+whoever dies in between leaves what the next one recognises and removes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from psa_store.checkpoint.files.folder import FileFacts, Folder, is_temporary
+from psa_store.checkpoint.files.tensor_files import (
+    MODEL,
+    OPTIMIZER,
+    Cut,
+    FileSpec,
+    index_of,
+    slots_of,
+    split_into_files,
+)
+from psa_store.checkpoint.version import StoredVersion
+from psa_store.errors import DataIntegrity, PsaError, UsageError
+from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.layout import Layout, layout_from_json
+from psa_store.storage import Manifest
+from psa_store.storage.sections import CLOCK
+
+MANIFEST = "psa.json"
+MAX_FILE_BYTES = 5_000_000_000
+_FORMAT = 1
+_READERS = 2
+"""Threads that read from Redis while what was read before is written: two, so that one checks digests meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What ``psa.json`` says. ``url``: of the folder."""
+
+    url: str
+    created: str
+    """Time in UTC, ISO 8601."""
+    config: JobConfig
+    layout: Layout
+    version: int
+    clocks: tuple[int, ...]
+    """By rank, how many of its pushes are in it, where they are applied on arrival; else empty."""
+    scalars: tuple[Mapping[str, float | int], ...]
+    """Of each shard."""
+    slots: tuple[str, ...]
+    """Sections that have an element for each of a parameter's: those of the optimizer, and what is published."""
+    files: tuple[FileFacts, ...]
+    origin: str = ""
+    """Tells what it was written from, see :func:`origin_of`; exports of old have none."""
+
+    @property
+    def step(self) -> int:
+        """Steps of each rank; where pushes are applied on arrival, their mean."""
+        return self.version // self.config.ranks if self.config.mode.on_arrival else self.version
+
+    def to_json(self) -> str:
+        manifest = {
+            "format": _FORMAT,
+            "created": self.created,
+            "job": self.config.facts(),
+            "layout": json.loads(self.layout.to_json()),
+            "origin": self.origin,
+            "version": self.version,
+            "step": self.step,
+            "clocks": self.clocks,
+            "scalars": self.scalars,
+            "slots": self.slots,
+            "files": [{"name": f.name, "size_bytes": f.size_bytes, "xxh3_128": f.digest} for f in self.files],
+        }
+        return json.dumps({"digest": _digest(manifest), "manifest": manifest}, indent=1)
+
+
+def export_from_json(url: str, text: bytes) -> Export:
+    """Read ``psa.json``; raises DataIntegrity if it is damaged or of another format."""
+    try:
+        document = json.loads(text)
+        manifest = document["manifest"]
+        if document["digest"] != _digest(manifest):
+            raise DataIntegrity(f"{url}: {MANIFEST} is damaged, its digest does not match")
+        if manifest["format"] != _FORMAT:
+            raise DataIntegrity(f"{url}: {MANIFEST} has format {manifest['format']}, this psa reads {_FORMAT}")
+        return Export(
+            url,
+            manifest["created"],
+            job_config_from_json(json.dumps(manifest["job"])),
+            layout_from_json(json.dumps(manifest["layout"])),
+            manifest["version"],
+            tuple(manifest["clocks"]),
+            tuple(manifest["scalars"]),
+            tuple(manifest["slots"]),
+            tuple(FileFacts(each["name"], each["size_bytes"], each["xxh3_128"]) for each in manifest["files"]),
+            manifest.get("origin", ""),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataIntegrity(f"{url}: {MANIFEST} cannot be read: {error!r}") from error
+
+
+def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_FILE_BYTES) -> Export:
+    """Write a version into a new folder.
+
+    Holds three sections of shards in memory, never the whole model.
+
+    Args:
+        url: a path or any URL of fsspec; a folder that does not exist, or is empty.
+        max_file_bytes: a part of the state that is larger is shared out to several files with an index.
+
+    Raises:
+        UsageError: there is something in the folder; or shards of this version hold the pushes of different steps.
+        DataIntegrity: what Redis has is damaged.
+        DependencyUnreachable: Redis or the file system fails.
+    """
+    sections = {shard: manifest.sections for shard, manifest in sorted(version.manifests.items())}
+    planned = split_into_files(version.layout, sections, max_file_bytes)
+    clocks = _clocks(version)
+    folder = Folder(url)
+    _prepare(folder)
+    with ExitStack() as stack:
+        drafts = []
+        for file in planned:
+            draft = stack.enter_context(folder.draft(file.name))
+            draft.write(file.header())
+            for data in _contents(version, file):
+                draft.write(data)
+            draft.finish()
+            drafts.append(draft)
+        for stem in (MODEL, OPTIMIZER):
+            if index := index_of(planned, stem):
+                drafts.append(stack.enter_context(folder.draft(index[0])))
+                drafts[-1].write(index[1].encode())
+                drafts[-1].finish()
+        export = Export(
+            folder.url,
+            datetime.now(UTC).isoformat(timespec="milliseconds"),
+            version.config,
+            version.layout,
+            version.version,
+            clocks,
+            tuple(version.manifests[shard.index].scalars for shard in version.layout.shards),
+            tuple(slots_of(sections)),
+            tuple(draft.facts for draft in drafts),
+            origin_of(version),
+        )
+        last = stack.enter_context(folder.draft(MANIFEST))
+        last.write(export.to_json().encode())
+        last.finish()
+        # The folder is synced in between: psa.json must not be there without what it speaks of.
+        folder.publish(drafts)
+        folder.publish([last])
+    return export
+
+
+def origin_of(version: StoredVersion) -> str:
+    """A digest that no other content has: a name may be used again, a version be made again, but not a commit."""
+    commits = [(shard, each.version, each.term, each.nonce) for shard, each in sorted(version.manifests.items())]
+    return xxh3_128_hexdigest(json.dumps([version.version, commits]).encode())
+
+
+def open_export(url: str) -> Export:
+    """The export in a folder, its manifest checked, but not its files.
+
+    Raises:
+        UsageError: there is none.
+        DataIntegrity: its manifest is damaged.
+    """
+    folder = Folder(url)
+    if MANIFEST not in folder.names():
+        raise UsageError(
+            f"{url}: no {MANIFEST} in it, so it is no export, or one that was not finished. "
+            "Files of other programs cannot be imported: load them into the model, and begin a new job with it."
+        )
+    return export_from_json(folder.url, folder.read(MANIFEST))
+
+
+def verify_export(export: Export) -> None:
+    """Read all files; raises DataIntegrity, naming the first that is missing, torn or damaged."""
+    folder = Folder(export.url)
+    there = set(folder.names())
+    for expected in export.files:
+        where = f"{export.url}/{expected.name}"
+        if expected.name not in there:
+            raise DataIntegrity(f"{where}: is missing")
+        found = folder.facts(expected.name)
+        if found.size_bytes != expected.size_bytes:
+            raise DataIntegrity(f"{where}: {found.size_bytes} bytes long, written were {expected.size_bytes}")
+        if found.digest != expected.digest:
+            raise DataIntegrity(f"{where}: damaged, its digest does not match")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file may be one of an export, or what is left of one."""
+    return name.startswith((MODEL, OPTIMIZER, MANIFEST))
+
+
+def list_exports(url: str, job: str | None = None) -> tuple[list[Export], list[tuple[str, str]]]:
+    """The exports in a folder and in the folders in it, the one written last first; their files are not looked at.
+
+    Args:
+        job: look at exports of this job only; None: at all.
+
+    Returns:
+        They, and each folder that was passed over because it is damaged or not finished, with the reason.
+    """
+    top = Folder(url)
+    passed, found = [], []
+    for folder in [top, *top.folders()]:
+        names = folder.names()
+        if MANIFEST in names:
+            try:
+                found.append(export_from_json(folder.url, folder.read(MANIFEST)))
+            except PsaError as error:
+                passed.append((folder.url, str(error)))
+        elif any(is_ours(name) for name in names):
+            passed.append((folder.url, f"{folder.url}: no {MANIFEST} in it, so it was not finished"))
+    mine = [export for export in found if job is None or export.config.name == job]
+    return sorted(mine, key=lambda each: each.created, reverse=True), passed
+
+
+def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list[tuple[str, str]]]:
+    """The undamaged export that was written last, all its files read; None if there is none.
+
+    Not the highest version: who went back to an older one and went on from there has a new history, which counts.
+    Arguments and what was passed over: see :func:`list_exports`.
+    """
+    found, passed = list_exports(url, job)
+    for export in found:
+        try:
+            verify_export(export)
+            return export, passed
+        except PsaError as error:
+            passed.append((export.url, str(error)))
+    return None, passed
+
+
+def _clocks(version: StoredVersion) -> tuple[int, ...]:
+    """The clocks that all shards have."""
+    if not version.config.mode.on_arrival:
+        return ()
+    found = {
+        tuple(int(manifest.scalars.get(f"{CLOCK}{rank}", 0)) for rank in range(version.config.ranks))
+        for manifest in (version.manifests[shard.index] for shard in version.layout.versioned)
+    }
+    if len(found) > 1:
+        raise UsageError(
+            f"job {version.config.name!r}: the shards of version {version.version} hold the pushes of different steps, "
+            f"as they may in mode {version.config.mode}. Export a checkpoint: it is cut between two steps."
+        )
+    return found.pop() if found else (0,) * version.config.ranks
+
+
+def _prepare(folder: Folder) -> None:
+    """Have an empty folder: only what an exporter left that died is removed."""
+    names = folder.names()
+    # All files are drafts until the manifest is one, too: then some may have been given their names already.
+    died_last = any(is_temporary(name) and name.startswith(MANIFEST) for name in names)
+    left = [name for name in names if is_temporary(name) or (died_last and name.startswith((MODEL, OPTIMIZER)))]
+    others = sorted(set(names) - set(left))
+    if MANIFEST in names or others:
+        raise UsageError(f"{folder.url}: {others[0]!r} is in it. Export into a new folder.")
+    for name in left:
+        folder.remove(name)
+    folder.make()
+
+
+def _contents(version: StoredVersion, file: FileSpec) -> Iterator[memoryview]:
+    """The bytes of all tensors of a file, in order; each is to be used before the next is taken."""
+    reads = file.reads()
+    sizes = [_section(version.manifests[shard], section) for shard, section, _ in reads]
+    places = [memoryview(bytearray(max(sizes, default=0))) for _ in range(_READERS + 1)]
+
+    def read(number: int) -> memoryview:
+        shard, section, _ = reads[number]
+        place = places[number % len(places)][: sizes[number]]
+        version.read(shard, {section: place})
+        return place
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="psa-export") as readers:
+        coming: dict[int, Future[memoryview]] = {}
+        for number, (_, _, cuts) in enumerate(reads):
+            asked = range(number + len(coming), min(number + len(places), len(reads)))
+            coming.update({ahead: readers.submit(read, ahead) for ahead in asked})
+            yield from _taken(coming.pop(number).result(), cuts)
+
+
+def _taken(whole: memoryview, cuts: Sequence[Cut]) -> Iterator[memoryview]:
+    for cut in cuts:
+        yield whole[cut.low : cut.high]
+
+
+def _section(manifest: Manifest, name: str) -> int:
+    """Its size."""
+    return next(section.size_bytes for section in manifest.sections if section.name == name)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())

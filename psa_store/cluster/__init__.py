@@ -1,0 +1,24 @@
+"""Who takes part, who owns and computes what, and the rules by which the controller changes that. Pure."""
+
+from psa_store.cluster.controller import Publish, TakeOver, View, assign_ranks, assign_shards, decide
+from psa_store.cluster.members import Member, ProcessRole, member_from_json
+from psa_store.cluster.plan import NOBODY, Cut, Phase, Plan, Server, newest_common, plan_from_json
+
+__all__ = [
+    "NOBODY",
+    "Cut",
+    "Member",
+    "Phase",
+    "Plan",
+    "ProcessRole",
+    "Publish",
+    "Server",
+    "TakeOver",
+    "View",
+    "assign_ranks",
+    "assign_shards",
+    "decide",
+    "member_from_json",
+    "newest_common",
+    "plan_from_json",
+]

@@ -1,0 +1,199 @@
+"""Who serves which shard and who computes which rank: the plan, and the rules by which the controller changes it.
+
+Theory of operation. The controller looks at one immutable :class:`View` (the plan and the members that are alive)
+and :func:`decide` answers with one action; the controller carries it out and looks again. Killing it between any two
+actions is harmless, because the next controller starts from what is stored.
+
+Changing *ranks* keeps the term: a gradient is a pure function of (seed, step, rank), so it does not matter who
+computes it. Changing the owner of a *shard* needs a new term, and so does the holder of a rank that carries something
+from step to step, which is committed now and then. In one of two ways:
+
+* Take-over, when an owner died (or a holder): seal, read heads, resume at the newest version that all shards have
+  committed.
+* Hand-over, when a server joins or leaves and everybody is well; no step is lost::
+
+      RUN ──▶ FREEZE ──▶ STOP ──▶ take-over at the version where everybody stopped
+       ▲        │          │      (nobody stays: a plan without owners; the next server starts from it)
+       └────────┴──────────┘ the reason went away
+
+  FREEZE: owners stop updating and report their version. Versions of two owners differ by one at most (by a push of
+  each rank, where pushes are applied on arrival), so the larger one can be reached by all. STOP: owners go on to
+  exactly that version (to the next at which ranks bring what they carry), commit it, and report.
+
+Pure: no I/O, no threads, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from psa_store.cluster.members import Member
+from psa_store.cluster.plan import NOBODY, Phase, Plan, Server
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Everything that a decision depends on."""
+
+    plan: Plan | None
+    servers: Mapping[str, Member]
+    workers: Mapping[str, Member]
+    shard_sizes: tuple[int, ...]
+    ranks: int
+    stop_interval: int = 0
+    """Where ranks carry something: they change hands with a term only, which begins at a multiple of this version."""
+    on_arrival: bool = False
+    """Whether pushes are applied as they come, so that a cut needs the word of the workers that hold the ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """Seal everything under a new term, find the version to resume at, and publish these owners."""
+
+    servers: tuple[Server, ...]
+    owners: tuple[int, ...]
+    ranks: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Write this plan; its term is the present one."""
+
+    plan: Plan
+    reason: str
+
+
+def decide(view: View) -> TakeOver | Publish | None:
+    """The next action of the controller, or None if the plan fits the members."""
+    plan = view.plan
+    ranks = assign_ranks(plan.ranks if plan else (NOBODY,) * view.ranks, view.workers)
+    staying = [member for member in view.servers.values() if not member.leaving]
+    previous = [server.id for server in plan.servers] if plan else []
+    servers, owners = assign_shards(view.shard_sizes, _in_order(staying, previous))
+
+    why = _take_over_reason(view)
+    if why and servers:
+        return TakeOver(servers, owners, ranks, why)
+    if why:
+        return _end(plan, f"{why}, and no server stays") if plan is not None and plan.owners else None
+    assert plan is not None
+    if {server.id for server in servers} != set(previous) or (view.stop_interval and ranks != plan.ranks):
+        return _hand_over(view, plan, servers, owners, ranks)
+    if plan.phase is not Phase.RUN:
+        return _publish(
+            plan, "hand-over no longer needed", ranks=ranks, phase=Phase.RUN, freeze_revision=None, stop_version=None
+        )
+    if ranks != plan.ranks:
+        # Where a cut on arrival ends is said by the workers that held the ranks.
+        return _publish(plan, "workers changed", ranks=ranks, cut=None if view.on_arrival else plan.cut)
+    return None
+
+
+def _take_over_reason(view: View) -> str:
+    plan = view.plan
+    if plan is None:
+        return "the job has no plan yet"
+    if not plan.owners:
+        return "nobody owns the shards"
+    for server in plan.servers:
+        member = view.servers.get(server.id)
+        if member is None:
+            return f"server {server.id} is gone"
+        if member.reload_term == plan.term:
+            return f"server {server.id} cannot serve what it owns"
+    if view.stop_interval and view.workers and any(rank not in view.workers for rank in plan.ranks):
+        return "a rank is without its worker, and what it carries was committed"
+    if plan.stop_version is not None and not view.workers and _is_behind(view, plan, plan.stop_version):
+        return "no worker is left to finish the step at which to hand over"
+    return ""
+
+
+def _is_behind(view: View, plan: Plan, version: int) -> bool:
+    """Whether some owner has said, when it was frozen, that not all of its shards have this version."""
+    said = [view.servers[server.id].frozen_version for server in plan.servers]
+    return any(each is None or each < version for each in said)
+
+
+def _hand_over(
+    view: View, plan: Plan, servers: tuple[Server, ...], owners: tuple[int, ...], ranks: tuple[str, ...]
+) -> TakeOver | Publish | None:
+    members = [view.servers[server.id] for server in plan.servers]
+    meanwhile = plan.ranks if view.stop_interval else ranks
+    if plan.phase is Phase.RUN:
+        revision = plan.revision + 1
+        return _publish(
+            plan, "members changed", ranks=meanwhile, phase=Phase.FREEZE, freeze_revision=revision, cut=None
+        )
+    if plan.phase is Phase.FREEZE and all(member.frozen_revision == plan.freeze_revision for member in members):
+        stop = max(member.frozen_newest or 0 for member in members)
+        if view.stop_interval:
+            stop = -(-stop // view.stop_interval) * view.stop_interval
+        return _publish(
+            plan, "all owners are frozen", ranks=meanwhile, phase=Phase.STOP, freeze_revision=None, stop_version=stop
+        )
+    if plan.phase is Phase.STOP and all(member.stopped_version == plan.stop_version for member in members):
+        if servers:
+            return TakeOver(servers, owners, ranks, f"hand-over at version {plan.stop_version}")
+        return _end(plan, "the last server leaves", ranks=ranks, resume=plan.stop_version)
+    if meanwhile != plan.ranks:
+        return _publish(plan, "workers changed", ranks=meanwhile)
+    return None
+
+
+def _end(plan: Plan, reason: str, **changes: Any) -> Publish:
+    """Nobody owns anything any more; the next server begins with a take-over."""
+    return _publish(
+        plan, reason, phase=Phase.RUN, freeze_revision=None, stop_version=None, servers=(), owners=(), **changes
+    )
+
+
+def _publish(plan: Plan, reason: str, **changes: Any) -> Publish:
+    return Publish(replace(plan, revision=plan.revision + 1, **changes), reason)
+
+
+def _in_order(members: Iterable[Member], previous: Sequence[str]) -> list[Member]:
+    """Present owners first and in their order, so that a change moves few shards; then the others by id."""
+    place = {member: index for index, member in enumerate(previous)}
+    return sorted(members, key=lambda member: (place.get(member.id, len(previous)), member.id))
+
+
+def assign_shards(sizes: Sequence[int], members: Sequence[Member]) -> tuple[tuple[Server, ...], tuple[int, ...]]:
+    """Give each member a contiguous run of shards of about equal bytes; members beyond the shards get none."""
+    members = members[: len(sizes)]
+    total = sum(sizes) or 1
+    owners = []
+    before = 0
+    for size in sizes:
+        middle = before + size / 2
+        owners.append(min(int(middle * len(members) / total), len(members) - 1) if members else 0)
+        before += size
+    used = sorted(set(owners)) if members else []
+    servers = tuple(Server(members[i].id, members[i].address, members[i].local, members[i].host) for i in used)
+    renumber = {index: place for place, index in enumerate(used)}
+    return servers, tuple(renumber[index] for index in owners) if members else ()
+
+
+def assign_ranks(current: Sequence[str], workers: Iterable[str]) -> tuple[str, ...]:
+    """Share the ranks out evenly (counts differ by one at most) and move as few as possible."""
+    alive = sorted(workers)
+    if not alive:
+        return (NOBODY,) * len(current)
+    share, extras = divmod(len(current), len(alive))
+    counts = dict.fromkeys(alive, 0)
+    ranks = [NOBODY] * len(current)
+    for rank, holder in enumerate(current):
+        if holder not in counts:
+            continue
+        takes_extra = counts[holder] == share and extras > 0
+        if counts[holder] < share or takes_extra:
+            extras -= takes_extra
+            counts[holder] += 1
+            ranks[rank] = holder
+    for rank, holder in enumerate(ranks):
+        if holder == NOBODY:
+            ranks[rank] = min(alive, key=lambda worker: (counts[worker], worker))
+            counts[ranks[rank]] += 1
+    return tuple(ranks)

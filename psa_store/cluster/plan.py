@@ -1,0 +1,104 @@
+"""The plan: which server owns which shard, and which worker computes which rank. One small znode that a person can
+read.
+
+Pure: no I/O, no threads, no clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from typing import ClassVar
+
+from psa_store.errors import DataIntegrity
+from psa_store.job.document import from_fields, to_fields
+
+NOBODY = ""
+"""Holder of a rank that no living worker computes."""
+
+
+class Phase(StrEnum):
+    RUN = "run"
+    FREEZE = "freeze"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A shard owner as the plan names it, with what is needed to reach it."""
+
+    id: str
+    address: str
+    local: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a checkpoint is to be taken while training goes on: servers commit this, pin it, and enter the barrier."""
+
+    name: str
+    barrier: str
+    version: int | None = None
+    """None where pushes are applied on arrival: there workers say, for each rank, with which push it ends."""
+    asked: bool = False
+    """Whether somebody waits for it: then it is over when he does no longer."""
+    named: bool = False
+    """Whether a person gave the name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One small znode. ``owners[s]`` is the index in ``servers`` of shard s's owner; ``ranks[r]`` a worker's id."""
+
+    FORMAT: ClassVar[int] = 2
+
+    term: int
+    revision: int
+    """Grows with every plan that is written; ``term`` only when shards change hands."""
+    resume: int
+    """The version at which this term began."""
+    servers: tuple[Server, ...]
+    owners: tuple[int, ...]
+    ranks: tuple[str, ...]
+    phase: Phase = Phase.RUN
+    freeze_revision: int | None = None
+    """FREEZE: the revision at which it began."""
+    stop_version: int | None = None
+    """STOP: the version to stop at."""
+    cut: Cut | None = None
+    """The checkpoint that is being taken."""
+
+    def owner_of(self, shard: int) -> Server:
+        return self.servers[self.owners[shard]]
+
+    def shards_of(self, server: str) -> tuple[int, ...]:
+        return tuple(shard for shard, index in enumerate(self.owners) if self.servers[index].id == server)
+
+    def ranks_of(self, worker: str) -> tuple[int, ...]:
+        return tuple(rank for rank, holder in enumerate(self.ranks) if holder == worker)
+
+    def to_json(self) -> str:
+        fields = to_fields(self)
+        fields["owners"] = [[index, len(list(run))] for index, run in groupby(self.owners)]
+        return json.dumps(fields, indent=1)
+
+
+def plan_from_json(text: str) -> Plan:
+    """Rebuild a plan from :meth:`Plan.to_json`; raises DataIntegrity if the text is not a plan."""
+    what = "the plan in ZooKeeper"
+    try:
+        fields = json.loads(text)
+        fields["owners"] = [index for index, length in fields["owners"] for _ in range(length)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataIntegrity(f"{what} cannot be read: {error}") from error
+    return from_fields(Plan, fields, what)
+
+
+def newest_common(versions: Mapping[int, Iterable[int]]) -> int | None:
+    """The newest version that every shard has committed; ``versions`` maps shard index to its versions."""
+    common = set.intersection(*(set(each) for each in versions.values())) if versions else set()
+    return max(common, default=None)

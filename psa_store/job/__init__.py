@@ -1,0 +1,1 @@
+"""What a job is: its fixed facts, its layout, its mode, its samples. Pure."""

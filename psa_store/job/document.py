@@ -1,0 +1,80 @@
+"""Documents: what is stored or sent as JSON is a frozen dataclass with a format number, one reader and one writer.
+
+A reader ignores fields that it does not know, so a newer release may add some under the same number. A number that it
+does not know is named, never guessed at. Types are checked on the way in (pydantic), so what comes out can be believed.
+
+Pure: no I/O, no threads.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from psa_store.errors import DataIntegrity
+
+
+class Document(Protocol):
+    """A dataclass that says which format it is."""
+
+    FORMAT: ClassVar[int]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+D = TypeVar("D", bound=Document)
+_FORMAT_KEY = "format"
+
+
+def to_fields(document: Document) -> dict[str, Any]:
+    """The fields of a document and its format number, as JSON knows them."""
+    fields: dict[str, Any] = _adapter(type(document)).dump_python(document, mode="json")
+    return {_FORMAT_KEY: document.FORMAT, **fields}
+
+
+def to_text(document: Document, *, indent: int | None = None) -> str:
+    """Write a document down. The same document gives the same text."""
+    return json.dumps(to_fields(document), indent=indent, separators=None if indent else (",", ":"))
+
+
+def from_text(kind: type[D], text: str | bytes, what: str) -> D:
+    """Read a document back.
+
+    Args:
+        kind: what it must be.
+        what: names the document and its place in errors, as in "the plan in ZooKeeper".
+
+    Raises:
+        DataIntegrity: no such document, or of a format that this release does not know.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataIntegrity(f"{what} cannot be read: {error}") from error
+    return from_fields(kind, fields, what)
+
+
+def from_fields(kind: type[D], fields: Any, what: str) -> D:
+    """The same for what has been taken out of its JSON already."""
+    if not isinstance(fields, dict):
+        raise DataIntegrity(f"{what} cannot be read: it is no JSON object")
+    number = fields.get(_FORMAT_KEY)
+    if number != kind.FORMAT:
+        raise DataIntegrity(
+            f"{what} has format {number!r}, and this release of psa_store reads format {kind.FORMAT} only: "
+            "use the release that wrote it, or begin under another name of the job."
+        )
+    try:
+        found: D = _adapter(kind).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataIntegrity(f"{what} cannot be read: {where}: {first['msg']}") from error
+    return found
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -1,0 +1,138 @@
+"""A private ZooKeeper, one node or an ensemble of three, reachable from this machine only."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from psa_store.launch.child import ChildServer, Place, find_program, not_installed, remembered_ports
+
+# Debian's jar names what it needs in its manifest, except for a logger, without which failures leave no word.
+_CLASSPATHS = {
+    Path("/usr/share/java/zookeeper.jar"): "/usr/share/java/zookeeper.jar:/usr/share/java/slf4j-simple.jar",
+    Path("/opt/zookeeper/lib"): "/opt/zookeeper/lib/*",
+}
+_PACKAGES = "zookeeper default-jre-headless"
+_MAIN = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
+_JAVA_OPTIONS = (
+    "-Xmx128m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:-UsePerfData",
+    "-Xshare:auto",
+    "-Dzookeeper.admin.enableServer=false",
+    "-Dzookeeper.4lw.commands.whitelist=ruok,srvr,conf",
+    "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
+    "-Dorg.slf4j.simpleLogger.showDateTime=true",
+    "-Djava.net.preferIPv4Stack=true",
+)
+_PORTS_PER_NODE = 3  # clients, followers, elections
+
+
+class PrivateZooKeeper:
+    """ZooKeeper nodes whose data and ports live in ``folder`` and survive restarts."""
+
+    def __init__(self, folder: Path, nodes: int = 1, places: Sequence[Place] | None = None) -> None:
+        self._folder = folder.absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._places = places or [Place()] * nodes
+        self._ports = remembered_ports(self._folder / "ports", nodes * _PORTS_PER_NODE)
+        self._nodes = [ChildServer(f"node{index}", self._folder) for index in range(nodes)]
+
+    @property
+    def hosts(self) -> str:
+        return ",".join(f"{address}:{port}" for address, port in self.addresses)
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where each node serves clients."""
+        return [(place.address, self._client_port(index)) for index, place in enumerate(self._places)]
+
+    @property
+    def pids(self) -> list[int]:
+        return [node.pid for node in self._nodes]
+
+    @property
+    def running(self) -> bool:
+        return all(node.running for node in self._nodes)
+
+    def start(self, deadline_s: float) -> None:
+        """Start the nodes that do not run; returns when all serve clients.
+
+        Raises:
+            DependencyUnreachable: Java or ZooKeeper is not installed, or a node does not serve in time.
+        """
+        end_s = time.monotonic() + deadline_s
+        for index, node in enumerate(self._nodes):
+            if not node.running:
+                node.start(self._command(index), end_s)
+        for index, node in enumerate(self._nodes):
+            node.wait_until(partial(self._serves, index), end_s, "the private ZooKeeper")
+
+    def kill(self, node: int = 0) -> None:
+        self._nodes[node].kill()
+
+    def stop(self, deadline_s: float = 10.0) -> None:
+        for node in self._nodes:
+            node.terminate()
+        end_s = time.monotonic() + deadline_s
+        for node in self._nodes:
+            node.stop(max(0.0, end_s - time.monotonic()))
+
+    def _client_port(self, index: int) -> int:
+        return self._ports[index * _PORTS_PER_NODE]
+
+    def _data(self, index: int) -> Path:
+        return self._folder / f"data{index}"
+
+    def _command(self, index: int) -> list[str]:
+        java = find_program(["java"], _PACKAGES)
+        classpath = next((value for path, value in _CLASSPATHS.items() if path.exists()), None)
+        if classpath is None:
+            raise not_installed("ZooKeeper", _PACKAGES)
+        return [
+            *self._places[index].enter,
+            java,
+            *_JAVA_OPTIONS,
+            "-cp",
+            classpath,
+            _MAIN,
+            str(self._write_config(index)),
+        ]
+
+    def _write_config(self, index: int) -> Path:
+        data = self._data(index)
+        data.mkdir(exist_ok=True)
+        lines = [
+            "tickTime=500",
+            "initLimit=20",
+            "syncLimit=10",
+            "minSessionTimeout=1000",
+            "maxSessionTimeout=120000",
+            "maxClientCnxns=0",
+            "autopurge.purgeInterval=1",
+            f"dataDir={data}",
+            f"clientPort={self._client_port(index)}",
+            f"clientPortAddress={self._places[index].address}",
+        ]
+        if len(self._nodes) > 1:
+            (data / "myid").write_text(str(index + 1))
+            for other in range(len(self._nodes)):
+                _, follow, elect = self._ports[other * _PORTS_PER_NODE : (other + 1) * _PORTS_PER_NODE]
+                lines.append(f"server.{other + 1}={self._places[other].address}:{follow}:{elect}")
+        path = self._folder / f"node{index}.cfg"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def _serves(self, index: int) -> bool:
+        """A node that serves (alone, or in a quorum) tells its configuration, which shows that it is ours."""
+        try:
+            with socket.create_connection(self.addresses[index], timeout=1.0) as sock:
+                sock.sendall(b"conf")
+                reply = b"".join(iter(lambda: sock.recv(4096), b""))
+        except OSError:
+            return False
+        return f"dataDir={self._data(index)}/".encode() in reply

@@ -1,0 +1,14 @@
+"""What a process writes to its log, without secrets. Every room may use it."""
+
+from psa_store.logs.secrets import hide_passwords, printable
+from psa_store.logs.setup import Log, complain, configure, get_logger, identify
+
+__all__ = [
+    "Log",
+    "complain",
+    "configure",
+    "get_logger",
+    "hide_passwords",
+    "identify",
+    "printable",
+]

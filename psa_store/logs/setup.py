@@ -1,0 +1,130 @@
+"""Logging: one line per event on standard error, through structlog, for people or (as JSON) for programs.
+
+Secrets are hidden in both, wherever they stand: in what happened, in values, and in the text of exceptions.
+
+structlog is imported when it is used: that takes as long as all else that a command which logs nothing imports.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from psa_store.logs.secrets import HIDDEN, hide_passwords, names_secret
+
+if TYPE_CHECKING:
+    import structlog
+    from structlog.types import EventDict, Processor
+
+Log: TypeAlias = "structlog.stdlib.BoundLogger"
+
+
+def configure(level: str, role: str, *, as_json: bool = False) -> None:
+    """Send this process's log to standard error, each line marked with the role and the process id.
+
+    ``as_json``: a line is a JSON object with time (ISO 8601, UTC), level, event, role, pid, and job and member where
+    they are known; else it is for people.
+    """
+    import structlog
+
+    marks = _Marks({"role": role, "pid": os.getpid()}, grows=as_json)
+    tail: list[Processor]
+    if as_json:
+        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
+        tail = [_in_order, structlog.processors.JSONRenderer()]
+    else:
+        stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S.%f", utc=False)
+        tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+    structlog.configure(
+        processors=[
+            marks,
+            structlog.processors.add_log_level,
+            stamp,
+            structlog.processors.format_exc_info,
+            hide_secrets,
+            *tail,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger() -> Log:
+    """A logger; cheap, call it where it is needed."""
+    import structlog
+
+    logger: Log = structlog.get_logger()
+    return logger
+
+
+def identify(**marks: str) -> None:
+    """From now on lines for programs say this, too: ``job``, ``member``. Does nothing where the log is not ours."""
+    import structlog
+
+    for processor in structlog.get_config()["processors"]:
+        if isinstance(processor, _Marks):
+            processor.add(marks)
+
+
+def complain(text: str, *, with_traceback: bool = False) -> None:
+    """Say why this process ends: for people ``psa: …``, or the traceback; for programs a line of the log with both."""
+    import structlog
+
+    if isinstance(structlog.get_config()["processors"][-1], structlog.processors.JSONRenderer):
+        get_logger().error(text, exc_info=with_traceback)
+        return
+    shown = traceback.format_exc().rstrip() if with_traceback else f"psa: {text}"
+    print(hide_passwords(shown), file=sys.stderr, flush=True)
+
+
+def hide_secrets(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Everything in the event as plain data in which no secret is left."""
+    return {name: _plain(name, value) for name, value in event.items()}
+
+
+class _Marks:
+    """What every line of this process says of it. A line that is about another member has that as ``about_member``."""
+
+    def __init__(self, marks: Mapping[str, Any], *, grows: bool) -> None:
+        self._marks = marks
+        self._grows = grows
+
+    def add(self, marks: Mapping[str, Any]) -> None:
+        if self._grows:
+            self._marks = {**self._marks, **marks}
+
+    def __call__(self, _logger: object, _method: str, event: EventDict) -> EventDict:
+        others = {name: value for name, value in event.items() if name in self._marks and value != self._marks[name]}
+        return {**event, **{f"about_{name}": value for name, value in others.items()}, **self._marks}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if names_secret(name) and value is not None:
+        return HIDDEN
+    match value:
+        case None | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else repr(value)  # JSON has no word for it
+        case str():
+            return hide_passwords(str(value))
+        case PurePath():
+            return hide_passwords(str(value))
+        case Mapping():
+            return {hide_passwords(str(key)): _plain(str(key), each) for key, each in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_plain("", each) for each in value]
+    return hide_passwords(repr(value))
+
+
+def _in_order(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """What all lines have comes first."""
+    common = ("time", "level", "event", "role", "pid", "job", "member")
+    return {name: event[name] for name in (*(n for n in common if n in event), *(n for n in event if n not in common))}

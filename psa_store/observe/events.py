@@ -1,0 +1,171 @@
+"""What happens in a job, noted by the controller in one call each, and written to Redis by its monitor.
+
+A note never waits: when Redis is away for long, the oldest notes go.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from psa_store.cluster import NOBODY, Plan, TakeOver, View
+from psa_store.logs import hide_passwords
+
+_NOTES_MAX = 256
+
+
+class EventKind(StrEnum):
+    """What an event is about."""
+
+    CREATED = "created"
+    TERM = "term"
+    MEMBERS = "members"
+    RECOVERED = "recovered"
+    CHECKPOINT = "checkpoint"
+    ROLLBACK = "rollback"
+    FINISHED = "finished"
+    SERVER_GONE = "server-gone"
+    WORKER_GONE = "worker-gone"
+    SERVER_LEFT = "server-left"
+    """It withdrew its heartbeat before it went, which who dies does not."""
+    WORKER_LEFT = "worker-left"
+    SERVER_JOINED = "server-joined"
+    WORKER_JOINED = "worker-joined"
+    HAND_OVER = "hand-over"
+
+
+_LEFT = {EventKind.SERVER_GONE: EventKind.SERVER_LEFT, EventKind.WORKER_GONE: EventKind.WORKER_LEFT}
+_GONE, _HAS_LEFT = "is gone", "has left"
+_AGAIN = re.compile(r", (\d+) versions? (?:is|are) computed again$")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An event that waits to be written."""
+
+    time: float
+    """Seconds since 1970."""
+    kind: EventKind
+    text: str
+    term: int | None = None
+    version: int | None = None
+    member: str = ""
+    reached: int | None = None
+    """The version that this server had made when it decided to go back to ``version``."""
+
+    def document(self, heartbeats: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """As it is written. ``heartbeats``: by member; they tell who left in order, and what was made before this
+        term."""
+        kind, text = self.kind, self.text
+        if kind in _LEFT and self.member not in heartbeats:
+            kind, text = _LEFT[kind], text.replace(_GONE, _HAS_LEFT)
+        return {
+            "time": self.time,
+            "kind": kind.value,
+            "text": text + self._lost(heartbeats.values()),
+            "term": self.term,
+            "version": self.version,
+            "member": self.member,
+        }
+
+    def _lost(self, heartbeats: Iterable[Mapping[str, Any]]) -> str:
+        if self.reached is None or self.version is None or self.term is None:
+            return ""
+        metrics = [heartbeat.get("metrics", {}) for heartbeat in heartbeats]
+        others = [each["version"] for each in metrics if "version" in each and each.get("term", 0) < self.term]
+        again = max(0, int(max([self.reached, *others])) - self.version)
+        return f", {again} {'version is' if again == 1 else 'versions are'} computed again"
+
+
+def versions_again(text: str) -> int:
+    """How many versions are computed again, as the text of a recovery says."""
+    found = _AGAIN.search(text)
+    return int(found[1]) if found else 0
+
+
+class Events:
+    """The notes of one server. Control writes, the monitor reads; safe for one thread each."""
+
+    def __init__(self) -> None:
+        self._notes: deque[Note] = deque(maxlen=_NOTES_MAX)
+        self._seen: tuple[frozenset[str], frozenset[str]] | None = None
+
+    @property
+    def members(self) -> frozenset[str] | None:
+        """All members of the job, while this server is its controller; else None."""
+        seen = self._seen
+        return None if seen is None else seen[0] | seen[1]
+
+    def note(
+        self,
+        kind: EventKind,
+        text: str,
+        *,
+        term: int | None = None,
+        version: int | None = None,
+        member: str = "",
+        reached: int | None = None,
+    ) -> None:
+        """Remember an event, without waiting for anything. ``text``: one sentence; passwords in it are hidden."""
+        self._notes.append(Note(time.time(), kind, hide_passwords(text), term, version, member, reached))
+
+    def drain(self) -> list[Note]:
+        """Take all notes, the oldest first."""
+        return [self._notes.popleft() for _ in range(len(self._notes))]
+
+    def put_back(self, notes: Iterable[Note]) -> None:
+        """These could not be written: they are the oldest again, as far as there is room."""
+        room = _NOTES_MAX - len(self._notes)
+        self._notes.extendleft(list(reversed(list(notes)))[: max(0, room)])
+
+    # --- for control
+
+    def see(self, view: View) -> None:
+        """The controller looks at the members. A new one compares them with those that the plan names."""
+        now = frozenset(view.servers), frozenset(view.workers)
+        before = self._seen if self._seen is not None else _named(view.plan)
+        term = view.plan.term if view.plan else None
+        for what, gone, joined, known, present in (
+            ("server", EventKind.SERVER_GONE, EventKind.SERVER_JOINED, before[0], now[0]),
+            ("worker", EventKind.WORKER_GONE, EventKind.WORKER_JOINED, before[1], now[1]),
+        ):
+            for member in sorted(known - present):
+                self.note(gone, f"{what} {member} {_GONE}", term=term, member=member)
+            for member in sorted(present - known):
+                self.note(joined, f"{what} {member} has joined", term=term, member=member)
+        self._seen = now
+
+    def resign(self) -> None:
+        """This server is not the controller, or no longer."""
+        self._seen = None
+
+    def took_over(self, action: TakeOver, before: Plan | None, plan: Plan, took_s: float, reached: int) -> None:
+        """A term has begun. ``reached``: the version that this server had made before."""
+        text = f"{action.reason}; term {plan.term} began at version {plan.resume}, took {took_s:.2f} s"
+        if before is None and plan.resume == 0:
+            self.note(EventKind.CREATED, f"the job was created, with {len(plan.ranks)} ranks", version=0)
+        if before is None or not before.owners:
+            self.note(EventKind.TERM, text, term=plan.term, version=plan.resume)
+        elif action.reason.startswith("hand-over"):
+            self.note(EventKind.HAND_OVER, text, term=plan.term, version=plan.resume)
+        else:
+            self.note(EventKind.RECOVERED, text, term=plan.term, version=plan.resume, reached=reached)
+
+    def planned(self, before: Plan | None, plan: Plan, reason: str) -> None:
+        """The plan was changed within its term; that matters to people if others take part now."""
+        if before is not None and (before.ranks, before.servers) == (plan.ranks, plan.servers):
+            return
+        workers = len(set(plan.ranks) - {NOBODY})
+        text = f"{reason}: {workers} workers hold the {len(plan.ranks)} ranks, {len(plan.servers)} servers the shards"
+        self.note(EventKind.MEMBERS, text, term=plan.term)
+
+
+def _named(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
+    if plan is None:
+        return frozenset(), frozenset()
+    return frozenset(server.id for server in plan.servers), frozenset(plan.ranks) - {NOBODY}

@@ -1,0 +1,95 @@
+"""The numbers that a process keeps about itself, and the one table that names them.
+
+The threads that do the work write them, with an assignment or an addition each; whoever shows them (the heartbeat in
+Redis, Prometheus, TensorBoard) reads when it likes. So a step costs a few assignments, however many look on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from psa_store.cluster import ProcessRole
+
+
+class Kind(StrEnum):
+    """COUNTER only grows while the process lives; GAUGE is what was seen last."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number. Prometheus knows it as ``psa_<name>``, a counter with ``_total`` at its end."""
+
+    name: str
+    kind: Kind
+    roles: frozenset[ProcessRole]
+    help: str
+
+
+_SERVER = frozenset({ProcessRole.SERVER})
+_WORKER = frozenset({ProcessRole.WORKER})
+_BOTH = _SERVER | _WORKER
+
+METRICS = (
+    Metric("term", Kind.GAUGE, _BOTH, "term of the plan that this process follows"),
+    Metric("sent_bytes", Kind.COUNTER, _BOTH, "bytes of frames sent to members of the job, tensors included"),
+    Metric("received_bytes", Kind.COUNTER, _BOTH, "bytes of frames received from members of the job"),
+    Metric("lease_left_seconds", Kind.GAUGE, _BOTH, "how long ZooKeeper may stay silent before this process stops"),
+    # servers
+    Metric("version", Kind.GAUGE, _SERVER, "newest version that all shards of this server have"),
+    Metric("committed_version", Kind.GAUGE, _SERVER, "newest version that this server has made durable"),
+    Metric("committed_time_seconds", Kind.GAUGE, _SERVER, "when that was, in seconds since 1970"),
+    Metric("commit_seconds", Kind.GAUGE, _SERVER, "how long the last commit took, from the copy to the last flip"),
+    Metric("commits", Kind.COUNTER, _SERVER, "versions made durable"),
+    Metric("commit_retries", Kind.COUNTER, _SERVER, "times that a commit had to be tried again: Redis did not answer"),
+    Metric("shards", Kind.GAUGE, _SERVER, "shards that this server owns"),
+    Metric("controller", Kind.GAUGE, _SERVER, "1 in the elected controller, else 0"),
+    Metric("gradient_norm", Kind.GAUGE, _SERVER, "global norm of the last mean gradient, where it is clipped"),
+    Metric("skipped_steps", Kind.COUNTER, _SERVER, "steps without an update, for NaN or Inf in a gradient"),
+    Metric("take_overs", Kind.COUNTER, _SERVER, "terms that this server began as controller"),
+    Metric("take_over_seconds", Kind.GAUGE, _SERVER, "how long the last of them took, from the decision to the plan"),
+    Metric("checkpoints", Kind.COUNTER, _SERVER, "checkpoints completed by this server as controller"),
+    Metric("checkpoint_failures", Kind.COUNTER, _SERVER, "checkpoints that it had to abort"),
+    Metric("checkpoint_time_seconds", Kind.GAUGE, _SERVER, "when the last checkpoint was completed, since 1970"),
+    # workers
+    Metric("step", Kind.GAUGE, _WORKER, "step that this worker computes"),
+    Metric("steps", Kind.COUNTER, _WORKER, "steps of any of its ranks that it has computed"),
+    Metric("ranks_held", Kind.GAUGE, _WORKER, "ranks that the plan gives to this worker"),
+    Metric("samples", Kind.COUNTER, _WORKER, "samples that it has computed"),
+    Metric("loss", Kind.GAUGE, _WORKER, "loss that the script gave to worker.step()"),
+    Metric("learning_rate", Kind.GAUGE, _WORKER, "learning rate of the first parameter group"),
+    Metric("compute_seconds", Kind.COUNTER, _WORKER, "time between a batch and its worker.step()"),
+    Metric("wait_seconds", Kind.COUNTER, _WORKER, "time in worker.step() and between it and the next batch"),
+    Metric("restarts_of_steps", Kind.COUNTER, _WORKER, "steps that began again because a term ended"),
+)
+"""All of them. The dashboard and the alerts in ``deploy/`` use these names; a test compares."""
+
+
+class Metrics:
+    """Those of one process. One thread writes a given number; any thread reads."""
+
+    def __init__(self, role: ProcessRole, member: str) -> None:
+        self.role = role
+        self.member = member
+        self._values = {metric.name: 0.0 for metric in METRICS if role in metric.roles}
+        self._seen: set[str] = set()
+
+    def set(self, name: str, value: float) -> None:
+        assert name in self._values, name
+        self._values[name] = value
+        self._seen.add(name)
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        self._values[name] += amount
+        self._seen.add(name)
+
+    def read(self) -> dict[str, float]:
+        """Counters, and the gauges that were ever set."""
+        return {
+            metric.name: self._values[metric.name]
+            for metric in METRICS
+            if metric.name in self._seen or (metric.kind is Kind.COUNTER and metric.name in self._values)
+        }

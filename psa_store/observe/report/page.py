@@ -1,0 +1,96 @@
+"""The page: the picture, the numbers, every failure and every checkpoint. One file that asks for nothing. Pure."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterable, Mapping
+from html import escape
+from string import Template
+from typing import Any
+
+from psa_store.observe.report.summary import GOODPUT, duration, facts, pause
+
+_PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>$job: report of psa</title>
+<style>
+:root { color-scheme: light dark; --line: #8884; --quiet: #666; }
+@media (prefers-color-scheme: dark) { :root { --quiet: #aaa; } img { filter: invert(.92) hue-rotate(180deg); } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+img { width: 100%; height: auto; border-radius: 6px; } .quiet { color: var(--quiet); font-size: .9em; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.n, th.n { text-align: right; } td.t { white-space: nowrap; }
+</style></head><body>
+<h1>$job</h1>
+<p class="quiet">$from to $to</p>
+<table id="facts">$facts</table>
+<p class="quiet">$goodput</p>
+<p><img alt="loss, throughput, members and versions of $job over time" src="data:image/png;base64,$picture"></p>
+<h2>Failures</h2>
+$failures
+<h2>Rollbacks</h2>
+$rollbacks
+<h2>Checkpoints</h2>
+$checkpoints
+</body></html>
+""")
+
+
+def page(found: Mapping[str, Any], picture: bytes) -> str:
+    """All of it as text. ``found``: a summary; ``picture``: a PNG."""
+    failures = [
+        (number, _when(each), each["what"], pause(each, found["interval_s"]), each["computed_again"], each["text"])
+        for number, each in enumerate(found["failures"], 1)
+    ]
+    rollbacks = [(_when(each), each["version"], each["lost"], each["text"]) for each in found["rollbacks"]]
+    checkpoints = [
+        (each["name"], each["version"], _when(each), each["reason"], f"{each['bytes'] / 1e6:,.1f}")
+        for each in found["checkpoints"]
+    ]
+    resolution = f"A pause is known to about {duration(found['interval_s'])}, the time between two points of the curve."
+    return _PAGE.substitute(
+        job=escape(found["job"]),
+        begun=_clock(found["begin"]),
+        **{"from": _clock(found["begin"]), "to": _clock(found["end"])},
+        facts="".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(found)),
+        goodput=escape(GOODPUT),
+        picture=base64.b64encode(picture).decode(),
+        failures=_table(
+            "failures",
+            ("#no.", "time", "what", "pause", "#computed again", "as the controller told it"),
+            failures,
+            f'<p class="quiet">{escape(resolution)}</p>',
+        ),
+        rollbacks=_table("rollbacks", ("time", "#to version", "#versions left behind", ""), rollbacks),
+        checkpoints=_table("checkpoints", ("name", "#version", "taken", "why", "#MB"), checkpoints),
+    )
+
+
+def _table(name: str, heads: Iterable[str], rows: list[tuple[Any, ...]], note: str = "") -> str:
+    """A head that begins with # is that of numbers."""
+    if not rows:
+        return '<p class="quiet">none</p>'
+    numeric = [head.startswith("#") for head in heads]
+    head = "".join(_cell("th", text.removeprefix("#"), n) for text, n in zip(heads, numeric, strict=True))
+    body = "".join(
+        "<tr>" + "".join(_cell("td", value, n) for value, n in zip(row, numeric, strict=True)) + "</tr>" for row in rows
+    )
+    return f'{note}<div class="scroll"><table id="{name}"><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(tag: str, value: Any, numeric: bool) -> str:
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return f"<{tag}{' class=n' if numeric else ''}>{escape(text)}</{tag}>"
+
+
+def _when(document: Mapping[str, Any]) -> str:
+    return _clock(document["time"])
+
+
+def _clock(time_s: float) -> str:
+    """By the clock and in the zone of whoever makes the report."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s)) if time_s else "-"

@@ -1,0 +1,158 @@
+"""A run as the report tells it, from the curve, the events and the checkpoints of a job. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from psa_store.checkpoint.catalog import Checkpoint
+from psa_store.observe import EventKind
+from psa_store.observe.report.failures import Failure, find_failures, with_pause
+from psa_store.observe.report.records import Event, Point, read_events, read_points
+from psa_store.observe.report.timeline import (
+    Moment,
+    Rates,
+    Segment,
+    State,
+    gap_after_s,
+    interval_s,
+    kept_versions,
+    moments,
+    segments,
+)
+
+__all__ = ["Failure", "Kept", "Point", "Rollback", "Run", "Segment", "State", "describe_run"]
+
+
+_STANDINGS = (EventKind.TERM, EventKind.RECOVERED, EventKind.HAND_OVER, EventKind.ROLLBACK, EventKind.FINISHED)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The job was told to go back."""
+
+    time_s: float
+    version: int
+    lost: int
+    """Versions that it had made beyond, as far as the curve tells."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A checkpoint that is there."""
+
+    time_s: float
+    name: str
+    version: int
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All invocations of one job, as far back as its history goes. Times are seconds since 1970."""
+
+    job: str
+    points: tuple[Point, ...]
+    segments: tuple[Segment, ...]
+    failures: tuple[Failure, ...]
+    rollbacks: tuple[Rollback, ...]
+    checkpoints: tuple[Kept, ...]
+    goodput: float | None
+    """See :func:`describe_run`; None if the job was never undisturbed for two points."""
+    rate: float | None
+    """Versions per second where nothing disturbed the job, whatever number of workers it had."""
+    version: int
+    """Where it is now."""
+    samples: float
+    """About so many: the sum of what the points tell per second."""
+    terms: int
+    finished: bool
+    interval_s: float
+    """Between two points as a rule: how exactly pauses are known."""
+    clock_back_s: float
+    """By how much the clocks of controllers have gone back, all in all; those times are not to be trusted."""
+
+    def time_s(self, *states: State) -> float:
+        """How long it was in these states."""
+        return sum(each.length_s for each in self.segments if each.state in states)
+
+    @property
+    def begin_s(self) -> float:
+        return self.segments[0].begin_s if self.segments else self.points[0].time_s if self.points else 0.0
+
+    @property
+    def end_s(self) -> float:
+        return self.segments[-1].end_s if self.segments else self.points[-1].time_s if self.points else 0.0
+
+    @property
+    def again(self) -> int:
+        """Versions computed again after failures."""
+        return sum(each.again for each in self.failures)
+
+
+def describe_run(
+    job: str,
+    points: Iterable[Mapping[str, Any]],
+    events: Iterable[Mapping[str, Any]],
+    checkpoints: Iterable[Checkpoint],
+) -> Run:
+    """Tell what became of a job. Points and events are whole and in order, as History gives them.
+
+    Goodput is useful time over time, from the first to the last that is known:
+
+    - Useful is what the versions that stayed would have taken at the normal rate. It is the median over all stretches
+      between two points in which nothing happened and as many workers were there; so a job that has fewer workers for
+      a long time is a smaller job, not a worse one. Versions that were computed again count once, those that a rollback
+      left behind do not count.
+    - Time is all time but rests, in which every server had left in order and nobody ran the job. A job all of whose
+      processes died is down until it is run again.
+
+    A job that was faster at times than its normal rate has no more than 1.
+    """
+    known, back_s = read_points(points)
+    happened = read_events(events)
+    gap_s = gap_after_s(known)
+    timeline = moments(known, happened)
+    rates = Rates(known, happened, gap_s)
+    parts = segments(timeline, happened, rates, gap_s)
+    return Run(
+        job=job,
+        points=known,
+        segments=parts,
+        failures=tuple(with_pause(each, timeline, parts, rates) for each in find_failures(happened)),
+        rollbacks=tuple(_rollbacks(happened, known)),
+        checkpoints=tuple(
+            Kept(each.created_s, each.name, each.version, each.reason.value, each.bytes) for each in checkpoints
+        ),
+        goodput=_goodput(timeline, parts, rates),
+        rate=rates.usual,
+        version=timeline[-1].version if timeline else 0,
+        samples=sum(b.samples_per_s * min(b.time_s - a.time_s, gap_s) for a, b in pairwise(known)),
+        terms=len({each.term for each in known}),
+        finished=[each.kind for each in happened if each.kind in _STANDINGS][-1:] == [EventKind.FINISHED],
+        interval_s=interval_s(known),
+        clock_back_s=back_s,
+    )
+
+
+def _goodput(timeline: Sequence[Moment], parts: Iterable[Segment], rates: Rates) -> float | None:
+    wall_s = sum(each.length_s for each in parts if each.state is not State.REST)
+    useful_s = 0.0
+    for (_, b), kept in zip(pairwise(timeline), kept_versions(timeline), strict=True):
+        rate = rates.of(b.workers)
+        if rate is None:
+            return None
+        useful_s += kept / rate
+    return min(1.0, useful_s / wall_s) if wall_s > 0.0 else None
+
+
+def _rollbacks(events: Iterable[Event], points: Sequence[Point]) -> Iterable[Rollback]:
+    for event in events:
+        if event.kind is EventKind.ROLLBACK and event.version is not None:
+            before = [each.version for each in points if each.time_s <= event.time_s]
+            lost = max(0, before[-1] - event.version) if before else 0
+            yield Rollback(event.time_s, event.version, lost, event.text)

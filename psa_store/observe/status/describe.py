@@ -1,0 +1,217 @@
+"""Looks at a job: ZooKeeper, Redis and the job's servers are asked at the same time, each with a deadline of its own.
+
+What is away hides nothing else: without Redis there are still the plan, the members and what servers say; without
+ZooKeeper there are still what is stored and the heartbeats.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from psa_store.cluster import Member, ProcessRole, member_from_json, newest_common, plan_from_json
+from psa_store.config import Settings
+from psa_store.coordination import Coordination, probe_zookeeper
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UnknownJob
+from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.layout import Layout, layout_from_json
+from psa_store.observe.status.document import HeartbeatAge, RedisView, ZooKeeperView, assemble
+from psa_store.storage import History, RedisStore
+from psa_store.wire import inspect
+
+PATIENCE_S_MAX = 2.0
+"""How long Redis and ZooKeeper may take to answer somebody who looks: people do not wait as long as jobs do."""
+_ANSWER_S = 1.0
+_ASKED_AT_ONCE = 64
+_EVENTS_SHOWN = 8
+
+
+def describe(job: str, settings: Settings, store: RedisStore) -> dict[str, Any]:
+    """Everything that is known about a job: one look, see :meth:`Observer.look`."""
+    with closing(Observer(job, settings, store)) as observer:
+        return observer.look()
+
+
+def known_jobs(settings: Settings, store: RedisStore) -> list[str]:
+    """Names of all jobs, from Redis, or if that is away from ZooKeeper.
+
+    Raises:
+        DependencyUnreachable: both are away.
+    """
+    try:
+        return sorted(store.jobs())
+    except DependencyUnreachable as away:
+        try:
+            with closing(_coordination("", settings)) as coordination:
+                coordination.start()
+                return sorted(coordination.jobs())
+        except DependencyUnreachable as error:
+            raise DependencyUnreachable(f"{away} And: {error}") from error
+
+
+def _coordination(job: str, settings: Settings) -> Coordination:
+    assert settings.zookeeper is not None
+    return Coordination(
+        settings.zookeeper,
+        job,
+        session_timeout_s=settings.session_timeout_s,
+        connect_timeout_s=min(settings.connect_timeout_s, PATIENCE_S_MAX),
+        wake=lambda: None,
+    )
+
+
+class Observer:
+    """Looks at one job, as often as wanted, through the same sessions. One look at a time; closed once.
+
+    ``settings`` must have both addresses. ``store`` stays the caller's.
+    """
+
+    def __init__(self, job: str, settings: Settings, store: RedisStore) -> None:
+        assert settings.redis is not None and settings.zookeeper is not None
+        self._job = job
+        self._settings = settings
+        self._hosts = settings.zookeeper
+        self._patience_s = min(settings.connect_timeout_s, PATIENCE_S_MAX)
+        self._store = store
+        self._history = History(settings.redis, timeout_s=self._patience_s)
+        self._coordination: Coordination | None = None
+        self._documents: tuple[str, str] | None = None
+        self._parsed: tuple[JobConfig, Layout] | None = None
+        self._heard: dict[str, HeartbeatAge] = {}
+
+    def close(self) -> None:
+        self._history.close()
+        if self._coordination is not None:
+            self._coordination.close()
+
+    def look(self) -> dict[str, Any]:
+        """One look, as plain data that JSON can carry. What is not known is None; keys are added, never renamed.
+
+        Of the job: job, ranks, seed, mode, compression, commit_every, commit_interval (versions between commits),
+        shards, bytes. What it does: time (of this look, since 1970), state, term, revision, phase, phase_s (for how
+        long), resumed_at, controller (id), version (that all servers have), committed (newest version that all shards
+        have in Redis), lag_steps and lag_s (what is not durable), samples_per_s, loss (of rank 0), missing (ids that
+        the plan names but that are gone), gone (the same with role, host, shards or ranks), unheld (ranks that nobody
+        computes), events (the newest, the oldest of them first).
+
+        ``servers``: id, host, pid, address, endpoint, leaving, awaited (the hand-over waits for it), cannot_serve,
+        shards, version, committed, lag, stage, sick (why it did not answer), resident_bytes, heartbeat_age_s,
+        clock_ahead_s. ``workers``: id, host, pid, endpoint, ranks, step, behind (steps, the fastest), compute_s (of a
+        step, its mean), steps_per_s, samples_per_s, stage, loss, resident_bytes, heartbeat_age_s, clock_ahead_s.
+
+        ``redis``: problem (empty if it answers), damage (of stored data), where, latency_s, used_bytes, limit_bytes,
+        persistence, cannot_persist, run_id. ``zookeeper``: problem, hosts, server (that we are connected to),
+        latency_s (to the leader and back), session_timeout_s, members (address, mode, problem).
+
+        ``findings``: what is sick, the worst first: severity ("sick" or "warn"), what, where, look (the command that
+        looks further), member (id, or empty).
+
+        Raises:
+            UnknownJob: Redis answers and has no such job.
+        """
+        with ThreadPoolExecutor(3, thread_name_prefix="psa-status") as pool:
+            redis = pool.submit(self._ask_redis)
+            members = pool.submit(probe_zookeeper, self._hosts, min(_ANSWER_S, self._patience_s))
+            zookeeper = self._ask_zookeeper()
+            stored = redis.result()
+            zookeeper = replace(zookeeper, members=members.result())
+        self._listen(stored.heartbeats)
+        return assemble(self._job, time.time(), stored, zookeeper, self._heard, time.monotonic())
+
+    # --- Redis
+
+    def _ask_redis(self) -> RedisView:
+        view = RedisView(where=self._store.where)
+        try:
+            view = replace(view, facts=self._store.facts())
+            texts = self._store.read_job(self._job)
+            if texts is None and self._documents is not None:
+                return replace(
+                    view, damage=f"Redis no longer knows job {self._job!r}: it was wiped, or the job deleted"
+                )
+            if texts is None:
+                raise UnknownJob(f"no job {self._job!r}; known jobs: {', '.join(self._store.jobs()) or 'none'}")
+            config, layout = self._parse(texts)
+            view = replace(view, config=config, shards=len(layout.shards), arena_bytes=layout.arena_bytes)
+            view = replace(view, heartbeats=self._history.heartbeats(self._job), events=self._events())
+            heads = self._store.heads(self._job, [shard.index for shard in layout.versioned])
+            versions = {head.shard: [manifest.version for manifest in head.manifests] for head in heads}
+            return replace(view, committed=newest_common(versions))
+        except DependencyUnreachable as error:
+            return replace(view, problem=str(error))
+        except DataIntegrity as error:
+            return replace(view, damage=str(error))
+
+    def _events(self) -> list[dict[str, Any]]:
+        return self._history.events(self._job)[-_EVENTS_SHOWN:]
+
+    def _parse(self, texts: tuple[str, str]) -> tuple[JobConfig, Layout]:
+        """A thousand shards take a while to lay out, and what a job is does not change."""
+        if self._parsed is None or texts != self._documents:
+            self._parsed = job_config_from_json(texts[0]), layout_from_json(texts[1])
+            self._documents = texts
+        return self._parsed
+
+    # --- ZooKeeper, and the servers that it names
+
+    def _ask_zookeeper(self) -> ZooKeeperView:
+        view = ZooKeeperView(hosts=self._hosts, session_timeout_s=self._settings.session_timeout_s)
+        try:
+            coordination = self._connected()
+            config = coordination.read_config()
+            seen = coordination.read_plan()
+            servers, workers = (
+                [member_from_json(text) for text in coordination.members(kind).values()]
+                for kind in (ProcessRole.SERVER, ProcessRole.WORKER)
+            )
+            view = replace(
+                view,
+                server=coordination.describe()["server"],
+                config=job_config_from_json(config) if config else None,
+                plan=plan_from_json(seen.text) if seen else None,
+                plan_time_s=seen.modified_s if seen else 0.0,
+                servers=servers,
+                workers=workers,
+                controller=coordination.elected(),
+                latency_s=coordination.round_trip_s(),
+            )
+        except (DependencyUnreachable, Disconnected, DataIntegrity) as error:
+            view = replace(view, problem=str(error))
+        return replace(view, answers=_ask_servers(view.servers))
+
+    def _connected(self) -> Coordination:
+        """The session of the first look; it outlives an outage by itself."""
+        if self._coordination is None:
+            coordination = _coordination(self._job, self._settings)
+            coordination.start()
+            self._coordination = coordination
+        return self._coordination
+
+    def _listen(self, heartbeats: dict[str, dict[str, Any]]) -> None:
+        """Note when a heartbeat changed, by our own clock: that of another host may be wrong."""
+        now_s, wall_s = time.monotonic(), time.time()
+        self._heard = {
+            member: HeartbeatAge.after(self._heard.get(member), heartbeat, now_s, wall_s)
+            for member, heartbeat in heartbeats.items()
+        }
+
+
+def _ask_servers(servers: Iterable[Member]) -> dict[str, dict[str, Any]]:
+    """What each server says of itself, all asked at once; ``sick`` says why, if one says nothing."""
+    listed = list(servers)
+    if not listed:
+        return {}
+    with ThreadPoolExecutor(min(len(listed), _ASKED_AT_ONCE), thread_name_prefix="psa-status-ask") as pool:
+        return dict(zip((member.id for member in listed), pool.map(_ask, listed), strict=True))
+
+
+def _ask(member: Member) -> dict[str, Any]:
+    try:
+        found = inspect(member.address, member.local, member.host, _ANSWER_S)
+    except Disconnected as error:
+        return {"version": None, "committed": None, "stage": None, "sick": str(error)}
+    return {"version": found["version"], "committed": found["committed"], "stage": found["stage"], "sick": ""}

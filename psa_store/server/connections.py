@@ -1,0 +1,191 @@
+"""All connections of a server: accepts, reads, sends and closes them, for an event loop that judges their frames."""
+
+from __future__ import annotations
+
+import select
+import selectors
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from psa_store import logs
+from psa_store.errors import Disconnected, Refused
+from psa_store.wire import Connection, Header, Park, SharedMemory, Traffic
+
+_CONNECTIONS_MAX = 10_000
+
+
+class Host(Protocol):
+    """What the event loop does with connections."""
+
+    def admit(self, connection: Connection, header: Header) -> memoryview | Park:
+        """Where a payload goes, as :mod:`psa_store.wire.connection` asks."""
+
+    def on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:
+        """A frame is complete; may raise Refused if the peer is broken."""
+
+    def on_stranger(self, connection: Connection, why: str) -> None:
+        """The peer broke the protocol: say a last word, it will be closed."""
+
+    def on_gone(self, connection: Connection) -> None:
+        """The connection is about to be closed."""
+
+
+class HasFileno(Protocol):
+    """What ends :meth:`Connections.wait` besides connections: the event loop's mailbox."""
+
+    def fileno(self) -> int: ...
+
+
+class Connections:
+    """Owns the listeners, the selector and every connection. One thread, the event loop's, calls everything."""
+
+    def __init__(self, host: Host, listeners: Sequence[socket.socket], wake: HasFileno) -> None:
+        self.traffic = Traffic()
+        self._host = host
+        self._listeners = listeners
+        self._selector = selectors.DefaultSelector()
+        self._connections: set[Connection] = set()
+        self._watched: dict[Connection, int] = {}
+        self._parked: set[Connection] = set()
+        self._log = logs.get_logger()
+        for listener in listeners:
+            self._selector.register(listener, selectors.EVENT_READ, listener)
+        self._selector.register(wake.fileno(), selectors.EVENT_READ, None)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._connections))
+
+    def wait(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait until a connection can go on, somebody connects, or a message comes."""
+        return self._selector.select(timeout_s)
+
+    def serve(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
+        """Deal with what :meth:`wait` found."""
+        for key, mask in events:
+            if isinstance(key.data, Connection):
+                self._serve(key.data, mask)
+            elif isinstance(key.data, socket.socket):
+                self._accept(key.data)
+        self._close_dead_parked()
+
+    def send(
+        self,
+        connection: Connection,
+        header: Header,
+        payload: memoryview | bytes = b"",
+        memory: SharedMemory | None = None,
+    ) -> None:
+        """Send what the socket takes now, and the rest when it takes more. A dead peer is closed."""
+        connection.send(header, payload, memory)
+        try:
+            connection.flush()
+            self._watch(connection)
+        except Disconnected:
+            self.close(connection)
+
+    def add(self, sock: socket.socket, peer: str) -> Connection:
+        """Take over a connected socket."""
+        connection = Connection(sock, peer, self._host.admit, self.traffic)
+        self._connections.add(connection)
+        self._watch(connection)
+        return connection
+
+    def close(self, connection: Connection) -> None:
+        """Close a connection. Idempotent."""
+        if connection in self._connections:
+            self._connections.discard(connection)
+            self._parked.discard(connection)
+            self._host.on_gone(connection)
+            if self._watched.pop(connection, 0):
+                self._selector.unregister(connection)
+            connection.close()
+
+    def close_all(self) -> None:
+        for connection in self:
+            self.close(connection)
+        for listener in self._listeners:
+            listener.close()
+        self._selector.close()
+
+    def detach_all(self) -> None:
+        """Copy what is still unsent: the memory it comes from is about to change."""
+        for connection in self._connections:
+            if connection.sending:
+                connection.detach()
+
+    def wake_parked(self) -> None:
+        """A new plan: ask again about the frames that had to wait for one."""
+        for connection in self:
+            if connection.parked and connection in self._connections:
+                try:
+                    connection.resume()
+                except Refused as error:
+                    self._throw_out(connection, error)
+                else:
+                    self._serve(connection, selectors.EVENT_READ)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
+        except OSError:
+            return  # the client is gone again, or we are out of descriptors: it will retry
+        if len(self._connections) < _CONNECTIONS_MAX:
+            self.add(sock, str(address or "local client"))
+        else:
+            sock.close()
+
+    def _serve(self, connection: Connection, mask: int) -> None:
+        if connection not in self._connections:
+            return  # closed by an earlier event of this turn
+        try:
+            if mask & selectors.EVENT_READ:
+                for header, payload in connection.receive():
+                    self._host.on_frame(connection, header, payload)
+            connection.flush()
+            self._watch(connection)
+        except Disconnected as error:
+            self._log.debug("connection ended", member=connection.member, why=str(error))
+            self.close(connection)
+        except Refused as error:
+            self._throw_out(connection, error)
+
+    def _throw_out(self, connection: Connection, error: Refused) -> None:
+        self._log.warning("refused a peer", peer=connection.peer, member=connection.member, why=str(error))
+        self._host.on_stranger(connection, str(error))
+        self.close(connection)
+
+    def _watch(self, connection: Connection) -> None:
+        """Wait for what the connection can do next.
+
+        Nothing is read while it is parked, until a plan wakes it, nor while its peer does not read what it asked for.
+        """
+        if connection not in self._connections:
+            return
+        if connection.parked:
+            self._parked.add(connection)
+        else:
+            self._parked.discard(connection)
+        mask = 0 if connection.parked or connection.congested else selectors.EVENT_READ
+        mask |= selectors.EVENT_WRITE if connection.sending else 0
+        before = self._watched.get(connection, 0)
+        if mask == before:
+            return
+        if not before:
+            self._selector.register(connection, mask, connection)
+        elif not mask:
+            self._selector.unregister(connection)
+        else:
+            self._selector.modify(connection, mask, connection)
+        self._watched[connection] = mask
+
+    def _close_dead_parked(self) -> None:
+        """Nothing is read from a connection that is parked, so its end is looked for."""
+        if not self._parked:
+            return
+        poller = select.poll()
+        by_fileno = {connection.fileno(): connection for connection in self._parked}
+        for fileno in by_fileno:
+            poller.register(fileno, getattr(select, "POLLRDHUP", 0))
+        for fileno, _ in poller.poll(0):
+            self.close(by_fileno[fileno])

@@ -1,0 +1,157 @@
+"""Batches for (step, rank), each a pure function of the job's seed and those two numbers.
+
+That is what makes elasticity exact: whoever computes a rank, and however often, draws the same samples and the same
+random numbers. The order of samples comes from :mod:`psa_store.job.sampling`; a DataLoader given by the user lends its
+dataset, its collate function and its worker processes, but not its sampler.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from psa_store.errors import UsageError
+from psa_store.job.sampling import sample_indices, stream_seed
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """One batch to make: which step and rank it is for."""
+
+    step: int
+    rank: int
+
+
+def seed_everything(seed: int, rank_step: RankStep, purpose: str) -> None:
+    """Make torch's, numpy's and Python's random numbers a function of (seed, step, rank, purpose)."""
+    value = stream_seed(seed, rank_step.step, rank_step.rank, purpose)
+    if _has_accelerator():
+        torch.manual_seed(value)
+    else:
+        # Not torch.manual_seed: while CUDA is not initialised, it notes a stack trace for later, with every call.
+        torch.default_generator.manual_seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    random.seed(value)
+
+
+@cache
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+
+
+class _Fetched(Dataset[Any]):
+    """Maps a Draw to its collated batch, in this process or in a DataLoader's."""
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, ranks: int, batch_size: int
+    ) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._seed = seed
+        self._ranks = ranks
+        self._batch_size = batch_size
+        self._length = len(dataset)
+        self.indices(RankStep(0, 0))  # refuse a batch size that cannot be shared out before training starts
+
+    def indices(self, rank_step: RankStep) -> list[int]:
+        return sample_indices(
+            self._seed,
+            rank_step.step,
+            rank_step.rank,
+            ranks=self._ranks,
+            batch_size=self._batch_size,
+            n=self._length,
+        )
+
+    def __getitem__(self, rank_step: RankStep) -> Any:
+        seed_everything(self._seed, rank_step, "data")
+        indices = self.indices(rank_step)
+        fetch_many = getattr(self._dataset, "__getitems__", None)
+        samples = fetch_many(indices) if fetch_many else [self._dataset[index] for index in indices]
+        return self._collate(samples)
+
+
+class _Foresight:
+    """The draws that come if nothing changes: the same ranks, round after round, each with all its steps in a row."""
+
+    def __init__(self, first: RankStep, ranks: Sequence[int], round_steps: int) -> None:
+        self._first = first
+        self._ranks = ranks
+        self._round_steps = round_steps
+
+    def __iter__(self) -> Iterator[RankStep]:
+        first, length = self._first, self._round_steps
+        low = first.step - first.step % length
+        yield from (RankStep(step, first.rank) for step in range(first.step, low + length))
+        ranks = [rank for rank in self._ranks if rank > first.rank]
+        while True:
+            yield from (RankStep(step, rank) for rank in ranks for step in range(low, low + length))
+            low, ranks = low + length, list(self._ranks)
+
+
+class Batches:
+    """Hands out the batch of any draw. With worker processes it reads ahead, and starts anew when the plan changes.
+
+    Args:
+        data: a map-style dataset or a DataLoader over one.
+        batch_size: samples per step over *all* ranks; None takes ``DataLoader.batch_size`` times the ranks.
+        round_steps: steps that a rank makes in a row.
+    """
+
+    def __init__(self, data: Any, batch_size: int | None, *, seed: int, ranks: int, round_steps: int = 1) -> None:
+        loader = data if isinstance(data, DataLoader) else None
+        dataset: Any = loader.dataset if loader is not None else data
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            raise UsageError(
+                "batches() needs a map-style dataset (with __len__ and __getitem__): a stream has no samples "
+                "that could be found again after a crash"
+            )
+        if batch_size is None:
+            if loader is None or loader.batch_size is None:
+                raise UsageError("batches() needs batch_size=: the number of samples per step over all ranks")
+            batch_size = loader.batch_size * ranks
+        collate = loader.collate_fn if loader is not None else default_collate
+        self._drawn = _Fetched(dataset, collate, seed, ranks, batch_size)
+        self.samples = batch_size // ranks
+        """In the batch of one draw."""
+        self._round_steps = round_steps
+        self._loader = loader if loader is not None and loader.num_workers > 0 else None
+        self._ahead: Iterator[Any] | None = None
+        self._expected: Iterator[RankStep] = iter(())
+
+    def get(self, rank_step: RankStep, ranks: Sequence[int]) -> Any:
+        """The batch of ``rank_step``; ``ranks`` are all ranks that this worker holds, for reading ahead."""
+        if self._loader is None:
+            return self._drawn[rank_step]
+        if self._ahead is None or next(self._expected) != rank_step:
+            self._restart(self._loader, rank_step, ranks)
+        assert self._ahead is not None
+        return next(self._ahead)
+
+    def close(self) -> None:
+        self._ahead = None
+
+    def _restart(self, loader: DataLoader[Any], rank_step: RankStep, ranks: Sequence[int]) -> None:
+        self._ahead = None  # ends the worker processes of the former one
+        self._expected = iter(_Foresight(rank_step, ranks, self._round_steps))
+        next(self._expected)
+        self._ahead = iter(
+            DataLoader(
+                self._drawn,
+                batch_size=None,
+                sampler=_Foresight(rank_step, ranks, self._round_steps),
+                num_workers=loader.num_workers,
+                pin_memory=loader.pin_memory,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context,
+                prefetch_factor=loader.prefetch_factor,
+                timeout=loader.timeout,
+            )
+        )

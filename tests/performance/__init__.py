@@ -1,0 +1,1 @@
+"""Benchmarks for developers. Each prints its figure beside a reference; none is collected by pytest."""

@@ -1,0 +1,83 @@
+"""The main job three times: undisturbed, with one worker, and with a worker and a server killed. ::
+
+    python -m tests.performance.main_job --data shakespeare.txt
+
+Prints validation loss and sha256 of the final parameters and optimizer state of each; the three must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+from psa_store.checkpoint.digest import state_digest
+from psa_store.config import Settings
+from psa_store.examples import gpt
+from psa_store.launch import Addresses, PrivateServers
+from psa_store.observe.status import describe
+from psa_store.storage import RedisStore
+
+RANKS = 2
+_STEP = re.compile(r"^step (\d+)/")
+_LOSS = re.compile(r"^validation loss \S+")
+
+
+def train(name: str, workers: int, kills: dict[int, str], args: argparse.Namespace, addresses: Addresses) -> str:
+    """One run of the main job; ``kills``: after which step to kill one of the "workers" or "servers"."""
+    settings = Settings(redis=addresses.redis, zookeeper=addresses.zookeeper)
+    command = [sys.executable, "-m", "psa_store.cli", "run", "--workers", str(workers), "--servers", "1"]
+    command += ["--ranks", str(RANKS), str(Path(gpt.__file__)), "--job", name, "--steps", str(args.steps)]
+    command += ["--sample", "0", *(["--data", str(args.data)] if args.data else [])]
+    loss, due = "no loss", dict(kills)
+    env = {**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper}
+    with (
+        closing(RedisStore(addresses.redis, timeout_s=5)) as store,
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run,
+    ):
+        assert run.stdout is not None
+        for line in run.stdout:
+            if found := _STEP.match(line):
+                for step in [step for step in due if int(found[1]) >= step]:
+                    kind = due.pop(step)
+                    pid = describe(name, settings, store)[kind][0]["pid"]
+                    os.kill(pid, signal.SIGKILL)
+                    print(f"  {name}: killed one of the {kind}, pid {pid}, at step {found[1]}", flush=True)
+            if found := _LOSS.match(line):
+                loss = found[0]
+        run.wait()
+        if run.returncode or due:
+            raise SystemExit(f"{name} ended with {run.returncode}; kills that did not happen: {due}")
+        digest = state_digest(store, name, args.steps)
+    print(f"{name:12} {loss}   sha256 {digest}", flush=True)
+    return digest
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--data", type=Path)
+    options.add_argument("--steps", type=int, default=2000)
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args()
+    rng = random.Random(args.seed)
+    first, second = sorted(rng.sample(range(args.steps // 10, args.steps * 9 // 10), 2))
+    with tempfile.TemporaryDirectory() as home, closing(PrivateServers(Path(home))) as servers:
+        servers.start()
+        digests = {
+            train("undisturbed", 2, {}, args, servers.addresses),
+            train("killed", 2, {first: "workers", second: "servers"}, args, servers.addresses),
+            train("one-worker", 1, {}, args, servers.addresses),
+        }
+    print("all equal" if len(digests) == 1 else "DIFFERENT")
+    sys.exit(len(digests) - 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""How long `psa status` takes: ``python -m tests.performance.status [--members 50] [--shards 1000] [--rounds 7]``.
+
+Starts a private Redis and ZooKeeper and makes a job of so many members, half of them servers that answer as ours do,
+with ephemerals in ZooKeeper, heartbeats in Redis and three committed versions of every shard. Measures one look by new
+sessions, one more by the same (as with ``--watch``), and the whole command, beside `psa --help`, which only imports.
+Of commands it also tells how long they used a processor: on a busy machine they wait for one for much longer. They
+find compiled modules, as a command does that was run before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import selectors
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+
+from psa_store.cluster import Member, Plan, ProcessRole, Server
+from psa_store.config import Settings
+from psa_store.coordination import Coordination
+from psa_store.errors import PsaError
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import PAGE_BYTES, TensorRole, TensorSpec, make_layout
+from psa_store.launch import PrivateRedis, PrivateZooKeeper
+from psa_store.observe.status import Observer, describe
+from psa_store.storage import History, Manifest, RedisStore, ShardState
+from psa_store.wire import Connection, Header, Kind, encode_text, host_identity, listen_tcp
+
+JOB = "bench"
+VERSIONS = (50, 100, 150)
+TARGET_S = 1.0
+_HELLO_S = 30.0
+_TIMEOUT_S = 30.0
+
+
+def answer_for(servers: int, told: Pipe) -> None:
+    """Answer INSPECT at so many addresses, which are told through the pipe, until the pipe closes."""
+    with selectors.DefaultSelector() as selector:
+        listening = [listen_tcp("127.0.0.1") for _ in range(servers)]
+        for sock, _ in listening:
+            selector.register(sock, selectors.EVENT_READ, None)
+        selector.register(told, selectors.EVENT_READ, told)
+        told.send([address for _, address in listening])
+        while True:
+            for key, _ in selector.select():
+                if key.data is told:
+                    return
+                if key.data is None:
+                    sock, _ = key.fileobj.accept()  # type: ignore[union-attr]
+                    connection = Connection(sock, "who asks", lambda _, header: memoryview(bytearray(header.length)))
+                    selector.register(connection, selectors.EVENT_READ, connection)
+                    continue
+                try:
+                    for _ in key.data.receive():
+                        text = encode_text({"stage": "collecting", "version": 152, "committed": 150})
+                        key.data.send(Header(Kind.REPORT, length=len(text)), text)
+                    key.data.flush()
+                except PsaError:
+                    selector.unregister(key.data)
+                    key.data.close()
+
+
+def make_job(stack: ExitStack, settings: Settings, addresses: list[str], workers: int, shards: int) -> None:
+    """What a running job has in Redis and ZooKeeper; its ephemerals go with ``stack``."""
+    assert settings.redis is not None and settings.zookeeper is not None
+    numel = shards * PAGE_BYTES // 4
+    layout = make_layout([TensorSpec(("weights",), (numel,), "float32", TensorRole.TRAINED)], PAGE_BYTES)
+    servers = [Member(f"server-{i:03}", host_identity(), os.getpid(), each) for i, each in enumerate(addresses)]
+    names = [f"worker-{i:03}" for i in range(workers)]
+    config = JobConfig(JOB, workers, 0, {"name": "sgd"}, layout.fingerprint)
+    with closing(RedisStore(settings.redis, timeout_s=_TIMEOUT_S)) as store:
+        store.check()
+        store.create_job(JOB, config.to_json(), layout.to_json())
+        store.seal(JOB, range(shards), 1, layout.fingerprint)
+        page = memoryview(bytes(PAGE_BYTES))
+        expect = None
+        for version in VERSIONS:
+            states = [ShardState(i, {"param": ("float32", page)}, {"opt_step": version}, expect) for i in range(shards)]
+            with closing(store.commit_each(JOB, 1, version, states, keep=len(VERSIONS))) as outcomes:
+                assert all(isinstance(outcome, Manifest) for _, outcome in outcomes)
+            expect = version
+    plan = Plan(
+        term=1,
+        revision=1,
+        resume=0,
+        servers=tuple(Server(each.id, each.address, "", each.host) for each in servers),
+        owners=tuple(shard * len(servers) // shards for shard in range(shards)),
+        ranks=tuple(names),
+    )
+    members = [(ProcessRole.SERVER, each.id, each.to_json()) for each in servers]
+    members += [(ProcessRole.WORKER, each, Member(each, host_identity(), os.getpid()).to_json()) for each in names]
+    for kind, member, text in members:
+        coordination = Coordination(
+            settings.zookeeper, JOB, session_timeout_s=60.0, connect_timeout_s=_TIMEOUT_S, wake=lambda: None
+        )
+        stack.callback(coordination.close)
+        coordination.start()
+        coordination.join(kind, member, text)
+        if kind is ProcessRole.SERVER:
+            coordination.campaign(member)
+    coordination.create_config(config.to_json())
+    coordination.write_plan(plan.to_json(), None)
+
+
+def beat(settings: Settings, servers: int, workers: int) -> None:
+    """A fresh heartbeat of every member."""
+    assert settings.redis is not None
+    with closing(History(settings.redis, timeout_s=_TIMEOUT_S)) as history:
+        for role, count in (("server", servers), ("worker", workers)):
+            for i in range(count):
+                history.heartbeat(JOB, f"{role}-{i:03}", json.dumps(_heartbeat(role, i)))
+
+
+def _heartbeat(role: str, number: int) -> dict[str, object]:
+    metrics = {"step": 152, "loss": 1.5} if role == "worker" else {"version": 152, "committed_version": 150}
+    return {
+        "member": f"{role}-{number:03}",
+        "role": role,
+        "time": time.time(),
+        "host": host_identity(),
+        "pid": os.getpid(),
+        "endpoint": "",
+        "resident_bytes": 1 << 28,
+        "metrics": metrics,
+        "rates": {"steps": 10.0, "samples": 120.0},
+        "stage": "computing",
+        "ranks": [number] if role == "worker" else [],
+        "shards": 0,
+    }
+
+
+def _timed(action: Callable[[], object]) -> float:
+    started_s = time.perf_counter()
+    action()
+    return time.perf_counter() - started_s
+
+
+def _environment(settings: Settings, compiled: Path) -> dict[str, str]:
+    """``compiled``: folder for compiled modules, so that there are some whatever this process was told."""
+    assert settings.redis is not None and settings.zookeeper is not None
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return environment | {
+        "PSA_REDIS": settings.redis,
+        "PSA_ZOOKEEPER": settings.zookeeper,
+        "PSA_CONFIG": "",
+        "PYTHONPYCACHEPREFIX": str(compiled),
+    }
+
+
+def _command(environment: dict[str, str], *arguments: str) -> tuple[float, float]:
+    """Run it; seconds that passed, and of a processor that it used."""
+    command = [sys.executable, "-m", "psa_store.cli", *arguments]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took_s = _timed(
+        lambda: subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=_TIMEOUT_S)
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return took_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure(
+    settings: Settings, environment: dict[str, str], servers: int, workers: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each, by round."""
+    assert settings.redis is not None
+    _command(environment, "status", JOB)
+    took_s: dict[str, list[float]] = {"describe()": [], "the next look": []}
+    took_s |= {f"{command}{what}": [] for command in ("psa --help", "psa status JOB") for what in ("", ", CPU")}
+    with (
+        closing(RedisStore(settings.redis, timeout_s=_TIMEOUT_S)) as store,
+        closing(Observer(JOB, settings, store)) as observer,
+    ):
+        for _ in range(rounds):
+            beat(settings, servers, workers)
+            document = observer.look()
+            assert len(document["servers"]) == servers and len(document["workers"]) == workers
+            assert document["committed"] == VERSIONS[-1] and not document["findings"], document["findings"]
+            took_s["the next look"].append(_timed(observer.look))
+            took_s["describe()"].append(_timed(lambda: describe(JOB, settings, store)))
+            for command, arguments in (("psa --help", ["--help"]), ("psa status JOB", ["status", JOB])):
+                passed_s, used_s = _command(environment, *arguments)
+                took_s[command].append(passed_s)
+                took_s[f"{command}, CPU"].append(used_s)
+    return took_s
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--members", type=int, default=50, help="half of them servers")
+    options.add_argument("--shards", type=int, default=1000)
+    options.add_argument("--rounds", type=int, default=7)
+    args = options.parse_args()
+    servers, workers = args.members // 2, args.members - args.members // 2
+    with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
+        redis, zookeeper = PrivateRedis(Path(home) / "redis"), PrivateZooKeeper(Path(home) / "zookeeper")
+        stack.callback(redis.stop)
+        redis.start(10)
+        stack.callback(zookeeper.stop)
+        zookeeper.start(30)
+        settings = Settings(redis=redis.url, zookeeper=zookeeper.hosts)
+        ours, theirs = multiprocessing.get_context("spawn").Pipe()
+        answering = multiprocessing.get_context("spawn").Process(target=answer_for, args=(servers, theirs))
+        answering.start()
+        stack.callback(answering.join, _HELLO_S)
+        stack.callback(ours.close)
+        theirs.close()
+        if not ours.poll(_HELLO_S):
+            raise SystemExit("the process that plays the servers did not start")
+        make_job(stack, settings, ours.recv(), workers, args.shards)
+        environment = _environment(settings, Path(home) / "compiled")
+        took_s = measure(settings, environment, servers, workers, args.rounds)
+    print(f"{servers} servers, {workers} workers, {args.shards} shards, {args.rounds} rounds")
+    print(f"{'':19} median  quartiles   seconds")
+    for name, each in took_s.items():
+        low, middle, high = statistics.quantiles(each, n=4)
+        aim = f"   (aim: at most {TARGET_S:g})" if name == "psa status JOB" else ""
+        print(f"{name:19} {middle:6.3f}  {low:.3f} to {high:.3f}{aim}")
+
+
+if __name__ == "__main__":
+    main()

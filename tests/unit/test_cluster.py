@@ -1,0 +1,278 @@
+"""The controller's decisions: pure, so they are tested by walking them, with members dying at any point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psa_store.cluster import (
+    NOBODY,
+    Member,
+    Phase,
+    Plan,
+    Publish,
+    TakeOver,
+    View,
+    assign_ranks,
+    assign_shards,
+    decide,
+    member_from_json,
+    newest_common,
+    plan_from_json,
+)
+
+names = st.sampled_from("abcdefgh")
+
+
+def member(name: str, **changes: object) -> Member:
+    return replace(Member(name, "host", 1, address=f"127.0.0.1:{ord(name)}", local=name), **changes)  # type: ignore[arg-type]
+
+
+def members(*listed: str) -> dict[str, Member]:
+    return {name: member(name) for name in listed}
+
+
+@given(current=st.lists(names | st.just(NOBODY), min_size=1, max_size=20), alive=st.sets(names))
+def test_ranks_are_shared_evenly_among_the_living(current: list[str], alive: set[str]) -> None:
+    ranks = assign_ranks(current, alive)
+    assert len(ranks) == len(current)
+    if not alive:
+        assert set(ranks) == {NOBODY}
+        return
+    counts = [ranks.count(name) for name in alive]
+    assert sum(counts) == len(current)
+    assert max(counts) - min(counts) <= 1
+
+
+@given(ranks=st.integers(1, 20), alive=st.sets(names, min_size=1), dead=names)
+def test_a_death_moves_only_what_must_move(ranks: int, alive: set[str], dead: str) -> None:
+    before = assign_ranks([NOBODY] * ranks, alive | {dead})
+    after = assign_ranks(before, alive - {dead} or {"z"})
+    if alive - {dead}:
+        assert all(b == a for b, a in zip(before, after, strict=True) if b != dead)
+
+
+@given(sizes=st.lists(st.integers(1, 100), min_size=1, max_size=30), count=st.integers(1, 8))
+def test_shards_go_in_runs_and_all_have_an_owner(sizes: list[int], count: int) -> None:
+    servers, owners = assign_shards(sizes, [member(name) for name in "abcdefgh"[:count]])
+    assert len(owners) == len(sizes)
+    assert list(owners) == sorted(owners)
+    assert set(owners) == set(range(len(servers)))
+
+
+@given(count=st.integers(1, 8))
+def test_equal_shards_are_balanced(count: int) -> None:
+    _, owners = assign_shards([1] * 64, [member(name) for name in "abcdefgh"[:count]])
+    loads = [owners.count(index) for index in range(count)]
+    assert max(loads) - min(loads) <= 1
+
+
+def test_plans_and_members_survive_json() -> None:
+    servers, owners = assign_shards([1] * 7, [member("a"), member("b")])
+    plan = Plan(3, 9, 40, servers, owners, ("w", NOBODY), Phase.STOP, 41)
+    assert plan_from_json(plan.to_json()) == plan
+    assert member_from_json(member("a", leaving=True).to_json()) == member("a", leaving=True)
+
+
+@given(st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 9))))
+def test_newest_common_is_common_and_newest(versions: dict[int, set[int]]) -> None:
+    common = newest_common(versions)
+    everywhere = [v for v in range(10) if versions and all(v in has for has in versions.values())]
+    assert common == (max(everywhere) if everywhere else None)
+
+
+class Cluster:
+    """Carries decisions out as a controller, obedient servers and a job that goes on would.
+
+    ``interval``: where ranks carry something, the versions between two commits of that.
+    """
+
+    def __init__(self, interval: int = 0) -> None:
+        self.interval = interval
+        self.plan: Plan | None = None
+        self.servers: dict[str, Member] = {}
+        self.workers: dict[str, Member] = {}
+        self.version = 0
+        self.terms: list[int] = []
+
+    def view(self) -> View:
+        return View(self.plan, dict(self.servers), dict(self.workers), (4, 4, 4, 4, 4, 4), 4, self.interval)
+
+    def decide_once(self) -> bool:
+        action = decide(self.view())
+        if action is None:
+            return False
+        if isinstance(action, TakeOver):
+            term = (self.plan.term if self.plan else 0) + 1
+            revision = (self.plan.revision if self.plan else 0) + 1
+            self.terms.append(term)
+            if self.interval:
+                self.version -= self.version % self.interval
+            self.plan = Plan(term, revision, self.version, action.servers, action.owners, action.ranks)
+        else:
+            assert isinstance(action, Publish)
+            assert self.plan is not None and action.plan.term == self.plan.term
+            assert action.plan.revision == self.plan.revision + 1
+            if action.plan.owners:
+                assert action.plan.owners == self.plan.owners, "ownership changed without a new term"
+            if self.interval and action.plan.owners:
+                assert action.plan.ranks == self.plan.ranks, "what ranks carry changed hands without a new term"
+                assert action.plan.phase is not Phase.STOP or (action.plan.stop_version or 0) % self.interval == 0
+            self.plan = action.plan
+        return True
+
+    def servers_obey(self) -> None:
+        plan = self.plan
+        if plan is None:
+            return
+        for server in plan.servers:
+            if server.id in self.servers:
+                now = self.servers[server.id]
+                if plan.phase is Phase.FREEZE:
+                    now = replace(
+                        now,
+                        frozen_revision=plan.freeze_revision,
+                        frozen_newest=self.version,
+                        frozen_version=self.version,
+                    )
+                if plan.phase is Phase.STOP and self.workers:
+                    self.version = max(self.version, plan.stop_version or 0)
+                if plan.stop_version is not None and self.version >= plan.stop_version:
+                    now = replace(now, stopped_version=plan.stop_version, frozen_version=self.version)
+                self.servers[server.id] = now
+
+    def settle(self) -> None:
+        for _ in range(20):
+            self.servers_obey()
+            if not self.decide_once():
+                return
+        raise AssertionError("the controller does not come to rest")
+
+
+events = st.lists(
+    st.tuples(st.sampled_from(["join", "die", "leave", "worker", "worker dies", "look", "reload", "step"]), names),
+    max_size=25,
+)
+
+
+@settings(max_examples=300)
+@given(events=events, interval=st.sampled_from([0, 3]))
+def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[str, str]], interval: int) -> None:
+    cluster = Cluster(interval)
+    for what, name in events:
+        match what:
+            case "join":
+                cluster.servers.setdefault(name, member(name))
+            case "die":
+                cluster.servers.pop(name, None)
+            case "leave" if name in cluster.servers:
+                cluster.servers[name] = replace(cluster.servers[name], leaving=True)
+            case "reload" if name in cluster.servers and cluster.plan is not None:
+                cluster.servers[name] = replace(cluster.servers[name], reload_term=cluster.plan.term)
+            case "worker":
+                cluster.workers[name] = member(name)
+            case "worker dies":
+                cluster.workers.pop(name, None)
+            case "step" if cluster.plan is not None and cluster.plan.phase is Phase.RUN and cluster.workers:
+                cluster.version += 1
+            case "look":
+                cluster.servers_obey()
+                cluster.decide_once()
+            case _:
+                pass
+    cluster.settle()
+    assert cluster.terms == sorted(set(cluster.terms))
+    staying = {name for name, each in cluster.servers.items() if not each.leaving}
+    if cluster.plan is None:
+        assert not staying
+        return
+    owners = {server.id for server in cluster.plan.servers}
+    if staying:
+        assert owners <= staying and len(owners) == min(len(staying), 6)
+        assert len(cluster.plan.owners) == 6
+        assert cluster.plan.phase is Phase.RUN
+        assert set(cluster.plan.ranks) <= (set(cluster.workers) or {NOBODY})
+
+
+def test_a_joining_server_is_given_shards_without_a_lost_step() -> None:
+    cluster = Cluster()
+    cluster.servers, cluster.workers = members("a"), members("w")
+    cluster.settle()
+    cluster.version = 17
+    cluster.servers["b"] = member("b")
+    phases = []
+    while cluster.decide_once():
+        assert cluster.plan is not None
+        phases.append(cluster.plan.phase)
+        cluster.servers_obey()
+    assert phases == [Phase.FREEZE, Phase.STOP, Phase.RUN]
+    assert cluster.plan is not None and cluster.plan.resume == 17
+
+
+def test_a_joining_worker_waits_for_what_ranks_carry() -> None:
+    cluster = Cluster(interval=10)
+    cluster.servers, cluster.workers = members("a"), members("v")
+    cluster.settle()
+    cluster.version = 17
+    cluster.workers["w"] = member("w")
+    cluster.settle()
+    assert cluster.plan is not None and cluster.plan.resume == 20
+    assert sorted(cluster.plan.ranks) == ["v", "v", "w", "w"]
+
+
+def test_a_rank_whose_worker_died_goes_back_to_what_was_committed_of_it() -> None:
+    cluster = Cluster(interval=10)
+    cluster.servers, cluster.workers = members("a"), members("v", "w")
+    cluster.settle()
+    cluster.version = 17
+    del cluster.workers["w"]
+    action = decide(cluster.view())
+    assert isinstance(action, TakeOver) and set(action.ranks) == {"v"}
+
+
+def test_nobody_waits_for_a_round_that_nobody_computes() -> None:
+    """Ctrl-C: the workers leave first, in the middle of what is committed together, and then all servers."""
+    cluster = Cluster(interval=10)
+    cluster.servers, cluster.workers = members("a", "b"), members("w")
+    cluster.settle()
+    cluster.version = 17
+    cluster.workers.clear()
+    cluster.servers_obey()
+    cluster.decide_once()
+    for name in "ab":
+        cluster.servers[name] = replace(cluster.servers[name], leaving=True)
+    cluster.settle()
+    assert cluster.plan is not None and cluster.plan.owners == ()
+
+
+def test_a_step_that_nobody_can_finish_does_not_block_a_hand_over() -> None:
+    cluster = Cluster()
+    cluster.servers, cluster.workers = members("a", "b"), members("w")
+    cluster.settle()
+    cluster.servers["a"] = replace(cluster.servers["a"], leaving=True)
+    cluster.decide_once()
+    assert cluster.plan is not None
+    revision = cluster.plan.freeze_revision
+    for name, at in (("a", 7), ("b", 8)):
+        cluster.servers[name] = replace(
+            cluster.servers[name], frozen_revision=revision, frozen_newest=at, frozen_version=at
+        )
+    cluster.decide_once()
+    assert cluster.plan.phase is Phase.STOP and cluster.plan.stop_version == 8
+    cluster.workers.clear()
+    assert isinstance(decide(cluster.view()), TakeOver)
+
+
+def test_the_last_server_leaves_a_plan_from_which_the_next_one_starts() -> None:
+    cluster = Cluster()
+    cluster.servers, cluster.workers = members("a"), members("w")
+    cluster.settle()
+    cluster.version = 5
+    cluster.servers["a"] = replace(cluster.servers["a"], leaving=True)
+    cluster.settle()
+    assert cluster.plan is not None and cluster.plan.owners == ()
+    cluster.servers = members("b")
+    cluster.settle()
+    assert [server.id for server in cluster.plan.servers] == ["b"]

@@ -1,0 +1,74 @@
+"""The server's synchronous course: what may be kept of it when the term ends in the middle of a step."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any, cast
+
+from psa_store.cluster import Plan, ProcessRole
+from psa_store.job.mode import SYNC
+from psa_store.observe.metrics import Metrics
+from psa_store.server.aggregator.base import Tools
+from psa_store.server.aggregator.sync import SyncAggregator
+from psa_store.server.messages import Applied
+from psa_store.testing.journal import Journal
+
+
+class Lazy:
+    """Arithmetic that has been asked, and is not done."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def on_all(self, *_: Any, **__: Any) -> None:
+        self.asked += 1
+
+
+def course_of_nothing(arithmetic: Lazy) -> SyncAggregator:
+    nothing = SimpleNamespace(
+        answer=lambda now: None,
+        finish_is_due=lambda version: False,
+        begin_streaming=lambda version: False,
+        readers=list,
+        detach_all=lambda: None,
+        adopt=lambda work: None,
+    )
+    tools = SimpleNamespace(
+        config=SimpleNamespace(ranks=2, commit_every=0, mode=SYNC),
+        layout=SimpleNamespace(versioned=()),
+        optimizer=SimpleNamespace(clip_grad_norm=None),
+        arithmetic=arithmetic,
+        committer=nothing,
+        shared_parameters=nothing,
+        pending=nothing,
+        connections=nothing,
+        peers={},
+        journal=Journal(None, "server", "s"),
+        metrics=Metrics(ProcessRole.SERVER, "s"),
+        report=lambda report: None,
+    )
+    plan = Plan(term=1, revision=1, resume=7, servers=(), owners=(), ranks=("a", "b"))
+    return SyncAggregator(cast(Tools, tools), plan, {})
+
+
+def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
+    """Found by reading: released then, they were kept as the version before, if that had been committed meanwhile."""
+    arithmetic = Lazy()
+    aggregator = course_of_nothing(arithmetic)
+    assert aggregator.stands_at == 7
+    aggregator.advance()  # nobody is waited for: there are no shards
+    assert arithmetic.asked == 1 and aggregator.stands_at is None
+    aggregator.handle(Applied(1))
+    assert aggregator.stands_at == 8
+
+
+def test_a_course_that_is_over_is_gone_at_once() -> None:
+    """Its shards may be gigabytes, and nothing calls the garbage collector in a server that goes on."""
+    gc.disable()
+    try:
+        aggregator = weakref.ref(course_of_nothing(Lazy()))
+        assert aggregator() is None
+    finally:
+        gc.enable()
