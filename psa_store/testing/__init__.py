@@ -1,1 +1,1 @@
-"""What tests and the chaos harness need inside the product: named failpoints, and a journal of what happened."""
+"""What tests and the chaos harness need inside the product: named failpoints, and a journal of what a process did."""

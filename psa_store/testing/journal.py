@@ -1,7 +1,7 @@
-"""What a process did, written down where its death cannot take it away: the evidence of the chaos harness.
+"""A record of what a process did that survives its death: the evidence that the chaos harness checks.
 
-Off unless PSA_JOURNAL names a folder. One file per process, one JSON object per line, each written by one system
-call, so that after SIGKILL everything that was done before can be read, and at most the last line is torn.
+Off unless PSA_JOURNAL names a folder. One file per process, one JSON object per line, each written by one system call:
+after SIGKILL everything that was done before can be read, and at most the last line is torn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from psa_store.errors import UsageError
 
 
 class Journal:
-    """Thread-safe. Without a folder it records nothing, at the cost of one comparison."""
+    """The journal of one process. Thread-safe. Without a folder it records nothing, at the cost of one comparison."""
 
     def __init__(self, folder: Path | None, role: str, name: str) -> None:
         self._file: int | None = None
@@ -30,22 +30,22 @@ class Journal:
 
     @property
     def enabled(self) -> bool:
-        """Whether anybody will read it: ask before computing what only the journal needs."""
+        """Whether anything is recorded: ask before computing what only the journal needs."""
         return self._file is not None
 
     def record(self, event: str, **fields: object) -> None:
-        """Write down that something happened now. ``t`` is comparable between the processes of one machine."""
+        """Record an event that happened now. ``t`` is comparable between the processes of one machine."""
         if self._file is not None:
             line = json.dumps({"t": time.monotonic(), "event": event, **fields}, separators=(",", ":"))
             os.write(self._file, line.encode() + b"\n")
 
     def close(self) -> None:
-        """Idempotent; what is recorded later is dropped."""
+        """Close the file. Idempotent; later events are dropped."""
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
 
 
 def fingerprint_text(total: int) -> str:
-    """A sum of 64-bit digests as the journal writes it: additive, so that parts of a gradient can be added up."""
+    """Format a sum of 64-bit digests. It is additive, so that the parts of a gradient can be summed."""
     return f"{total & 0xFFFF_FFFF_FFFF_FFFF:016x}"
