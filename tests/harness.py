@@ -18,7 +18,7 @@ from typing import Any
 
 from psa_store.checkpoint.digest import state_digest
 from psa_store.config import Settings
-from psa_store.observe.status import describe
+from psa_store.observe.status import JobStatus, describe
 from psa_store.storage import RedisStore
 
 TRAIN = Path(__file__).parents[1] / "chaos" / "train.py"
@@ -162,13 +162,13 @@ class Site:
         flags = [part for name, value in options.items() for part in _flag(name, value)]
         return Run(["run", *flags, str(script), "--job", job, *extra], {**self.env, **(env or {})})
 
-    def describe(self, job: str) -> dict[str, Any]:
+    def describe(self, job: str) -> JobStatus:
         with closing(self.store()) as store:
             return describe(job, self.settings, store)
 
     def pids(self, job: str, role: str) -> list[int]:
         """Process ids of the living ``servers`` or ``workers`` of a job."""
-        return [member["pid"] for member in self.describe(job)[role]]
+        return [member.pid for member in getattr(self.describe(job), role)]
 
     def wait_until_serving(self, run: Run, job: str, servers: int) -> None:
         """Wait until so many own shards: those that were not there in time join by hand-overs.
@@ -177,9 +177,9 @@ class Site:
         """
         run.wait_for_step(1)
         while True:
-            found = self.describe(job)["servers"]
-            run.wait_for_step(1 + max((each["version"] or 0 for each in found), default=0))
-            if sum(each["shards"] > 0 for each in found) >= servers:
+            found = self.describe(job).servers
+            run.wait_for_step(1 + max((each.version or 0 for each in found), default=0))
+            if sum(each.shards > 0 for each in found) >= servers:
                 return
 
     def digest(self, job: str, version: int) -> str:

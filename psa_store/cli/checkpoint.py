@@ -143,13 +143,13 @@ def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
 
 
 def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> None:
-    from psa_store.observe import EventKind, Note
+    from psa_store.observe import Event, EventKind
 
     name = "" if what == str(done.version) else f"checkpoint {what}, "
     text = f"the job was told to go back to {name}version {done.version}; term {done.term} began there"
-    note = Note(time.time(), EventKind.ROLLBACK, text, term=done.term, version=done.version)
-    with suppress(DependencyUnreachable), open_history(settings) as history:  # it is done, whether it is told or not
-        history.event(job, note.document({}))
+    event = Event(time.time(), EventKind.ROLLBACK, text, term=done.term, version=done.version)
+    with suppress(DependencyUnreachable), open_history(job, settings) as history:  # it is done, written here or not
+        history.add(event)
 
 
 def fork(job: str, what: str, new: str, settings: Settings) -> None:

@@ -12,8 +12,9 @@ from psa_store.checkpoint.catalog import read_job
 from psa_store.cli.sessions import open_history, open_store
 from psa_store.config import Settings
 from psa_store.errors import UsageError
-from psa_store.observe.report import check_matplotlib, describe_run, summary, write_report
-from psa_store.observe.report.summary import duration, facts, pause
+from psa_store.job.document import to_fields
+from psa_store.observe.formatting import duration
+from psa_store.observe.report import check_matplotlib, describe_run, facts, pause, summary, write_report
 
 _FAILURES_SHOWN = 20
 
@@ -28,28 +29,24 @@ def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:
         DataIntegrity: what Redis has of the job cannot be read.
     """
     check_matplotlib()
-    with open_store(settings) as store, open_history(settings) as history:
+    with open_store(settings) as store, open_history(job, settings) as history:
         checkpoints = read_job(store, job).checkpoints.values()
-        points, events = history.curve(job), history.events(job)
+        points, events = history.curve(), history.events()
     if not points and not events:
-        raise UsageError(
-            f"job {job!r} has no history: nothing of it was told yet, for it never ran, or with PSA_MONITOR=0"
-        )
+        raise UsageError(f"job {job!r} has no history: it never ran, or with PSA_MONITOR=0")
     run = describe_run(job, points, events, checkpoints)
     found = summary(run)
     paths = [str(path) for path in write_report(run, folder)]
     if as_json:
-        print(json.dumps({**found, "files": paths}, indent=1))
+        print(json.dumps({**to_fields(found), "files": paths}, indent=1))
         return
     console = Console(markup=False, emoji=False, highlight=False)
     for name, value in facts(found):
         console.print(f"{name:>14}  {value}")
-    if found["failures"]:
+    if found.failures:
         table = Table("", "failure", "after", "pause", "computed again", box=None, pad_edge=False)
-        for number, each in list(enumerate(found["failures"], 1))[-_FAILURES_SHOWN:]:
-            after = duration(max(0.0, each["time"] - found["begin"]))
-            table.add_row(
-                str(number), each["what"], after, pause(each, found["interval_s"]), str(each["computed_again"])
-            )
+        for number, each in list(enumerate(found.failures, 1))[-_FAILURES_SHOWN:]:
+            after = duration(max(0.0, each.time - (found.begin or 0.0)))
+            table.add_row(str(number), each.what, after, pause(each, found.interval_s), str(each.computed_again))
         console.print(table)
     print("\n".join(paths))

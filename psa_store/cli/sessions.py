@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
 from psa_store.launch import fill_addresses
-from psa_store.storage import History, RedisStore
+from psa_store.storage import RedisStore
+
+if TYPE_CHECKING:
+    from psa_store.observe import JobHistory
 
 
 @contextmanager
@@ -21,11 +25,13 @@ def open_store(settings: Settings) -> Iterator[RedisStore]:
 
 
 @contextmanager
-def open_history(settings: Settings) -> Iterator[History]:
-    """What jobs tell, in the same Redis; raises DependencyUnreachable if none is known."""
+def open_history(job: str, settings: Settings) -> Iterator[JobHistory]:
+    """The history of a job, in the same Redis; raises DependencyUnreachable if none is known."""
+    from psa_store.observe import JobHistory
+
     settings = fill_addresses(settings)
     assert settings.redis is not None
-    with closing(History(settings.redis, timeout_s=settings.connect_timeout_s)) as history:
+    with closing(JobHistory(job, settings.redis, timeout_s=settings.connect_timeout_s)) as history:
         yield history
 
 

@@ -1,4 +1,4 @@
-"""`psa status`: looks at jobs, once or every second, shown as tables or as JSON."""
+"""`psa status`: looks at jobs, once or every second, and shows their status as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from psa_store.cli.status_view import apology, job_view, overview
+from psa_store.cli.status_view import finding_view, job_view, overview
 from psa_store.config import Settings
 from psa_store.errors import DataIntegrity, DependencyUnreachable
+from psa_store.job.document import to_fields
 from psa_store.launch import fill_addresses
-from psa_store.observe.status import PATIENCE_S_MAX, Observer, known_jobs
+from psa_store.observe.status import PATIENCE_S_MAX, Finding, JobStatus, Observer, Severity, known_jobs
 from psa_store.storage import RedisStore
 
 _LOOK_EVERY_S = 1.0
@@ -34,17 +34,17 @@ def show(job: str | None, as_json: bool, settings: Settings) -> int:
         DependencyUnreachable: both are away, and no job is named.
     """
     with closing(_Looker(job, fill_addresses(settings))) as looker:
-        documents = looker.look()
+        found = looker.look()
     if as_json:
-        print(json.dumps(documents[0] if job else documents, indent=1))
+        print(_json(job, found, indent=1))
     else:
         console = Console(highlight=False)
-        console.print(_view(job, documents, console.width))
-    return _exit_code(documents)
+        console.print(_view(job, found, console.width))
+    return _exit_code(found)
 
 
 def watch_job(job: str | None, as_json: bool, settings: Settings) -> int:
-    """Look again every second until Ctrl-C, or until nobody reads any more; an outage is shown, and looked through.
+    """Look again every second until Ctrl-C or until the output is closed; an outage is shown, and does not end it.
 
     Raises:
         UnknownJob, UsageError: as in :func:`show`.
@@ -69,17 +69,17 @@ def watch_job(job: str | None, as_json: bool, settings: Settings) -> int:
 
 
 def _show_once(job: str | None, looker: _Looker, as_json: bool, console: Console, live: Live | None) -> None:
-    documents: list[dict[str, Any]] = []
+    found: list[JobStatus] = []
     shown: RenderableType
     try:
-        documents = looker.look()
-        shown = _view(job, documents, console.width)
+        found = looker.look()
+        shown = _view(job, found, console.width)
     except DependencyUnreachable as error:
-        shown = apology(str(error))
+        shown = finding_view(Finding(Severity.SICK, str(error), "", "psa doctor"))
         if as_json:
             print(f"psa: {error}", file=sys.stderr)
     if as_json:
-        print(json.dumps(documents[0] if job else documents), flush=True)
+        print(_json(job, found), flush=True)
     elif live is not None:
         live.update(shown, refresh=True)
     else:
@@ -102,7 +102,7 @@ class _Looker:
             observer.close()
         self._store.close()
 
-    def look(self) -> list[dict[str, Any]]:
+    def look(self) -> list[JobStatus]:
         names = known_jobs(self._settings, self._store) if self._job is None else [self._job]
         for gone in self._observers.keys() - set(names):
             self._observers.pop(gone).close()
@@ -115,11 +115,17 @@ class _Looker:
             return list(pool.map(lambda name: self._observers[name].look(), names))
 
 
-def _view(job: str | None, documents: Sequence[dict[str, Any]], width: int) -> RenderableType:
-    return overview(documents, width) if job is None else job_view(documents[0], width)
+def _view(job: str | None, found: Sequence[JobStatus], width: int) -> RenderableType:
+    return overview(found, width) if job is None else job_view(found[0], width)
 
 
-def _exit_code(documents: Sequence[dict[str, Any]]) -> int:
-    if any(each["redis"]["problem"] or each["zookeeper"]["problem"] for each in documents):
+def _json(job: str | None, found: Sequence[JobStatus], indent: int | None = None) -> str:
+    """One document if a job was named, else a list; see docs/reference/status.schema.json."""
+    fields = [to_fields(each) for each in found]
+    return json.dumps(fields if job is None else fields[0], indent=indent)
+
+
+def _exit_code(found: Sequence[JobStatus]) -> int:
+    if any(each.redis.problem or each.zookeeper.problem for each in found):
         return DependencyUnreachable.exit_code
-    return DataIntegrity.exit_code if any(each["redis"]["damage"] for each in documents) else 0
+    return DataIntegrity.exit_code if any(each.redis.damage for each in found) else 0

@@ -271,6 +271,11 @@ class Coordination:
         self._session.run(lambda znodes: znodes.sync())
         return time.perf_counter() - started_s
 
+    @property
+    def peer(self) -> str | None:
+        """The ZooKeeper server that the session is connected to, ``host:port``."""
+        return self._session.peer
+
     def describe(self) -> dict[str, object]:
         """Facts about the session, for people."""
         return {

@@ -1,14 +1,15 @@
-"""What a process tells about itself while it runs: heartbeats, events and the curve in Redis, and a small HTTP
+"""What a process publishes about itself while it runs: heartbeats, events and the curve in Redis, and a small HTTP
 endpoint.
 
 Nothing here is needed for training, and nothing here may disturb it: one thread of its own, connections of its own, and
-what cannot be told in time is not told.
+what cannot be written in time is not written.
 """
 
 from psa_store.observe.endpoint import Endpoint, Route
-from psa_store.observe.events import EventKind, Events, Note, versions_again
-from psa_store.observe.health import Health
+from psa_store.observe.events import Event, EventKind, Events
+from psa_store.observe.health import Activity, Health
+from psa_store.observe.history import JobHistory
 from psa_store.observe.monitor import Monitor
 from psa_store.observe.page.page import Page
 
-__all__ = ["Endpoint", "EventKind", "Events", "Health", "Monitor", "Note", "Page", "Route", "versions_again"]
+__all__ = ["Activity", "Endpoint", "Event", "EventKind", "Events", "Health", "JobHistory", "Monitor", "Page", "Route"]

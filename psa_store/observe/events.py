@@ -5,16 +5,16 @@ A note never waits: when Redis is away for long, the oldest notes go.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import ClassVar
 
 from psa_store.cluster import NOBODY, Plan, TakeOver, View
 from psa_store.logs import hide_passwords
+from psa_store.observe.heartbeat import Heartbeat
 
 _NOTES_MAX = 256
 
@@ -32,7 +32,7 @@ class EventKind(StrEnum):
     SERVER_GONE = "server-gone"
     WORKER_GONE = "worker-gone"
     SERVER_LEFT = "server-left"
-    """It withdrew its heartbeat before it went, which who dies does not."""
+    """It withdrew its heartbeat before it went; a process that dies does not."""
     WORKER_LEFT = "worker-left"
     SERVER_JOINED = "server-joined"
     WORKER_JOINED = "worker-joined"
@@ -41,51 +41,51 @@ class EventKind(StrEnum):
 
 _LEFT = {EventKind.SERVER_GONE: EventKind.SERVER_LEFT, EventKind.WORKER_GONE: EventKind.WORKER_LEFT}
 _GONE, _HAS_LEFT = "is gone", "has left"
-_AGAIN = re.compile(r", (\d+) versions? (?:is|are) computed again$")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event, as it is stored."""
+
+    FORMAT: ClassVar[int] = 1
+
+    time: float
+    """Seconds since 1970."""
+    kind: EventKind
+    text: str
+    """One sentence, for people."""
+    term: int | None = None
+    version: int | None = None
+    member: str = ""
+    computed_again: int | None = None
+    """Of a recovery: how many versions are computed again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
     """An event that waits to be written."""
 
-    time: float
-    """Seconds since 1970."""
-    kind: EventKind
-    text: str
-    term: int | None = None
-    version: int | None = None
-    member: str = ""
+    event: Event
     reached: int | None = None
-    """The version that this server had made when it decided to go back to ``version``."""
+    """The version that this server had made when it decided to go back to that of the event."""
 
-    def document(self, heartbeats: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """As it is written. ``heartbeats``: by member; they tell who left in order, and what was made before this
-        term."""
-        kind, text = self.kind, self.text
-        if kind in _LEFT and self.member not in heartbeats:
-            kind, text = _LEFT[kind], text.replace(_GONE, _HAS_LEFT)
-        return {
-            "time": self.time,
-            "kind": kind.value,
-            "text": text + self._lost(heartbeats.values()),
-            "term": self.term,
-            "version": self.version,
-            "member": self.member,
-        }
+    def complete(self, heartbeats: Mapping[str, Heartbeat | None]) -> Event:
+        """The event as it is written.
 
-    def _lost(self, heartbeats: Iterable[Mapping[str, Any]]) -> str:
-        if self.reached is None or self.version is None or self.term is None:
-            return ""
-        metrics = [heartbeat.get("metrics", {}) for heartbeat in heartbeats]
-        others = [each["version"] for each in metrics if "version" in each and each.get("term", 0) < self.term]
-        again = max(0, int(max([self.reached, *others])) - self.version)
-        return f", {again} {'version is' if again == 1 else 'versions are'} computed again"
-
-
-def versions_again(text: str) -> int:
-    """How many versions are computed again, as the text of a recovery says."""
-    found = _AGAIN.search(text)
-    return int(found[1]) if found else 0
+        Args:
+            heartbeats: by member; a member that left in order has withdrawn its own, and what servers made before this
+                term stands in theirs.
+        """
+        event = self.event
+        if event.kind in _LEFT and event.member not in heartbeats:
+            return replace(event, kind=_LEFT[event.kind], text=event.text.replace(_GONE, _HAS_LEFT))
+        if self.reached is None or event.version is None or event.term is None:
+            return event
+        told = [each.metrics for each in heartbeats.values() if each is not None]
+        others = [each["version"] for each in told if "version" in each and each.get("term", 0) < event.term]
+        again = max(0, int(max([self.reached, *others])) - event.version)
+        text = f"{event.text}, {again} {'version is' if again == 1 else 'versions are'} computed again"
+        return replace(event, text=text, computed_again=again)
 
 
 class Events:
@@ -112,7 +112,7 @@ class Events:
         reached: int | None = None,
     ) -> None:
         """Remember an event, without waiting for anything. ``text``: one sentence; passwords in it are hidden."""
-        self._notes.append(Note(time.time(), kind, hide_passwords(text), term, version, member, reached))
+        self._notes.append(Note(Event(time.time(), kind, hide_passwords(text), term, version, member), reached))
 
     def drain(self) -> list[Note]:
         """Take all notes, the oldest first."""

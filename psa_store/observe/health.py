@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
+
+COMPUTING, WAITING = "computing", "waiting"
+"""Stages of a worker: between a batch and its step, and in the step until the next batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a process does now: the part of its heartbeat that only its role knows."""
+
+    stage: str
+    shards: int = 0
+    """That a server owns."""
+    ranks: tuple[int, ...] = ()
+    """That the plan gives to a worker."""
 
 
 class Health(Protocol):
@@ -16,8 +30,9 @@ class Health(Protocol):
     def refresh(self) -> None:
         """Bring those metrics up to date that nobody writes as things happen. For the monitor's thread only."""
 
-    def describe(self) -> Mapping[str, Any]:
-        """The parts of a heartbeat that only this role has, and its stage."""
+    @property
+    def activity(self) -> Activity:
+        """What it does now."""
 
     def why_sick(self) -> str:
         """Why this process should be replaced; empty if it lives."""

@@ -1,8 +1,7 @@
-"""The thread that tells how its process is: a heartbeat a second, and in the controller also events and the curve."""
+"""The thread that publishes how its process is: a heartbeat a second, and in the controller events and the curve."""
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -13,22 +12,23 @@ from psa_store import logs
 from psa_store.cluster import ProcessRole
 from psa_store.config import Settings
 from psa_store.errors import DependencyUnreachable, PsaError
+from psa_store.observe.curve import Curve
 from psa_store.observe.endpoint import Endpoint, Route
 from psa_store.observe.events import Events
 from psa_store.observe.health import Health
-from psa_store.observe.heartbeat import Curve, Rates, finite, resident_bytes
+from psa_store.observe.heartbeat import Heartbeat, Rates, finite, resident_bytes
+from psa_store.observe.history import JobHistory
 from psa_store.observe.metrics import Metrics
 from psa_store.observe.prometheus import metrics_route
-from psa_store.storage import History
 from psa_store.wire import host_identity
 
 _PERIOD_S = 1.0
 _REDIS_S = 0.5
-"""How long Redis may take; what it does not take in that time is dropped, or told a second later."""
+"""How long Redis may take; what could not be written by then is dropped, or written a second later."""
 _SILENT_S = 10.0
 """A loop that has not turned for so long is sick."""
 _STALE_S = 60.0
-"""A heartbeat of nobody is removed when it is so old."""
+"""The heartbeat of a process that is no member is removed when it is so old."""
 _TEXT = "text/plain; charset=utf-8"
 
 
@@ -53,7 +53,6 @@ class Monitor:
         pages: Mapping[str, Route] | None = None,
     ) -> None:
         assert settings.redis is not None
-        self._job = job
         self._metrics = metrics
         self._health = health
         self._events = events
@@ -61,10 +60,10 @@ class Monitor:
         self._rates = Rates(("steps", "samples") if metrics.role is ProcessRole.WORKER else ())
         self._curve = Curve()
         self._turned_s = time.monotonic()
-        self._puzzled = False
+        self._warned = False
         self._stop = threading.Event()
         with ExitStack() as stack:
-            self._history = stack.enter_context(closing(History(settings.redis, timeout_s=_REDIS_S)))
+            self._history = stack.enter_context(closing(JobHistory(job, settings.redis, timeout_s=_REDIS_S)))
             routes: dict[str, Route] = {
                 "/metrics": metrics_route(job, metrics),
                 "/healthz": self._healthz,
@@ -80,7 +79,7 @@ class Monitor:
         self._thread.start()
 
     def close(self) -> None:
-        """Tell the last, withdraw the heartbeat, and release everything. Takes about a second if Redis is away."""
+        """Write the last, withdraw the heartbeat, and release everything. Takes about a second if Redis is away."""
         self._stop.set()
         self._thread.join()
         self._resources.close()
@@ -96,84 +95,83 @@ class Monitor:
     # --- the thread
 
     def _run(self) -> None:
-        told = self._tell()
+        written = self._turn()
         due_s = time.monotonic() + _PERIOD_S
         while not self._stop.wait(max(0.0, due_s - time.monotonic())):
-            told = self._tell()
+            written = self._turn()
             due_s = max(due_s + _PERIOD_S, time.monotonic())
-        if told and self._tell():
+        if written and self._turn():
             self._leave()
 
-    def _tell(self) -> bool:
-        """Look at everything once, and tell it; False if something could not be told."""
+    def _turn(self) -> bool:
+        """Write everything that is new; False if something could not be written."""
         self._turned_s = time.monotonic()
         try:
-            self._heartbeat()
+            self._history.beat(self._heartbeat())
             if self._events is not None:
-                members = self._events.members  # before the events: heartbeats are removed when it was told who is gone
+                members = self._events.members  # read before events are written: only then may heartbeats of others go
                 self._write_events(self._events)
                 if members is not None:
                     self._govern(members)
         except PsaError as error:
             self._log.debug("not told", why=str(error))
             return False
-        except Exception as error:  # such as a heartbeat of another version of psa, which must not silence this process
-            log = self._log.debug if self._puzzled else self._log.warning
-            log("what others tell cannot be read, so this process tells less", exc_info=error)
-            self._puzzled = True
         return True
 
-    def _heartbeat(self) -> None:
+    def _heartbeat(self) -> Heartbeat:
         health, metrics = self._health, self._metrics
         health.refresh()
         member = health.member
         if member != metrics.member:
-            self._history.forget(self._job, [metrics.member])
+            self._history.forget([metrics.member])
             metrics.member = member
-        read = finite(metrics.read())
-        document = {
-            "member": member,
-            "role": metrics.role.value,
-            "time": time.time(),
-            "host": host_identity(),
-            "pid": os.getpid(),
-            "endpoint": self.address,
-            "resident_bytes": resident_bytes(),
-            "metrics": read,
-            "rates": self._rates.update(time.monotonic(), read),
-            **health.describe(),
-        }
-        self._history.heartbeat(self._job, member, json.dumps(document, allow_nan=False))
+        read, activity = finite(metrics.read()), health.activity
+        rates = self._rates.update(time.monotonic(), read)
+        return Heartbeat(
+            member=member,
+            role=metrics.role,
+            time=time.time(),
+            host=host_identity(),
+            pid=os.getpid(),
+            endpoint=self.address,
+            resident_bytes=resident_bytes(),
+            stage=activity.stage,
+            shards=activity.shards,
+            ranks=activity.ranks,
+            steps_per_s=rates.get("steps"),
+            samples_per_s=rates.get("samples"),
+            metrics=read,
+        )
 
     def _write_events(self, events: Events) -> None:
         notes = events.drain()
         try:
-            heartbeats = self._history.heartbeats(self._job) if notes else {}
+            heartbeats = self._history.heartbeats() if notes else {}
             while notes:
-                self._history.event(self._job, notes[0].document(heartbeats))
+                self._history.add(notes[0].complete(heartbeats))
                 del notes[0]
         finally:
             events.put_back(notes)
 
     def _govern(self, members: frozenset[str]) -> None:
-        """For the controller: the next point of the curve, and what those have left who left without a word."""
-        heartbeats, time_s = self._history.heartbeats(self._job), time.time()
+        """In the controller: remove heartbeats that dead processes have left, and offer the next point of the curve."""
+        heartbeats, time_s = self._history.heartbeats(), time.time()
+        strange = [name for name in members if name in heartbeats and heartbeats[name] is None]
+        if strange and not self._warned:
+            self._log.warning("heartbeats cannot be read: another release wrote them", members=sorted(strange))
+            self._warned = True
+        others = {name: each for name, each in heartbeats.items() if name not in members}
         self._history.forget(
-            self._job,
-            [
-                name
-                for name, each in heartbeats.items()
-                if name not in members and time_s - each.get("time", 0.0) > _STALE_S
-            ],
+            [name for name, each in others.items() if each is None or time_s - each.time > _STALE_S],
         )
-        present = [each for name, each in heartbeats.items() if name in members]
+        present = [each for name, each in heartbeats.items() if name in members and each is not None]
         point = self._curve.point(time_s, present)
-        if point is not None and self._history.point(self._job, point):
+        if point is not None and self._history.offer(point):
             self._curve.kept(point)
 
     def _leave(self) -> None:
         try:
-            self._history.forget(self._job, [self._metrics.member])
+            self._history.forget([self._metrics.member])
         except PsaError as error:
             self._log.debug("the heartbeat stays", why=str(error))
 

@@ -1,7 +1,7 @@
-"""A job's curve for TensorBoard: follows what its controller tells in Redis, and writes it as event files.
+"""A job's curve for TensorBoard: follows it in Redis, and writes it as event files.
 
-Whoever dies, the curve in Redis goes on, so one writer is enough, and it may itself come and go. It begins where the
-files of an earlier one end: they say up to which time points and events have been written. On the axis is the version.
+The curve in Redis goes on whatever dies, so one writer is enough, and it may itself come and go. It begins where the
+files of an earlier one end: they say up to which time points and events have been written. The axis is the version.
 It does not go back where steps are computed again; after a rollback TensorBoard is told to forget what lies beyond it.
 """
 
@@ -11,14 +11,15 @@ import threading
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from psa_store import logs
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
-from psa_store.storage import History
+from psa_store.observe.curve import Point
+from psa_store.observe.events import Event, EventKind
+from psa_store.observe.history import JobHistory
 
 CURVE = ("loss", "learning_rate", "gradient_norm", "samples_per_s", "steps_per_s", "workers", "servers")
-"""Members of a point, and the names under which TensorBoard shows them."""
+"""Fields of a point, and the names under which TensorBoard shows them."""
 RECOVERIES = "recoveries"
 _POLL_S = 2.0
 _JOIN_S = 30.0
@@ -60,45 +61,45 @@ class Board:
     def close(self) -> None:
         self._writer.close()
 
-    def write(self, points: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]) -> None:
-        """Add what is new. Both are whole, and in order, as History gives them."""
-        new = [(float(each["time"]), False, each) for each in points if each["time"] > self._points_s]
-        new += [(float(each["time"]), True, each) for each in events if each["time"] > self._events_s]
-        for time_s, is_event, document in sorted(new, key=lambda entry: entry[0]):
-            if is_event:
-                self._events_s = time_s
-                self._event(time_s, document)
+    def write(self, points: Iterable[Point], events: Iterable[Event]) -> None:
+        """Add what is new. Both are whole, and in order, as JobHistory gives them."""
+        new: list[Point | Event] = [each for each in points if each.time > self._points_s]
+        new += [each for each in events if each.time > self._events_s]
+        for each in sorted(new, key=lambda entry: entry.time):
+            if isinstance(each, Event):
+                self._events_s = each.time
+                self._event(each)
             else:
-                self._points_s = time_s
-                self._point(time_s, document)
+                self._points_s = each.time
+                self._point(each)
         self._writer.flush()
 
-    def _point(self, time_s: float, point: Mapping[str, Any]) -> None:
-        version = point.get("version")
-        if version is None or version <= self._version:
+    def _point(self, point: Point) -> None:
+        if point.version <= self._version:
             return
-        self._version = version
-        scalars = {name: float(point[name]) for name in CURVE if point.get(name) is not None}
-        self._add(time_s, version, scalars)
+        self._version = point.version
+        values = ((name, getattr(point, name)) for name in CURVE)
+        self._add(point.time, point.version, {name: float(value) for name, value in values if value is not None})
 
-    def _event(self, time_s: float, event: Mapping[str, Any]) -> None:
-        version = event.get("version")
-        if event["kind"] == "recovered":
+    def _event(self, event: Event) -> None:
+        if event.kind is EventKind.RECOVERED:
             self._recoveries += 1
-            self._add(time_s, max(0, self._version if version is None else version), {RECOVERIES: self._recoveries})
-        elif event["kind"] == "rollback" and version is not None:
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            version = self._version if event.version is None else event.version
+            self._add(event.time, max(0, version), {RECOVERIES: self._recoveries})
+        elif event.kind is EventKind.ROLLBACK and event.version is not None:
+            from tensorboard.compat.proto.event_pb2 import Event as BoardEvent
+            from tensorboard.compat.proto.event_pb2 import SessionLog
 
             forget = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time_s, step=version + 1, session_log=forget))
-            self._version = version
+            self._writer.add_event(BoardEvent(wall_time=event.time, step=event.version + 1, session_log=forget))
+            self._version = event.version
 
     def _add(self, time_s: float, version: int, scalars: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event as BoardEvent
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=number) for name, number in scalars.items()]
-        self._writer.add_event(Event(wall_time=time_s, step=version, summary=Summary(value=values)))
+        self._writer.add_event(BoardEvent(wall_time=time_s, step=version, summary=Summary(value=values)))
 
     def _take_up(self, path: Path) -> None:
         """Go on where this file ends; what a writer that was killed has torn at its end is not there."""
@@ -126,9 +127,8 @@ class BoardWriter:
     """
 
     def __init__(self, job: str, folder: Path, redis: str, timeout_s: float) -> None:
-        self._job = job
         self._board = Board(folder / job)
-        self._history = History(redis, timeout_s=timeout_s)
+        self._history = JobHistory(job, redis, timeout_s=timeout_s)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="psa-tensorboard", daemon=True)
         self._thread.start()
@@ -140,15 +140,15 @@ class BoardWriter:
 
     def _run(self) -> None:
         log = logs.get_logger()
-        complained = False
+        warned = False
         with closing(self._board), closing(self._history):
             over = False
             while not over:
                 over = self._over.wait(_POLL_S)
                 try:
-                    self._board.write(self._history.curve(self._job), self._history.events(self._job))
-                    complained = False
+                    self._board.write(self._history.curve(), self._history.events())
+                    warned = False
                 except (DependencyUnreachable, DataIntegrity, OSError) as error:
-                    if not complained:
+                    if not warned:
                         log.warning("nothing new for TensorBoard", why=str(error))
-                    complained = True
+                    warned = True

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from psa_store.observe import EventKind, Events
+from psa_store.observe import Activity, EventKind, Events
 from psa_store.observe.metrics import Metrics
 from psa_store.server.event_loop import EventLoop
 
@@ -45,8 +44,9 @@ class ServerHealth:
             self._events.note(EventKind.FINISHED, f"the job is done, version {finished} is durable", version=finished)
         self._finished = finished
 
-    def describe(self) -> Mapping[str, Any]:
-        return {"stage": self._event_loop.stage, "shards": int(self._metrics.read().get("shards", 0))}
+    @property
+    def activity(self) -> Activity:
+        return Activity(self._event_loop.stage, shards=int(self._metrics.read().get("shards", 0)))
 
     def why_sick(self) -> str:
         silent_s = time.monotonic() - self._event_loop.turned_s

@@ -55,9 +55,9 @@ class History:
 
     # --- events
 
-    def event(self, job: str, document: Mapping[str, Any]) -> None:
+    def event(self, job: str, text: str) -> None:
         """Add an event, unless exactly this one is among the newest. The oldest go when there are EVENTS_MAX."""
-        self._caller.functions([("psa_event", [keys.events(job)], [json.dumps(document), EVENTS_MAX])])
+        self._caller.functions([("psa_event", [keys.events(job)], [text, EVENTS_MAX])])
 
     def events(self, job: str) -> list[dict[str, Any]]:
         """All that are kept, the oldest first."""
@@ -65,14 +65,14 @@ class History:
 
     # --- the curve
 
-    def point(self, job: str, document: Mapping[str, Any]) -> bool:
+    def point(self, job: str, text: str) -> bool:
         """Offer a point; it is kept, and the answer is True, if the interval since the last one has passed.
 
         The interval is a second at first. When there are more than POINTS_MAX points, every other one is deleted and
         the interval doubles. It lies in Redis, so a job that is resumed goes on with it.
         """
         its_keys = [keys.curve(job), keys.curve_interval(job)]
-        (kept,) = self._caller.functions([("psa_point", its_keys, [json.dumps(document), POINTS_MAX])])
+        (kept,) = self._caller.functions([("psa_point", its_keys, [text, POINTS_MAX])])
         return bool(kept)
 
     def curve(self, job: str) -> list[dict[str, Any]]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from psa_store.errors import PsaError
+from psa_store.observe import Activity
+from psa_store.observe.health import COMPUTING, WAITING
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.wire import Traffic
 from psa_store.worker.batches import RankStep
 from psa_store.worker.membership import Membership
-
-COMPUTING = "computing"
-WAITING = "waiting"
 
 
 class WorkerHealth:
@@ -85,8 +83,9 @@ class WorkerHealth:
         if loss is not None:
             self._metrics.set("loss", float(loss))
 
-    def describe(self) -> Mapping[str, Any]:
-        return {"stage": self._stage, "ranks": list(self._ranks())}
+    @property
+    def activity(self) -> Activity:
+        return Activity(self._stage, ranks=self._ranks())
 
     def why_sick(self) -> str:
         """The script may compute as long as it likes; only what follows the plan must go on."""

@@ -38,7 +38,7 @@ def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, 
     run.wait_for_step(20)
     guest = join(site, "worker", str(TRAIN), "--job", job, *SCRIPT, carrier=carrier)
     run.wait_for_line(lambda line: "workers changed" in line)
-    holders = {rank for worker in site.describe(job)["workers"] for rank in worker["ranks"]}
+    holders = {rank for worker in site.describe(job).workers for rank in worker.ranks}
     assert holders == {0, 1} and len(site.pids(job, "workers")) == 2
     guest.process.send_signal(signal.SIGTERM)
     assert guest.finish() == 0, guest.output
@@ -69,7 +69,7 @@ def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(
     run.wait_for_step(20)
     guest = join(site, "server", "--job", "elastic-server")
     run.wait_for_line(lambda line: "hand-over at step" in line)
-    shards = [server["shards"] for server in site.describe("elastic-server")["servers"]]
+    shards = [server.shards for server in site.describe("elastic-server").servers]
     assert len(shards) == 2 and min(shards) > 0
     guest.process.send_signal(signal.SIGTERM)
     assert guest.finish() == 0, guest.output
@@ -103,15 +103,15 @@ def test_a_server_that_slept_past_its_session_is_refused(site: Site) -> None:
     run = site.run("elastic-asleep", *arguments, **options)
     run.wait_for_step(10)
     described = site.describe("elastic-asleep")
-    term = described["term"]
-    victim = next(each for each in described["servers"] if each["id"] != described["controller"])
-    os.kill(victim["pid"], signal.SIGSTOP)
+    term = described.term
+    victim = next(each for each in described.servers if each.id != described.controller)
+    os.kill(victim.pid, signal.SIGSTOP)
     try:
-        run.wait_for_line(lambda line: f"server {victim['id']} is gone" in line)
+        run.wait_for_line(lambda line: f"server {victim.id} is gone" in line)
         run.wait_for_step(12)
-        assert site.describe("elastic-asleep")["term"] > term
+        assert site.describe("elastic-asleep").term > term
     finally:
-        os.kill(victim["pid"], signal.SIGCONT)
+        os.kill(victim.pid, signal.SIGCONT)
     refusal = run.wait_for_line(lambda line: "refused" in line and "owns the shard" in line)
     assert f"ours is {term}" in refusal
     assert run.finish() == 0, run.output

@@ -63,7 +63,7 @@ def test_the_newest_heartbeat_of_each_member_is_there_until_it_is_forgotten(hist
 def test_events_are_kept_in_order_and_each_once(history: History) -> None:
     first, second = {"time": 1.5, "text": "one", "term": None}, {"time": 1.5, "text": "two", "term": 3}
     for event in (first, second, first, second):
-        history.event(JOB, event)
+        history.event(JOB, json.dumps(event))
     assert history.events(JOB) == [first, second]
 
 
@@ -72,14 +72,14 @@ def test_only_the_newest_events_are_kept(history: History, raw: redis.Redis) -> 
         for number in range(EVENTS_MAX):
             pipeline.xadd(keys.events(JOB), {"json": json.dumps({"number": number})})
         pipeline.execute()
-    history.event(JOB, {"number": EVENTS_MAX})
+    history.event(JOB, json.dumps({"number": EVENTS_MAX}))
     assert [event["number"] for event in history.events(JOB)] == list(range(1, EVENTS_MAX + 1))
 
 
 def test_a_second_point_within_the_interval_is_not_kept(history: History, raw: redis.Redis) -> None:
     backdate(raw, 1_100, {"version": 0})
-    history.point(JOB, {"version": 1})
-    history.point(JOB, {"version": 2})
+    history.point(JOB, json.dumps({"version": 1}))
+    history.point(JOB, json.dumps({"version": 2}))
     assert [point["version"] for point in history.curve(JOB)] == [0, 1]
 
 
@@ -88,7 +88,7 @@ def test_a_curve_with_too_many_points_keeps_every_other_and_doubles_its_interval
 ) -> None:
     for number in range(POINTS_MAX):
         backdate(raw, 1_000 * (POINTS_MAX - number), {"version": number})
-    history.point(JOB, {"version": POINTS_MAX})
+    history.point(JOB, json.dumps({"version": POINTS_MAX}))
     assert [point["version"] for point in history.curve(JOB)] == list(range(0, POINTS_MAX + 1, 2))
     assert raw.get(keys.curve_interval(JOB)) == b"2"
 
@@ -99,13 +99,13 @@ def test_whoever_goes_on_with_a_curve_goes_on_with_its_interval(
 ) -> None:
     raw.set(keys.curve_interval(JOB), 2)
     backdate(raw, age_ms, {"version": 1})
-    history.point(JOB, {"version": 2})
+    history.point(JOB, json.dumps({"version": 2}))
     assert (len(history.curve(JOB)) == 2) is kept
 
 
 def test_a_clock_of_redis_that_went_back_does_not_stop_the_curve(history: History, raw: redis.Redis) -> None:
     backdate(raw, -3_600_000, {"version": 1})
-    history.point(JOB, {"version": 2})
+    history.point(JOB, json.dumps({"version": 2}))
     assert [point["version"] for point in history.curve(JOB)] == [1, 2]
 
 
@@ -123,10 +123,10 @@ def test_what_cannot_be_read_is_named(
 
 def test_a_job_that_is_deleted_leaves_nothing(history: History, server: PrivateRedis, raw: redis.Redis) -> None:
     history.heartbeat(JOB, "a", "{}")
-    history.event(JOB, {"number": 1})
+    history.event(JOB, '{"number": 1}')
     for number in range(POINTS_MAX):
         backdate(raw, 1_000 * (POINTS_MAX - number), {"version": number})
-    history.point(JOB, {"version": POINTS_MAX})
+    history.point(JOB, json.dumps({"version": POINTS_MAX}))
     assert set(raw.keys()) == {key.encode() for key in keys.history(JOB)}
     with closing(RedisStore(server.url, timeout_s=5.0)) as store:
         store.delete_job(JOB, 3)

@@ -612,7 +612,7 @@ def test_the_result_has_the_same_bits_as_without_them(site: Site, run: Run) -> N
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
     assert "restarting" not in run.output, "a peer has killed a process"
-    last = site.describe(JOB)["committed"]
+    last = site.describe(JOB).committed
     calm = start(site, JOB + "-not", "--steps", str(last), "--pace-s", "0", servers=1)
     assert calm.finish() == 0, calm.output
     expected = losses(calm)

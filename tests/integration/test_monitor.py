@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import redis as redis_client
@@ -23,7 +23,8 @@ from psa_store.cluster import Member, ProcessRole, View
 from psa_store.config import Settings
 from psa_store.errors import UsageError
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
-from psa_store.observe import EventKind, Events, Monitor
+from psa_store.observe import Activity, EventKind, Events, JobHistory, Monitor
+from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.metrics import METRICS, Kind, Metrics
 from psa_store.storage import History, keys
 from tests.harness import Run, Site
@@ -31,7 +32,6 @@ from tests.integration.test_endpoint import get, held
 
 PATIENCE_S = 30.0
 T = TypeVar("T")
-KEYS = {"member", "role", "time", "host", "pid", "endpoint", "resident_bytes", "rates", "stage"}
 
 
 def eventually(look: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
@@ -65,38 +65,38 @@ def own(redis: PrivateRedis, zookeeper: PrivateZooKeeper, tmp_path: Path) -> Sit
 
 
 @contextmanager
-def history_of(site: Site) -> Iterator[History]:
-    with closing(History(site.redis, timeout_s=5.0)) as history:
+def history_of(site: Site, job: str) -> Iterator[JobHistory]:
+    with closing(JobHistory(job, site.redis, timeout_s=5.0)) as history:
         yield history
 
 
-def heartbeats_by_role(history: History, job: str, since: float = 0.0) -> dict[str, list[dict[str, Any]]]:
-    fresh = [heartbeat for heartbeat in history.heartbeats(job).values() if heartbeat["time"] > since]
-    return {role: [heartbeat for heartbeat in fresh if heartbeat["role"] == role] for role in ("server", "worker")}
+def heartbeats_by_role(history: JobHistory, since: float = 0.0) -> dict[ProcessRole, list[Heartbeat]]:
+    fresh = [each for each in history.heartbeats().values() if each is not None and each.time > since]
+    return {role: [each for each in fresh if each.role is role] for role in ProcessRole}
 
 
-def all_there(history: History, job: str, count: int, since: float = 0.0) -> bool:
-    return all(len(found) == count for found in heartbeats_by_role(history, job, since).values())
+def all_there(history: JobHistory, count: int, since: float = 0.0) -> bool:
+    return all(len(found) == count for found in heartbeats_by_role(history, since).values())
 
 
-def moved(history: History, job: str) -> bool:
-    """Whether every worker has told a loss, and every server of a commit."""
-    found = heartbeats_by_role(history, job)
-    return all("loss" in heartbeat["metrics"] for heartbeat in found["worker"]) and all(
-        heartbeat["metrics"].get("commits") for heartbeat in found["server"]
+def moved(history: JobHistory) -> bool:
+    """Whether every worker has published a loss, and every server a commit."""
+    found = heartbeats_by_role(history)
+    return all("loss" in heartbeat.metrics for heartbeat in found[ProcessRole.WORKER]) and all(
+        heartbeat.metrics.get("commits") for heartbeat in found[ProcessRole.SERVER]
     )
 
 
-def kinds_of(history: History, job: str) -> list[str]:
-    return [event["kind"] for event in history.events(job)]
+def kinds_of(history: JobHistory) -> list[str]:
+    return [event.kind.value for event in history.events()]
 
 
-def check_metrics(job: str, heartbeat: Mapping[str, Any]) -> None:
+def check_metrics(job: str, heartbeat: Heartbeat) -> None:
     """Exactly the metrics of its role are there, under their names, and what Prometheus's client tells of a process."""
-    status, content_type, body = get(heartbeat["endpoint"], "/metrics")
+    status, content_type, body = get(heartbeat.endpoint, "/metrics")
     assert status == 200 and content_type.startswith("text/plain")
     families = {family.name: family for family in text_string_to_metric_families(body.decode())}
-    role = ProcessRole(heartbeat["role"])
+    role = heartbeat.role
     wanted = {f"psa_{metric.name}": metric for metric in METRICS if role in metric.roles}
     assert {name for name in families if not name.startswith("process_")} == wanted.keys()
     assert "process_resident_memory_bytes" in families
@@ -104,8 +104,8 @@ def check_metrics(job: str, heartbeat: Mapping[str, Any]) -> None:
         assert families[name].type == metric.kind.value
         for sample in families[name].samples:
             assert sample.name == name + ("_total" if metric.kind is Kind.COUNTER else "")
-            assert sample.labels == {"job": job, "member": heartbeat["member"], "role": role.value}
-    for name, value in heartbeat["metrics"].items():
+            assert sample.labels == {"job": job, "member": heartbeat.member, "role": role.value}
+    for name, value in heartbeat.metrics.items():
         (sample,) = families[f"psa_{name}"].samples
         if METRICS_BY_NAME[name].kind is Kind.COUNTER:
             assert sample.value >= value
@@ -120,64 +120,63 @@ def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
     pace = ("--pace-s", "0.05", "--paced-until", str(calm))
     run = own.run(job, "--steps", str(steps), *pace, workers=2, servers=2, commit_every=10)
     run.wait_for_step(30)
-    with history_of(own) as history:
-        eventually(lambda: all_there(history, job, 2) and moved(history, job))
-        heartbeats = heartbeats_by_role(history, job)
+    with history_of(own, job) as history:
+        eventually(lambda: all_there(history, 2) and moved(history))
+        heartbeats = heartbeats_by_role(history)
         described = own.describe(job)
-        assert {heartbeat["pid"] for heartbeat in heartbeats["server"]} == {
-            server["pid"] for server in described["servers"]
+        assert {heartbeat.pid for heartbeat in heartbeats[ProcessRole.SERVER]} == {
+            server.pid for server in described.servers
         }
-        for heartbeat in (*heartbeats["server"], *heartbeats["worker"]):
-            extra = {"shards"} if heartbeat["role"] == "server" else {"ranks"}
-            assert heartbeat.keys() == KEYS | extra
-            assert abs(heartbeat["time"] - time.time()) < 5.0 and heartbeat["resident_bytes"] > 1 << 20
-            assert heartbeat["metrics"]["term"] == described["term"]
-            assert heartbeat["metrics"]["sent_bytes"] > 0 and heartbeat["metrics"]["received_bytes"] > 0
+        for heartbeat in (*heartbeats[ProcessRole.SERVER], *heartbeats[ProcessRole.WORKER]):
+            assert abs(heartbeat.time - time.time()) < 5.0 and (heartbeat.resident_bytes or 0) > 1 << 20
+            assert heartbeat.metrics["term"] == described.term
+            assert heartbeat.metrics["sent_bytes"] > 0 and heartbeat.metrics["received_bytes"] > 0
             check_metrics(job, heartbeat)
-            assert get(heartbeat["endpoint"], "/healthz")[0] == get(heartbeat["endpoint"], "/readyz")[0] == 200
-        assert sorted(rank for heartbeat in heartbeats["worker"] for rank in heartbeat["ranks"]) == [0, 1]
-        for heartbeat in heartbeats["worker"]:
-            assert heartbeat["stage"] in ("computing", "waiting")
-            assert heartbeat["metrics"]["samples"] == 6 * heartbeat["metrics"]["steps"]
-            assert heartbeat["rates"]["samples"] == pytest.approx(6 * heartbeat["rates"]["steps"], rel=1e-3)
-            assert 0.0 < heartbeat["metrics"]["learning_rate"] <= 0.01
-            assert heartbeat["metrics"]["compute_seconds"] > 0.0 and heartbeat["metrics"]["wait_seconds"] > 0.0
-        for heartbeat in heartbeats["server"]:
-            assert heartbeat["metrics"]["gradient_norm"] > 0.0 and heartbeat["metrics"]["commit_seconds"] > 0.0
-        assert sum(heartbeat["metrics"]["controller"] for heartbeat in heartbeats["server"]) == 1.0
-        assert sum(heartbeat["shards"] for heartbeat in heartbeats["server"]) == described["shards"]
-        assert kinds_of(history, job).count("created") == 1
+            assert get(heartbeat.endpoint, "/healthz")[0] == get(heartbeat.endpoint, "/readyz")[0] == 200
+        assert sorted(rank for heartbeat in heartbeats[ProcessRole.WORKER] for rank in heartbeat.ranks) == [0, 1]
+        for heartbeat in heartbeats[ProcessRole.WORKER]:
+            assert heartbeat.stage in ("computing", "waiting")
+            assert heartbeat.metrics["samples"] == 6 * heartbeat.metrics["steps"]
+            assert heartbeat.samples_per_s == pytest.approx(6 * (heartbeat.steps_per_s or 0.0), rel=1e-3)
+            assert 0.0 < heartbeat.metrics["learning_rate"] <= 0.01
+            assert heartbeat.metrics["compute_seconds"] > 0.0 and heartbeat.metrics["wait_seconds"] > 0.0
+        for heartbeat in heartbeats[ProcessRole.SERVER]:
+            assert heartbeat.metrics["gradient_norm"] > 0.0 and heartbeat.metrics["commit_seconds"] > 0.0
+        assert sum(heartbeat.metrics["controller"] for heartbeat in heartbeats[ProcessRole.SERVER]) == 1.0
+        assert sum(heartbeat.shards for heartbeat in heartbeats[ProcessRole.SERVER]) == described.shards
+        assert kinds_of(history).count("created") == 1
 
-        victim = next(server for server in described["servers"] if server["id"] == described["controller"])
-        os.kill(victim["pid"], signal.SIGKILL)
-        eventually(lambda: "recovered" in kinds_of(history, job))
-        events = history.events(job)
-        gone = next(event for event in events if event["kind"] == "server-gone")
-        assert gone["member"] == victim["id"]
-        recovered = next(event for event in events if event["kind"] == "recovered")
-        assert victim["id"] in recovered["text"] and "computed again" in recovered["text"]
-        assert recovered["term"] > described["term"] and recovered["version"] % 10 == 0
+        victim = next(server for server in described.servers if server.id == described.controller)
+        os.kill(victim.pid, signal.SIGKILL)
+        eventually(lambda: "recovered" in kinds_of(history))
+        events = history.events()
+        gone = next(event for event in events if event.kind == "server-gone")
+        assert gone.member == victim.id
+        recovered = next(event for event in events if event.kind == "recovered")
+        assert victim.id in recovered.text and "computed again" in recovered.text
+        assert None not in (recovered.term, described.term, recovered.version)
+        assert recovered.term > described.term and recovered.version % 10 == 0  # type: ignore[operator]
         # It is back under another name, and gets its shards with a hand-over.
-        eventually(lambda: "hand-over" in kinds_of(history, job))
+        eventually(lambda: "hand-over" in kinds_of(history))
 
         redis.kill()
         back = time.time()
         redis.start(10)
-        eventually(lambda: all_there(history, job, 2, since=back))
-        points = len(history.curve(job))
-        eventually(lambda: len(history.curve(job)) > points)
+        eventually(lambda: all_there(history, 2, since=back))
+        points = len(history.curve())
+        eventually(lambda: len(history.curve()) > points)
 
         calm.touch()
         assert run.finish() == 0, run.output
-        finished = [event for event in history.events(job) if event["kind"] == "finished"]
-        assert [event["version"] for event in finished] == [steps]
-        assert history.heartbeats(job).keys() <= {victim["id"]}, "who left withdrew its heartbeat"
-        curve = history.curve(job)
-        assert all(point["loss"] is not None for point in curve if point["version"] > 40 and point["workers"] == 2)
-        assert all(point["committed"] <= point["version"] <= steps for point in curve)
-        versions = [point["version"] for point in curve if point["term"] == curve[-1]["term"]]
+        finished = [event for event in history.events() if event.kind == "finished"]
+        assert [event.version for event in finished] == [steps]
+        assert history.heartbeats().keys() <= {victim.id}, "a process that left withdrew its heartbeat"
+        curve = history.curve()
+        assert all(point.loss is not None for point in curve if point.version > 40 and point.workers == 2)
+        assert all(point.committed <= point.version <= steps for point in curve)
+        versions = [point.version for point in curve if point.term == curve[-1].term]
         assert versions == sorted(versions) and len(set(versions)) == len(versions) > 3
-        assert max(point["steps_per_s"] for point in curve) > 0 and max(point["samples_per_s"] for point in curve) > 0
+        assert max(point.steps_per_s for point in curve) > 0 and max(point.samples_per_s for point in curve) > 0
 
 
 def test_a_server_that_zookeeper_does_not_hear_is_not_ready_until_it_does(
@@ -186,18 +185,18 @@ def test_a_server_that_zookeeper_does_not_hear_is_not_ready_until_it_does(
     job = "lease"
     run = own.run(job, "--steps", "100000", workers=1, servers=1)
     run.wait_for_step(5)
-    with history_of(own) as history:
-        eventually(lambda: all_there(history, job, 1))
-        (server,) = heartbeats_by_role(history, job)["server"]
-        assert get(server["endpoint"], "/readyz") == (200, "text/plain; charset=utf-8", b"ok\n")
+    with history_of(own, job) as history:
+        eventually(lambda: all_there(history, 1))
+        (server,) = heartbeats_by_role(history)[ProcessRole.SERVER]
+        assert get(server.endpoint, "/readyz") == (200, "text/plain; charset=utf-8", b"ok\n")
         os.kill(zookeeper.pids[0], signal.SIGSTOP)
         try:
-            eventually(lambda: get(server["endpoint"], "/readyz")[0] == 503)
-            assert b"ZooKeeper is silent" in get(server["endpoint"], "/readyz")[2]
-            assert get(server["endpoint"], "/healthz")[0] == 200, "it is well, and only waits"
+            eventually(lambda: get(server.endpoint, "/readyz")[0] == 503)
+            assert b"ZooKeeper is silent" in get(server.endpoint, "/readyz")[2]
+            assert get(server.endpoint, "/healthz")[0] == 200, "it is well, and only waits"
         finally:
             os.kill(zookeeper.pids[0], signal.SIGCONT)
-        eventually(lambda: get(server["endpoint"], "/readyz")[0] == 200)
+        eventually(lambda: get(server.endpoint, "/readyz")[0] == 200)
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
 
@@ -214,10 +213,10 @@ def test_a_job_that_is_told_to_say_nothing_says_nothing(own: Site, redis: Privat
 def test_processes_of_one_machine_share_out_the_ports_from_the_one_that_is_set(own: Site) -> None:
     job, port = "ports", 18_431
     run = own.run(job, "--steps", "100000", workers=2, servers=1, env={"PSA_METRICS_PORT": str(port)})
-    with history_of(own) as history:
+    with history_of(own, job) as history:
         run.wait_for_step(5)
-        eventually(lambda: len(history.heartbeats(job)) == 3)
-        ports = {int(heartbeat["endpoint"].rpartition(":")[2]) for heartbeat in history.heartbeats(job).values()}
+        eventually(lambda: len(history.heartbeats()) == 3)
+        ports = {int(each.endpoint.rpartition(":")[2]) for each in history.heartbeats().values() if each is not None}
     assert len(ports) == 3 and min(ports) >= port and max(ports) < port + 100
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
@@ -237,7 +236,7 @@ def test_a_worker_leaves_no_thread_and_no_descriptor(site: Site, environment: No
     nn.functional.mse_loss(model(torch.ones(4)), torch.ones(1)).backward()  # autograd's own thread is there from now on
     before = held()
     worker = psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.25), steps=4)
-    with history_of(site) as history, worker:
+    with history_of(site, job) as history, worker:
         batches = worker.batches(data, batch_size=2)
         x, y = next(batches)
         loss = nn.functional.mse_loss(model(x), y)
@@ -245,9 +244,9 @@ def test_a_worker_leaves_no_thread_and_no_descriptor(site: Site, environment: No
         with pytest.raises(UsageError, match=r"shape \(2,\)"):
             worker.step(torch.ones(2))
         worker.step(loss)
-        told = eventually(lambda: [p for p in heartbeats_by_role(history, job)["worker"] if "loss" in p["metrics"]])
-        assert told[0]["metrics"]["loss"] == pytest.approx(loss.item())
-        assert told[0]["metrics"]["learning_rate"] == 0.25
+        told = eventually(lambda: [p for p in heartbeats_by_role(history)[ProcessRole.WORKER] if "loss" in p.metrics])
+        assert told[0].metrics["loss"] == pytest.approx(loss.item())
+        assert told[0].metrics["learning_rate"] == 0.25
         for x, y in batches:
             nn.functional.mse_loss(model(x), y).backward()
             worker.step(0.5)
@@ -265,14 +264,20 @@ class Quiet:
     def refresh(self) -> None:
         pass
 
-    def describe(self) -> Mapping[str, Any]:
-        return {"stage": "", "shards": 0}
+    @property
+    def activity(self) -> Activity:
+        return Activity("")
 
     def why_sick(self) -> str:
         return self.sick
 
     def why_not_ready(self) -> str:
         return ""
+
+
+def last_beat(history: JobHistory) -> float:
+    heartbeat = history.heartbeats().get("server-1")
+    return heartbeat.time if heartbeat is not None else 0.0
 
 
 class TestMonitor:
@@ -293,14 +298,14 @@ class TestMonitor:
         before, events = held(), Events()
         metrics = Metrics(ProcessRole.SERVER, "server-1")
         monitor = Monitor("job", metrics, Quiet(), settings, events=events)
-        with closing(History(redis.url, timeout_s=5.0)) as history:
-            eventually(lambda: history.heartbeats("job"))
+        with closing(JobHistory("job", redis.url, timeout_s=5.0)) as history:
+            eventually(lambda: history.heartbeats())
             redis.kill()
             for number in range(3):
                 events.note(EventKind.MEMBERS, str(number))
             redis.start(10)
-            eventually(lambda: len(history.events("job")) == 3)
-            assert [event["text"] for event in history.events("job")] == ["0", "1", "2"]
+            eventually(lambda: len(history.events()) == 3)
+            assert [event.text for event in history.events()] == ["0", "1", "2"]
             redis.kill()
             begun_s = time.monotonic()
             monitor.close()
@@ -312,7 +317,7 @@ class TestMonitor:
         events.note(EventKind.MEMBERS, "first")
         with (
             redis_client.Redis.from_url(redis.url) as raw,
-            closing(History(redis.url, timeout_s=5.0)) as history,
+            closing(JobHistory("job", redis.url, timeout_s=5.0)) as history,
         ):
             raw.set(keys.events("job"), "in the way")
             with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
@@ -320,34 +325,35 @@ class TestMonitor:
                 eventually(lambda: raw.info("commandstats").get("cmdstat_fcall", {"calls": 0})["calls"] >= 2)
                 raw.delete(keys.events("job"))
                 events.note(EventKind.MEMBERS, "second")
-                eventually(lambda: len(history.events("job")) == 2)
-                assert [event["text"] for event in history.events("job")] == ["first", "second"]
+                eventually(lambda: len(history.events()) == 2)
+                assert [event.text for event in history.events()] == ["first", "second"]
 
     def test_a_heartbeat_that_it_cannot_read_does_not_silence_it(
         self, redis: PrivateRedis, settings: Settings, capsys: pytest.CaptureFixture[str]
     ) -> None:
         events = Events()
         events.see(View(None, {}, {"other": Member("other", "host", 1)}, (1,), 1))
-        with closing(History(redis.url, timeout_s=5.0)) as history:
-            history.heartbeat("job", "other", json.dumps({"told": "by another version"}))
+        with closing(JobHistory("job", redis.url, timeout_s=5.0)) as history:
+            with closing(History(redis.url, timeout_s=5.0)) as raw:
+                raw.heartbeat("job", "other", json.dumps({"told": "by another release"}))
             with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
                 for _ in range(3):
-                    before = history.heartbeats("job").get("server-1", {}).get("time", 0.0)
-                    eventually(lambda: history.heartbeats("job").get("server-1", {}).get("time", 0.0) > before)  # noqa: B023
+                    before = last_beat(history)
+                    eventually(lambda: last_beat(history) > before)  # noqa: B023
                 events.note(EventKind.MEMBERS, "still here")
-                eventually(lambda: [each["text"] for each in history.events("job")][-1:] == ["still here"])
-        lines = [line for line in capsys.readouterr().out.splitlines() if "what others tell cannot be read" in line]
+                eventually(lambda: [each.text for each in history.events()][-1:] == ["still here"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "heartbeats cannot be read" in line]
         assert sum("warning" in line for line in lines) == 1
 
     def test_who_has_a_new_name_is_not_told_twice(self, redis: PrivateRedis, settings: Settings) -> None:
         health = Quiet()
         with (
-            closing(History(redis.url, timeout_s=5.0)) as history,
+            closing(JobHistory("job", redis.url, timeout_s=5.0)) as history,
             closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), health, settings)) as monitor,
         ):
-            eventually(lambda: "server-1" in history.heartbeats("job"))
+            eventually(lambda: "server-1" in history.heartbeats())
             health.member = "server-1+again"
-            eventually(lambda: history.heartbeats("job").keys() == {"server-1+again"})
+            eventually(lambda: history.heartbeats().keys() == {"server-1+again"})
             assert b'member="server-1+again"' in get(monitor.address, "/metrics")[2]
 
     def test_the_controller_removes_old_heartbeats_of_members_that_are_gone(
@@ -355,25 +361,26 @@ class TestMonitor:
     ) -> None:
         events = Events()
         events._seen = frozenset({"server-1", "old-but-there"}), frozenset()
-        with closing(History(redis.url, timeout_s=5.0)) as history:
+        with closing(JobHistory("job", redis.url, timeout_s=5.0)) as history:
             for member, age_s in (("gone", 61), ("just-gone", 20), ("old-but-there", 61)):
-                heartbeat = {"time": time.time() - age_s, "role": "server", "shards": 1, "metrics": {"version": 1}}
-                history.heartbeat("job", member, json.dumps(heartbeat))
+                written_s = time.time() - age_s
+                history.beat(Heartbeat(member, ProcessRole.SERVER, written_s, shards=1, metrics={"version": 1}))
             with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
-                eventually(lambda: "gone" not in history.heartbeats("job"))
-                assert history.heartbeats("job").keys() == {"server-1", "just-gone", "old-but-there"}
-            assert history.curve("job") == [], "old heartbeats make no points"
+                eventually(lambda: "gone" not in history.heartbeats())
+                assert history.heartbeats().keys() == {"server-1", "just-gone", "old-but-there"}
+            assert history.curve() == [], "old heartbeats make no points"
 
     def test_where_the_address_is_not_ours_there_are_heartbeats_and_no_endpoint(
         self, redis: PrivateRedis, settings: Settings
     ) -> None:
         elsewhere = settings.model_copy(update={"bind": "192.0.2.1"})
         with (
-            closing(History(redis.url, timeout_s=5.0)) as history,
+            closing(JobHistory("job", redis.url, timeout_s=5.0)) as history,
             closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), elsewhere)),
         ):
-            eventually(lambda: history.heartbeats("job"))
-            assert history.heartbeats("job")["server-1"]["endpoint"] == ""
+            eventually(lambda: history.heartbeats())
+            heartbeat = history.heartbeats()["server-1"]
+            assert heartbeat is not None and heartbeat.endpoint == ""
 
     def test_its_endpoint_can_be_left_out(self, settings: Settings) -> None:
         off = settings.model_copy(update={"metrics_port": -1})

@@ -22,9 +22,12 @@ from selenium.webdriver.support.wait import WebDriverWait
 from psa_store.cluster import Member, Plan, ProcessRole, Server
 from psa_store.coordination import Coordination
 from psa_store.job.config import JobConfig
+from psa_store.job.document import to_fields, to_text
 from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
-from psa_store.observe import Endpoint, Page
-from psa_store.storage import History, RedisStore
+from psa_store.observe import Endpoint, Event, EventKind, JobHistory, Page
+from psa_store.observe.curve import Point
+from psa_store.observe.heartbeat import Heartbeat
+from psa_store.storage import RedisStore
 from tests.harness import Site
 
 WAIT_S = 20.0
@@ -42,7 +45,7 @@ class Job:
     def __init__(self, name: str, site: Site, stack: ExitStack) -> None:
         self.name = name
         self.store = stack.enter_context(closing(site.store()))
-        self.history = stack.enter_context(closing(History(site.redis, timeout_s=5.0)))
+        self.history = stack.enter_context(closing(JobHistory(name, site.redis, timeout_s=5.0)))
         self._zookeeper = site.zookeeper
         self._stack = stack
         self.layout: Layout = make_layout([TensorSpec(("weights",), (1 << 19,), "float32", TensorRole.TRAINED)])
@@ -61,31 +64,19 @@ class Job:
             coordination.campaign(member.id)
         return coordination
 
-    def heartbeat(self, member: str, role: str, **changes: Any) -> None:
-        document = {
-            "member": member,
-            "role": role,
-            "time": time.time(),
-            "host": "node-a",
-            "pid": 4711,
-            "endpoint": "",
-            "resident_bytes": 250_000_000,
-            "metrics": {},
-            "rates": {},
-            "stage": "",
-            "ranks": [],
-            "shards": 0,
-        }
-        self.history.heartbeat(self.name, member, json.dumps(document | changes))
+    def beat(self, member: str, role: ProcessRole, **others: Any) -> None:
+        plain = {"time": time.time(), "host": "node-a", "pid": 4711, "resident_bytes": 250_000_000}
+        self.history.beat(Heartbeat(member, role, **plain, **others))  # type: ignore[arg-type]
 
     def work(self, loss: float, samples_per_s: float = 640.0, step: int = 120) -> None:
         """Heartbeats of two workers, of which the second is behind."""
         for worker, behind in (("w-one", 0), ("w-two", 7)):
-            self.heartbeat(
+            self.beat(
                 worker,
-                "worker",
+                ProcessRole.WORKER,
                 metrics={"step": step - behind, "loss": loss},
-                rates={"steps": 10.0, "samples": samples_per_s},
+                steps_per_s=10.0,
+                samples_per_s=samples_per_s,
                 stage="computing",
             )
 
@@ -174,10 +165,10 @@ def test_the_page_shows_what_is_sick_first_and_follows_the_job(
 ) -> None:
     job = a_running_job("paged", site, stack)
     for i in range(40):
-        document = {"version": 100 + i, "time": time.time() - 40 + i, "loss": 3.0 - i / 20, "samples_per_s": 600.0 + i}
-        job.store._client.xadd(f"psa:{{{job.name}}}:curve", {"json": json.dumps(document)})
+        point = Point(time.time() - 40 + i, 100 + i, loss=3.0 - i / 20, samples_per_s=600.0 + i)
+        job.store._client.xadd(f"psa:{{{job.name}}}:curve", {"json": to_text(point)})
     gone = f"worker {EVIL} is gone"
-    job.history.event(job.name, {"time": time.time() - 20, "kind": "worker-gone", "text": gone})
+    job.history.add(Event(time.time() - 20, EventKind.WORKER_GONE, gone))
     url = serve(site, job.name, stack)
     browser.get(url)
 
@@ -223,9 +214,9 @@ def test_other_servers_name_the_controller(site: Site, stack: ExitStack) -> None
     job = Job("paged-elsewhere", site, stack)
     url = serve(site, job.name, stack, governs=False)
     assert get(url)[0] == 503
-    job.heartbeat("s-two", "server", metrics={"controller": 1.0}, endpoint='"><script>alert(1)</script>:80')
+    job.beat("s-two", ProcessRole.SERVER, metrics={"controller": 1.0}, endpoint='"><script>alert(1)</script>:80')
     assert get(url)[0] == 503, "what is no address is no link"
-    job.heartbeat("s-two", "server", metrics={"controller": 1.0}, endpoint="10.0.0.7:9400")
+    job.beat("s-two", ProcessRole.SERVER, metrics={"controller": 1.0}, endpoint="10.0.0.7:9400")
     status, body = get(url)
     assert status == 200 and b'<a href="http://10.0.0.7:9400/">' in body
 
@@ -236,11 +227,16 @@ def test_servers_of_a_job_serve_it(site: Site) -> None:
     run.wait_for_step(3)
     deadline_s = time.monotonic() + WAIT_S
     while True:
-        document = site.describe("paged-real")
-        pages = {each["id"]: f"http://{each['endpoint']}/" for each in document["servers"] if each["endpoint"]}
+        job = site.describe("paged-real")
+        pages = {each.id: f"http://{each.endpoint}/" for each in job.servers if each.endpoint}
         homes = {member: get(url)[1] for member, url in pages.items()}
-        governing = document["controller"]
-        if len(homes) == 2 and b"<script>" in homes[governing] and all(b"<p>" in each for each in homes.values()):
+        governing = job.controller
+        if (
+            len(homes) == 2
+            and governing is not None
+            and b"<script>" in homes[governing]
+            and all(b"<p>" in each for each in homes.values())
+        ):
             others = [home for member, home in homes.items() if member != governing]
             if all(pages[governing].encode() in home for home in others):
                 break
@@ -266,9 +262,10 @@ def test_many_viewers_cost_one_look(site: Site, stack: ExitStack) -> None:
 def test_numbers_that_json_does_not_know_are_null(site: Site, stack: ExitStack) -> None:
     job = Job("paged-nan", site, stack)
     url = serve(site, job.name, stack)
-    job.history.point(job.name, {"time": 1.0, "version": 1, "loss": float("nan")})
+    strange = {"format": Point.FORMAT, "time": 1.0, "version": 1, "loss": float("nan")}
+    job.store._client.xadd(f"psa:{{{job.name}}}:curve", {"json": json.dumps(strange)})
     status, body = get(url + "curve.json")
-    assert status == 200 and b"NaN" not in body and json.loads(body) == [{"time": 1.0, "version": 1, "loss": None}]
+    assert status == 200 and b"NaN" not in body and json.loads(body) == [to_fields(Point(1.0, 1))]
 
 
 def test_a_job_that_does_not_exist_is_not_found(site: Site, stack: ExitStack) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
+from psa_store.observe import EventKind, JobHistory
 from psa_store.observe.report import write_report
-from psa_store.storage import History
 from tests.harness import Run, Site
 from tests.integration.test_monitor import eventually, kinds_of, moved
 from tests.integration.test_page import browser, complaints, needs_chromium
@@ -40,19 +40,19 @@ def test_a_job_whose_server_and_worker_were_killed(site: Site, tmp_path: Path) -
     job, calm = "reported", tmp_path / "calm"
     pace = ("--pace-s", "0.05", "--paced-until", str(calm))
     run = site.run(job, "--steps", str(STEPS), *pace, workers=2, servers=2, commit_every=10)
-    with closing(History(site.redis, timeout_s=5.0)) as history:
-        eventually(lambda: moved(history, job) and len(history.curve(job)) > 3)
+    with closing(JobHistory(job, site.redis, timeout_s=5.0)) as history:
+        eventually(lambda: moved(history) and len(history.curve()) > 3)
         described = site.describe(job)
-        server = next(each for each in described["servers"] if each["id"] != described["controller"])
-        os.kill(server["pid"], signal.SIGKILL)
-        eventually(lambda: "recovered" in kinds_of(history, job) and "hand-over" in kinds_of(history, job))
-        points = len(history.curve(job))
-        eventually(lambda: len(history.curve(job)) > points + 3)
-        worker = site.describe(job)["workers"][0]
-        os.kill(worker["pid"], signal.SIGKILL)
-        eventually(lambda: "worker-gone" in kinds_of(history, job))
-        points = len(history.curve(job))
-        eventually(lambda: len(history.curve(job)) > points + 3)
+        server = next(each for each in described.servers if each.id != described.controller)
+        os.kill(server.pid, signal.SIGKILL)
+        eventually(lambda: "recovered" in kinds_of(history) and "hand-over" in kinds_of(history))
+        points = len(history.curve())
+        eventually(lambda: len(history.curve()) > points + 3)
+        worker = site.describe(job).workers[0]
+        os.kill(worker.pid, signal.SIGKILL)
+        eventually(lambda: "worker-gone" in kinds_of(history))
+        points = len(history.curve())
+        eventually(lambda: len(history.curve()) > points + 3)
 
         running = report(site, job, tmp_path)
         assert not running["finished"] and len(running["failures"]) == 2
@@ -61,9 +61,9 @@ def test_a_job_whose_server_and_worker_were_killed(site: Site, tmp_path: Path) -
 
         found = report(site, job, tmp_path)
         assert [(each["what"], each["servers"], each["workers"]) for each in found["failures"]] == [
-            ("server died", [server["id"]], []),
-            ("worker died", [], [worker["id"]]),
-        ], "each once, and who left at the end did not die"
+            ("server died", [server.id], []),
+            ("worker died", [], [worker.id]),
+        ], "each once; members that left at the end did not die"
         assert found["finished"] and found["version"] == STEPS
         assert found["failures"][0]["version"] % 10 == 0 and found["failures"][0]["computed_again"] <= 20
         assert all(each["pause_s"] is not None for each in found["failures"])
@@ -71,15 +71,15 @@ def test_a_job_whose_server_and_worker_were_killed(site: Site, tmp_path: Path) -
         assert found["workers"][1] == found["servers"][1] == 2 and found["loss"] is not None
         assert found["samples"] > 0 and found["terms"] >= 2
         html, png = map(Path, found["files"])
-        assert png.read_bytes().startswith(PNG) and server["id"] in html.read_text()
+        assert png.read_bytes().startswith(PNG) and server.id in html.read_text()
 
         back = min(site_versions(site, job))
         code, output = psa(site, "checkpoint", "rollback", job, str(back), "--yes")
         assert code == 0, output
-        (told,) = [each for each in history.events(job) if each["kind"] == "rollback"]
-        assert told["version"] == back and told["text"].startswith(f"the job was told to go back to version {back};")
+        (told,) = [each for each in history.events() if each.kind is EventKind.ROLLBACK]
+        assert told.version == back and told.text.startswith(f"the job was told to go back to version {back};")
     code, output = psa(site, "report", job, "--out", str(tmp_path))
-    assert report(site, job, tmp_path)["down_s"] == 0.0, "who is told to go back after the end rests"
+    assert report(site, job, tmp_path)["down_s"] == 0.0, "a job that is told to go back after its end is at rest"
     assert code == 0 and f"{back:,} (not finished)" in output and "server died" in output
     assert output.endswith(f"{html}\n{png}")
 

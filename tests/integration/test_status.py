@@ -19,16 +19,21 @@ import pytest
 from rich.console import Console
 
 from psa_store.cli.status_view import overview
+from psa_store.cluster import Phase
 from psa_store.coordination import probe_zookeeper
 from psa_store.errors import Disconnected
+from psa_store.job.document import from_text
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
+from psa_store.observe.status import JobStatus
+from psa_store.observe.status.assemble import RedisView, ZooKeeperView, assemble
 from psa_store.wire import inspect
 from tests.harness import PSA, Run, Site
 
 
 def test_no_cell_is_cut_for_a_long_name_of_a_job() -> None:
     name = "long-" * 18
-    job = {"job": name, "state": "at rest", "committed": 120, "findings": [], "servers": [], "workers": []}
+    at_rest = ZooKeeperView("zk1:2181", 4.0)
+    job = assemble(name, 0.0, RedisView("redis://db:6379", committed=120), at_rest, {}, 0.0)
     console = Console(width=80, file=StringIO(), record=True)
     console.print(overview([job], 80))
     shown = console.export_text()
@@ -42,23 +47,24 @@ def test_a_running_job_is_described(site: Site) -> None:
     site.wait_until_serving(run, "described", 2)
     asked = Run(["status", "described", "--json"], site.env)
     assert asked.finish() == 0, asked.output
-    found = json.loads(asked.output)
-    assert found["phase"] == "run" and found["ranks"] == 2 and found["committed"] % 5 == 0
-    assert sum(server["shards"] for server in found["servers"]) == found["shards"]
-    assert sorted(rank for worker in found["workers"] for rank in worker["ranks"]) == [0, 1]
-    for server in found["servers"]:
-        assert server["version"] >= 12 and 0 <= server["version"] - server["committed"] <= 10
+    found = from_text(JobStatus, asked.output, "the output")
+    assert found.phase is Phase.RUN and found.ranks == 2 and found.committed is not None and found.committed % 5 == 0
+    assert sum(server.shards for server in found.servers) == found.shards
+    assert sorted(rank for worker in found.workers for rank in worker.ranks) == [0, 1]
+    for server in found.servers:
+        assert server.version is not None and server.version >= 12
+        assert server.lag is not None and 0 <= server.lag <= 10
     shown = Run(["status", "described"], site.env)
     assert shown.finish() == 0 and "controller" in shown.output and "running" in shown.output
     assert "page http://" in shown.output
 
-    sleeper = next(server for server in found["servers"] if server["id"] != found["controller"])
-    os.kill(sleeper["pid"], signal.SIGSTOP)
+    sleeper = next(server for server in found.servers if server.id != found.controller)
+    os.kill(sleeper.pid, signal.SIGSTOP)
     try:
-        sick = next(each for each in site.describe("described")["servers"] if each["id"] == sleeper["id"])
+        silent = next(each for each in site.describe("described").servers if each.id == sleeper.id)
     finally:
-        os.kill(sleeper["pid"], signal.SIGCONT)
-    assert sick["version"] is None and "does not answer" in sick["sick"]
+        os.kill(sleeper.pid, signal.SIGCONT)
+    assert silent.version is None and "does not answer" in silent.problem
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
     listed = Run(["status"], site.env)
@@ -112,7 +118,7 @@ def test_outages_are_shown_first_and_looked_through(own_site: tuple[Site, Privat
     code, output = ask(site, "outage")
     lines = output.splitlines()
     assert code == 3 and lines[1].startswith(" SICK  ZooKeeper"), output
-    assert "worker-" in output and "server-" in output, "who was heard of lately is shown"
+    assert "worker-" in output and "server-" in output, "members with a fresh heartbeat are shown"
     redis.stop()
     code, output = ask(site)
     assert code == 3 and "Redis at" in output and "ZooKeeper at" in output and "Traceback" not in output
@@ -204,13 +210,13 @@ def test_a_look_finds_a_paused_server_in_bounded_time(site: Site) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         began_s = time.monotonic()
-        document = site.describe("paused")
+        status = site.describe("paused")
         took_s = time.monotonic() - began_s
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-    silent = {each["member"] for each in document["findings"] if "does not answer" in each["what"]}
-    assert len(pids) == 3 and silent == {each["id"] for each in document["servers"]}
+    silent = {each.member for each in status.findings if "does not answer" in each.what}
+    assert len(pids) == 3 and silent == {each.id for each in status.servers}
     assert took_s < 2.5, took_s
     run.process.send_signal(signal.SIGTERM)
     run.finish()

@@ -1,8 +1,7 @@
-"""`psa run --tensorboard`: what stands in Redis about the job becomes event files, whoever told it."""
+"""`psa run --tensorboard`: what stands in Redis about the job becomes event files, whichever process wrote it."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,8 +11,11 @@ import pytest
 import redis
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from psa_store.job.document import to_text
+from psa_store.observe import Event, EventKind, JobHistory
+from psa_store.observe.curve import Point
 from psa_store.observe.tensorboard import BoardWriter
-from psa_store.storage import History, keys
+from psa_store.storage import keys
 from tests.harness import Site
 
 FAR = 10**6
@@ -27,8 +29,8 @@ def raw(site: Site) -> Iterator[redis.Redis]:
 
 
 def add_point(raw: redis.Redis, job: str, version: int, loss: float) -> None:
-    document = {"time": time.time() + FAR + version, "version": version, "loss": loss}
-    raw.xadd(keys.curve(job), {"json": json.dumps(document)})
+    point = Point(time.time() + FAR + version, version, loss=loss)
+    raw.xadd(keys.curve(job), {"json": to_text(point)})
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -51,10 +53,10 @@ def test_a_run_and_the_one_that_resumes_it_write_one_curve(site: Site, raw: redi
 def test_what_was_told_last_is_written_when_the_run_ends(site: Site, raw: redis.Redis, tmp_path: Path) -> None:
     with (
         closing(BoardWriter("last", tmp_path, site.redis, 5.0)),
-        closing(History(site.redis, timeout_s=5.0)) as history,
+        closing(JobHistory("last", site.redis, timeout_s=5.0)) as history,
     ):
         add_point(raw, "last", FAR, 0.5)
-        history.event("last", {"time": time.time(), "kind": "recovered", "text": "-", "version": 7})
+        history.add(Event(time.time(), EventKind.RECOVERED, "-", version=7))
     found = EventAccumulator(str(tmp_path / "last"))
     found.Reload()
     assert losses(tmp_path / "last") == [(FAR, 0.5)]

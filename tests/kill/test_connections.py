@@ -42,7 +42,7 @@ def sockets_of(pid: int) -> list[socket.socket]:
 
 def cut(site: Site, job: str, worker: int) -> int:
     """Break all connections of a worker to the servers of its job; returns how many there were."""
-    ports = {int(server["address"].rpartition(":")[2]) for server in site.describe(job)["servers"]}
+    ports = {int(server.address.rpartition(":")[2]) for server in site.describe(job).servers}
     count = 0
     for sock in sockets_of(site.pids(job, "workers")[worker]):
         with closing(sock):
@@ -82,7 +82,7 @@ def test_a_connection_that_breaks_changes_nothing(
     for turn, step in enumerate(range(15, STEPS - 20, 25)):
         run.wait_for_step(step)
         cuts += cut(site, job, turn % 2)
-        terms.add(site.describe(job)["term"])
+        terms.add(site.describe(job).term)
     assert run.finish() == 0, run.output
     assert cuts > 0, "there was nothing to break"
     assert len(terms) == 1, "a term ended"

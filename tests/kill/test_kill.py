@@ -50,7 +50,7 @@ def kill(pids: list[int]) -> None:
 
 def controller(site: Site, job: str) -> list[int]:
     described = site.describe(job)
-    return [server["pid"] for server in described["servers"] if server["id"] == described["controller"]]
+    return [server.pid for server in described.servers if server.id == described.controller]
 
 
 VICTIMS: dict[str, Callable[[Site, str, random.Random], list[int]]] = {

@@ -22,7 +22,7 @@ def start(site: Site, job: str, mode: str, folder: Path) -> Run:
 
 def others(site: Site, job: str) -> list[int]:
     """The workers that do not hold rank 0, whose lines we read."""
-    return [worker["pid"] for worker in site.describe(job)["workers"] if 0 not in worker["ranks"]]
+    return [worker.pid for worker in site.describe(job).workers if 0 not in worker.ranks]
 
 
 @pytest.mark.parametrize("mode", ["sync:backup=1", "sync:speculate"])
@@ -34,7 +34,7 @@ def test_steps_go_on_while_a_worker_is_stopped(site: Site, tmp_path: Path, mode:
     os.kill(victim, signal.SIGSTOP)
     try:
         run.wait_for_step(25)
-        assert victim in [each["pid"] for each in site.describe(job)["workers"] if each["ranks"]], "it lost its rank"
+        assert victim in [each.pid for each in site.describe(job).workers if each.ranks], "it lost its rank"
     finally:
         os.kill(victim, signal.SIGCONT)
     assert run.finish() == 0, run.output

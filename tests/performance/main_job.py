@@ -47,7 +47,7 @@ def train(name: str, workers: int, kills: dict[int, str], args: argparse.Namespa
             if found := _STEP.match(line):
                 for step in [step for step in due if int(found[1]) >= step]:
                     kind = due.pop(step)
-                    pid = describe(name, settings, store)[kind][0]["pid"]
+                    pid = getattr(describe(name, settings, store), kind)[0].pid
                     os.kill(pid, signal.SIGKILL)
                     print(f"  {name}: killed one of the {kind}, pid {pid}, at step {found[1]}", flush=True)
             if found := _LOSS.match(line):

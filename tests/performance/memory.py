@@ -88,7 +88,7 @@ def main() -> None:
                     if line.startswith("step "):
                         if not pid:
                             described = describe(JOB, settings, store)
-                            pid, layout_bytes = described["servers"][0]["pid"], described["bytes"]
+                            pid, layout_bytes = described.servers[0].pid, described.bytes or 0
                         peak = max(peak, peak_bytes(pid))
         if run.returncode:
             raise SystemExit(run.returncode)

@@ -109,7 +109,7 @@ def train(variant: str, args: argparse.Namespace, addresses: Addresses) -> Resul
                     begun = begun or now
                     result.curve.append((now - begun, int(found[1]), float(found[2])))
                     result.seconds = now - begun
-                    versions = [server["version"] for server in describe(job, settings, store)["servers"]]
+                    versions = [server.version for server in describe(job, settings, store).servers]
                     if versions and versions[0] is not None:
                         result.versions.append((now, versions[0]))
                         if args.link is not None:
@@ -176,9 +176,9 @@ def _last_worker(job: str, addresses: Addresses, ended: threading.Event) -> int 
             if store.read_job(job) is None:
                 continue
             found = describe(job, settings, store)
-            holders = [worker for worker in found["workers"] if worker["ranks"]]
-            if sum(len(worker["ranks"]) for worker in holders) == found["ranks"] and len(holders) > 1:
-                return int(next(worker["pid"] for worker in holders if 0 not in worker["ranks"]))
+            holders = [worker for worker in found.workers if worker.ranks]
+            if sum(len(worker.ranks) for worker in holders) == found.ranks and len(holders) > 1:
+                return next(worker.pid for worker in holders if 0 not in worker.ranks)
     return None
 
 

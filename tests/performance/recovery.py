@@ -131,13 +131,13 @@ def measure(kind: str, rounds: int, rng: random.Random, env: dict[str, str], sup
         for _ in range(rounds):
             with ExitStack() as guest:
                 if supervised:
-                    victim = rng.choice([member["pid"] for member in describe(job, settings, store)[kind]])
+                    victim = rng.choice([member.pid for member in getattr(describe(job, settings, store), kind)])
                 else:
                     command = ["worker", script, "--train", job] if kind == "workers" else ["server", "--job", job]
                     victim = guest.enter_context(process(command, env)).pid
                     while not any(
-                        member["pid"] == victim and (member.get("ranks") or member.get("shards"))
-                        for member in describe(job, settings, store)[kind]
+                        member.pid == victim and (getattr(member, "ranks", ()) or getattr(member, "shards", 0))
+                        for member in getattr(describe(job, settings, store), kind)
                     ):
                         steps.wait(1)
                 steps.wait(rng.randrange(20, 40))

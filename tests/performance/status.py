@@ -10,7 +10,6 @@ find compiled modules, as a command does that was run before.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -32,8 +31,10 @@ from psa_store.errors import PsaError
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import PAGE_BYTES, TensorRole, TensorSpec, make_layout
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
+from psa_store.observe import JobHistory
+from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.status import Observer, describe
-from psa_store.storage import History, Manifest, RedisStore, ShardState
+from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.wire import Connection, Header, Kind, encode_text, host_identity, listen_tcp
 
 JOB = "bench"
@@ -115,28 +116,27 @@ def make_job(stack: ExitStack, settings: Settings, addresses: list[str], workers
 def beat(settings: Settings, servers: int, workers: int) -> None:
     """A fresh heartbeat of every member."""
     assert settings.redis is not None
-    with closing(History(settings.redis, timeout_s=_TIMEOUT_S)) as history:
-        for role, count in (("server", servers), ("worker", workers)):
+    with closing(JobHistory(JOB, settings.redis, timeout_s=_TIMEOUT_S)) as history:
+        for role, count in ((ProcessRole.SERVER, servers), (ProcessRole.WORKER, workers)):
             for i in range(count):
-                history.heartbeat(JOB, f"{role}-{i:03}", json.dumps(_heartbeat(role, i)))
+                history.beat(_heartbeat(role, i))
 
 
-def _heartbeat(role: str, number: int) -> dict[str, object]:
-    metrics = {"step": 152, "loss": 1.5} if role == "worker" else {"version": 152, "committed_version": 150}
-    return {
-        "member": f"{role}-{number:03}",
-        "role": role,
-        "time": time.time(),
-        "host": host_identity(),
-        "pid": os.getpid(),
-        "endpoint": "",
-        "resident_bytes": 1 << 28,
-        "metrics": metrics,
-        "rates": {"steps": 10.0, "samples": 120.0},
-        "stage": "computing",
-        "ranks": [number] if role == "worker" else [],
-        "shards": 0,
-    }
+def _heartbeat(role: ProcessRole, number: int) -> Heartbeat:
+    computes = role is ProcessRole.WORKER
+    return Heartbeat(
+        member=f"{role}-{number:03}",
+        role=role,
+        time=time.time(),
+        host=host_identity(),
+        pid=os.getpid(),
+        resident_bytes=1 << 28,
+        stage="computing",
+        ranks=(number,) if computes else (),
+        steps_per_s=10.0,
+        samples_per_s=120.0,
+        metrics={"step": 152, "loss": 1.5} if computes else {"version": 152, "committed_version": 150},
+    )
 
 
 def _timed(action: Callable[[], object]) -> float:
@@ -182,9 +182,9 @@ def measure(
     ):
         for _ in range(rounds):
             beat(settings, servers, workers)
-            document = observer.look()
-            assert len(document["servers"]) == servers and len(document["workers"]) == workers
-            assert document["committed"] == VERSIONS[-1] and not document["findings"], document["findings"]
+            status = observer.look()
+            assert len(status.servers) == servers and len(status.workers) == workers
+            assert status.committed == VERSIONS[-1] and not status.findings, status.findings
             took_s["the next look"].append(_timed(observer.look))
             took_s["describe()"].append(_timed(lambda: describe(JOB, settings, store)))
             for command, arguments in (("psa --help", ["--help"]), ("psa status JOB", ["status", JOB])):

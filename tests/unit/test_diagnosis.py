@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from psa_store.cluster import Member, Phase, Plan, Server
+from psa_store.cluster import Member, Phase, Plan, ProcessRole, Server
 from psa_store.coordination import ZooKeeperMember
 from psa_store.job.config import JobConfig
-from psa_store.observe.status import Finding, Severity, diagnose
-from psa_store.observe.status.document import HeartbeatAge, RedisView, ZooKeeperView, assemble
+from psa_store.job.document import from_text, to_fields, to_text
+from psa_store.observe.heartbeat import Heartbeat
+from psa_store.observe.status import Finding, JobStatus, Severity
+from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
+from psa_store.observe.status.schema import PATH, status_schema
 from psa_store.storage import RedisFacts
 
 NOW_S = 1_000_000.0
@@ -43,36 +45,35 @@ PLAN = Plan(3, 7, 50, tuple(Server(each.id, each.address, "", each.host) for eac
 CONFIG = JobConfig("demo", 2, 0, {"name": "sgd"}, "layout", commit_every=50)
 
 
-def heartbeat(member: Member, role: str, **changes: Any) -> dict[str, Any]:
-    metrics = (
-        {"step": 120, "loss": 1.5}
-        if role == "worker"
-        else {"version": 120, "committed_version": 100, "committed_time_seconds": NOW_S - 4.0}
+def heartbeat(member: Member, role: ProcessRole, **changes: Any) -> Heartbeat:
+    computes = role is ProcessRole.WORKER
+    plain = Heartbeat(
+        member=member.id,
+        role=role,
+        time=NOW_S - 0.5,
+        host=member.host,
+        pid=member.pid,
+        endpoint=f"{member.host}:9400",
+        resident_bytes=1 << 20,
+        stage="computing" if computes else "collecting",
+        shards=len(PLAN.shards_of(member.id)),
+        ranks=PLAN.ranks_of(member.id),
+        steps_per_s=10.0 if computes else None,
+        samples_per_s=120.0 if computes else None,
+        metrics={"step": 120, "loss": 1.5}
+        if computes
+        else {"version": 120, "committed_version": 100, "committed_time_seconds": NOW_S - 4.0},
     )
-    document = {
-        "member": member.id,
-        "role": role,
-        "time": NOW_S - 0.5,
-        "host": member.host,
-        "pid": member.pid,
-        "endpoint": f"{member.host}:9400",
-        "resident_bytes": 1 << 20,
-        "metrics": metrics,
-        "rates": {"steps": 10.0, "samples": 120.0} if role == "worker" else {},
-        "stage": "computing" if role == "worker" else "collecting",
-        "ranks": list(PLAN.ranks_of(member.id)),
-        "shards": len(PLAN.shards_of(member.id)),
-    }
-    return document | changes
+    return replace(plain, **changes)
 
 
-HEARTBEATS = {each.id: heartbeat(each, "server") for each in SERVERS} | {
-    each.id: heartbeat(each, "worker") for each in WORKERS
+HEARTBEATS: dict[str, Heartbeat] = {each.id: heartbeat(each, ProcessRole.SERVER) for each in SERVERS} | {
+    each.id: heartbeat(each, ProcessRole.WORKER) for each in WORKERS
 }
 REDIS = RedisView(
     "redis://db:6379", facts=FACTS, config=CONFIG, shards=3, arena_bytes=300, committed=100, heartbeats=HEARTBEATS
 )
-ANSWER = {"version": 120, "committed": 100, "stage": "collecting", "sick": ""}
+ANSWER = ServerAnswer(120, 100, "collecting")
 ZOOKEEPER = ZooKeeperView(
     "zk1:2181,zk2:2181",
     4.0,
@@ -89,17 +90,21 @@ ZOOKEEPER = ZooKeeperView(
 )
 
 
-def look(redis: RedisView = REDIS, zookeeper: ZooKeeperView = ZOOKEEPER) -> dict[str, Any]:
-    heard = {name: HeartbeatAge.after(None, each, 10.0, NOW_S) for name, each in redis.heartbeats.items()}
-    return assemble("demo", NOW_S, redis, zookeeper, heard, 10.0)
+def look(redis: RedisView = REDIS, zookeeper: ZooKeeperView = ZOOKEEPER) -> JobStatus:
+    ages = {
+        name: HeartbeatAge.after(None, each.time, 10.0, NOW_S)
+        for name, each in redis.heartbeats.items()
+        if each is not None
+    }
+    return assemble("demo", NOW_S, redis, zookeeper, ages, 10.0)
 
 
 def findings(redis: RedisView = REDIS, zookeeper: ZooKeeperView = ZOOKEEPER) -> list[Finding]:
-    return diagnose(look(redis, zookeeper))
+    return list(look(redis, zookeeper).findings)
 
 
 def with_heartbeat(member: str, **changes: Any) -> RedisView:
-    return replace(REDIS, heartbeats=HEARTBEATS | {member: HEARTBEATS[member] | changes})
+    return replace(REDIS, heartbeats=HEARTBEATS | {member: replace(HEARTBEATS[member], **changes)})
 
 
 def the_one(found: Sequence[Finding], severity: Severity, *parts: str) -> Finding:
@@ -111,37 +116,37 @@ def the_one(found: Sequence[Finding], severity: Severity, *parts: str) -> Findin
 
 
 def test_a_job_that_is_well() -> None:
-    document = look()
-    assert document["findings"] == [] and document["state"] == "running"
-    assert (document["version"], document["committed"], document["lag_steps"], document["lag_s"]) == (120, 100, 20, 4.0)
-    assert document["samples_per_s"] == 240.0 and document["loss"] == 1.5
-    assert [each["behind"] for each in document["workers"]] == [0, 0]
-    assert [each["heartbeat_age_s"] for each in document["servers"]] == [0.5, 0.5]
-    json.dumps(document, allow_nan=False)
+    status = look()
+    assert status.findings == () and status.state == "running"
+    assert (status.version, status.committed, status.lag_steps, status.lag_s) == (120, 100, 20, 4.0)
+    assert status.samples_per_s == 240.0 and status.loss == 1.5
+    assert [each.behind for each in status.workers] == [0, 0]
+    assert [each.heartbeat_age_s for each in status.servers] == [0.5, 0.5]
+    json.dumps(to_fields(status), allow_nan=False)
 
 
 def test_redis_away_hides_no_member() -> None:
     away = RedisView("redis://db:6379", problem="Redis at redis://db:6379 does not answer: refused")
-    document = look(away)
-    finding = the_one(diagnose(document), Severity.SICK, "does not answer", "redis://db:6379", "psa doctor demo")
+    status = look(away)
+    finding = the_one(list(status.findings), Severity.SICK, "does not answer", "redis://db:6379", "psa doctor demo")
     assert finding.member == ""
-    assert [each["version"] for each in document["servers"]] == [120, 120] and document["shards"] == 3
-    assert document["ranks"] == 2 and document["workers"][0]["ranks"] == [0]
+    assert [each.version for each in status.servers] == [120, 120] and status.shards == 3
+    assert status.ranks == 2 and status.workers[0].ranks == (0,)
 
 
-def test_zookeeper_away_shows_who_was_heard_of() -> None:
+def test_without_zookeeper_members_are_known_by_their_heartbeats() -> None:
     away = ZooKeeperView("zk1:2181", 4.0, problem="ZooKeeper at zk1:2181 did not answer within 2 s")
-    document = look(with_heartbeat("w1", time=NOW_S - 120.0), away)
-    the_one(diagnose(document), Severity.SICK, "did not answer", "zk1:2181", "psa doctor demo")
-    assert [(each["id"], each["shards"], each["lag"]) for each in document["servers"]] == [("s0", 2, 20), ("s1", 1, 20)]
-    assert [(each["id"], each["ranks"]) for each in document["workers"]] == [("w0", [0])], "w1 is long silent"
-    assert document["missing"] == [] and document["committed"] == 100
+    status = look(with_heartbeat("w1", time=NOW_S - 120.0), away)
+    the_one(list(status.findings), Severity.SICK, "did not answer", "zk1:2181", "psa doctor demo")
+    assert [(each.id, each.shards, each.lag) for each in status.servers] == [("s0", 2, 20), ("s1", 1, 20)]
+    assert [(each.id, each.ranks) for each in status.workers] == [("w0", (0,))], "w1 is long silent"
+    assert status.missing == () and status.committed == 100
 
 
 def test_both_away() -> None:
-    document = look(RedisView("redis://db", problem="away"), ZooKeeperView("zk1:2181", 4.0, problem="away"))
-    assert [each["severity"] for each in document["findings"]] == ["sick", "sick"]
-    assert document["state"] == "not all is known"
+    status = look(RedisView("redis://db", problem="away"), ZooKeeperView("zk1:2181", 4.0, problem="away"))
+    assert [each.severity for each in status.findings] == [Severity.SICK, Severity.SICK]
+    assert status.state == "not all is known"
 
 
 def test_damage_in_redis() -> None:
@@ -173,7 +178,7 @@ def test_a_zookeeper_member_that_does_not_serve() -> None:
 
 
 def test_a_server_that_does_not_answer() -> None:
-    silent = {"version": None, "committed": None, "stage": None, "sick": "timed out"}
+    silent = ServerAnswer(problem="timed out")
     found = findings(zookeeper=replace(ZOOKEEPER, answers={"s0": ANSWER, "s1": silent}))
     finding = the_one(found, Severity.SICK, "s1 does not answer: timed out", "[host node-1, pid 101]")
     assert finding.look == "on node-1: ps -o pid,stat,etime,args -p 101" and finding.member == "s1"
@@ -192,36 +197,38 @@ def test_a_paused_worker() -> None:
 def test_a_paused_standby_worker_stops_nobody() -> None:
     standby = replace(ZOOKEEPER, workers=(*WORKERS, Member("w2", "node-2/boot", 202)))
     redis = replace(
-        REDIS, heartbeats=HEARTBEATS | {"w2": heartbeat(Member("w2", "node-2", 202), "worker", time=NOW_S - 9.0)}
+        REDIS,
+        heartbeats=HEARTBEATS | {"w2": heartbeat(Member("w2", "node-2", 202), ProcessRole.WORKER, time=NOW_S - 9.0)},
     )
     the_one(findings(redis, standby), Severity.WARN, "standby", "pid 202")
 
 
+STANDING = {"steps_per_s": 0.0, "samples_per_s": 0.0}
+WAITING = {"stage": "waiting", **STANDING}
+
+
+def with_workers(first: dict[str, Any], second: dict[str, Any]) -> RedisView:
+    changed = {"w0": replace(HEARTBEATS["w0"], **first), "w1": replace(HEARTBEATS["w1"], **second)}
+    return replace(REDIS, heartbeats=HEARTBEATS | changed)
+
+
 def test_a_worker_that_makes_no_steps_while_others_wait() -> None:
-    stuck = replace(
-        REDIS,
-        heartbeats=HEARTBEATS
-        | {
-            "w0": HEARTBEATS["w0"] | {"stage": "waiting", "rates": {"steps": 0.0, "samples": 0.0}},
-            "w1": HEARTBEATS["w1"] | {"rates": {"steps": 0.0, "samples": 0.0}},
-        },
-    )
+    stuck = with_workers(WAITING, STANDING)
     the_one(findings(stuck), Severity.SICK, "w1 (rank 1)", "step 120", "1 other wait", "-p 201")
-    stuck.heartbeats["w1"]["metrics"] = {"step": 120, "steps": 10.0, "compute_seconds": 300.0}
-    the_one(findings(stuck), Severity.WARN, "w1 (rank 1)", "30 s for one")
+    slow = with_workers(WAITING, STANDING | {"metrics": {"step": 120, "steps": 10.0, "compute_seconds": 300.0}})
+    the_one(findings(slow), Severity.WARN, "w1 (rank 1)", "30 s for one")
 
 
 def test_all_workers_wait_for_servers() -> None:
-    waiting = {"stage": "waiting", "rates": {"steps": 0.0, "samples": 0.0}}
-    redis = replace(REDIS, heartbeats=HEARTBEATS | {name: HEARTBEATS[name] | waiting for name in ("w0", "w1")})
+    redis = with_workers(WAITING, WAITING)
     the_one(findings(redis), Severity.SICK, "all workers wait", "psa status demo --watch")
 
 
 def test_a_server_gone() -> None:
-    document = look(zookeeper=replace(ZOOKEEPER, servers=SERVERS[:1]))
-    finding = the_one(diagnose(document), Severity.SICK, "server s1 is gone with 1 shard", "another", "[node-1]")
+    status = look(zookeeper=replace(ZOOKEEPER, servers=SERVERS[:1]))
+    finding = the_one(list(status.findings), Severity.SICK, "server s1 is gone with 1 shard", "another", "[node-1]")
     assert finding.look == "psa status demo --watch"
-    assert document["missing"] == ["s1"] and document["state"] == "recovering"
+    assert status.missing == ("s1",) and status.state == "recovering"
 
 
 def test_the_last_server_gone() -> None:
@@ -244,8 +251,8 @@ def test_ranks_that_nobody_was_given() -> None:
 
 def test_a_job_at_rest_misses_nobody() -> None:
     rest = replace(ZOOKEEPER, servers=(), workers=(), controller=None)
-    document = look(replace(REDIS, heartbeats={}), rest)
-    assert document["findings"] == [] and document["state"] == "at rest"
+    status = look(replace(REDIS, heartbeats={}), rest)
+    assert status.findings == () and status.state == "at rest"
 
 
 def test_no_controller() -> None:
@@ -253,10 +260,10 @@ def test_no_controller() -> None:
 
 
 def test_commits_that_do_not_keep_up() -> None:
-    behind = {**ANSWER, "version": 201}
+    behind = replace(ANSWER, version=201)
     found = findings(zookeeper=replace(ZOOKEEPER, answers={"s0": ANSWER, "s1": behind}))
     the_one(found, Severity.SICK, "s1 has 101 versions", "50", "psa doctor demo")
-    just = {**ANSWER, "version": 200}
+    just = replace(ANSWER, version=200)
     assert findings(zookeeper=replace(ZOOKEEPER, answers={"s0": ANSWER, "s1": just})) == []
 
 
@@ -264,9 +271,9 @@ def test_a_hand_over_that_takes_long_names_for_whom_it_waits() -> None:
     frozen = replace(SERVERS[0], frozen_revision=8, frozen_newest=120)
     plan = replace(PLAN, phase=Phase.FREEZE, freeze_revision=8, revision=8)
     waits = replace(ZOOKEEPER, plan=plan, servers=(frozen, SERVERS[1]), plan_time_s=NOW_S - 12.0)
-    document = look(zookeeper=waits)
-    the_one(diagnose(document), Severity.WARN, "freeze", "12 s", "server s1", "-p 101")
-    assert document["state"] == "handing over"
+    status = look(zookeeper=waits)
+    the_one(list(status.findings), Severity.WARN, "freeze", "12 s", "server s1", "-p 101")
+    assert status.state == "handing over"
     assert findings(zookeeper=replace(waits, plan_time_s=NOW_S - 9.0)) == []
 
 
@@ -279,28 +286,39 @@ def test_a_clock_that_is_ahead() -> None:
     the_one(findings(with_heartbeat("w0", time=NOW_S + 60.0)), Severity.WARN, "60 s ahead", "on node-0: chronyc")
 
 
-def test_who_told_a_second_ago_is_not_behind() -> None:
-    """Workers tell at different times; 10 steps/s and a heartbeat that is older by 0.4 s are 4 steps."""
-    document = look(with_heartbeat("w0", time=NOW_S - 0.9, metrics={"step": 116}))
-    assert [each["behind"] for each in document["workers"]] == [0, 0]
-    document = look(with_heartbeat("w0", metrics={"step": 100}))
-    assert [each["behind"] for each in document["workers"]] == [20, 0]
+def test_a_worker_whose_heartbeat_is_older_is_not_behind() -> None:
+    """Heartbeats come at different times; 10 steps/s and a heartbeat that is older by 0.4 s are 4 steps."""
+    status = look(with_heartbeat("w0", time=NOW_S - 0.9, metrics={"step": 116}))
+    assert [each.behind for each in status.workers] == [0, 0]
+    status = look(with_heartbeat("w0", metrics={"step": 100}))
+    assert [each.behind for each in status.workers] == [20, 0]
 
 
 def test_a_heartbeat_that_changes_is_fresh_whatever_its_clock_says() -> None:
-    first = HeartbeatAge.after(None, {"time": NOW_S - 40.0}, 10.0, NOW_S)
+    first = HeartbeatAge.after(None, NOW_S - 40.0, 10.0, NOW_S)
     assert first.age_s == 40.0
-    second = HeartbeatAge.after(first, {"time": NOW_S - 39.0}, 11.0, NOW_S + 1.0)
+    second = HeartbeatAge.after(first, NOW_S - 39.0, 11.0, NOW_S + 1.0)
     assert second.age_s <= 1.0 and second.seen_s == 11.0
-    third = HeartbeatAge.after(second, {"time": NOW_S - 39.0}, 15.0, NOW_S + 5.0)
+    third = HeartbeatAge.after(second, NOW_S - 39.0, 15.0, NOW_S + 5.0)
     assert third.seen_s == 11.0, "unchanged since"
 
 
-def test_a_strange_heartbeat_is_not_known_and_breaks_nothing() -> None:
-    strange = {"time": "noon", "metrics": [1], "rates": None, "stage": 7, "resident_bytes": math.nan, "endpoint": None}
-    redis = with_heartbeat("w0", **strange)
-    document = look(redis)
-    worker = document["workers"][0]
-    assert worker["step"] is None and worker["samples_per_s"] is None and worker["resident_bytes"] is None
+def test_a_heartbeat_that_cannot_be_read_is_not_known_and_breaks_nothing() -> None:
+    redis = replace(REDIS, heartbeats=HEARTBEATS | {"w0": None})
+    status = look(redis)
+    worker = status.workers[0]
+    assert worker.id == "w0" and worker.ranks == (0,), "ZooKeeper knows it"
+    assert worker.step is None and worker.samples_per_s is None and worker.resident_bytes is None
+    assert worker.heartbeat_age_s is None
     look(redis, ZooKeeperView("zk1:2181", 4.0, problem="away"))
-    json.dumps(document, allow_nan=False)
+    json.dumps(to_fields(status), allow_nan=False)
+
+
+def test_what_is_printed_is_read_back_as_the_same_status() -> None:
+    status = look(zookeeper=replace(ZOOKEEPER, servers=SERVERS[:1]))
+    assert status.findings and status.gone
+    assert from_text(JobStatus, to_text(status), "a status") == status
+
+
+def test_the_published_schema_of_the_status_is_current() -> None:
+    assert json.loads(PATH.read_text()) == status_schema(), "python -m psa_store.observe.status.schema"

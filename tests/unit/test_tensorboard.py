@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from psa_store.errors import UsageError
+from psa_store.observe import Event, EventKind
+from psa_store.observe.curve import Point
 from psa_store.observe.tensorboard import CURVE, Board, check_tensorboard
-
-Document = Mapping[str, Any]
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +23,12 @@ def files_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
-def point(time_s: float, version: int, **known: Any) -> Document:
-    return {**dict.fromkeys(CURVE), "time": time_s, "version": version, "committed": 0, "term": 1, **known}
+def point(time_s: float, version: int, **known: Any) -> Point:
+    return Point(time_s, version, term=1, **known)
 
 
-def event(time_s: float, kind: str, version: int | None = None) -> Document:
-    return {"time": time_s, "kind": kind, "text": kind, "term": 1, "version": version, "member": ""}
+def event(time_s: float, kind: str, version: int | None = None) -> Event:
+    return Event(time_s, EventKind(kind), kind, 1, version)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -39,7 +38,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def write(folder: Path, points: list[Document], events: list[Document] | None = None) -> None:
+def write(folder: Path, points: list[Point], events: list[Event] | None = None) -> None:
     with closing(Board(folder)) as board:
         board.write(points, events or [])
 
@@ -51,7 +50,7 @@ def test_a_curve_is_shown_over_versions_and_what_is_not_known_is_left_out(tmp_pa
     write(tmp_path / "job", POINTS)
     shown = scalars(tmp_path / "job")
     assert shown["loss"] == [(10, 3.75), (20, 3.5), (30, 3.25), (40, 3.0)]
-    assert shown["samples_per_s"][0] == (10, 64.0) and shown.keys() == {"loss", "learning_rate", "samples_per_s"}
+    assert shown["samples_per_s"][0] == (10, 64.0) and shown.keys() == {*CURVE} - {"gradient_norm"}
 
 
 def test_a_second_look_and_a_second_writer_add_only_what_is_new(tmp_path: Path) -> None:

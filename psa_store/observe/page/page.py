@@ -1,7 +1,7 @@
-"""The web page of a job: what `psa status` tells, live, for anybody with a browser. Read-only.
+"""The web page of a job: what `psa status` shows, live, in a browser. Read-only.
 
-Any number of viewers costs one look a second: an answer is kept that long, and who asks while another looks gets the
-one before. Nothing is looked at while nobody asks. Only the controller's page shows the job; the others name it.
+Any number of viewers costs one look a second: an answer is kept that long, and a request during a look gets the answer
+before. Nothing is looked at without requests. Only the controller's page shows the job; the others link to it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
-from typing import Any
 
 from psa_store.config import Settings
 from psa_store.errors import PsaError, UnknownJob
+from psa_store.job.document import to_fields
+from psa_store.observe.heartbeat import Heartbeat
+from psa_store.observe.history import JobHistory
 from psa_store.observe.status import PATIENCE_S_MAX, Observer
-from psa_store.storage import History, RedisStore
+from psa_store.storage import RedisStore
 
 Answer = tuple[int, str, bytes]
 """Status, content type, body."""
@@ -48,11 +50,11 @@ class Page:
         self._governs = governs
         self._html = _load()
         self._store = RedisStore(settings.redis, timeout_s=patience_s)
-        self._history = History(settings.redis, timeout_s=patience_s)
+        self._history = JobHistory(job, settings.redis, timeout_s=patience_s)
         self._observer = Observer(job, settings, self._store)
-        self._status = _Kept(self._observer.look, _LOOK_EVERY_S)
-        self._events = _Kept(lambda: self._history.events(job), _LOOK_EVERY_S)
-        self._curve = _Kept(lambda: self._history.curve(job), _CURVE_EVERY_S)
+        self._status = _Kept(lambda: to_fields(self._observer.look()), _LOOK_EVERY_S)
+        self._events = _Kept(lambda: [to_fields(each) for each in self._history.events()], _LOOK_EVERY_S)
+        self._curve = _Kept(lambda: [to_fields(each) for each in self._history.curve()], _CURVE_EVERY_S)
 
     def close(self) -> None:
         self._observer.close()
@@ -72,18 +74,18 @@ class Page:
         if self._governs():
             return 200, _HTML, self._html
         try:
-            heartbeats = self._history.heartbeats(self._job)
+            heartbeats = self._history.heartbeats()
         except PsaError as error:
             return 503, _HTML, f"<p>This server is not the controller. {html.escape(str(error))}".encode()
-        address = _controller_address(heartbeats)
+        address = _controller_address(heartbeats.values())
         if not address:
-            return 503, _HTML, b"<p>This server is not the controller, and no other has told where its page is."
+            return 503, _HTML, b"<p>This server is not the controller, and no other has published where its page is."
         link = f'<a href="http://{address}/">http://{address}/</a>'
         return 200, _HTML, f"<p>The controller shows job {html.escape(self._job)}: {link}".encode()
 
 
 class _Kept:
-    """The answer to a question, asked again when it is older than ``keep_s`` and somebody wants it."""
+    """The answer to a question, asked again on the first request after ``keep_s``."""
 
     def __init__(self, ask: Callable[[], object], keep_s: float) -> None:
         self._ask = ask
@@ -112,26 +114,14 @@ class _Kept:
             status, document = 404, {"problem": str(error)}
         except PsaError as error:
             status, document = 503, {"problem": str(error)}
-        return status, _JSON, json.dumps(_finite(document), allow_nan=False).encode()
+        return status, _JSON, json.dumps(document, allow_nan=False).encode()
 
 
-def _finite(value: Any) -> Any:
-    """Browsers refuse the NaN that Python writes into JSON."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {key: _finite(each) for key, each in value.items()}
-        case list():
-            return [_finite(each) for each in value]
-    return value
-
-
-def _controller_address(heartbeats: Mapping[str, Mapping[str, Any]]) -> str:
+def _controller_address(heartbeats: Iterable[Heartbeat | None]) -> str:
     """Where the newest heartbeat of a controller says that its page is; empty if none does."""
-    found = [heartbeat for heartbeat in heartbeats.values() if heartbeat.get("metrics", {}).get("controller") == 1]
-    address = max(found, key=lambda heartbeat: heartbeat.get("time", 0.0)).get("endpoint", "") if found else ""
-    return address if isinstance(address, str) and re.fullmatch(r"[\w.\-\[\]:]+:\d+", address) else ""
+    found = [each for each in heartbeats if each is not None and each.metrics.get("controller") == 1]
+    address = max(found, key=lambda each: each.time).endpoint if found else ""
+    return address if re.fullmatch(r"[\w.\-\[\]:]+:\d+", address) else ""
 
 
 def _load() -> bytes:

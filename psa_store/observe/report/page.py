@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from html import escape
 from string import Template
 from typing import Any
 
-from psa_store.observe.report.summary import GOODPUT, duration, facts, pause
+from psa_store.observe.formatting import date, duration
+from psa_store.observe.report.summary import GOODPUT, Summary, facts, pause
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -26,7 +26,7 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 td.n, th.n { text-align: right; } td.t { white-space: nowrap; }
 </style></head><body>
 <h1>$job</h1>
-<p class="quiet">$from to $to</p>
+<p class="quiet">$begin to $end</p>
 <table id="facts">$facts</table>
 <p class="quiet">$goodput</p>
 <p><img alt="loss, throughput, members and versions of $job over time" src="data:image/png;base64,$picture"></p>
@@ -40,22 +40,22 @@ $checkpoints
 """)
 
 
-def page(found: Mapping[str, Any], picture: bytes) -> str:
-    """All of it as text. ``found``: a summary; ``picture``: a PNG."""
+def page(found: Summary, picture: bytes) -> str:
+    """All of it as text. ``picture``: a PNG."""
     failures = [
-        (number, _when(each), each["what"], pause(each, found["interval_s"]), each["computed_again"], each["text"])
-        for number, each in enumerate(found["failures"], 1)
+        (number, date(each.time), each.what, pause(each, found.interval_s), each.computed_again, each.text)
+        for number, each in enumerate(found.failures, 1)
     ]
-    rollbacks = [(_when(each), each["version"], each["lost"], each["text"]) for each in found["rollbacks"]]
+    rollbacks = [(date(each.time), each.version, each.lost, each.text) for each in found.rollbacks]
     checkpoints = [
-        (each["name"], each["version"], _when(each), each["reason"], f"{each['bytes'] / 1e6:,.1f}")
-        for each in found["checkpoints"]
+        (each.name, each.version, date(each.time), each.reason, f"{each.bytes / 1e6:,.1f}")
+        for each in found.checkpoints
     ]
-    resolution = f"A pause is known to about {duration(found['interval_s'])}, the time between two points of the curve."
+    resolution = f"A pause is known to about {duration(found.interval_s)}, the time between two points of the curve."
     return _PAGE.substitute(
-        job=escape(found["job"]),
-        begun=_clock(found["begin"]),
-        **{"from": _clock(found["begin"]), "to": _clock(found["end"])},
+        job=escape(found.job),
+        begin=date(found.begin),
+        end=date(found.end),
         facts="".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(found)),
         goodput=escape(GOODPUT),
         picture=base64.b64encode(picture).decode(),
@@ -85,12 +85,3 @@ def _table(name: str, heads: Iterable[str], rows: list[tuple[Any, ...]], note: s
 def _cell(tag: str, value: Any, numeric: bool) -> str:
     text = f"{value:,}" if isinstance(value, int) else str(value)
     return f"<{tag}{' class=n' if numeric else ''}>{escape(text)}</{tag}>"
-
-
-def _when(document: Mapping[str, Any]) -> str:
-    return _clock(document["time"])
-
-
-def _clock(time_s: float) -> str:
-    """By the clock and in the zone of whoever makes the report."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s)) if time_s else "-"

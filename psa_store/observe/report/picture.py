@@ -9,10 +9,12 @@ from io import BytesIO
 from statistics import median
 from typing import TYPE_CHECKING
 
-from psa_store.observe.report.run import Point, Run, State
-from psa_store.observe.report.summary import duration, pause, summary
+from psa_store.observe.curve import Point
+from psa_store.observe.formatting import count, duration
+from psa_store.observe.report.run import Run
+from psa_store.observe.report.summary import pause
 from psa_store.observe.report.time_axis import TimeAxis
-from psa_store.observe.report.timeline import gap_after_s
+from psa_store.observe.report.timeline import State, gap_after_s
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,8 +69,7 @@ def draw(run: Run) -> bytes:
     versions.set_xlabel(f"{time_axis.unit}{rests}")
     figure.align_ylabels([loss, speed, members, versions])
     goodput = "" if run.goodput is None else f", goodput {run.goodput:.1%}"
-    number = len(run.failures)
-    failures = "no failure" if not number else f"{number} failure{'s' if number > 1 else ''}"
+    failures = count(len(run.failures), "failure") if run.failures else "no failure"
     figure.suptitle(f"{run.job}: version {run.version:,}, {failures}{goodput}", fontsize=13, parse_math=False)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=_DPI)
@@ -76,12 +77,11 @@ def draw(run: Run) -> bytes:
 
 
 def _marks(run: Run, time_axis: TimeAxis) -> list[_Mark]:
-    failures = zip(run.failures, summary(run)["failures"], strict=True)
     marks = [
-        _Mark(time_axis.place(each.time_s), f"{number} {each.what}, {pause(document, run.interval_s)}", _RED)
-        for number, (each, document) in enumerate(failures, 1)
+        _Mark(time_axis.place(each.time), f"{number} {each.what}, {pause(each, run.interval_s)}", _RED)
+        for number, each in enumerate(run.failures, 1)
     ]
-    marks += [_Mark(time_axis.place(each.time_s), f"back to {each.version:,}", _PURPLE) for each in run.rollbacks]
+    marks += [_Mark(time_axis.place(each.time), f"back to {each.version:,}", _PURPLE) for each in run.rollbacks]
     return sorted(marks, key=lambda mark: mark.place)
 
 
@@ -146,16 +146,16 @@ def _name_rests(axes: Axes, run: Run, time_axis: TimeAxis, span: float) -> None:
 
 
 def _line(run: Run, time_axis: TimeAxis, value: Callable[[Point], float | None]) -> tuple[list[float], list[float]]:
-    """Places and values; a line of them is broken where nothing was told for long."""
+    """Places and values; a line of them is broken where there are no points for long."""
     gap_s = gap_after_s(run.points)
     places: list[float] = []
     values: list[float] = []
     for index, point in enumerate(run.points):
-        if index and point.time_s - run.points[index - 1].time_s > gap_s:
+        if index and point.time - run.points[index - 1].time > gap_s:
             places.append(places[-1])
             values.append(math.nan)
         found = value(point)
-        places.append(time_axis.place(point.time_s))
+        places.append(time_axis.place(point.time))
         values.append(math.nan if found is None else found)
     return places, values
 
@@ -176,7 +176,7 @@ def _loss(axes: Axes, run: Run, time_axis: TimeAxis) -> None:
     places, values = _line(run, time_axis, lambda point: point.loss)
     losses = [each for each in values if not math.isnan(each)]
     if not losses:
-        axes.text(0.5, 0.5, "the script tells no loss: worker.step(loss)", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, "the script gives no loss: worker.step(loss)", transform=axes.transAxes, ha="center")
         axes.set_yticks([])
         return
     smooth = len(losses) > 4 * _SMOOTH
@@ -234,7 +234,7 @@ def _members(axes: Axes, run: Run, time_axis: TimeAxis) -> None:
 def _versions(axes: Axes, run: Run, time_axis: TimeAxis) -> None:
     places, values = _line(run, time_axis, lambda point: point.version)
     axes.plot(places, values, color=_INK, linewidth=1.2, marker=_marker(values))
-    kept = [(time_axis.place(each.time_s), each.version) for each in run.checkpoints]
+    kept = [(time_axis.place(each.time), each.version) for each in run.checkpoints]
     if kept:
         axes.plot(
             [place for place, _ in kept],

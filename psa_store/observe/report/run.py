@@ -1,30 +1,27 @@
-"""A run as the report tells it, from the curve, the events and the checkpoints of a job. Pure."""
+"""A run, put together from the curve, the events and the checkpoints of a job. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from psa_store.checkpoint.catalog import Checkpoint
-from psa_store.observe import EventKind
+from psa_store.observe.curve import Point
+from psa_store.observe.events import Event, EventKind
 from psa_store.observe.report.failures import Failure, find_failures, with_pause
-from psa_store.observe.report.records import Event, Point, read_events, read_points
 from psa_store.observe.report.timeline import (
     Moment,
     Rates,
     Segment,
     State,
+    forward,
     gap_after_s,
     interval_s,
     kept_versions,
     moments,
     segments,
 )
-
-__all__ = ["Failure", "Kept", "Point", "Rollback", "Run", "Segment", "State", "describe_run"]
-
 
 _STANDINGS = (EventKind.TERM, EventKind.RECOVERED, EventKind.HAND_OVER, EventKind.ROLLBACK, EventKind.FINISHED)
 
@@ -33,10 +30,10 @@ _STANDINGS = (EventKind.TERM, EventKind.RECOVERED, EventKind.HAND_OVER, EventKin
 class Rollback:
     """The job was told to go back."""
 
-    time_s: float
+    time: float
     version: int
     lost: int
-    """Versions that it had made beyond, as far as the curve tells."""
+    """Versions that it had made beyond, as far as the curve shows."""
     text: str
 
 
@@ -44,7 +41,7 @@ class Rollback:
 class Kept:
     """A checkpoint that is there."""
 
-    time_s: float
+    time: float
     name: str
     version: int
     reason: str
@@ -68,7 +65,7 @@ class Run:
     version: int
     """Where it is now."""
     samples: float
-    """About so many: the sum of what the points tell per second."""
+    """About so many: the sum of what the points say per second."""
     terms: int
     finished: bool
     interval_s: float
@@ -81,26 +78,27 @@ class Run:
         return sum(each.length_s for each in self.segments if each.state in states)
 
     @property
-    def begin_s(self) -> float:
-        return self.segments[0].begin_s if self.segments else self.points[0].time_s if self.points else 0.0
+    def begin_s(self) -> float | None:
+        """None if nothing is known of it, as of :attr:`end_s`."""
+        return self.segments[0].begin_s if self.segments else self.points[0].time if self.points else None
 
     @property
-    def end_s(self) -> float:
-        return self.segments[-1].end_s if self.segments else self.points[-1].time_s if self.points else 0.0
+    def end_s(self) -> float | None:
+        return self.segments[-1].end_s if self.segments else self.points[-1].time if self.points else None
 
     @property
-    def again(self) -> int:
+    def computed_again(self) -> int:
         """Versions computed again after failures."""
-        return sum(each.again for each in self.failures)
+        return sum(each.computed_again for each in self.failures)
 
 
 def describe_run(
     job: str,
-    points: Iterable[Mapping[str, Any]],
-    events: Iterable[Mapping[str, Any]],
+    points: Iterable[Point],
+    events: Iterable[Event],
     checkpoints: Iterable[Checkpoint],
 ) -> Run:
-    """Tell what became of a job. Points and events are whole and in order, as History gives them.
+    """Put a run together. Points and events are whole and in order, as JobHistory gives them.
 
     Goodput is useful time over time, from the first to the last that is known:
 
@@ -108,13 +106,13 @@ def describe_run(
       between two points in which nothing happened and as many workers were there; so a job that has fewer workers for
       a long time is a smaller job, not a worse one. Versions that were computed again count once, those that a rollback
       left behind do not count.
-    - Time is all time but rests, in which every server had left in order and nobody ran the job. A job all of whose
+    - Time is all time but rests, in which every server had left in order and the job was not run. A job all of whose
       processes died is down until it is run again.
 
     A job that was faster at times than its normal rate has no more than 1.
     """
-    known, back_s = read_points(points)
-    happened = read_events(events)
+    known, back_s = forward(points)
+    happened = sorted(events, key=lambda each: each.time)  # several servers write, each when it comes to it
     gap_s = gap_after_s(known)
     timeline = moments(known, happened)
     rates = Rates(known, happened, gap_s)
@@ -131,7 +129,7 @@ def describe_run(
         goodput=_goodput(timeline, parts, rates),
         rate=rates.usual,
         version=timeline[-1].version if timeline else 0,
-        samples=sum(b.samples_per_s * min(b.time_s - a.time_s, gap_s) for a, b in pairwise(known)),
+        samples=sum(b.samples_per_s * min(b.time - a.time, gap_s) for a, b in pairwise(known)),
         terms=len({each.term for each in known}),
         finished=[each.kind for each in happened if each.kind in _STANDINGS][-1:] == [EventKind.FINISHED],
         interval_s=interval_s(known),
@@ -153,6 +151,6 @@ def _goodput(timeline: Sequence[Moment], parts: Iterable[Segment], rates: Rates)
 def _rollbacks(events: Iterable[Event], points: Sequence[Point]) -> Iterable[Rollback]:
     for event in events:
         if event.kind is EventKind.ROLLBACK and event.version is not None:
-            before = [each.version for each in points if each.time_s <= event.time_s]
+            before = [each.version for each in points if each.time <= event.time]
             lost = max(0, before[-1] - event.version) if before else 0
-            yield Rollback(event.time_s, event.version, lost, event.text)
+            yield Rollback(event.time, event.version, lost, event.text)

@@ -1,4 +1,4 @@
-"""Where a time lies on the picture: rests take little room there, however long they were. Pure."""
+"""Where a time lies on the picture: rests take little room, however long they were. Pure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TICKS = 8
 class TimeAxis:
     """Maps times (seconds since 1970) to places, which are seconds of the picture, from 0 to ``length``."""
 
-    def __init__(self, segments: Sequence[Segment], begin_s: float) -> None:
+    def __init__(self, segments: Sequence[Segment], begin_s: float | None) -> None:
         active_s = sum(each.length_s for each in segments if each.state is not State.REST)
         widest = _REST_SHARE * active_s
-        self._knots = [(begin_s, 0.0)]
+        self._knots = [(begin_s or 0.0, 0.0)]
         self._active = [(0.0, 0.0)]
         """Seconds that the job was not at rest, and their places."""
         for each in segments:

@@ -1,7 +1,8 @@
-"""How a job moved: at what rate when nothing disturbed it, when it rested or was down, what of it stayed. Pure."""
+"""How a job moved: at what rate when nothing disturbed it, when it was at rest or down, which versions stayed. Pure."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,8 @@ from enum import StrEnum
 from itertools import pairwise
 from statistics import median
 
-from psa_store.observe import EventKind
-from psa_store.observe.report.records import Event, Point
+from psa_store.observe.curve import Point
+from psa_store.observe.events import Event, EventKind
 
 _GAP_S_MIN = 5.0
 _GAP_INTERVALS = 4.0
@@ -25,7 +26,7 @@ _PLACES = (EventKind.TERM, EventKind.RECOVERED, EventKind.HAND_OVER, EventKind.R
 
 
 class State(StrEnum):
-    """RUNNING: it moved. DOWN: it should have moved and did not. REST: its servers had left, and nobody ran it."""
+    """RUNNING: it moved. DOWN: it should have moved and did not. REST: its servers had left, and it was not run."""
 
     RUNNING = "running"
     DOWN = "down"
@@ -47,7 +48,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When the job was at a version, as a point or an event tells."""
+    """When the job was at a version, as a point or an event says."""
 
     time_s: float
     term: int
@@ -57,16 +58,30 @@ class Moment:
     """None: a point."""
 
 
+def forward(points: Iterable[Point]) -> tuple[tuple[Point, ...], float]:
+    """The same points with times that never go back, and by how many seconds they did, all in all.
+
+    Controllers of several hosts write points, and their clocks differ.
+    """
+    ordered: list[Point] = []
+    back_s, newest_s, last_s = 0.0, -math.inf, -math.inf
+    for each in points:
+        back_s += max(0.0, last_s - each.time)
+        last_s, newest_s = each.time, max(newest_s, each.time)
+        ordered.append(replace(each, time=newest_s))
+    return tuple(ordered), back_s
+
+
 class Rates:
     """Versions per second where nothing disturbed the job, by the number of workers: the median over time."""
 
     def __init__(self, points: Sequence[Point], events: Iterable[Event], gap_s: float) -> None:
-        disturbed = [each.time_s for each in events if each.kind in (*GONE, *_PLACES)]
+        disturbed = [each.time for each in events if each.kind in (*GONE, *_PLACES)]
         found: dict[int, list[tuple[float, float]]] = defaultdict(list)
         for a, b in pairwise(points):
-            passed_s = b.time_s - a.time_s
+            passed_s = b.time - a.time
             same = (a.term, a.workers) == (b.term, b.workers)
-            calm = same and not any(a.time_s < time_s <= b.time_s for time_s in disturbed)
+            calm = same and not any(a.time < time_s <= b.time for time_s in disturbed)
             if calm and 0.0 < passed_s <= gap_s and b.version > a.version:
                 found[a.workers].append(((b.version - a.version) / passed_s, passed_s))
         self._by_workers = {workers: _weighted_median(rates) for workers, rates in found.items()}
@@ -81,7 +96,7 @@ class Rates:
 
 def interval_s(points: Sequence[Point]) -> float:
     """The usual time between two points: how exactly anything is known."""
-    return median(b.time_s - a.time_s for a, b in pairwise(points)) if len(points) > 1 else 0.0
+    return median(b.time - a.time for a, b in pairwise(points)) if len(points) > 1 else 0.0
 
 
 def gap_after_s(points: Sequence[Point]) -> float:
@@ -90,14 +105,14 @@ def gap_after_s(points: Sequence[Point]) -> float:
 
 
 def moments(points: Iterable[Point], events: Iterable[Event]) -> tuple[Moment, ...]:
-    """All that tells at which version the job was, in the order of time."""
+    """All that says at which version the job was, in the order of time."""
     placed = [(each, each.version) for each in events if each.kind in _PLACES]
-    told = [Moment(each.time_s, each.term or 0, at, 0, each.kind) for each, at in placed if at is not None]
-    told += [Moment(each.time_s, each.term, each.version, each.workers, None) for each in points]
+    known = [Moment(each.time, each.term or 0, at, 0, each.kind) for each, at in placed if at is not None]
+    known += [Moment(each.time, each.term, each.version, each.workers, None) for each in points]
     ordered: list[Moment] = []
     term = workers = 0
     ended = False
-    for moment in sorted(told, key=lambda each: each.time_s):
+    for moment in sorted(known, key=lambda each: each.time_s):
         if ended and moment.kind is None:
             continue  # made of heartbeats from before the end
         ended = moment.kind is EventKind.FINISHED
@@ -123,7 +138,7 @@ def segments(timeline: Sequence[Moment], events: Sequence[Event], rates: Rates, 
         if upcoming is None or upcoming.kind is EventKind.TERM:
             # The servers had left before, for a term that follows on another is a recovery or a hand-over. A job that
             # rests can be told to go back, and does so later.
-            ends = [each.time_s for each in events if each.kind not in _JOINED and each.time_s < b.time_s]
+            ends = [each.time for each in events if each.kind not in _JOINED and each.time < b.time_s]
             rest_s = max([a.time_s, *ends])
             _extend(found, Segment(a.time_s, rest_s, State.RUNNING))
             _extend(found, Segment(rest_s, b.time_s, State.REST))

@@ -7,11 +7,10 @@ ZooKeeper there are still what is stored and the heartbeats.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 from psa_store.cluster import Member, ProcessRole, member_from_json, newest_common, plan_from_json
 from psa_store.config import Settings
@@ -19,19 +18,22 @@ from psa_store.coordination import Coordination, probe_zookeeper
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UnknownJob
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.layout import Layout, layout_from_json
-from psa_store.observe.status.document import HeartbeatAge, RedisView, ZooKeeperView, assemble
-from psa_store.storage import History, RedisStore
+from psa_store.observe.heartbeat import Heartbeat
+from psa_store.observe.history import JobHistory
+from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
+from psa_store.observe.status.model import JobStatus
+from psa_store.storage import RedisStore
 from psa_store.wire import inspect
 
 PATIENCE_S_MAX = 2.0
-"""How long Redis and ZooKeeper may take to answer somebody who looks: people do not wait as long as jobs do."""
+"""How long Redis and ZooKeeper may take to answer here: people do not wait as long as jobs do."""
 _ANSWER_S = 1.0
 _ASKED_AT_ONCE = 64
 _EVENTS_SHOWN = 8
 
 
-def describe(job: str, settings: Settings, store: RedisStore) -> dict[str, Any]:
-    """Everything that is known about a job: one look, see :meth:`Observer.look`."""
+def describe(job: str, settings: Settings, store: RedisStore) -> JobStatus:
+    """Look once at a job: everything that is known about it; raises UnknownJob as :meth:`Observer.look`."""
     with closing(Observer(job, settings, store)) as observer:
         return observer.look()
 
@@ -77,50 +79,27 @@ class Observer:
         self._hosts = settings.zookeeper
         self._patience_s = min(settings.connect_timeout_s, PATIENCE_S_MAX)
         self._store = store
-        self._history = History(settings.redis, timeout_s=self._patience_s)
+        self._history = JobHistory(job, settings.redis, timeout_s=self._patience_s)
         self._coordination: Coordination | None = None
         self._documents: tuple[str, str] | None = None
         self._parsed: tuple[JobConfig, Layout] | None = None
-        self._heard: dict[str, HeartbeatAge] = {}
+        self._ages: dict[str, HeartbeatAge] = {}
 
     def close(self) -> None:
         self._history.close()
         if self._coordination is not None:
             self._coordination.close()
 
-    def look(self) -> dict[str, Any]:
-        """One look, as plain data that JSON can carry. What is not known is None; keys are added, never renamed.
-
-        Of the job: job, ranks, seed, mode, compression, commit_every, commit_interval (versions between commits),
-        shards, bytes. What it does: time (of this look, since 1970), state, term, revision, phase, phase_s (for how
-        long), resumed_at, controller (id), version (that all servers have), committed (newest version that all shards
-        have in Redis), lag_steps and lag_s (what is not durable), samples_per_s, loss (of rank 0), missing (ids that
-        the plan names but that are gone), gone (the same with role, host, shards or ranks), unheld (ranks that nobody
-        computes), events (the newest, the oldest of them first).
-
-        ``servers``: id, host, pid, address, endpoint, leaving, awaited (the hand-over waits for it), cannot_serve,
-        shards, version, committed, lag, stage, sick (why it did not answer), resident_bytes, heartbeat_age_s,
-        clock_ahead_s. ``workers``: id, host, pid, endpoint, ranks, step, behind (steps, the fastest), compute_s (of a
-        step, its mean), steps_per_s, samples_per_s, stage, loss, resident_bytes, heartbeat_age_s, clock_ahead_s.
-
-        ``redis``: problem (empty if it answers), damage (of stored data), where, latency_s, used_bytes, limit_bytes,
-        persistence, cannot_persist, run_id. ``zookeeper``: problem, hosts, server (that we are connected to),
-        latency_s (to the leader and back), session_timeout_s, members (address, mode, problem).
-
-        ``findings``: what is sick, the worst first: severity ("sick" or "warn"), what, where, look (the command that
-        looks further), member (id, or empty).
-
-        Raises:
-            UnknownJob: Redis answers and has no such job.
-        """
+    def look(self) -> JobStatus:
+        """Look once; raises UnknownJob if Redis answers and has no such job."""
         with ThreadPoolExecutor(3, thread_name_prefix="psa-status") as pool:
             redis = pool.submit(self._ask_redis)
             members = pool.submit(probe_zookeeper, self._hosts, min(_ANSWER_S, self._patience_s))
             zookeeper = self._ask_zookeeper()
             stored = redis.result()
             zookeeper = replace(zookeeper, members=members.result())
-        self._listen(stored.heartbeats)
-        return assemble(self._job, time.time(), stored, zookeeper, self._heard, time.monotonic())
+        self._follow(stored.heartbeats)
+        return assemble(self._job, time.time(), stored, zookeeper, self._ages, time.monotonic())
 
     # --- Redis
 
@@ -137,7 +116,8 @@ class Observer:
                 raise UnknownJob(f"no job {self._job!r}; known jobs: {', '.join(self._store.jobs()) or 'none'}")
             config, layout = self._parse(texts)
             view = replace(view, config=config, shards=len(layout.shards), arena_bytes=layout.arena_bytes)
-            view = replace(view, heartbeats=self._history.heartbeats(self._job), events=self._events())
+            view = replace(view, heartbeats=self._history.heartbeats())
+            view = replace(view, events=self._history.events()[-_EVENTS_SHOWN:])
             heads = self._store.heads(self._job, [shard.index for shard in layout.versioned])
             versions = {head.shard: [manifest.version for manifest in head.manifests] for head in heads}
             return replace(view, committed=newest_common(versions))
@@ -145,9 +125,6 @@ class Observer:
             return replace(view, problem=str(error))
         except DataIntegrity as error:
             return replace(view, damage=str(error))
-
-    def _events(self) -> list[dict[str, Any]]:
-        return self._history.events(self._job)[-_EVENTS_SHOWN:]
 
     def _parse(self, texts: tuple[str, str]) -> tuple[JobConfig, Layout]:
         """A thousand shards take a while to lay out, and what a job is does not change."""
@@ -170,10 +147,10 @@ class Observer:
             )
             view = replace(
                 view,
-                server=coordination.describe()["server"],
+                server=coordination.peer,
                 config=job_config_from_json(config) if config else None,
                 plan=plan_from_json(seen.text) if seen else None,
-                plan_time_s=seen.modified_s if seen else 0.0,
+                plan_time_s=seen.modified_s if seen else None,
                 servers=servers,
                 workers=workers,
                 controller=coordination.elected(),
@@ -191,27 +168,27 @@ class Observer:
             self._coordination = coordination
         return self._coordination
 
-    def _listen(self, heartbeats: dict[str, dict[str, Any]]) -> None:
+    def _follow(self, heartbeats: Mapping[str, Heartbeat | None]) -> None:
         """Note when a heartbeat changed, by our own clock: that of another host may be wrong."""
         now_s, wall_s = time.monotonic(), time.time()
-        self._heard = {
-            member: HeartbeatAge.after(self._heard.get(member), heartbeat, now_s, wall_s)
+        self._ages = {
+            member: HeartbeatAge.after(self._ages.get(member), heartbeat.time, now_s, wall_s)
             for member, heartbeat in heartbeats.items()
+            if heartbeat is not None
         }
 
 
-def _ask_servers(servers: Iterable[Member]) -> dict[str, dict[str, Any]]:
-    """What each server says of itself, all asked at once; ``sick`` says why, if one says nothing."""
-    listed = list(servers)
-    if not listed:
+def _ask_servers(servers: Sequence[Member]) -> dict[str, ServerAnswer]:
+    """What each server says of itself, by id; all are asked at once."""
+    if not servers:
         return {}
-    with ThreadPoolExecutor(min(len(listed), _ASKED_AT_ONCE), thread_name_prefix="psa-status-ask") as pool:
-        return dict(zip((member.id for member in listed), pool.map(_ask, listed), strict=True))
+    with ThreadPoolExecutor(min(len(servers), _ASKED_AT_ONCE), thread_name_prefix="psa-status-ask") as pool:
+        return dict(zip((member.id for member in servers), pool.map(_ask, servers), strict=True))
 
 
-def _ask(member: Member) -> dict[str, Any]:
+def _ask(member: Member) -> ServerAnswer:
     try:
         found = inspect(member.address, member.local, member.host, _ANSWER_S)
     except Disconnected as error:
-        return {"version": None, "committed": None, "stage": None, "sick": str(error)}
-    return {"version": found["version"], "committed": found["committed"], "stage": found["stage"], "sick": ""}
+        return ServerAnswer(problem=str(error))
+    return ServerAnswer(found["version"], found["committed"], found["stage"])

@@ -1,0 +1,73 @@
+"""What a job's processes have told, as types: the one place that reads and writes heartbeats, events and the curve.
+
+A document that this release cannot read, for another one wrote it, is set aside: it breaks nothing that can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from psa_store.errors import DataIntegrity
+from psa_store.job.document import Document, from_fields, to_text
+from psa_store.observe.curve import Point
+from psa_store.observe.events import Event
+from psa_store.observe.heartbeat import Heartbeat
+from psa_store.storage import History
+
+D = TypeVar("D", bound=Document)
+
+
+class JobHistory:
+    """Heartbeats, events and the curve of one job. Thread-safe.
+
+    Every method raises DependencyUnreachable if Redis does not answer within ``timeout_s``; those that read raise
+    DataIntegrity if what they find is not JSON.
+    """
+
+    def __init__(self, job: str, redis: str, *, timeout_s: float) -> None:
+        self._job = job
+        self._history = History(redis, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        self._history.close()
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        """Replace the heartbeat of its member."""
+        self._history.heartbeat(self._job, heartbeat.member, to_text(heartbeat))
+
+    def heartbeats(self) -> dict[str, Heartbeat | None]:
+        """By member, the newest of each; None if it cannot be read."""
+        found = self._history.heartbeats(self._job)
+        return {member: _read(Heartbeat, fields) for member, fields in found.items()}
+
+    def forget(self, members: Iterable[str]) -> None:
+        """Remove the heartbeats of members that are gone."""
+        self._history.forget(self._job, members)
+
+    def add(self, event: Event) -> None:
+        """Add an event, unless exactly this one is among the newest. There is a limit; the oldest go."""
+        self._history.event(self._job, to_text(event))
+
+    def events(self) -> list[Event]:
+        """All that are kept and can be read, the oldest first."""
+        return _readable(Event, self._history.events(self._job))
+
+    def offer(self, point: Point) -> bool:
+        """Offer a point to the curve; it is kept, and the answer is True, if the interval since the last has passed."""
+        return self._history.point(self._job, to_text(point))
+
+    def curve(self) -> list[Point]:
+        """All points that can be read, the oldest first."""
+        return _readable(Point, self._history.curve(self._job))
+
+
+def _readable(kind: type[D], entries: Iterable[dict[str, Any]]) -> list[D]:
+    return [found for found in (_read(kind, fields) for fields in entries) if found is not None]
+
+
+def _read(kind: type[D], fields: dict[str, Any]) -> D | None:
+    try:
+        return from_fields(kind, fields, kind.__name__)
+    except DataIntegrity:
+        return None

@@ -1,0 +1,380 @@
+"""The status of a job, put together from what Redis, ZooKeeper and the servers said.
+
+Pure: no I/O, no threads, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from psa_store.cluster import NOBODY, Member, Phase, Plan, ProcessRole
+from psa_store.coordination import ZooKeeperMember
+from psa_store.job.config import JobConfig
+from psa_store.observe.events import Event
+from psa_store.observe.heartbeat import Heartbeat
+from psa_store.observe.status.diagnosis import diagnose
+from psa_store.observe.status.model import (
+    GoneMember,
+    JobState,
+    JobStatus,
+    RedisStatus,
+    ServerStatus,
+    WorkerStatus,
+    ZooKeeperMemberStatus,
+    ZooKeeperStatus,
+)
+from psa_store.storage import RedisFacts
+
+_HEARTBEAT_EVERY_S = 1.0
+_HEARTBEAT_SHOWN_S = 60.0
+"""Without ZooKeeper, a process whose heartbeat is so fresh counts as a member."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAnswer:
+    """What a server said of itself."""
+
+    version: int | None = None
+    committed: int | None = None
+    stage: str | None = None
+    problem: str = ""
+    """Why it said nothing."""
+
+    @property
+    def lag(self) -> int | None:
+        """Versions that it has and that are not durable."""
+        return None if self.version is None or self.committed is None else self.version - self.committed
+
+
+@dataclass(frozen=True, slots=True)
+class RedisView:
+    """What Redis said; what it did not get to say is as if there were none."""
+
+    where: str
+    problem: str = ""
+    damage: str = ""
+    facts: RedisFacts | None = None
+    config: JobConfig | None = None
+    shards: int | None = None
+    arena_bytes: int | None = None
+    committed: int | None = None
+    heartbeats: Mapping[str, Heartbeat | None] = field(default_factory=dict)
+    events: Sequence[Event] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ZooKeeperView:
+    """What ZooKeeper said, and the servers that it named (``answers``, by id)."""
+
+    hosts: str
+    session_timeout_s: float
+    problem: str = ""
+    server: str | None = None
+    latency_s: float | None = None
+    members: Sequence[ZooKeeperMember] = ()
+    config: JobConfig | None = None
+    plan: Plan | None = None
+    plan_time_s: float | None = None
+    servers: Sequence[Member] = ()
+    workers: Sequence[Member] = ()
+    controller: str | None = None
+    answers: Mapping[str, ServerAnswer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatAge:
+    """When a heartbeat was first seen as it is, by our monotonic clock, and how old it was then."""
+
+    time_s: float
+    seen_s: float
+    age_s: float
+    """At first sight by the clock of its host, which may be wrong: below 0, or as old as it seems."""
+    looked_s: float
+    """When it was seen last."""
+
+    @classmethod
+    def after(cls, before: HeartbeatAge | None, time_s: float, now_s: float, wall_s: float) -> HeartbeatAge:
+        """Follow the heartbeat of one member: one that changed is new, whatever its host takes the time for.
+
+        Args:
+            before: what this method returned for the member the last time.
+            time_s: the heartbeat's own.
+        """
+        if before is None:
+            return cls(time_s, now_s, wall_s - time_s, now_s)
+        if before.time_s == time_s:
+            return replace(before, looked_s=now_s)
+        return cls(time_s, now_s, min(max(0.0, wall_s - time_s), now_s - before.looked_s), now_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """The heartbeat of one member and what our clock makes of it; nothing is known if there is none."""
+
+    heartbeat: Heartbeat | None = None
+    age_s: float | None = None
+    clock_ahead_s: float | None = None
+
+
+_NOTHING = _Heard()
+
+
+def assemble(
+    job: str,
+    time_s: float,
+    redis: RedisView,
+    zookeeper: ZooKeeperView,
+    ages: Mapping[str, HeartbeatAge],
+    now_s: float,
+) -> JobStatus:
+    """Put it together, findings included. ``time_s``: since 1970; ``now_s``: of the clock of ``ages``."""
+    config, plan = redis.config or zookeeper.config, zookeeper.plan
+    heard = {
+        member: _Heard(
+            redis.heartbeats.get(member),
+            round(max(0.0, age.age_s) + now_s - age.seen_s, 3),
+            round(max(0.0, -age.age_s), 3),
+        )
+        for member, age in ages.items()
+    }
+    servers, workers = _from_heartbeats(heard) if zookeeper.problem else _from_zookeeper(zookeeper, heard)
+    workers = _with_behind(workers)
+    owning = [each for each in servers if each.shards and each.version is not None]
+    living = {each.id for each in servers} | {each.id for each in workers}
+    gone = () if zookeeper.problem or plan is None else _gone(plan, living)
+    status = JobStatus(
+        job=job,
+        time=time_s,
+        state=JobState.UNKNOWN,
+        ranks=config.ranks if config else None,
+        seed=config.seed if config else None,
+        mode=str(config.mode) if config else None,
+        compression=str(config.compression) if config else None,
+        commit_every=config.commit_every if config else None,
+        commit_interval=config.commit_interval if config else None,
+        shards=redis.shards if redis.shards is not None or plan is None else len(plan.owners),
+        bytes=redis.arena_bytes,
+        version=min((each.version for each in owning if each.version is not None), default=None),
+        committed=redis.committed,
+        lag_steps=max((each.lag for each in owning if each.lag is not None), default=None),
+        lag_s=_lag_s(owning, heard, time_s),
+        term=plan.term if plan else None,
+        revision=plan.revision if plan else None,
+        phase=plan.phase if plan else None,
+        phase_s=max(0.0, time_s - zookeeper.plan_time_s) if plan and zookeeper.plan_time_s is not None else None,
+        resumed_at=plan.resume if plan else None,
+        controller=zookeeper.controller,
+        samples_per_s=_sum(each.samples_per_s for each in workers),
+        loss=next((each.loss for each in workers if 0 in each.ranks), None),
+        servers=servers,
+        workers=workers,
+        missing=tuple(sorted(each.id for each in gone)),
+        gone=gone,
+        unheld=_unheld(plan, living) if plan and not zookeeper.problem else (),
+        redis=_redis(redis),
+        zookeeper=_zookeeper(zookeeper),
+        events=tuple(redis.events),
+    )
+    return replace(status, state=_state(status), findings=tuple(diagnose(status)))
+
+
+def _state(status: JobStatus) -> JobState:
+    if status.redis.problem or status.zookeeper.problem:
+        return JobState.UNKNOWN
+    if not status.servers and not status.workers:
+        return JobState.AT_REST
+    if status.missing:
+        return JobState.RECOVERING
+    return JobState.RUNNING if status.phase is Phase.RUN else JobState.HANDING_OVER
+
+
+# --- members
+
+_Members = tuple[tuple[ServerStatus, ...], tuple[WorkerStatus, ...]]
+
+
+def _from_zookeeper(zookeeper: ZooKeeperView, heard: Mapping[str, _Heard]) -> _Members:
+    """Servers and workers as ZooKeeper knows them."""
+    plan = zookeeper.plan
+    servers = (
+        _server(
+            member,
+            len(plan.shards_of(member.id)) if plan else 0,
+            zookeeper.answers.get(member.id, ServerAnswer()),
+            plan,
+            heard.get(member.id, _NOTHING),
+        )
+        for member in sorted(zookeeper.servers, key=lambda each: each.id)
+    )
+    workers = (
+        _worker(member, plan.ranks_of(member.id) if plan else (), heard.get(member.id, _NOTHING))
+        for member in sorted(zookeeper.workers, key=lambda each: each.id)
+    )
+    return tuple(servers), tuple(workers)
+
+
+def _from_heartbeats(heard: Mapping[str, _Heard]) -> _Members:
+    """The same, of members that are known by their heartbeats only."""
+    servers, workers = [], []
+    for name, each in sorted(heard.items()):
+        heartbeat = each.heartbeat
+        if heartbeat is None or each.age_s is None or each.age_s > _HEARTBEAT_SHOWN_S:
+            continue
+        member = Member(name, heartbeat.host, heartbeat.pid)
+        if heartbeat.role is ProcessRole.SERVER:
+            versions = heartbeat.whole("version"), heartbeat.whole("committed_version")
+            answer = ServerAnswer(*versions, stage=heartbeat.stage)
+            servers.append(_server(member, heartbeat.shards, answer, None, each))
+        else:
+            workers.append(_worker(member, heartbeat.ranks, each))
+    return tuple(servers), tuple(workers)
+
+
+def _server(member: Member, shards: int, answer: ServerAnswer, plan: Plan | None, heard: _Heard) -> ServerStatus:
+    return ServerStatus(
+        id=member.id,
+        host=member.host,
+        pid=member.pid,
+        address=member.address,
+        endpoint=heard.heartbeat.endpoint if heard.heartbeat else "",
+        leaving=member.leaving,
+        awaited=bool(shards) and plan is not None and _is_awaited(member, plan),
+        cannot_serve=plan is not None and member.reload_term == plan.term,
+        shards=shards,
+        version=answer.version,
+        committed=answer.committed,
+        stage=answer.stage,
+        problem=answer.problem,
+        lag=answer.lag,
+        resident_bytes=heard.heartbeat.resident_bytes if heard.heartbeat else None,
+        heartbeat_age_s=heard.age_s,
+        clock_ahead_s=heard.clock_ahead_s,
+    )
+
+
+def _is_awaited(member: Member, plan: Plan) -> bool:
+    match plan.phase:
+        case Phase.FREEZE:
+            return member.frozen_revision != plan.freeze_revision
+        case Phase.STOP:
+            return member.stopped_version != plan.stop_version
+    return False
+
+
+def _worker(member: Member, ranks: tuple[int, ...], heard: _Heard) -> WorkerStatus:
+    heartbeat = heard.heartbeat or Heartbeat(member.id, ProcessRole.WORKER, 0.0)
+    steps, metrics = heartbeat.metrics.get("steps"), heartbeat.metrics
+    return WorkerStatus(
+        id=member.id,
+        host=member.host,
+        pid=member.pid,
+        endpoint=heartbeat.endpoint,
+        ranks=ranks,
+        step=heartbeat.whole("step"),
+        behind=None,
+        compute_s=metrics["compute_seconds"] / steps if steps and "compute_seconds" in metrics else None,
+        steps_per_s=heartbeat.steps_per_s,
+        samples_per_s=heartbeat.samples_per_s,
+        stage=heartbeat.stage,
+        loss=metrics.get("loss"),
+        resident_bytes=heartbeat.resident_bytes,
+        heartbeat_age_s=heard.age_s,
+        clock_ahead_s=heard.clock_ahead_s,
+    )
+
+
+def _with_behind(workers: tuple[WorkerStatus, ...]) -> tuple[WorkerStatus, ...]:
+    """The same workers, with how far each is behind the fastest by now.
+
+    A heartbeat is up to a second old, and all are of different ages: steps go on at the rate that it tells.
+    """
+    steps = {
+        each.id: each.step
+        + min(each.heartbeat_age_s or 0.0, _HEARTBEAT_EVERY_S) * (each.steps_per_s or 0.0) / len(each.ranks)
+        for each in workers
+        if each.ranks and each.step is not None
+    }
+    fastest = max(steps.values(), default=0.0)
+    return tuple(
+        replace(each, behind=round(fastest - steps[each.id])) if each.id in steps else each for each in workers
+    )
+
+
+# --- the plan against the members that are there
+
+
+def _gone(plan: Plan, living: set[str]) -> tuple[GoneMember, ...]:
+    """Members that the plan names but that are gone."""
+    servers = [
+        GoneMember(each.id, ProcessRole.SERVER, each.host, len(plan.shards_of(each.id)), ())
+        for each in plan.servers
+        if each.id not in living
+    ]
+    workers = [
+        GoneMember(each, ProcessRole.WORKER, "", 0, plan.ranks_of(each))
+        for each in sorted(set(plan.ranks) - living - {NOBODY})
+    ]
+    return (*servers, *workers)
+
+
+def _unheld(plan: Plan, living: set[str]) -> tuple[int, ...]:
+    return tuple(rank for rank, holder in enumerate(plan.ranks) if holder not in living)
+
+
+def _lag_s(owning: Sequence[ServerStatus], heard: Mapping[str, _Heard], time_s: float) -> float | None:
+    """For how long the least durable server has committed nothing, while it has what could be."""
+    ages = []
+    for server in owning:
+        heartbeat = heard.get(server.id, _NOTHING).heartbeat
+        committed_s = heartbeat.metrics.get("committed_time_seconds") if heartbeat else None
+        if server.lag == 0:
+            ages.append(0.0)
+        elif committed_s:
+            ages.append(max(0.0, time_s - committed_s))
+    return max(ages, default=None)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+# --- the dependencies
+
+
+def _redis(view: RedisView) -> RedisStatus:
+    facts = view.facts
+    if facts is None:
+        return RedisStatus(view.where, view.problem, view.damage, None, None, None, None, None, None)
+    limits = [limit for limit in (facts.memory_limit_bytes, facts.system_memory_bytes) if limit > 0]
+    return RedisStatus(
+        where=view.where,
+        problem=view.problem,
+        damage=view.damage,
+        latency_s=facts.round_trip_s,
+        used_bytes=facts.used_memory_bytes,
+        limit_bytes=min(limits, default=None),
+        persistence=_persistence(facts),
+        cannot_persist=facts.cannot_persist,
+        run_id=facts.run_id,
+    )
+
+
+def _persistence(facts: RedisFacts) -> str:
+    if facts.appends:
+        return f"appendonly, appendfsync {facts.appendfsync or 'not told'}"
+    if facts.save is None:
+        return "no log; snapshots not told"
+    return f"snapshots only (save {facts.save})" if facts.save else "none"
+
+
+def _zookeeper(view: ZooKeeperView) -> ZooKeeperStatus:
+    return ZooKeeperStatus(
+        hosts=view.hosts,
+        problem=view.problem,
+        server=view.server,
+        latency_s=view.latency_s,
+        session_timeout_s=view.session_timeout_s,
+        members=tuple(ZooKeeperMemberStatus(each.address, each.mode, each.problem) for each in view.members),
+    )
