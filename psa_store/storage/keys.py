@@ -6,30 +6,37 @@ JOBS = "psa:jobs"
 
 
 def config(job: str) -> str:
+    """What the job is: a JSON document, written once."""
     return f"psa:{{{job}}}:config"
 
 
 def layout(job: str) -> str:
+    """Its parameters and shards: a JSON document, written once."""
     return f"psa:{{{job}}}:layout"
 
 
 def checkpoints(job: str) -> str:
+    """Its checkpoints: a hash from name to JSON document."""
     return f"psa:{{{job}}}:checkpoints"
 
 
 def heartbeats(job: str) -> str:
+    """What each process says about itself: a hash from member to JSON document."""
     return f"psa:{{{job}}}:heartbeats"
 
 
 def events(job: str) -> str:
+    """What happened to the job: a stream of bounded length."""
     return f"psa:{{{job}}}:events"
 
 
 def curve(job: str) -> str:
+    """Loss, speed, versions and members over time: a stream of bounded length."""
     return f"psa:{{{job}}}:curve"
 
 
 def curve_interval(job: str) -> str:
+    """Seconds between two points of the curve; grows when the curve is thinned."""
     return f"psa:{{{job}}}:curve-interval"
 
 
@@ -39,10 +46,12 @@ def history(job: str) -> list[str]:
 
 
 def head(job: str, shard: int) -> str:
+    """A hash of small fields: `term` and `layout`, `v:<version>` for each stored version, `c:<name>` for each pin."""
     return f"psa:{{{job}:{shard}}}:head"
 
 
 def chunk(job: str, shard: int, version: int, term: int, nonce: str, section: str, index: int) -> str:
+    """A part of at most 4 MiB of one section of one version; never written twice."""
     return f"psa:{{{job}:{shard}}}:{version}:{term}:{nonce}:{section}:{index}"
 
 
