@@ -1,0 +1,345 @@
+"""One word for one thing: words that were given up do not come back, in code, texts, logs, stored keys or dashboards.
+
+psa_store/docs/explanation/words.md is the vocabulary. Names in code are split into their words; comments, docstrings,
+messages and other files are read as prose.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).relative_to(ROOT)
+
+INSTEAD = {
+    # things
+    "arrival_course|course|courses": "strategy (of a worker), aggregator (of a server)",
+    "epoch|epochs": "term",
+    "fleet": "server connections",
+    "lead|leads": "owned shard; to own",
+    "letter|letters": "message",
+    "publication": "shared parameters",
+    "pulse|pulses": "heartbeat",
+    "reception": "connections",
+    "ruler|rulers": "time axis",
+    "transport|transports": "compression; wire",
+    "vitals": "metrics",
+    "wish|wishes|wished": "request",
+    "zygote|zygotes": "spawner",
+    "engine|engines": "event loop",
+    "plan layout": "make layout",
+    "leads output": "is main",
+    "psa plan": "psa estimate",
+    "plans? of faults|chaos plans?|fault plans?": "fault schedule",
+    "ranks? (?:will )?carry|ranks? (?:will )?carries|it carries from": "rank state",
+    # verbs that only persons do
+    "condemn|condemns|condemned": "mark corrupt",
+    "greet|greets|greeted|greeting|greetings": "send state; say hello is HELLO",
+    "hear|hears|heard|hearing": "receive; answer",
+    "obey|obeys|obeyed|obeying": "handle, follow",
+    "strike|strikes|struck": "inject a fault",
+    "visit|visits|visited|visiting": "check",
+    "patient|patients": "examined; timeout",
+    # a process is it
+    "who|whom|whoever|whose turn": "which process; that",
+    "somebody|someone|anybody|anyone|nobody|everybody|everyone": "a process, another process, no process",
+    "he|him|his|she|her|hers": "it, its",
+}
+"""What was given up, and what is said instead. Patterns are of whole words, in lower case."""
+
+ALLOWED = {
+    r"of course": "English",
+    r"(?<!\w)leads?[ _]to": "English: has as its result, or its end",
+    r"four[-_ ]letters?(?: words?)?": "ZooKeeper's name for its commands",
+    r"letters?(?=,? (?:and |or )?(?:a )?digits?)|\ba letter\b": "of the alphabet",
+    r"(?:people|users|person|those) who": "persons are who",
+    r"https?://\S+": "addresses are not ours",
+}
+ALLOWED_IN = {
+    "psa_store/job/sampling.py": ("epoch", "epochs"),  # a pass over the data, as everywhere in this field
+    "tests/unit/test_sampling.py": ("epoch", "epochs"),
+    "psa_store/docs/how-to/from-ddp.md": ("epoch", "epochs"),
+    "psa_store/docs/explanation/words.md": ("epoch",),
+}
+EXEMPT = ("CHANGELOG.md", "LICENSE", str(HERE), "psa_store/docs/reference/")
+"""The changelog tells what was called what, and the reference is made of code that is checked."""
+UNFINISHED: frozenset[str] = frozenset(
+    {
+        "chaos/barrier/check.py",
+        "chaos/barrier/member.py",
+        "chaos/campaign.py",
+        "chaos/check/bits.py",
+        "chaos/check/exactly_once.py",
+        "chaos/check/fencing.py",
+        "chaos/check/lineage.py",
+        "chaos/cluster/network.py",
+        "chaos/cluster/spawner.py",
+        "chaos/cluster/zookeeper.py",
+        "chaos/faults.py",
+        "chaos/injection.py",
+        "chaos/job.py",
+        "chaos/journal.py",
+        "chaos/planted/ack_before_commit.py",
+        "chaos/proxy.py",
+        "chaos/report/run.py",
+        "chaos/run.py",
+        "chaos/scenarios.py",
+        "chaos/tail.py",
+        "deploy/README.md",
+        "deploy/monitoring/alerts.yml",
+        "deploy/monitoring/grafana.json",
+        "deploy/monitoring/prometheus.yml",
+        "psa_store/__init__.py",
+        "psa_store/bench/__init__.py",
+        "psa_store/bench/children.py",
+        "psa_store/bench/contenders/floor.py",
+        "psa_store/bench/contenders/gloo.py",
+        "psa_store/bench/contenders/memory.py",
+        "psa_store/bench/contenders/psa.py",
+        "psa_store/bench/contenders/ray.py",
+        "psa_store/bench/contenders/redis_values.py",
+        "psa_store/bench/contenders/rpc.py",
+        "psa_store/bench/contenders/rpc_server.py",
+        "psa_store/bench/contenders/stream.py",
+        "psa_store/bench/driver.py",
+        "psa_store/checkpoint/catalog.py",
+        "psa_store/checkpoint/creating.py",
+        "psa_store/checkpoint/digest.py",
+        "psa_store/checkpoint/files/export.py",
+        "psa_store/checkpoint/files/folder.py",
+        "psa_store/checkpoint/files/importing.py",
+        "psa_store/checkpoint/fork.py",
+        "psa_store/checkpoint/request.py",
+        "psa_store/checkpoint/saving.py",
+        "psa_store/cli/app.py",
+        "psa_store/cli/checkpoint.py",
+        "psa_store/cli/doctor.py",
+        "psa_store/cli/estimate.py",
+        "psa_store/cli/run.py",
+        "psa_store/cli/status.py",
+        "psa_store/cli/status_view.py",
+        "psa_store/cluster/__init__.py",
+        "psa_store/cluster/controller.py",
+        "psa_store/cluster/members.py",
+        "psa_store/cluster/plan.py",
+        "psa_store/compression/spec.py",
+        "psa_store/config.py",
+        "psa_store/consistency/__init__.py",
+        "psa_store/consistency/arrivals.py",
+        "psa_store/consistency/sync_step.py",
+        "psa_store/coordination/__init__.py",
+        "psa_store/coordination/barrier.py",
+        "psa_store/coordination/client.py",
+        "psa_store/coordination/coordination.py",
+        "psa_store/coordination/election.py",
+        "psa_store/coordination/examination.py",
+        "psa_store/coordination/identity.py",
+        "psa_store/coordination/session.py",
+        "psa_store/estimate/traffic.py",
+        "psa_store/integrations/dcp.py",
+        "psa_store/job/config.py",
+        "psa_store/job/mode.py",
+        "psa_store/job/wire_layout.py",
+        "psa_store/launch/addresses.py",
+        "psa_store/launch/child.py",
+        "psa_store/launch/forkserver_guard.py",
+        "psa_store/launch/supervisor.py",
+        "psa_store/launch/up.py",
+        "psa_store/observe/doctor/__init__.py",
+        "psa_store/observe/doctor/checks.py",
+        "psa_store/observe/doctor/footprint.py",
+        "psa_store/observe/doctor/redis.py",
+        "psa_store/observe/endpoint.py",
+        "psa_store/observe/events.py",
+        "psa_store/observe/health.py",
+        "psa_store/observe/heartbeat.py",
+        "psa_store/observe/metrics.py",
+        "psa_store/observe/monitor.py",
+        "psa_store/observe/page/page.html",
+        "psa_store/observe/page/page.py",
+        "psa_store/observe/report/__init__.py",
+        "psa_store/observe/report/page.py",
+        "psa_store/observe/report/run.py",
+        "psa_store/observe/report/timeline.py",
+        "psa_store/observe/status/describe.py",
+        "psa_store/observe/status/diagnosis.py",
+        "psa_store/observe/status/document.py",
+        "psa_store/observe/tensorboard.py",
+        "psa_store/optim/rank_state.py",
+        "psa_store/server/aggregator/async_.py",
+        "psa_store/server/aggregator/base.py",
+        "psa_store/server/aggregator/sync.py",
+        "psa_store/server/checkpoints.py",
+        "psa_store/server/committer.py",
+        "psa_store/server/connections.py",
+        "psa_store/server/event_loop.py",
+        "psa_store/server/health.py",
+        "psa_store/server/main.py",
+        "psa_store/server/plan_follower.py",
+        "psa_store/server/shard.py",
+        "psa_store/server/shared_parameters.py",
+        "psa_store/server/takeover.py",
+        "psa_store/server/waiters.py",
+        "psa_store/storage/calling.py",
+        "psa_store/storage/committing.py",
+        "psa_store/storage/functions.lua",
+        "psa_store/storage/pinning.py",
+        "psa_store/storage/reading.py",
+        "psa_store/storage/redis_store.py",
+        "psa_store/storage/sections.py",
+        "psa_store/storage/writing.py",
+        "psa_store/wire/connection.py",
+        "psa_store/wire/frames.py",
+        "psa_store/wire/mailbox.py",
+        "psa_store/wire/memory.py",
+        "psa_store/worker/batches.py",
+        "psa_store/worker/creation.py",
+        "psa_store/worker/flat_model.py",
+        "psa_store/worker/gradients.py",
+        "psa_store/worker/health.py",
+        "psa_store/worker/membership.py",
+        "psa_store/worker/rank_memory.py",
+        "psa_store/worker/server_connections.py",
+        "psa_store/worker/strategy/async_.py",
+        "psa_store/worker/strategy/base.py",
+        "psa_store/worker/strategy/local_sgd.py",
+        "psa_store/worker/strategy/sync.py",
+        "psa_store/worker/worker.py",
+        "tests/chaos/test_barrier_drill.py",
+        "tests/chaos/test_network.py",
+        "tests/chaos/test_proxy.py",
+        "tests/chaos/test_short.py",
+        "tests/chaos/test_spawner.py",
+        "tests/conftest.py",
+        "tests/integration/peers.py",
+        "tests/integration/test_barrier.py",
+        "tests/integration/test_bench.py",
+        "tests/integration/test_bf16.py",
+        "tests/integration/test_carriers.py",
+        "tests/integration/test_config.py",
+        "tests/integration/test_coordination.py",
+        "tests/integration/test_doctor.py",
+        "tests/integration/test_elastic.py",
+        "tests/integration/test_endpoint.py",
+        "tests/integration/test_export.py",
+        "tests/integration/test_history.py",
+        "tests/integration/test_hostile_peers.py",
+        "tests/integration/test_launch.py",
+        "tests/integration/test_launch_faults.py",
+        "tests/integration/test_logs.py",
+        "tests/integration/test_monitor.py",
+        "tests/integration/test_refusals.py",
+        "tests/integration/test_report.py",
+        "tests/integration/test_status.py",
+        "tests/integration/test_storage.py",
+        "tests/integration/test_tensorboard.py",
+        "tests/kill/test_checkpoints.py",
+        "tests/kill/test_connections.py",
+        "tests/kill/test_kill.py",
+        "tests/kill/test_restore.py",
+        "tests/kill/test_rounds.py",
+        "tests/kill/test_stragglers.py",
+        "tests/performance/recovery.py",
+        "tests/performance/status.py",
+        "tests/unit/test_arrivals.py",
+        "tests/unit/test_barrier.py",
+        "tests/unit/test_chaos_check.py",
+        "tests/unit/test_chaos_command.py",
+        "tests/unit/test_chaos_schedule.py",
+        "tests/unit/test_chaos_tail.py",
+        "tests/unit/test_checkpoint_files.py",
+        "tests/unit/test_cluster.py",
+        "tests/unit/test_config.py",
+        "tests/unit/test_diagnosis.py",
+        "tests/unit/test_docs.py",
+        "tests/unit/test_doctor.py",
+        "tests/unit/test_estimate.py",
+        "tests/unit/test_logs.py",
+        "tests/unit/test_monitor.py",
+        "tests/unit/test_rank_memory.py",
+        "tests/unit/test_report.py",
+        "tests/unit/test_shard.py",
+        "tests/unit/test_sync_aggregator.py",
+        "tests/unit/test_sync_step.py",
+        "tests/unit/test_tensorboard.py",
+        "tests/unit/test_wire.py",
+        "tests/unit/test_wire_layout.py",
+    }
+)
+"""Files that still have such words. It only gets shorter."""
+
+_BANNED = re.compile(rf"\b(?:{'|'.join(INSTEAD)})\b")
+_ALLOWED = re.compile("|".join(ALLOWED))
+
+
+def findings(text: str, python: bool) -> Iterator[tuple[int, str]]:
+    """Line and word of everything that was given up."""
+    for line, piece in _pieces(text) if python else enumerate(text.splitlines(), 1):
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", _ALLOWED.sub(" ", piece)).lower()
+        for found in _BANNED.finditer(words):
+            yield line, found[0]
+
+
+def _pieces(code: str) -> Iterator[tuple[int, str]]:
+    """Names, comments and strings, each line of them with its number. What is between names is left out."""
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.NAME or token.type == tokenize.COMMENT or "STRING" in tokenize.tok_name[token.type]:
+            for offset, line in enumerate(token.string.splitlines()):
+                yield token.start[0] + offset, line
+
+
+def files() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split() or [str(each.relative_to(ROOT)) for each in ROOT.rglob("*") if each.is_file()]
+    return sorted(
+        name for name in names if not name.startswith(EXEMPT) and not name.endswith(".png") and (ROOT / name).is_file()
+    )
+
+
+def found_in(name: str) -> list[tuple[int, str]]:
+    text = (ROOT / name).read_text()
+    return [each for each in findings(text, name.endswith(".py")) if each[1] not in ALLOWED_IN.get(name, ())]
+
+
+@pytest.mark.parametrize("name", [name for name in files() if name not in UNFINISHED])
+def test_a_file_has_no_word_that_was_given_up(name: str) -> None:
+    said = [f"{name}:{line}: {word!r}: say {_instead(word)}" for line, word in found_in(name)]
+    assert not said, "\n".join(said)
+
+
+def _instead(word: str) -> str:
+    return next(instead for pattern, instead in INSTEAD.items() if re.fullmatch(pattern, word))
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("epoch = 3", "epoch"),
+        ("class CourseOfWorker: ...", "course"),
+        ("self._leads[shard]", "leads"),
+        ("# whoever owns it", "whoever"),
+        ("log.info('nobody owns the shards')", "nobody"),
+        ('"""A fleet of servers."""', "fleet"),
+        ('f"{name} obeys the plan"', "obeys"),
+    ],
+)
+def test_a_word_that_was_given_up_is_found_wherever_it_stands(code: str, word: str) -> None:
+    assert [found for _, found in findings(code, python=True)] == [word]
+
+
+@pytest.mark.parametrize(
+    "code", ["leader = 1", "# of course", "# that leads to a loss", "'letters, digits'", "here = 1"]
+)
+def test_words_that_only_look_like_it_are_not(code: str) -> None:
+    assert not list(findings(code, python=True))
+
+
+if __name__ == "__main__":
+    print("\n".join(f"{name}:{line}: {word}" for name in files() for line, word in found_in(name)))
