@@ -21,7 +21,7 @@ import psa_store
 from tests.harness import Run
 
 TUTORIAL = Path(psa_store.__file__).parent / "docs" / "tutorial.md"
-STEPS = 400
+STEPS = 300
 LEFT_OUT = "..."
 DEADLINE_S = 900.0
 _BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
