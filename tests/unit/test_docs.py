@@ -28,7 +28,7 @@ def names(path: Path) -> str:
 
 
 def test_the_reference_has_no_other_pages() -> None:
-    assert {path.name for path in reference.FOLDER.iterdir()} == set(reference.pages())
+    assert {path.name for path in reference.FOLDER.glob("*.md")} == set(reference.pages())
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=names)
