@@ -69,6 +69,16 @@ def test_a_benchmark_that_is_named_exists(path: Path) -> None:
         assert (ROOT / f"{name}.py").is_file() or (ROOT / name).is_dir(), module
 
 
+@pytest.mark.parametrize("path", TEXTS, ids=names)
+def test_a_test_that_is_named_exists(path: Path) -> None:
+    named = set(re.findall(r"`(test_\w+)(?:\[[\w.-]+\])?`", path.read_text()))
+    if named:
+        defined = {
+            name for each in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", each.read_text())
+        }
+        assert named <= defined, named - defined
+
+
 def test_a_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= README_LINES_MAX
