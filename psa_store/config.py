@@ -131,12 +131,7 @@ class Settings(BaseSettings):
         default=None, description="sync, async, ssp:staleness=N or local:steps=H (new jobs)"
     )
     compress: Annotated[str, _taken_by(parse_compression)] | None = Field(
-        default=None, description="none, bf16, fp16, int8, int4 or topk:F (new jobs)"
-    )
-    transport: str | None = Field(
-        default=None,
-        pattern="^(exact|bf16)$",
-        description="exact, or rounded to bf16 between workers and servers (new jobs)",
+        default=None, description="none, bf16, bf16:both, fp16, int8, int4 or topk:F (new jobs)"
     )
     skip_nonfinite: bool | None = Field(default=None, description="skip steps with NaN or Inf gradients (new jobs)")
     # Set by `psa run` and `psa estimate` for the processes they start; not for people.
@@ -243,6 +238,8 @@ def _file() -> Path | None:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name."""
+    if name.lower().removeprefix(_PREFIX.lower()) == "transport":
+        return ': use compress = "bf16:both".'
     by_lower = {each.lower(): each for each in known}
     close = get_close_matches(name.lower(), by_lower, n=1)
     return f": did you mean {by_lower[close[0]]!r}?" if close else "; `psa config show` lists all of them."

@@ -15,7 +15,6 @@ from psa_store.compression import parse_compression
 from psa_store.config import Settings, as_environment, check_environment, load_settings
 from psa_store.errors import PsaError, UsageError
 from psa_store.job.mode import parse_mode
-from psa_store.job.wire_layout import Transport
 
 EXIT_CODES = """
 Exit codes: 0 done (or left cleanly on SIGTERM) · 1 user code failed, or restarts used up · 2 bad usage, or the job
@@ -50,14 +49,11 @@ def run(
     ] = None,
     compress: Annotated[
         str | None,
-        typer.Option(help="new job: send gradients as bf16, fp16, int8, int4 or topk:0.01 [default: none]"),
+        typer.Option(help="new job: send gradients as bf16, fp16, int8, int4 or topk:0.01; bf16:both: parameters too"),
     ] = None,
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="new job: skip steps with NaN or Inf gradients")
     ] = False,
-    transport: Annotated[
-        Transport | None, typer.Option(help="new job: send float32 as it is, or rounded to bfloat16 [default: exact]")
-    ] = None,
     checkpoint_every: Annotated[
         float | None, typer.Option(min=1.0, help="seconds between checkpoints; with it also one at the end")
     ] = None,
@@ -100,7 +96,6 @@ def run(
         mode=None if mode is None else parse_mode(mode),
         compression=None if compress is None else parse_compression(compress),
         skip_nonfinite=skip_nonfinite,
-        transport=transport,
     )
     raise typer.Exit(run_job(options, settings))
 

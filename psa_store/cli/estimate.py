@@ -105,7 +105,6 @@ def _document(config: JobConfig, layout: Layout, footprint: Footprint, ways: Seq
         "job": config.name,
         "mode": str(config.mode),
         "compression": str(config.compression),
-        "transport": config.transport.value,
         "ranks": config.ranks,
         "shards": len(layout.shards),
         "shard_bytes": layout.shard_bytes,
@@ -137,8 +136,8 @@ def _document(config: JobConfig, layout: Layout, footprint: Footprint, ways: Seq
 def _print(console: Console, config: JobConfig, layout: Layout, footprint: Footprint, ways: Sequence[_Way]) -> None:
     frozen = sum(shard.size_bytes for shard in layout.shards_of(TensorRole.FROZEN))
     console.print(
-        f"job {config.name}: mode {config.mode}, {config.ranks} ranks, compression {config.compression}, "
-        f"transport {config.transport}; {len(layout.shards)} shards of up to {_size(layout.shard_bytes)}, "
+        f"job {config.name}: mode {config.mode}, {config.ranks} ranks, compression {config.compression}; "
+        f"{len(layout.shards)} shards of up to {_size(layout.shard_bytes)}, "
         f"{_size(layout.arena_bytes)} of parameters and buffers{f', {_size(frozen)} of them frozen' if frozen else ''}"
     )
     console.print(

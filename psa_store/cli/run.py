@@ -23,7 +23,6 @@ from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
 from psa_store.job.config import RUN_NODE
 from psa_store.job.mode import Mode
-from psa_store.job.wire_layout import Transport
 from psa_store.launch import Addresses, Child, PrivateServers, Supervisor, hold_home, publish, running
 from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
 from psa_store.storage import RedisStore
@@ -47,7 +46,6 @@ class RunOptions:
     mode: Mode | None
     compression: Compression | None
     skip_nonfinite: bool
-    transport: Transport | None
 
 
 def run_job(options: RunOptions, settings: Settings) -> int:
@@ -245,6 +243,4 @@ def environment_of(options: RunOptions, settings: Settings, addresses: Addresses
         env["PSA_COMPRESS"] = str(options.compression)
     if options.skip_nonfinite:
         env["PSA_SKIP_NONFINITE"] = "1"
-    if options.transport is not None:
-        env["PSA_TRANSPORT"] = options.transport.value
     return env

@@ -55,7 +55,7 @@ def encode(compression: Compression, flat: Tensor, out: Tensor, *, stream: int, 
     match compression.form:
         case Form.NONE:
             out.copy_(flat.view(torch.uint8))
-        case Form.BF16:
+        case Form.BF16 | Form.BF16_BOTH:
             _typed(out.numpy(), torch.bfloat16).copy_(flat)
         case Form.FP16:
             _encode_half(flat.numpy(), out.numpy())
@@ -87,7 +87,7 @@ def decode(compression: Compression, payload: Tensor, out: Tensor) -> None:
     match compression.form:
         case Form.NONE:
             out.view(torch.uint8).copy_(payload)
-        case Form.BF16:
+        case Form.BF16 | Form.BF16_BOTH:
             out.copy_(_typed(payload.numpy(), torch.bfloat16))
         case Form.FP16:
             _decode_half(payload.numpy(), out.numpy())

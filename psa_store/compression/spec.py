@@ -1,10 +1,11 @@
-"""What a rank pushes of a shard, in fewer bytes: rounded, quantized, or only its largest elements.
+"""How float32 travels in fewer bytes: rounded, quantized, or only the largest elements of a gradient.
 
 =============== ======================================================================= ==================
 text            an element travels as                                                   bytes per element
 =============== ======================================================================= ==================
 ``none``        float32                                                                 4
 ``bf16``        bfloat16, to nearest even                                               2
+``bf16:both``   the same, and parameters too                                            2
 ``fp16``        float16 times a power of two per block of 256                           2 + 1/256
 ``int8``        -127..127 times a scale per block of 256, rounded at random             1 + 2/256
 ``int4``        -7..7 times a scale per block of 64, rounded at random                  1/2 + 2/64
@@ -17,7 +18,11 @@ What ``topk`` does not send stays in the residual, which is added to the next gr
 arXiv 1712.01887). So its bytes depend on the residual too: a rank that moves to another worker without its residual
 loses what was held back, and its bytes differ from those of an undisturbed run.
 
-How is the business of :mod:`psa_store.compression.codec`. Pure: no I/O, no threads, no torch.
+All but ``bf16:both`` are made of a finished gradient by :mod:`psa_store.compression.codec`; in rounds parameters travel
+in the same form, each version as what it adds to the one before. With ``bf16:both`` the memory in which gradients and
+parameters are shared and sent is bfloat16 itself, see :mod:`psa_store.job.wire_layout`.
+
+Pure: no I/O, no threads, no torch.
 """
 
 from __future__ import annotations
@@ -31,12 +36,13 @@ from psa_store.errors import UsageError
 
 HALF_BLOCK = 256
 _FRACTION_MAX = 0.5
-_KNOWN = "none, bf16, fp16, int8, int4, or topk:0.01"
+_KNOWN = "none, bf16, bf16:both, fp16, int8, int4, or topk:0.01"
 
 
 class Form(StrEnum):
     NONE = "none"
     BF16 = "bf16"
+    BF16_BOTH = "bf16:both"
     FP16 = "fp16"
     INT8 = "int8"
     INT4 = "int4"
@@ -94,7 +100,7 @@ class Compression:
         match self.form:
             case Form.NONE:
                 return 4 * n
-            case Form.BF16:
+            case Form.BF16 | Form.BF16_BOTH:
                 return 2 * n
             case Form.FP16:
                 return 2 * n + -(-n // HALF_BLOCK)
@@ -103,9 +109,19 @@ class Compression:
             case Form.TOPK:
                 return 8 * self.kept(n)
 
+    @property
+    def encodes(self) -> bool:
+        """Whether the codec has a part in it: gradients travel as payloads that mean something to it alone."""
+        return self.form not in (Form.NONE, Form.BF16_BOTH)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the memory in which float32 gradients and parameters are shared and sent is bfloat16."""
+        return self.form is Form.BF16_BOTH
+
     def applies_to(self, dtype: str) -> bool:
-        """Whether gradients of this dtype are compressed; others travel as they are."""
-        return self.form is not Form.NONE and dtype == "float32"
+        """Whether gradients of this dtype are encoded; others travel as the wire's layout says."""
+        return self.encodes and dtype == "float32"
 
     def kept(self, n: int) -> int:
         """``topk``: how many of ``n`` elements are sent."""
@@ -117,7 +133,7 @@ NONE = Compression()
 
 
 def parse_compression(text: str) -> Compression:
-    """Read a compression from text such as ``int8`` or ``topk:0.01``.
+    """Read a compression from text such as ``int8``, ``bf16:both`` or ``topk:0.01``.
 
     Raises:
         UsageError: it is none; names what is known.
@@ -127,6 +143,8 @@ def parse_compression(text: str) -> Compression:
         form = Form(name)
     except ValueError as error:
         raise UsageError(f"compression {text!r}: there is no {name!r}; use {_KNOWN}") from error
+    if text == Form.BF16_BOTH:
+        return Compression(Form.BF16_BOTH)
     if form is not Form.TOPK:
         if colon:
             raise UsageError(f"compression {text!r}: {name} takes no options; use {_KNOWN}")

@@ -107,7 +107,7 @@ class _Ways:
 
     def __init__(self, config: JobConfig, layout: Layout, shares_memory: bool) -> None:
         self._config = config
-        self._wire = WireLayout(layout, config.transport)
+        self._wire = WireLayout(layout, config.compression)
         self._shares = shares_memory and not config.mode.by_value
 
     def up_bytes(self, shard: Shard, rank: int) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 from psa_store.compression import NONE, Compression, parse_compression
 from psa_store.errors import DataIntegrity, JobMismatch, UsageError
 from psa_store.job.mode import SYNC, Mode, ModeName, parse_mode
-from psa_store.job.wire_layout import Transport
 
 COMMIT_EVERY_DEFAULT = 50
 COMMIT_EVERY_ON_ARRIVAL = 4
@@ -30,7 +29,7 @@ RUN_NODE = "run"
 CREATOR_NODE = "creator"
 """Name that a process holds in ZooKeeper while it creates the job."""
 
-_AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "transport", "compression")
+_AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "compression")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
 
@@ -52,8 +51,7 @@ class JobConfig:
     code). ``commit_every``: versions between commits, 0 for none but those at hand-over and at the end; on arrival,
     steps of all ranks.
     ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of failing.
-    ``transport``: how gradients and parameters are rounded between workers and servers. ``mode``: who waits for whom.
-    ``compression``: in how many bytes float32 gradients travel.
+    ``mode``: which ranks wait for which. ``compression``: in how many bytes float32 travels.
     """
 
     name: str
@@ -64,7 +62,6 @@ class JobConfig:
     """Fingerprint of the layout."""
     commit_every: int = COMMIT_EVERY_DEFAULT
     skip_nonfinite: bool = False
-    transport: Transport = Transport.EXACT
     mode: Mode = SYNC
     compression: Compression = NONE
 
@@ -80,8 +77,6 @@ class JobConfig:
             raise UsageError(f"commit_every=0: in mode {self.mode} ranks change hands at commits")
         if self.mode.backup >= self.ranks:
             raise UsageError(f"mode {self.mode}: a step needs at least one of {self.ranks} ranks")
-        if self.compression != NONE and self.transport is not Transport.EXACT:
-            raise UsageError(f"transport {self.transport} and compression {self.compression}: choose one of them")
         if self.compression.needs_residual and self.mode.may_miss_versions:
             raise UsageError(
                 f"compression {self.compression} in mode {self.mode}: what a rank holds back cannot be followed where "
@@ -107,7 +102,7 @@ class JobConfig:
     @property
     def publishes_movements(self) -> bool:
         """Whether parameters travel compressed, too: each version as what it adds to the one before."""
-        return self.mode.in_rounds and self.compression != NONE
+        return self.mode.in_rounds and self.compression.encodes
 
     @property
     def ranks_stay(self) -> bool:
@@ -133,12 +128,7 @@ class JobConfig:
 
     def facts(self) -> dict[str, Any]:
         """All of it as JSON knows it."""
-        return {
-            **asdict(self),
-            "transport": self.transport.value,
-            "mode": str(self.mode),
-            "compression": str(self.compression),
-        }
+        return {**asdict(self), "mode": str(self.mode), "compression": str(self.compression)}
 
     def to_json(self) -> str:
         return json.dumps(self.facts(), sort_keys=True)
@@ -163,7 +153,6 @@ def job_config_from_json(text: str) -> JobConfig:
     """Rebuild a job's facts from :meth:`JobConfig.to_json`; raises DataIntegrity if the text is not such."""
     try:
         facts = json.loads(text)
-        facts["transport"] = Transport(facts.get("transport", Transport.EXACT))
         facts["mode"] = parse_mode(facts.get("mode", ModeName.SYNC))
         facts["compression"] = parse_compression(facts.get("compression", str(NONE)))
         return JobConfig(**facts)

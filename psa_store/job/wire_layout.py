@@ -1,9 +1,8 @@
 """How gradients and parameters look between worker and server: as they are, or rounded to bfloat16.
 
-A job with ``transport="bf16"`` sends float32 gradients and parameters in half the bytes. Gradients are rounded once, by
-the worker; they are added, and the optimizer works, in float32. Parameters are rounded for the way only: what servers
-keep, commit and restore is float32. Every carrier rounds alike, so the carrier never shows in the bits; the transport
-does, which is why it belongs to the job.
+A job with compression ``bf16:both`` sends float32 gradients and parameters in half the bytes. Gradients are rounded
+once, by the worker; they are added, and the optimizer works, in float32. Parameters are rounded for the way only: what
+servers keep, commit and restore is float32. Every carrier rounds alike, so the carrier never shows in the bits.
 
 Rounded tensors lie as the arena has them, each segment squeezed to half its length where it starts.
 
@@ -12,22 +11,16 @@ Pure: no I/O, no threads, no torch.
 
 from __future__ import annotations
 
-from enum import StrEnum
-
+from psa_store.compression import NONE, Compression
 from psa_store.job.layout import ITEM_BYTES, Layout, Shard, TensorRole
-
-
-class Transport(StrEnum):
-    EXACT = "exact"
-    BF16 = "bf16"
 
 
 class WireLayout:
     """Dtypes and places of a layout's tensors in memory that is shared, sent and received. Thread-safe: constant."""
 
-    def __init__(self, layout: Layout, transport: Transport) -> None:
+    def __init__(self, layout: Layout, compression: Compression = NONE) -> None:
         self._layout = layout
-        self._narrow = transport is Transport.BF16
+        self._narrow = compression.narrows
         starts: dict[tuple[TensorRole, str], int] = {}
         for shard in layout.shards:
             starts.setdefault((shard.role, shard.dtype), shard.offset_bytes)

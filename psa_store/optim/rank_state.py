@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psa_store.compression import NONE
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import ITEM_BYTES, Shard, TensorRole
 from psa_store.optim import from_dict
@@ -47,7 +46,7 @@ def rank_state_of(config: JobConfig, shard: Shard) -> RankState | None:
     parts: list[tuple[str, str]] = []
     if mode.in_rounds:
         # Who saves bytes on gradients does not want to pay for 32 bits of a running mean.
-        rounded = "bfloat16" if compression != NONE else ""
+        rounded = "bfloat16" if compression.encodes else ""
         optimizer = from_dict(config.optimizer)
         dtypes = slot_dtype(optimizer, shard.dtype)
         exact = dtypes.pop(MASTER, shard.dtype)

@@ -109,7 +109,7 @@ class EventLoop:
         self._member = member
         self._config = config
         self._layout = layout
-        self._wire = WireLayout(layout, config.transport)
+        self._wire = WireLayout(layout, config.compression)
         self._lease_left_s = lease_left_s
         self._report = report
         self._log = logs.get_logger()

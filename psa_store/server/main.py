@@ -111,7 +111,7 @@ def serve(job: str, settings: Settings) -> None:
             member=member,
             config=config,
             layout=layout,
-            wire=WireLayout(layout, config.transport),
+            wire=WireLayout(layout, config.compression),
             optimizer=optimizer,
             store=store,
             coordination=coordination,

@@ -24,7 +24,6 @@ from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, PsaErr
 from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
 from psa_store.job.layout import Layout, describe_difference, layout_from_json
 from psa_store.job.mode import SYNC, Mode, parse_mode
-from psa_store.job.wire_layout import Transport
 from psa_store.storage import RedisStore, ShardState
 from psa_store.storage.sections import PARAM
 from psa_store.worker.flat_model import FlatModel
@@ -177,7 +176,6 @@ def new_config(wanted: Wanted, settings: Settings) -> JobConfig:
         mode=mode,
         commit_every=commit_every_default(mode) if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=bool(settings.skip_nonfinite),
-        transport=Transport(settings.transport or Transport.EXACT),
         compression=parse_compression(settings.compress or str(NONE)),
     )
 
@@ -203,7 +201,6 @@ def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str,
         mode=_wanted_mode(wanted, settings) or stored.mode,
         commit_every=stored.commit_every if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=stored.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
-        transport=Transport(settings.transport or stored.transport),
         compression=parse_compression(settings.compress or str(stored.compression)),
     )
     asked.must_agree_with(stored)

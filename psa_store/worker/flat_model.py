@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from psa_store import logs
 from psa_store.errors import UsageError
 from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
-from psa_store.job.wire_layout import Transport, WireLayout
+from psa_store.job.wire_layout import WireLayout
 from psa_store.wire import SharedMemory, Window
 from psa_store.worker.gradients import GradientMemory
 
@@ -87,7 +87,7 @@ class FlatModel:
         self._on_ready = on_ready
         self._window = Window(layout.arena_bytes)
         self._memory = torch.frombuffer(self._window.buffer, dtype=torch.uint8)
-        self._wire = WireLayout(layout, Transport.EXACT)
+        self._wire = WireLayout(layout)
         self._rounded: dict[int, Tensor] = {}
         """Shards that are rounded on their way: received here, or shown here by a server of this host."""
         self._gradients: GradientMemory | None = None

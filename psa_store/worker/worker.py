@@ -24,7 +24,7 @@ from psa_store.errors import Refused, UsageError
 from psa_store.job.config import check_job_name
 from psa_store.job.layout import make_layout
 from psa_store.job.mode import parse_mode
-from psa_store.job.wire_layout import Transport, WireLayout
+from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Monitor
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
@@ -194,7 +194,7 @@ class Worker:
             )
             if settings.carrier == "auto" and not self._config.mode.by_value:
                 self._servers.share_memory()
-            wire = WireLayout(self._layout, self._config.transport)
+            wire = WireLayout(self._layout, self._config.compression)
             self._flat_model.carry(wire)
             self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
             mode = self._config.mode
@@ -208,9 +208,7 @@ class Worker:
                     servers=self._servers,
                     membership=self._membership,
                     # A gradient that does not travel is not rounded for the way.
-                    pool=GradientPool(
-                        self._layout, WireLayout(self._layout, Transport.EXACT) if mode.in_rounds else wire
-                    ),
+                    pool=GradientPool(self._layout, WireLayout(self._layout) if mode.in_rounds else wire),
                     journal=self._journal,
                     leaving=lambda: self._leaving,
                 )

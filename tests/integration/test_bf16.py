@@ -19,7 +19,7 @@ def start(site: Site, job: str, carrier: str = "auto", **options: object) -> Run
 
 @pytest.fixture(scope="module")
 def rounded(site: Site) -> str:
-    run = start(site, "rounded", transport="bf16")
+    run = start(site, "rounded", compress="bf16:both")
     assert run.finish() == 0, run.output
     return site.digest("rounded", STEPS)
 
@@ -28,13 +28,13 @@ def test_it_is_another_job_than_the_exact_one(site: Site, rounded: str) -> None:
     run = start(site, "exact")
     assert run.finish() == 0, run.output
     assert site.digest("exact", STEPS) != rounded
-    again = start(site, "rounded", transport="exact")
+    again = start(site, "rounded", compress="none")
     assert again.finish() == 2
-    assert "transport='bf16', this process has transport='exact'" in again.output
+    assert "compression='bf16:both', this process has compression='none'" in again.output
 
 
 def test_the_carrier_does_not_show(site: Site, rounded: str) -> None:
-    run = start(site, "rounded-tcp", "tcp", transport="bf16")
+    run = start(site, "rounded-tcp", "tcp", compress="bf16:both")
     assert run.finish() == 0, run.output
     assert site.digest("rounded-tcp", STEPS) == rounded
 
@@ -43,7 +43,7 @@ def test_the_carrier_does_not_show(site: Site, rounded: str) -> None:
 @pytest.mark.parametrize("role", ["workers", "servers"])
 def test_deaths_do_not_show(site: Site, rounded: str, carrier: str, role: str) -> None:
     job = f"rounded-{carrier}-{role}"
-    run = start(site, job, carrier, transport="bf16")
+    run = start(site, job, carrier, compress="bf16:both")
     run.wait_for_step(15)
     os.kill(site.pids(job, role)[0], signal.SIGKILL)
     run.wait_for_line(lambda line: "restarting" in line)

@@ -20,7 +20,7 @@ from psa_store.compression import NONE, Compression, codec, parse_compression
 from psa_store.errors import Refused, UsageError
 from psa_store.job.sampling import rounding_stream
 
-TEXTS = ("none", "bf16", "fp16", "int8", "int4", "topk:0.1")
+TEXTS = ("none", "bf16", "bf16:both", "fp16", "int8", "int4", "topk:0.1")
 LEVELS = {"int8": (127, 256), "int4": (7, 64)}
 EVERY_FORM = pytest.mark.parametrize("text", TEXTS)
 EVERY_GRID = pytest.mark.parametrize("text", LEVELS)
@@ -131,6 +131,7 @@ def test_nonsense_is_refused_with_a_way_out(text: str) -> None:
     [
         ("none", 1000, 4000),
         ("bf16", 1000, 2000),
+        ("bf16:both", 1000, 2000),
         ("fp16", 1000, 2000 + 4),
         ("fp16", 1024, 2048 + 4),
         ("int8", 1000, 1000 + 8),

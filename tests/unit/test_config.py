@@ -12,10 +12,10 @@ import pytest
 from psa_store import config
 from psa_store.cli.config import show
 from psa_store.cli.run import RunOptions, environment_of
+from psa_store.compression import parse_compression
 from psa_store.config import DEFAULT, FOR_PEOPLE, Settings, as_environment, check_environment, load_settings, origins
 from psa_store.errors import UsageError
 from psa_store.job.mode import parse_mode
-from psa_store.job.wire_layout import Transport
 from psa_store.launch import Addresses
 
 ROOT = Path(__file__).parents[2]
@@ -46,9 +46,7 @@ class TestOrder:
         )
 
     def test_flags_win_over_all(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (here / "psa.toml").write_text(
-            'commit_every = 5\nmode = "async"\ntransport = "exact"\nranks = 3\njob = "mine"\n'
-        )
+        (here / "psa.toml").write_text('commit_every = 5\nmode = "async"\ncompress = "none"\nranks = 3\njob = "mine"\n')
         monkeypatch.setenv("PSA_MODE", "ssp:staleness=2")
         given = RunOptions(
             script=Path("train.py"),
@@ -59,12 +57,11 @@ class TestOrder:
             restarts_max=0,
             commit_every=7,
             mode=parse_mode("sync"),
-            compression=None,
+            compression=parse_compression("bf16:both"),
             skip_nonfinite=False,
-            transport=Transport.BF16,
         )
         env = environment_of(given, load_settings(), Addresses("redis://a", "b:1"), "run")
-        flags = {"PSA_COMMIT_EVERY": "7", "PSA_MODE": "sync", "PSA_TRANSPORT": "bf16", "PSA_RANKS": "8"}
+        flags = {"PSA_COMMIT_EVERY": "7", "PSA_MODE": "sync", "PSA_COMPRESS": "bf16:both", "PSA_RANKS": "8"}
         assert {name: env[name] for name in flags} == flags
         assert env["PSA_JOB"] == "mine", "what no flag says, the file says"
 
@@ -111,6 +108,7 @@ class TestOrder:
         ('PSA_REDIS = "redis://db"', "no setting 'PSA_REDIS': did you mean 'redis'?"),
         ("session-timeout-s = 4", "no setting 'session-timeout-s': did you mean 'session_timeout_s'?"),
         ("[redis_]\nhost = 1", "no setting 'redis_': did you mean 'redis'?"),
+        ("transport = 'bf16'", "no setting 'transport': use compress = \"bf16:both\""),
         ("member = 'me'", "no setting 'member'"),
         ("qqqq = 1", "no setting 'qqqq'; `psa config show` lists all of them"),
         ("session_timeout_s = 'soon'", "session_timeout_s: Input should be a valid number"),

@@ -11,7 +11,6 @@ from psa_store.estimate import Forecast, Speeds, Traffic, forecast, traffic_of
 from psa_store.job.config import JobConfig, commit_every_default
 from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
-from psa_store.job.wire_layout import Transport
 from psa_store.observe.doctor.footprint import footprint_of
 from psa_store.optim import AdamW
 
@@ -50,7 +49,7 @@ def layout_of(trained: int = TRAINED) -> Layout:
 LAYOUT = layout_of()
 
 
-def job(mode: str = "sync", *, ranks: int = 2, compression: Compression = NONE, bf16: bool = False) -> JobConfig:
+def job(mode: str = "sync", *, ranks: int = 2, compression: Compression = NONE) -> JobConfig:
     parsed = parse_mode(mode)
     return JobConfig(
         "demo",
@@ -59,7 +58,6 @@ def job(mode: str = "sync", *, ranks: int = 2, compression: Compression = NONE, 
         AdamW().to_dict(),
         LAYOUT.fingerprint,
         commit_every=commit_every_default(parsed),
-        transport=Transport.BF16 if bf16 else Transport.EXACT,
         mode=parsed,
         compression=compression,
     )
@@ -107,7 +105,7 @@ class TestBytesOfAStep:
         assert sum(server.shards for server in found.servers) == len(LAYOUT.shards)
 
     def test_bf16_halves_both_directions(self) -> None:
-        found = traffic(job(bf16=True))
+        found = traffic(job(compression=parse_compression("bf16:both")))
         assert up(found)[1] == TRAINED_BYTES / 2 and down(found)[1] == TRAINED_BYTES / 2 + BUFFER_BYTES
 
     @pytest.mark.parametrize("shared", [True, False])

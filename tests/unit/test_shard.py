@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_store import optim
+from psa_store.compression import NONE, Compression, parse_compression
 from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
-from psa_store.job.wire_layout import Transport, WireLayout
+from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.kernels import make_scratch
 from psa_store.server.shard import OwnedShard, as_bytes
 from psa_store.storage import Manifest
@@ -23,13 +24,13 @@ def make(
     dtype: str = "float32",
     numel: int = 5000,
     role: TensorRole = TensorRole.TRAINED,
-    transport: Transport = Transport.EXACT,
+    compression: Compression = NONE,
 ) -> tuple[OwnedShard, Layout]:
     layout = make_layout([TensorSpec(("w",), (numel - 7,), dtype, role), TensorSpec(("b",), (7,), dtype, role)])
     owned = OwnedShard(
         layout.shards[0],
         layout,
-        WireLayout(layout, transport),
+        WireLayout(layout, compression),
         optim.SGD(lr=0.5),
         SharedMemory.create("test", layout.arena_bytes),
     )
@@ -115,10 +116,10 @@ def test_buffers_are_taken_over() -> None:
     assert bool((owned.param == 3.0).all())
 
 
-def test_rounded_transport_changes_what_workers_see_and_nothing_that_is_kept() -> None:
+def test_rounding_both_ways_changes_what_workers_see_and_nothing_that_is_kept() -> None:
     draw = torch.Generator().manual_seed(4)
     initial = torch.randn(make()[0].shard.numel, generator=draw)
-    owned_shards = [make(transport=transport)[0] for transport in Transport]
+    owned_shards = [make(compression=parse_compression(text))[0] for text in ("none", "bf16:both")]
     for owned in owned_shards:
         owned.param.copy_(initial)
         owned.loaded(Manifest(0, 1, "", (), {}))

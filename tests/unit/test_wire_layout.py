@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from psa_store.compression import Compression, Form
 from psa_store.job.layout import PAGE_BYTES, TensorRole, TensorSpec, make_layout
-from psa_store.job.wire_layout import Transport, WireLayout
+from psa_store.job.wire_layout import WireLayout
 
 specs = st.builds(
     lambda shape, dtype, role: (shape, dtype, role),
@@ -16,13 +17,13 @@ specs = st.builds(
 )
 
 
-@given(st.lists(specs, min_size=1, max_size=12), st.sampled_from(Transport))
+@given(st.lists(specs, min_size=1, max_size=12), st.sampled_from(Form))
 def test_no_two_shards_share_a_byte_and_tensors_lie_inside_their_shards(
-    drawn: list[tuple[tuple[int, ...], str, TensorRole]], transport: Transport
+    drawn: list[tuple[tuple[int, ...], str, TensorRole]], form: Form
 ) -> None:
     tensors = [TensorSpec((f"t{i}",), shape, dtype, role) for i, (shape, dtype, role) in enumerate(drawn)]
     layout = make_layout(tensors, PAGE_BYTES)
-    wire = WireLayout(layout, transport)
+    wire = WireLayout(layout, Compression(form))
     end = 0
     for shard in layout.shards:
         low, size = wire.offset_bytes(shard), wire.size_bytes(shard)
@@ -35,7 +36,7 @@ def test_no_two_shards_share_a_byte_and_tensors_lie_inside_their_shards(
             assert wire.tensor_dtype(piece.tensor) == wire.dtype(shard)
         if shard.role is TensorRole.TRAINED:
             assert end <= wire.gradient_bytes
-        if transport is Transport.EXACT or shard.role is not TensorRole.TRAINED or shard.dtype != "float32":
+        if form is not Form.BF16_BOTH or shard.role is not TensorRole.TRAINED or shard.dtype != "float32":
             assert (low, size, wire.dtype(shard)) == (shard.offset_bytes, shard.size_bytes, shard.dtype)
         else:
             assert wire.dtype(shard) == "bfloat16" and size == shard.size_bytes // 2

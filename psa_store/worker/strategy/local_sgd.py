@@ -79,7 +79,7 @@ class LocalSGDStrategy(Strategy):
                 f"steps={tools.steps}: mode {config.mode} ends after whole rounds; use a multiple of {self._mode.steps}"
             )
         self._rounds = None if tools.steps is None else tools.steps // self._mode.round_steps
-        wire = WireLayout(layout, config.transport)
+        wire = WireLayout(layout, config.compression)
         self._model = {
             s.index: torch.frombuffer(self._flat_model.parameters(s), dtype=_dtype(s.dtype)) for s in self._changing
         }
