@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from psa_store.config import load_settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job.config import JobConfig, check_job_name, job_config_from_json
-from psa_store.job.layout import ITEM_BYTES, TensorRole, TensorSpec, layout_from_json
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import TensorRole, layout_from_json
 from psa_store.logs import printable
+from psa_store.optim.tensors import as_bytes, to_numpy, to_torch
 from psa_store.storage import Head, RedisStore
 from psa_store.storage.sections import PARAM
 
@@ -85,11 +86,11 @@ class Store:
         """
         if name not in self._by_name:
             raise UsageError(f"job {self._job!r} has no parameter {name!r}; see Store.names()")
-        return _as_numpy(self._read([self._by_name[name]], version)[self._by_name[name]])
+        return to_numpy(self._read([self._by_name[name]], version)[self._by_name[name]])
 
     def arrays(self, version: int | None = None) -> dict[str, npt.NDArray[Any]]:
         """All parameters and persistent buffers of one version as numpy arrays."""
-        return {name: _as_numpy(tensor) for name, tensor in self.state_dict(version).items()}
+        return {name: to_numpy(tensor) for name, tensor in self.state_dict(version).items()}
 
     def state_dict(self, version: int | None = None) -> dict[str, torch.Tensor]:
         """All parameters and persistent buffers of one version, as ``load_state_dict`` takes them."""
@@ -139,13 +140,13 @@ class Store:
         members = set(wanted)
         shards = [s for s in self._layout.shards if any(piece.tensor in members for piece in s.pieces)]
         specs = self._layout.tensors
-        flat = {i: torch.empty(specs[i].numel, dtype=_dtype(specs[i])) for i in wanted}
+        flat = {i: torch.empty(specs[i].numel, dtype=to_torch(specs[i].dtype)) for i in wanted}
         for shard in shards:
             manifest = heads[shard.index].manifest(0 if shard.role is TensorRole.FROZEN else version)
             if manifest is None:
                 raise DataIntegrity(f"job {self._job!r}: shard {shard.index} has no version {version}")
             whole = torch.empty(shard.size_bytes, dtype=torch.uint8)
-            self._store.load(self._job, shard.index, manifest, {PARAM: whole.numpy().data})
+            self._store.load(self._job, shard.index, manifest, {PARAM: as_bytes(whole)})
             for piece in shard.pieces:
                 if piece.tensor in members:
                     item = ITEM_BYTES[shard.dtype]
@@ -153,13 +154,3 @@ class Store:
                     part = whole[low : low + piece.length * item].view(flat[piece.tensor].dtype)
                     flat[piece.tensor][piece.tensor_start : piece.tensor_start + piece.length] = part
         return {i: tensor.view(specs[i].shape) for i, tensor in flat.items()}
-
-
-def _dtype(spec: TensorSpec) -> torch.dtype:
-    dtype = getattr(torch, spec.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())

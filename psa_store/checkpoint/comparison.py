@@ -11,7 +11,8 @@ from torch import Tensor
 
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import UsageError
-from psa_store.job.layout import ITEM_BYTES, Shard, describe_difference
+from psa_store.job.layout import Shard, describe_difference
+from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.storage import Manifest, RedisStore
 from psa_store.storage.sections import PARAM
 
@@ -87,10 +88,8 @@ def _ratio(above: float, below: float) -> float:
 
 def _read(store: RedisStore, stored: StoredJob, shard: Shard, manifests: dict[int, Manifest]) -> Tensor:
     whole = torch.empty(shard.size_bytes, dtype=torch.uint8)
-    store.load(stored.config.name, shard.index, manifests[shard.index], {PARAM: whole.numpy().data})
-    dtype = getattr(torch, shard.dtype)
-    assert isinstance(dtype, torch.dtype) and ITEM_BYTES[shard.dtype] == dtype.itemsize
-    return whole.view(dtype)
+    store.load(stored.config.name, shard.index, manifests[shard.index], {PARAM: as_bytes(whole)})
+    return whole.view(to_torch(shard.dtype))
 
 
 def _places(shard: Shard) -> Iterator[tuple[int, int, int]]:

@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from torch import Tensor, uint8
+from torch import Tensor
 from xxhash import xxh3_128
 
 from psa_store.errors import UnknownJob, UsageError
 from psa_store.job.layout import TensorRole, layout_from_json
+from psa_store.optim.tensors import as_bytes
 from psa_store.storage import RedisStore
 
 
@@ -45,5 +46,5 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     total = xxh3_128()
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].detach().contiguous().flatten().view(uint8).numpy().data)
+        total.update(as_bytes(tensors[name].detach().contiguous().flatten()))
     return total.hexdigest()

@@ -15,9 +15,11 @@ from torch import Tensor
 from psa_store.compression.codec import decode, encode
 from psa_store.estimate.forecast import Speeds
 from psa_store.job.config import JobConfig
-from psa_store.job.layout import ITEM_BYTES, Layout, TensorRole, TensorSpec, make_layout
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
 from psa_store.optim import Optimizer, from_dict
 from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch
+from psa_store.optim.tensors import to_torch
 from psa_store.wire import measure_loopback
 
 _SCRATCH_BYTES = 32 << 20
@@ -40,7 +42,7 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
         counts[shard.dtype] += shard.numel
     dtype, most = counts.most_common(1)[0] if counts else ("float32", 1)
     elements = min(most, _SCRATCH_BYTES // ITEM_BYTES[dtype])
-    flat = torch.full((elements,), 1e-3, dtype=getattr(torch, dtype))
+    flat = torch.full((elements,), 1e-3, dtype=to_torch(dtype))
     server_rule = from_dict(config.mode.server_optimizer(config.optimizer))
     with _one_thread():
         copy = torch.empty_like(flat)

@@ -53,6 +53,7 @@ from psa_store.job.config import check_job_name
 from psa_store.job.layout import Shard, TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
 from psa_store.optim import Optimizer
+from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.storage import RedisStore, ShardState
 from psa_store.storage.sections import PARAM
 from psa_store.worker.creation import Wanted, new_config
@@ -89,7 +90,7 @@ class PsaReader(StorageReader):
         for spec in self._layout.tensors:
             size = torch.Size(spec.shape)
             whole = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
-            facts = TensorStorageMetadata(TensorProperties(dtype=getattr(torch, spec.dtype)), size, [whole])
+            facts = TensorStorageMetadata(TensorProperties(dtype=to_torch(spec.dtype)), size, [whole])
             if spec.persistent:
                 tensors |= dict.fromkeys(spec.names, facts)
         return Metadata(tensors, planner_data={name: (name,) for name in tensors})
@@ -119,8 +120,8 @@ class PsaReader(StorageReader):
                 raise UsageError(f"job {self._job!r} is another one than when PsaReader was made: make a new one")
             for shard in self._layout.shards:
                 if wanted := _wanted(shard, regions):
-                    data = torch.empty(shard.numel, dtype=getattr(torch, shard.dtype))
-                    version.read(shard.index, {PARAM: data.view(torch.uint8).numpy().data})
+                    data = torch.empty(shard.numel, dtype=to_torch(shard.dtype))
+                    version.read(shard.index, {PARAM: as_bytes(data)})
                     for region, low, high, place in wanted:
                         region.flat[low - region.start : high - region.start] = data[place : place + high - low]
         for region in (each for some in regions.values() for each in some):
@@ -152,7 +153,7 @@ def _region(item: ReadItem, spec: TensorSpec) -> _Region:
     start = sum(offset * stride for offset, stride in zip(item.storage_offsets, strides, strict=True))
     last = start + sum((length - 1) * stride for length, stride in zip(item.lengths, strides, strict=True))
     count = last + 1 - start if all(item.lengths) else 0
-    return _Region(item, strides, start, torch.empty(count, dtype=getattr(torch, spec.dtype)))
+    return _Region(item, strides, start, torch.empty(count, dtype=to_torch(spec.dtype)))
 
 
 def _wanted(shard: Shard, regions: Mapping[int, list[_Region]]) -> list[tuple[_Region, int, int, int]]:
@@ -282,7 +283,7 @@ class PsaWriter(StorageWriter):
             raise UsageError(f"{unknown[0]!r} is not in the model; give dcp.save what model.state_dict() gives")
         tensors = []
         for spec in self._layout.tensors:
-            dtype = getattr(torch, spec.dtype)
+            dtype = to_torch(spec.dtype)
             if not spec.persistent:
                 tensors.append(self._model.get_buffer(spec.name).detach().cpu())
                 continue
@@ -303,12 +304,12 @@ class PsaWriter(StorageWriter):
 
     def _states(self, tensors: Sequence[Tensor]) -> Iterator[ShardState]:
         for shard in self._layout.shards:
-            data = torch.zeros(shard.numel, dtype=getattr(torch, shard.dtype))
+            data = torch.zeros(shard.numel, dtype=to_torch(shard.dtype))
             for piece in shard.pieces:
                 flat = tensors[piece.tensor].flatten()
                 part = flat[piece.tensor_start : piece.tensor_start + piece.length]
                 data[piece.shard_start : piece.shard_start + piece.length] = part
-            yield ShardState(shard.index, {PARAM: (shard.dtype, data.view(torch.uint8).numpy().data)}, {}, expect=None)
+            yield ShardState(shard.index, {PARAM: (shard.dtype, as_bytes(data))}, {}, expect=None)
 
 
 def _with_redis(settings: Settings, redis: str | None) -> Settings:

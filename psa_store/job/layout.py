@@ -21,12 +21,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from psa_store.errors import DataIntegrity, UsageError
+from psa_store.job.dtypes import ITEM_BYTES, TRAINABLE_DTYPES
 
 PAGE_BYTES = 4096
 TENSOR_ALIGN_BYTES = 64
@@ -34,20 +35,6 @@ SHARD_BYTES_MIN = 1 << 20
 SHARD_BYTES_MAX = 256 << 20
 SHARDS_AIM = 64
 """Default shard sizes aim at this many shards, so that few servers can share them out evenly."""
-
-ITEM_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
-TRAINABLE_DTYPES = frozenset({"float64", "float32", "bfloat16", "float16"})
 
 
 class TensorRole(StrEnum):

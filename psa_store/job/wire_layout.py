@@ -12,7 +12,8 @@ Pure: no I/O, no threads, no torch.
 from __future__ import annotations
 
 from psa_store.compression import NONE, Compression
-from psa_store.job.layout import ITEM_BYTES, Layout, Shard, TensorRole
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import Layout, Shard, TensorRole
 
 
 class WireLayout:

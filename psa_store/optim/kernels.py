@@ -29,16 +29,16 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from psa_store.job.dtypes import HALF_DTYPES
 from psa_store.job.layout import Layout, Shard
 from psa_store.optim.reduce import squared_norm, sum_in_order
 from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from psa_store.optim.tensors import name_of, to_torch
 
 MASTER = "master"
 BLOCK_ELEMENTS = 1 << 18
 """1 MiB of float32: small enough for the second-level cache to hold most of it, and large enough that memory is read in
 long runs and that the calls (a few microseconds each, with Python's lock held) do not count."""
-
-_HALF = frozenset({"bfloat16", "float16"})
 
 State = Mapping[str, list[Tensor]]
 """Slot name -> its runs, parallel to the runs of the parameters."""
@@ -46,20 +46,20 @@ State = Mapping[str, list[Tensor]]
 
 def slot_names(optimizer: Optimizer, dtype: str) -> tuple[str, ...]:
     """Names of the flat arrays that a shard has beside its parameters, in the order they are stored in."""
-    master = (MASTER,) if dtype in _HALF else ()
+    master = (MASTER,) if dtype in HALF_DTYPES else ()
     return master + _state_names(optimizer)
 
 
 def slot_dtype(optimizer: Optimizer, dtype: str) -> dict[str, str]:
     """The dtype of each slot of a shard of the given dtype."""
-    wide = "float32" if dtype in _HALF else dtype
+    wide = "float32" if dtype in HALF_DTYPES else dtype
     return dict.fromkeys(slot_names(optimizer, dtype), wide)
 
 
 def init_slots(optimizer: Optimizer, param: Tensor, shard: Shard, layout: Layout) -> dict[str, Tensor]:
     """The slots of a shard before its first update. ``param``: its parameters, 1-D, padding included."""
     dtypes = slot_dtype(optimizer, shard.dtype)
-    slots = {name: torch.zeros(shard.numel, dtype=getattr(torch, dtype)) for name, dtype in dtypes.items()}
+    slots = {name: torch.zeros(shard.numel, dtype=to_torch(dtype)) for name, dtype in dtypes.items()}
     if MASTER in slots:
         slots[MASTER].copy_(param)
     if isinstance(optimizer, Adagrad):
@@ -94,7 +94,7 @@ class ShardKernel:
     ) -> None:
         dtypes = slot_dtype(optimizer, shard.dtype)
         assert slots.keys() == dtypes.keys()
-        assert all(str(slots[name].dtype) == f"torch.{dtype}" for name, dtype in dtypes.items())
+        assert all(name_of(slots[name].dtype) == dtype for name, dtype in dtypes.items())
         assert all(t.is_contiguous() and t.shape == (shard.numel,) for t in (param, *slots.values()))
         self._optimizer = optimizer
         wide = slots.get(MASTER, param)

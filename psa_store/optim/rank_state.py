@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from psa_store.job.config import JobConfig
-from psa_store.job.layout import ITEM_BYTES, Shard, TensorRole
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim import from_dict
 from psa_store.optim.kernels import MASTER, slot_dtype
 

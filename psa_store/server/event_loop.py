@@ -28,6 +28,7 @@ from psa_store.job.wire_layout import WireLayout
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.optim.rank_state import rank_state_of
+from psa_store.optim.tensors import as_bytes
 from psa_store.server.aggregator.async_ import AsyncAggregator
 from psa_store.server.aggregator.base import Aggregator, Tools
 from psa_store.server.aggregator.sync import SyncAggregator
@@ -54,7 +55,7 @@ from psa_store.server.messages import (
     ToPlanFollower,
     Updated,
 )
-from psa_store.server.shard import OwnedShard, as_bytes
+from psa_store.server.shard import OwnedShard
 from psa_store.server.shared_parameters import SharedParameters
 from psa_store.server.waiters import Waiters
 from psa_store.testing.journal import Journal

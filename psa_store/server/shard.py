@@ -20,6 +20,7 @@ from psa_store.job.sampling import rounding_stream
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
+from psa_store.optim.tensors import as_bytes, name_of, to_torch
 from psa_store.storage import Manifest
 from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, PUBLISHED, RANK
 from psa_store.wire import SharedMemory
@@ -28,21 +29,10 @@ _NO_RANK = 65536
 """Whose random numbers round what servers publish: no job has so many ranks."""
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable, without a copy."""
-    return tensor.view(torch.uint8).numpy().data
-
-
 def tensor_in(memory: SharedMemory, shard: Shard, wire: WireLayout) -> Tensor:
     """A shard's place in memory that is shared."""
     return torch.frombuffer(
-        memory.buffer, dtype=torch_dtype(wire.dtype(shard)), offset=wire.offset_bytes(shard), count=shard.numel
+        memory.buffer, dtype=to_torch(wire.dtype(shard)), offset=wire.offset_bytes(shard), count=shard.numel
     )
 
 
@@ -85,12 +75,12 @@ class OwnedShard:
         self.published = tensor_in(memory, shard, wire)
         """What workers see: the parameters themselves, or a rounding of them."""
         exact = wire.dtype(shard) == shard.dtype and self.movement is None
-        self.param = self.published if exact else torch.zeros(shard.numel, dtype=torch_dtype(shard.dtype))
+        self.param = self.published if exact else torch.zeros(shard.numel, dtype=to_torch(shard.dtype))
         self.slots: dict[str, Tensor] = {}
         if trained:
             dtypes = slot_dtype(optimizer, shard.dtype)
             self.slots = {
-                name: torch.zeros(shard.numel, dtype=torch_dtype(dtypes[name]))
+                name: torch.zeros(shard.numel, dtype=to_torch(dtypes[name]))
                 for name in slot_names(optimizer, shard.dtype)
             }
         self._kernel: ShardKernel | None = None
@@ -233,10 +223,7 @@ class OwnedShard:
 
     def snapshot(self) -> tuple[Mapping[str, tuple[str, memoryview]], dict[str, float | int]]:
         """Sections and scalars of the snapshot, as storage takes them."""
-        arrays = {
-            name: (str(tensor.dtype).removeprefix("torch."), as_bytes(tensor))
-            for name, tensor in self._snapshot.items()
-        }
+        arrays = {name: (name_of(tensor.dtype), as_bytes(tensor)) for name, tensor in self._snapshot.items()}
         clocks = {f"{CLOCK}{rank}": clock for rank, clock in enumerate(self.copied_clocks)}
         return arrays, {OPT_STEP: self._snapshot_opt_step, **clocks}
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from psa_store.cluster import Plan
 from psa_store.job.layout import TensorRole
 from psa_store.job.wire_layout import WireLayout
+from psa_store.optim.tensors import as_bytes
 from psa_store.server.client import Client
 from psa_store.server.connections import Connections
-from psa_store.server.shard import OwnedShard, as_bytes
+from psa_store.server.shard import OwnedShard
 from psa_store.server.shared_parameters import SharedParameters
 from psa_store.testing.journal import Journal
 from psa_store.wire import Connection, Flag, Header, Kind

@@ -22,6 +22,7 @@ from psa_store import logs
 from psa_store.errors import UsageError
 from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
 from psa_store.job.wire_layout import WireLayout
+from psa_store.optim.tensors import as_bytes, name_of, to_torch
 from psa_store.wire import SharedMemory, Window
 from psa_store.worker.gradients import GradientMemory
 
@@ -47,7 +48,7 @@ def describe_model(model: nn.Module, group_of: Callable[[str, tuple[int, ...]], 
                 TensorSpec(
                     names=tuple(names),
                     shape=shape,
-                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    dtype=name_of(tensor.dtype),
                     role=role,
                     group=group_of(names[0], shape) if role is TensorRole.TRAINED else 0,
                     persistent=names[0] in in_state,
@@ -128,8 +129,8 @@ class FlatModel:
         if self._wire.dtype(shard) == shard.dtype:
             return self.parameters(shard)
         if shard.index not in self._rounded:
-            self._rounded[shard.index] = torch.empty(shard.numel, dtype=getattr(torch, self._wire.dtype(shard)))
-        return self._rounded[shard.index].view(torch.uint8).numpy().data
+            self._rounded[shard.index] = torch.empty(shard.numel, dtype=to_torch(self._wire.dtype(shard)))
+        return as_bytes(self._rounded[shard.index])
 
     def show(self, server: str, descriptor: int, shards: Sequence[int]) -> None:
         """Let the model have these trained shards where a server of this host publishes them.
@@ -142,7 +143,7 @@ class FlatModel:
             for shard in (self._layout.shards[index] for index in shards):
                 self._rounded[shard.index] = torch.frombuffer(
                     memory.buffer,
-                    dtype=getattr(torch, self._wire.dtype(shard)),
+                    dtype=to_torch(self._wire.dtype(shard)),
                     offset=self._wire.offset_bytes(shard),
                     count=shard.numel,
                 )
@@ -171,7 +172,7 @@ class FlatModel:
         for index, rounded in self._rounded.items():
             shard = self._layout.shards[index]
             whole = self._memory[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
-            whole.view(getattr(torch, shard.dtype)).copy_(rounded)
+            whole.view(to_torch(shard.dtype)).copy_(rounded)
         self._buffers_kept.copy_(self._memory[self._buffers_low : self._buffers_high])
         for bound, tensor in self._each():
             self._bind(bound, tensor)
@@ -297,12 +298,11 @@ class FlatModel:
 
 
 def _shaped(memory: Tensor, low: int, spec: TensorSpec) -> Tensor:
-    dtype = getattr(torch, spec.dtype)
-    return memory[low : low + spec.size_bytes].view(dtype).view(spec.shape)
+    return memory[low : low + spec.size_bytes].view(to_torch(spec.dtype)).view(spec.shape)
 
 
 def _bytes(memory: Tensor, shard: Shard) -> memoryview:
-    return memory.numpy().data[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
+    return as_bytes(memory)[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
 
 
 def _range(shards: tuple[Shard, ...]) -> tuple[int, int]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
-from psa_store.job.layout import ITEM_BYTES, Layout, Shard, TensorRole
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.reduce import squared_norm
+from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.wire import SharedMemory
 
 _NORM_SURELY_FINITE = 1e18
@@ -42,7 +44,7 @@ class GradientMemory:
 
     def bytes_of(self, shard: Shard) -> memoryview:
         """The bytes of a shard's gradient, to send."""
-        return self._slice(shard).numpy().data
+        return as_bytes(self._slice(shard))
 
     def fingerprint(self, shard: Shard) -> int:
         """A digest of a shard's gradient; the same computation gives the same everywhere."""
@@ -62,7 +64,7 @@ class GradientMemory:
 
     def numbers(self, shard: Shard) -> Tensor:
         """A shard's gradient, flat."""
-        return self._slice(shard).view(getattr(torch, self._wire.dtype(shard)))
+        return self._slice(shard).view(to_torch(self._wire.dtype(shard)))
 
     def scale(self, shards: Iterable[Shard], factor: float) -> None:
         """Multiply the gradients of these shards."""
@@ -78,7 +80,7 @@ class GradientMemory:
         dtype = self._wire.tensor_dtype(index)
         low = self._wire.tensor_offset_bytes(index)
         flat = self._flat[low : low + spec.numel * ITEM_BYTES[dtype]]
-        return flat.view(getattr(torch, dtype)).view(spec.shape)
+        return flat.view(to_torch(dtype)).view(spec.shape)
 
 
 class GradientPool:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from psa_store.errors import Refused
+from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Shard
 from psa_store.optim.rank_state import COUNT_BYTES, RankState
+from psa_store.optim.tensors import name_of, to_torch
 
 
 class RankMemory:
@@ -29,12 +31,12 @@ class RankMemory:
         payload = torch.empty(state.size_bytes, dtype=torch.uint8)
         low = 0
         for name, dtype in state.parts:
-            place = payload[low : low + state.numel * _item_bytes(dtype)]
+            place = payload[low : low + state.numel * ITEM_BYTES[dtype]]
             tensor = self.parts[shard.index][name]
-            if str(tensor.dtype) == f"torch.{dtype}":
+            if name_of(tensor.dtype) == dtype:
                 place.copy_(tensor.view(torch.uint8))
             else:
-                rounded = tensor.to(getattr(torch, dtype))
+                rounded = tensor.to(to_torch(dtype))
                 place.copy_(rounded.view(torch.uint8))
                 tensor.copy_(rounded)
             low += len(place)
@@ -52,14 +54,10 @@ class RankMemory:
         data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         low = 0
         for name, dtype in state.parts:
-            high = low + state.numel * _item_bytes(dtype)
+            high = low + state.numel * ITEM_BYTES[dtype]
             tensor = self.parts[shard.index][name]
-            whole = torch.empty(state.numel, dtype=getattr(torch, dtype))
+            whole = torch.empty(state.numel, dtype=to_torch(dtype))
             whole.view(torch.uint8).copy_(data[low:high])
             tensor.copy_(whole)
             low = high
         self.updates = int(np.frombuffer(payload[low : low + COUNT_BYTES], dtype="<i8")[0])
-
-
-def _item_bytes(dtype: str) -> int:
-    return torch.empty(0, dtype=getattr(torch, dtype)).element_size()

@@ -32,6 +32,7 @@ from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UnknownJob, Us
 from psa_store.job.config import CREATOR_NODE, JobConfig, job_config_from_json
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
+from psa_store.optim.tensors import to_torch
 from psa_store.storage import RedisStore, ShardState
 from psa_store.testing.failpoints import ENV, FailpointAction, arm, hit
 from tests.harness import PSA, Site
@@ -85,7 +86,7 @@ def commit(
             sections |= {"exp_avg": "float32", "exp_avg_sq": "float32"}
         arrays = {}
         for name, dtype in sections.items():
-            whole = torch.zeros(shard.numel, dtype=getattr(torch, dtype))
+            whole = torch.zeros(shard.numel, dtype=to_torch(dtype))
             for piece in shard.pieces:
                 part = torch.from_numpy(draw.integers(-99, 99, piece.length))
                 whole[piece.shard_start : piece.shard_start + piece.length] = part

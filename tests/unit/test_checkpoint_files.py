@@ -23,7 +23,9 @@ from psa_store.checkpoint.files.importing import Source
 from psa_store.checkpoint.files.tensor_files import LENGTH_BYTES, index_of, param_key, read_header, split_into_files
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job.config import JobConfig
-from psa_store.job.layout import ITEM_BYTES, TRAINABLE_DTYPES, Layout, TensorRole, TensorSpec, make_layout
+from psa_store.job.dtypes import ITEM_BYTES, TRAINABLE_DTYPES
+from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
+from psa_store.optim.tensors import to_torch
 from psa_store.storage import Section
 
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -56,7 +58,7 @@ def sections_of(layout: Layout) -> dict[int, list[Section]]:
 def bytes_of(layout: Layout, shard: int, section: str, dtype: str) -> bytes:
     """What Redis would hold: each element has a value that tells its place in its tensor."""
     its = layout.shards[shard]
-    whole = torch.zeros(its.numel, dtype=getattr(torch, dtype))
+    whole = torch.zeros(its.numel, dtype=to_torch(dtype))
     for piece in its.pieces:
         values = torch.arange(piece.tensor_start, piece.tensor_start + piece.length)
         whole[piece.shard_start : piece.shard_start + piece.length] = (values + piece.tensor) % 100

@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import DataIntegrity, UsageError
+from psa_store.job.dtypes import ITEM_BYTES, TRAINABLE_DTYPES
 from psa_store.job.layout import (
-    ITEM_BYTES,
     PAGE_BYTES,
     SHARD_BYTES_MAX,
     SHARD_BYTES_MIN,
     SHARDS_AIM,
     TENSOR_ALIGN_BYTES,
-    TRAINABLE_DTYPES,
     Layout,
     TensorRole,
     TensorSpec,

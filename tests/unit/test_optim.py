@@ -16,10 +16,12 @@ from torch import Tensor
 
 from psa_store import optim
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.job.layout import ITEM_BYTES, PAGE_BYTES, Layout, Shard, TensorRole, TensorSpec, make_layout
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import PAGE_BYTES, Layout, Shard, TensorRole, TensorSpec, make_layout
 from psa_store.optim import kernels as kernels_module
 from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch, slot_dtype, slot_names
 from psa_store.optim.reduce import clip_factor, squared_norm
+from psa_store.optim.tensors import name_of, to_torch
 
 OPTIMIZERS: Mapping[str, optim.Optimizer] = {
     "sgd": optim.SGD(0.1),
@@ -41,7 +43,7 @@ class Model:
 
     def __init__(self, optimizer: optim.Optimizer, dtype: str = "float32", seed: int = 0) -> None:
         self.optimizer = optimizer
-        self.dtype = getattr(torch, dtype)
+        self.dtype = to_torch(dtype)
         self.random = torch.Generator().manual_seed(seed)
         self.layout = make_layout(
             [
@@ -87,7 +89,7 @@ class Model:
                 yield place, name, piece.tensor_start, piece.tensor_start + piece.length
 
     def update(self, grads: Mapping[str, Tensor], step: int, *, grad_scale: float = 1.0) -> None:
-        wide = self.dtype if ITEM_BYTES[str(self.dtype).removeprefix("torch.")] >= 4 else torch.float32
+        wide = self.dtype if ITEM_BYTES[name_of(self.dtype)] >= 4 else torch.float32
         for kernel, grad in zip(self.kernels, self.flatten(grads, wide), strict=True):
             kernel.apply([grad], make_scratch(), step=step, opt_step=step, grad_scale=grad_scale)
 
@@ -148,7 +150,7 @@ def assert_agree(model: Model, reference: Reference, rtol: float, atol: float) -
     ours = model.unflatten(model.params)
     for name, param in reference.params.items():
         torch.testing.assert_close(ours[name], param.detach(), rtol=rtol, atol=atol)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = name_of(model.dtype)
     for key in slot_names(model.optimizer, dtype):
         ours = model.unflatten([slots[key] for slots in model.slots])
         for name in SHAPES:

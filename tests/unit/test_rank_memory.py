@@ -14,6 +14,7 @@ from psa_store.job.config import JobConfig
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
 from psa_store.optim.rank_state import LOCAL, RESIDUAL, START, rank_state_of
+from psa_store.optim.tensors import to_torch
 from psa_store.worker.rank_memory import RankMemory
 from psa_store.worker.strategy.sync import rank_to_help
 
@@ -80,7 +81,7 @@ def test_what_was_packed_is_what_both_go_on_with(mode: str, compress: str) -> No
         assert there.updates == 41
         for name, dtype in state.parts:
             assert torch.equal(here.parts[shard.index][name], there.parts[shard.index][name])
-            assert torch.equal(here.parts[shard.index][name], before[name].to(getattr(torch, dtype)).float())
+            assert torch.equal(here.parts[shard.index][name], before[name].to(to_torch(dtype)).float())
         with pytest.raises(Refused):
             there.unpack(shard, state, payload.numpy().data[:-1])
 

@@ -15,7 +15,8 @@ from psa_store.compression import NONE, Compression, parse_compression
 from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.kernels import make_scratch
-from psa_store.server.shard import OwnedShard, as_bytes
+from psa_store.optim.tensors import as_bytes
+from psa_store.server.shard import OwnedShard
 from psa_store.storage import Manifest
 from psa_store.wire import SharedMemory
 

@@ -27,7 +27,8 @@ from psa_store.cluster import ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
-from psa_store.job.layout import ITEM_BYTES, Layout, Shard, TensorRole, make_layout
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import Layout, Shard, TensorRole, make_layout
 from psa_store.storage import RedisStore, ShardState
 from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, RANK
 

@@ -20,7 +20,8 @@ from itertools import groupby
 from typing import Any
 
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.job.layout import ITEM_BYTES, Layout, Piece, Shard, TensorSpec
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import Layout, Piece, Shard, TensorSpec
 from psa_store.storage import Section
 from psa_store.storage.sections import PARAM, RANK
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from psa_store.job.config import JobConfig
-from psa_store.job.layout import ITEM_BYTES, Layout, Shard, TensorRole
+from psa_store.job.dtypes import ITEM_BYTES
+from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.optim import from_dict
 from psa_store.optim.kernels import slot_dtype
 from psa_store.optim.rank_state import rank_state_of

@@ -23,6 +23,7 @@ from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.sampling import rounding_stream
 from psa_store.optim.rank_state import rank_state_of
+from psa_store.optim.tensors import as_bytes
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import Journal, fingerprint_text
 from psa_store.wire import Flag, Header
@@ -300,10 +301,10 @@ class Strategy(ABC):
         if payload is None:
             return self._gradients.fingerprint(shard)
         if not self._tools.config.compression.applies_to(shard.dtype):
-            return xxh3_64_intdigest(payload.numpy().data, seed=index)
+            return xxh3_64_intdigest(as_bytes(payload), seed=index)
         decoded = torch.empty(shard.numel)
         decode(self._tools.config.compression, payload, decoded)
-        return xxh3_64_intdigest(decoded.numpy().data, seed=index)
+        return xxh3_64_intdigest(as_bytes(decoded), seed=index)
 
     def _send(
         self,
@@ -318,7 +319,7 @@ class Strategy(ABC):
         flags, payloads = self._with_state(rank_step, payloads)
         flags |= Flag.NONE if finite else Flag.NONFINITE
         for shard, payload in payloads.items():
-            self._servers.push_value(self._plan, rank_step.step, rank_step.rank, shard, payload.numpy().data, flags)
+            self._servers.push_value(self._plan, rank_step.step, rank_step.rank, shard, as_bytes(payload), flags)
         others = [shard for shard in shards if shard not in payloads]
         if others:
             assert gradients is not None

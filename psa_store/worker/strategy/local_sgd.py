@@ -35,6 +35,7 @@ from psa_store.optim import from_dict
 from psa_store.optim.kernels import MASTER, ShardKernel, init_slots, make_scratch
 from psa_store.optim.rank_state import LOCAL, RESIDUAL, START
 from psa_store.optim.reduce import clip_factor
+from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.batches import RankStep
@@ -81,9 +82,9 @@ class LocalSGDStrategy(Strategy):
         self._rounds = None if tools.steps is None else tools.steps // self._mode.round_steps
         wire = WireLayout(layout, config.compression)
         self._model = {
-            s.index: torch.frombuffer(self._flat_model.parameters(s), dtype=_dtype(s.dtype)) for s in self._changing
+            s.index: torch.frombuffer(self._flat_model.parameters(s), dtype=to_torch(s.dtype)) for s in self._changing
         }
-        self._global = {s.index: torch.zeros(s.numel, dtype=_dtype(wire.dtype(s))) for s in self._changing}
+        self._global = {s.index: torch.zeros(s.numel, dtype=to_torch(wire.dtype(s))) for s in self._changing}
         """The newest global parameters and buffers, as they come."""
         self._scratch = make_scratch()
         self._ranks: dict[int, _Rank] = {}
@@ -281,7 +282,7 @@ class LocalSGDStrategy(Strategy):
         state = self._ranks[rank]
         flags = Flag.STATE if self._state_is_due(state.pushed_step + 1) else Flag.NONE
         for shard, payload in state.pushed:
-            self._servers.push_value(self._plan, state.pushed_step, rank, shard, payload.numpy().data, flags)
+            self._servers.push_value(self._plan, state.pushed_step, rank, shard, as_bytes(payload), flags)
 
     def _end_round(self) -> None:
         """All of ours are pushed: go on to the next round, with or without the version that this one makes."""
@@ -450,7 +451,7 @@ class LocalSGDStrategy(Strategy):
             return memoryview(bytearray(self._tools.config.compression.payload_bytes(shard.numel)))
         if shard.role is TensorRole.FROZEN or header.flags & Flag.MOVEMENT:
             return super().place(header, shard)
-        return self._global[shard.index].view(torch.uint8).numpy().data
+        return as_bytes(self._global[shard.index])
 
     def _take(self, answer: Answer) -> None:
         header = answer.header
@@ -477,9 +478,3 @@ class LocalSGDStrategy(Strategy):
                 self.synced_term = NONE
             case _:
                 pass
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
