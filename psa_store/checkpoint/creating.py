@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
-from psa_store.errors import Fenced, JobBusy, UsageError
+from psa_store.errors import Fenced, JobBusy
 from psa_store.job.config import CREATOR_NODE, JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.storage import Head, Manifest, RedisStore, ShardState
@@ -62,12 +62,8 @@ def write_new_job(
         JobMismatch: another process has created it.
         DependencyUnreachable: Redis or ZooKeeper does not answer.
     """
-    job, fragments = config.name, config.mode.fragments
-    trained = len(layout.shards_of(TensorRole.TRAINED))
-    if fragments > max(1, trained):
-        raise UsageError(
-            f"mode {config.mode}: this model has {trained} trained shards, so use at most {trained} fragments"
-        )
+    job = config.name
+    config.check_shards(len(layout.shards_of(TensorRole.TRAINED)))
     term = begin_new_job(job, layout, store, coordination)
     failpoint("create.sealed")
     for at, some in _streams(layout, version, states):

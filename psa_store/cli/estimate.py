@@ -68,7 +68,7 @@ def show_estimate(options: Options, settings: Settings) -> None:
             raise UsageError(f"{error}. `ip link set lo up`: the speed of TCP is measured there") from error
     ways = []
     for name, shares in (("shared memory", True), ("TCP", False)):
-        if shares and (config.mode.by_value or settings.carrier == "tcp"):
+        if shares and (settings.carrier == "tcp" or not config.shares_memory):
             continue
         traffic = traffic_of(config, layout, options.workers, options.servers, shares_memory=shares)
         compute_s = (options.compute_ms or 0.0) / 1e3

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from psa_store.estimate.traffic import ServerShare, Traffic
+from psa_store.estimate.traffic import ServerShare, Traffic, pulls_per_version
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.server.arithmetic import INLINE_BYTES
@@ -77,33 +77,29 @@ def forecast(
         threads: of each server.
         compute_s: forward and backward of all ranks, as it is without psa; 0 leaves it out.
     """
-    mode = config.mode
     busy_workers = sum(1 for held in traffic.ranks if held)
-    leading = [server for server in traffic.servers if server.shards]
+    owners = [server for server in traffic.servers if server.shards]
     trained = sum(shard.numel for shard in layout.shards_of(TensorRole.TRAINED))
     per_worker = min(speeds.cores, max(1, busy_workers))
-    per_server = min(speeds.cores, max(1, sum(_threads(server, threads) for server in leading)))
-    pushed = config.ranks * trained / mode.steps  # elements, by all ranks in a step
-    # On arrival each rank talks to the servers for itself.
-    parties = config.ranks if mode.on_arrival else busy_workers / mode.round_steps
+    per_server = min(speeds.cores, max(1, sum(_threads(server, threads) for server in owners)))
+    pushed = config.ranks * trained / config.steps_per_exchange  # elements, by all ranks in a step
+    exchanges = sum(pulls_per_version(config, held) for held in traffic.ranks) / config.steps_per_version
     up = [[link.up_bytes for link in links] for links in traffic.links]
     down = [[link.down_bytes for link in links] for links in traffic.links]
 
     encoding = pushed * (speeds.check_s + speeds.encode_s) / per_worker
-    if mode.on_arrival:
-        update = pushed * speeds.update_s
-    else:
-        update = trained / mode.steps * (speeds.update_s + (config.ranks - 1) * speeds.part_s)
+    updated = trained * config.updates_per_step / config.steps_per_exchange
+    update = updated * (speeds.update_s + (config.gradients_per_update - 1) * speeds.part_s)
     terms = [
         Term("workers: check, compress" if speeds.encode_s else "workers: check", encoding),
         Term("gradients travel", _travel_s(up, speeds)),
         Term("servers: reduce, update", (update + pushed * speeds.decode_s) / per_server),
         Term("parameters travel", _travel_s(down, speeds)),
-        Term("messages", LINK_S * parties * len(leading) / speeds.cores),
+        Term("messages", LINK_S * exchanges * len(owners) / speeds.cores),
     ]
-    if mode.in_rounds:
+    if config.ranks_update:
         terms.insert(0, Term("ranks: own update", config.ranks * trained * speeds.local_update_s / per_worker))
-    interval = config.commit_interval * mode.round_steps / (config.ranks if mode.on_arrival else 1)
+    interval = config.commit_every * config.steps_per_version
     commit_s = None if speeds.redis_bytes_per_s is None else traffic.commit_bytes / speeds.redis_bytes_per_s
     if interval:
         terms.append(Term("copies for commits", traffic.commit_bytes / speeds.copy_bytes_per_s / per_server / interval))

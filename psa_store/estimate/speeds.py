@@ -43,7 +43,7 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
     dtype, most = counts.most_common(1)[0] if counts else ("float32", 1)
     elements = min(most, _SCRATCH_BYTES // ITEM_BYTES[dtype])
     flat = torch.full((elements,), 1e-3, dtype=to_torch(dtype))
-    server_rule = from_dict(config.mode.server_optimizer(config.optimizer))
+    server_rule = from_dict(config.server_optimizer)
     with _one_thread():
         copy = torch.empty_like(flat)
         update_s = _update_s(server_rule, flat, dtype, 1)
@@ -58,7 +58,7 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
             decode_s=decode_s,
             update_s=update_s,
             part_s=max(0.0, with_more_s - update_s) / _MORE_RANKS,
-            local_update_s=_update_s(from_dict(config.optimizer), flat, dtype, 1) if config.mode.in_rounds else 0.0,
+            local_update_s=_update_s(from_dict(config.optimizer), flat, dtype, 1) if config.ranks_update else 0.0,
             redis_bytes_per_s=redis_bytes_per_s,
         )
 

@@ -1,4 +1,4 @@
-"""Who owns and computes what in a job of so many workers and servers, and how many bytes a step sends where.
+"""What each server owns and each worker computes, and how many bytes a step sends, in a job of so many of both.
 
 Averages over many steps: what is sent once in a round, or with a commit, counts for each step in between. Tensors only:
 headers (64 bytes a frame) are left out, and so is what a death or a change of members costs.
@@ -8,6 +8,7 @@ Pure: no I/O, no threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from psa_store.cluster import NOBODY, Member, assign_ranks, assign_shards
@@ -24,7 +25,7 @@ class Link:
     """Between one worker and one server. Bytes of a step, all ranks of the worker together."""
 
     up_bytes: float
-    """From the worker: gradients (or movements), buffers, and what its ranks carry."""
+    """From the worker: gradients (or movements), buffers, and rank state."""
     down_bytes: float
     """To the worker: parameters and buffers."""
 
@@ -56,6 +57,11 @@ class Traffic:
         return sum(server.commit_bytes for server in self.servers)
 
 
+def pulls_per_version(config: JobConfig, held: Sequence[int]) -> int:
+    """How often a worker with these ranks gets parameters: once for all ranks that wait for the same update."""
+    return min(config.updates_per_step, len(held))
+
+
 def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *, shares_memory: bool) -> Traffic:
     """What the job sends.
 
@@ -69,7 +75,7 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
     used, owners = assign_shards(sizes, members[:servers])
     holders = assign_ranks((NOBODY,) * config.ranks, [member.id for member in members[:workers]])
     ranks = [tuple(r for r, holder in enumerate(holders) if int(holder) == worker) for worker in range(workers)]
-    led = [
+    owned_shards = [
         [shard for shard, owner in zip(layout.shards, owners, strict=True) if used and int(used[owner].id) == server]
         for server in range(servers)
     ]
@@ -82,24 +88,19 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
                 sum(shard.size_bytes for shard in own),
                 sum(stored_bytes(config, shard) for shard in own if shard.role is not TensorRole.FROZEN),
             )
-            for own in led
+            for own in owned_shards
         ),
         tuple(
             tuple(
                 Link(
                     sum(ways.up_bytes(shard, rank) for shard in own for rank in held),
-                    sum(ways.down_bytes(shard) for shard in own) * _fetches(config, held),
+                    sum(ways.down_bytes(shard) for shard in own) * pulls_per_version(config, held),
                 )
-                for own in led
+                for own in owned_shards
             )
             for held in ranks
         ),
     )
-
-
-def _fetches(config: JobConfig, held: tuple[int, ...]) -> int:
-    """How often a worker gets parameters in a step: on arrival each of its ranks does, else all of them together."""
-    return len(held) if config.mode.on_arrival else min(1, len(held))
 
 
 class _Ways:
@@ -108,34 +109,32 @@ class _Ways:
     def __init__(self, config: JobConfig, layout: Layout, shares_memory: bool) -> None:
         self._config = config
         self._wire = WireLayout(layout, config.compression)
-        self._shares = shares_memory and not config.mode.by_value
+        self._shares = shares_memory and config.shares_memory
 
     def up_bytes(self, shard: Shard, rank: int) -> float:
         """What one rank sends of a shard, per step."""
-        config, mode = self._config, self._config.mode
+        config = self._config
         match shard.role:
             case TensorRole.FROZEN:
                 return 0.0
             case TensorRole.BUFFER:
-                # Elsewhere it is not known in time whose push counts.
-                all_send = mode.on_arrival or mode.backup > 0
-                return shard.size_bytes / mode.round_steps if all_send or rank == RANK_OF_BUFFERS else 0.0
-        carried = rank_state_of(config, shard)
-        state = 0.0 if carried is None else carried.size_bytes / (config.commit_interval * mode.round_steps)
+                pushes = config.pushes_all_buffers or rank == RANK_OF_BUFFERS
+                return shard.size_bytes / config.steps_per_version if pushes else 0.0
+        kept = rank_state_of(config, shard)
+        state = 0.0 if kept is None else kept.size_bytes / (config.commit_interval * config.steps_per_version)
         if config.compression.applies_to(shard.dtype):
-            return config.compression.payload_bytes(shard.numel) / mode.steps + state
-        return (0.0 if self._shares else self._wire.size_bytes(shard) / mode.steps) + state
+            return config.compression.payload_bytes(shard.numel) / config.steps_per_exchange + state
+        return (0.0 if self._shares else self._wire.size_bytes(shard) / config.steps_per_exchange) + state
 
     def down_bytes(self, shard: Shard) -> float:
         """What a worker receives of a shard each time that it gets parameters, per step."""
-        config, mode = self._config, self._config.mode
+        config = self._config
         match shard.role:
             case TensorRole.FROZEN:
                 return 0.0
             case TensorRole.BUFFER:
-                return shard.size_bytes / mode.round_steps
+                return shard.size_bytes / config.steps_per_version
         if config.publishes_movements and config.compression.applies_to(shard.dtype):
-            return config.compression.payload_bytes(shard.numel) / mode.steps
-        # On arrival parameters change while workers compute: they are sent, also within a host.
-        shared = self._shares and not mode.on_arrival
-        return 0.0 if shared else self._wire.size_bytes(shard) / mode.steps
+            return config.compression.payload_bytes(shard.numel) / config.steps_per_exchange
+        shared = self._shares and config.shares_parameters
+        return 0.0 if shared else self._wire.size_bytes(shard) / config.steps_per_exchange

@@ -1,19 +1,25 @@
-"""What a job *is*: the facts that are fixed when it is created and that every later process must agree with."""
+"""What a job *is*: the facts that are fixed when it is created and that every later process must agree with.
+
+Pure: no I/O, no threads.
+"""
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BeforeValidator, PlainSerializer
 
 from psa_store.compression import NONE, Compression, parse_compression
-from psa_store.errors import DataIntegrity, JobMismatch, UsageError
-from psa_store.job.mode import SYNC, Mode, ModeName, parse_mode
+from psa_store.errors import JobMismatch, UsageError
+from psa_store.job.document import from_text, to_fields, to_text
+from psa_store.job.mode import SYNC, Mode, parse_mode
 
 COMMIT_EVERY_DEFAULT = 50
 COMMIT_EVERY_ON_ARRIVAL = 4
-"""The default where pushes are applied on arrival: workers keep every gradient until it is durable."""
+"""The default where pushes are applied on arrival: workers keep each gradient until it is durable."""
 COMMIT_EVERY_ROUNDS = 10
 """The default in rounds: with each commit ranks send their state, and a worker's death costs the rounds since."""
 SHARD_VERSIONS_KEPT = 3
@@ -25,10 +31,19 @@ SHARD_VERSIONS_KEPT_ON_ARRIVAL = 5
 a hand-over was called off."""
 
 RUN_NODE = "run"
-"""Name that a `psa run` holds in ZooKeeper while its run of the job goes on; the text begins with the run's id."""
+"""Name that a `psa run` holds in ZooKeeper while it lasts; the text begins with the id of the run."""
 CREATOR_NODE = "creator"
 """Name that a process holds in ZooKeeper while it creates the job."""
 
+_Value = TypeVar("_Value")
+
+
+def _read_with(parse: Callable[[str], _Value]) -> BeforeValidator:
+    """Read a field from its text; a value that has been read already stays as it is."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+_AS_TEXT = PlainSerializer(str)
 _AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "compression")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
@@ -45,7 +60,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class JobConfig:
-    """The fixed facts of one named training run.
+    """The fixed facts of one named training run: a document, kept in Redis and in ZooKeeper.
 
     ``ranks``: logical data-parallel world size. ``optimizer``: as ``psa.optim`` writes it (names and numbers, no
     code). ``commit_every``: versions between commits, 0 for none but those at hand-over and at the end; on arrival,
@@ -53,6 +68,8 @@ class JobConfig:
     ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of failing.
     ``mode``: which ranks wait for which. ``compression``: in how many bytes float32 travels.
     """
+
+    FORMAT: ClassVar[int] = 1
 
     name: str
     ranks: int
@@ -62,8 +79,8 @@ class JobConfig:
     """Fingerprint of the layout."""
     commit_every: int = COMMIT_EVERY_DEFAULT
     skip_nonfinite: bool = False
-    mode: Mode = SYNC
-    compression: Compression = NONE
+    mode: Annotated[Mode, _read_with(parse_mode), _AS_TEXT] = SYNC
+    compression: Annotated[Compression, _read_with(parse_compression), _AS_TEXT] = NONE
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
@@ -84,16 +101,80 @@ class JobConfig:
             )
 
     @property
+    def updates_per_step(self) -> int:
+        """How often a shard is updated while each rank makes one step, in rounds: one round."""
+        return self.ranks if self.mode.on_arrival else 1
+
+    @property
+    def gradients_per_update(self) -> int:
+        """Of how many ranks an update takes the mean."""
+        return 1 if self.mode.on_arrival else self.ranks - self.mode.backup
+
+    @property
+    def steps_per_version(self) -> int:
+        """Steps that a rank makes from one version to the next: several in rounds."""
+        return self.mode.round_steps
+
+    @property
+    def steps_per_exchange(self) -> int:
+        """Steps that a rank makes between two pushes of one shard."""
+        return self.mode.steps
+
+    @property
     def commit_interval(self) -> int:
         """Versions between commits, 0 for none: a version is a step, or the update of one rank."""
-        return self.commit_every * (self.ranks if self.mode.on_arrival else 1)
+        return self.commit_every * self.updates_per_step
+
+    @property
+    def clocks(self) -> int:
+        """How many ranks each shard counts the steps of: all where they may be at different steps, else none."""
+        return self.ranks if self.mode.on_arrival else 0
+
+    @property
+    def window(self) -> int:
+        """How many gradients of a rank may wait for being durable, before the rank must wait.
+
+        On arrival one rank alone must be able to reach the next commit while another does not move, and go on during
+        it. Elsewhere a step is one gradient of each rank.
+        """
+        return 2 * self.commit_interval if self.mode.on_arrival else 1
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether workers and servers of one host share the memory of gradients, and of parameters if these stay."""
+        return not self.mode.by_value
+
+    @property
+    def shares_parameters(self) -> bool:
+        """The same for parameters: on arrival they change while workers compute, and are sent also within a host."""
+        return self.shares_memory and not self.mode.on_arrival
+
+    @property
+    def pushes_all_buffers(self) -> bool:
+        """Whether each rank pushes buffers: it is not known in time whose push counts."""
+        return self.mode.on_arrival or self.mode.backup > 0
+
+    @property
+    def ranks_update(self) -> bool:
+        """Whether each rank applies the job's optimizer by itself, and servers apply another one."""
+        return self.mode.in_rounds
+
+    @property
+    def ranks_drift(self) -> bool:
+        """Whether a rank has parameters of its own from version to version."""
+        return self.mode.in_rounds and (self.mode.fragments > 1 or self.mode.overlap)
+
+    @property
+    def server_optimizer(self) -> Mapping[str, Any]:
+        """What servers apply, as ``psa.optim`` writes it."""
+        return self.mode.server_optimizer(self.optimizer)
 
     @property
     def keeps_rank_state(self) -> bool:
-        """Whether what a rank carries from version to version is kept with every regular commit.
+        """Whether the rank state is kept with every regular commit.
 
-        Then the bits do not depend on who holds a rank: whoever gets one begins with what was committed. On arrival it
-        is lost with its worker.
+        Then the bits do not depend on which worker computes a rank: the next one begins with what was committed. On
+        arrival the state is lost with its worker.
         """
         if self.mode.on_arrival or self.mode.forget:
             return False
@@ -101,16 +182,16 @@ class JobConfig:
 
     @property
     def publishes_movements(self) -> bool:
-        """Whether parameters travel compressed, too: each version as what it adds to the one before."""
+        """Whether parameters travel encoded, too: each version as what it adds to the one before."""
         return self.mode.in_rounds and self.compression.encodes
 
     @property
     def ranks_stay(self) -> bool:
-        """Whether ranks change hands only between terms, because they carry something."""
+        """Whether ranks go to other workers between terms only, because they have state."""
         return self.mode.in_rounds or self.keeps_rank_state
 
     def rank_state_is_due(self, version: int) -> bool:
-        """Whether the push that makes ``version`` brings the state of its rank, too."""
+        """Whether the push that makes ``version`` brings the rank's state, too."""
         return self.keeps_rank_state and version % self.commit_interval == 0
 
     @property
@@ -118,20 +199,19 @@ class JobConfig:
         """Versions of a shard that Redis keeps."""
         return SHARD_VERSIONS_KEPT_ON_ARRIVAL if self.mode.on_arrival else SHARD_VERSIONS_KEPT
 
-    @property
-    def window(self) -> int:
-        """On arrival: how many gradients of a rank may wait for being durable, before it must wait.
-
-        One rank alone must be able to reach the next commit while another does not move, and go on during it.
-        """
-        return 2 * self.commit_interval
+    def check_shards(self, trained: int) -> None:
+        """Raise UsageError if the mode cannot share out so many trained shards."""
+        if self.mode.fragments > max(1, trained):
+            raise UsageError(
+                f"mode {self.mode}: this model has {trained} trained shards, so use at most {trained} fragments"
+            )
 
     def facts(self) -> dict[str, Any]:
         """All of it as JSON knows it."""
-        return {**asdict(self), "mode": str(self.mode), "compression": str(self.compression)}
+        return to_fields(self)
 
     def to_json(self) -> str:
-        return json.dumps(self.facts(), sort_keys=True)
+        return to_text(self)
 
     def must_agree_with(self, stored: JobConfig) -> None:
         """Refuse to join a job that is not the one this process was written for.
@@ -149,15 +229,9 @@ class JobConfig:
                 )
 
 
-def job_config_from_json(text: str) -> JobConfig:
-    """Rebuild a job's facts from :meth:`JobConfig.to_json`; raises DataIntegrity if the text is not such."""
-    try:
-        facts = json.loads(text)
-        facts["mode"] = parse_mode(facts.get("mode", ModeName.SYNC))
-        facts["compression"] = parse_compression(facts.get("compression", str(NONE)))
-        return JobConfig(**facts)
-    except (ValueError, TypeError, UsageError) as error:
-        raise DataIntegrity(f"the stored job configuration cannot be read: {error}") from error
+def job_config_from_json(text: str, what: str = "the stored job configuration") -> JobConfig:
+    """Rebuild a job's facts from :meth:`JobConfig.to_json`; raises DataIntegrity, naming ``what``, if it is no such."""
+    return from_text(JobConfig, text, what)
 
 
 def check_job_name(name: str) -> str:

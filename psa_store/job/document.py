@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from psa_store.errors import DataIntegrity
+from psa_store.errors import DataIntegrity, UsageError
 
 
 class Document(Protocol):
@@ -72,6 +72,8 @@ def from_fields(kind: type[D], fields: Any, what: str) -> D:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise DataIntegrity(f"{what} cannot be read: {where}: {first['msg']}") from error
+    except UsageError as error:  # of a document that checks itself
+        raise DataIntegrity(f"{what} cannot be read: {error}") from error
     return found
 
 

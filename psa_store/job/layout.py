@@ -24,9 +24,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import ClassVar
 
 from psa_store.errors import DataIntegrity, UsageError
+from psa_store.job.document import from_text, to_text
 from psa_store.job.dtypes import ITEM_BYTES, TRAINABLE_DTYPES
 
 PAGE_BYTES = 4096
@@ -127,10 +128,17 @@ class Layout:
 
     def to_json(self) -> str:
         """A text from which :func:`layout_from_json` builds the same layout."""
-        return json.dumps(
-            {"shard_bytes": self.shard_bytes, "tensors": [asdict(t) for t in self.tensors]},
-            separators=(",", ":"),
-        )
+        return to_text(StoredLayout(self.shard_bytes, self.tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayout:
+    """What a layout is made from, as a document: the rest follows from it."""
+
+    FORMAT: ClassVar[int] = 1
+
+    shard_bytes: int
+    tensors: tuple[TensorSpec, ...]
 
 
 def default_shard_bytes(total_bytes: int) -> int:
@@ -173,23 +181,17 @@ def make_layout(tensors: Iterable[TensorSpec], shard_bytes: int | None = None) -
     return Layout(specs, tuple(offsets), tuple(shards), shard_bytes, cursor, _fingerprint(specs, offsets, shards))
 
 
-def layout_from_json(text: str) -> Layout:
+def layout_from_json(text: str, what: str = "the stored layout") -> Layout:
     """Rebuild a layout from :meth:`Layout.to_json`.
 
     Raises:
-        DataIntegrity: the text is not a layout.
+        DataIntegrity: the text is not a layout, or of a format that this release does not know; names ``what``.
     """
+    stored = from_text(StoredLayout, text, what)
     try:
-        document: dict[str, Any] = json.loads(text)
-        specs = [
-            TensorSpec(
-                tuple(t["names"]), tuple(t["shape"]), t["dtype"], TensorRole(t["role"]), t["group"], t["persistent"]
-            )
-            for t in document["tensors"]
-        ]
-        return make_layout(specs, document["shard_bytes"])
-    except (ValueError, KeyError, TypeError, UsageError) as error:
-        raise DataIntegrity(f"the stored layout cannot be read: {error}") from error
+        return make_layout(stored.tensors, stored.shard_bytes)
+    except UsageError as error:
+        raise DataIntegrity(f"{what} cannot be read: {error}") from error
 
 
 def describe_difference(ours: Layout, theirs: Layout) -> str:

@@ -6,7 +6,6 @@ The process holds a lock on its pid file as long as it lives; the kernel drops t
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -14,10 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from psa_store.errors import DependencyUnreachable
+from psa_store.job.document import from_text, to_text
 from psa_store.launch.redis_server import PrivateRedis
 from psa_store.launch.zookeeper_server import PrivateZooKeeper
 
@@ -30,7 +31,9 @@ _LOG_LINES = 12
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the private servers answer."""
+    """Where the private servers answer: a document in their home folder."""
+
+    FORMAT: ClassVar[int] = 1
 
     redis: str
     zookeeper: str
@@ -92,12 +95,15 @@ def up(home: Path, ensemble: int) -> Addresses:
 
 
 def running(home: Path) -> Addresses | None:
-    """The addresses of the private servers, if they run and answer."""
-    if _holder(home) is None:
+    """The addresses of the private servers, if they run and answer.
+
+    Raises:
+        DataIntegrity: another release runs them, and wrote the addresses in a format that this one does not know.
+    """
+    path = _addresses_path(home)
+    if _holder(home) is None or not path.exists():
         return None
-    with suppress(OSError, ValueError, TypeError):
-        return Addresses(**json.loads(_addresses_path(home).read_text()))
-    return None
+    return from_text(Addresses, path.read_text(), f"{path}, of the private servers that run,")
 
 
 def down(home: Path) -> bool:
@@ -145,7 +151,7 @@ def publish(home: Path, addresses: Addresses) -> None:
     """Let :func:`running` find the servers; whole or not at all."""
     path = _addresses_path(home)
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(asdict(addresses)))
+    draft.write_text(to_text(addresses))
     draft.replace(path)
 
 

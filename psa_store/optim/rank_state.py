@@ -1,8 +1,8 @@
-"""What a rank carries from one version to the next, where it carries something, and how that is laid out as bytes.
+"""What a rank keeps from one version to the next, if anything, and how that is laid out as bytes.
 
 In rounds: the state of its own optimizer, and where fragments or overlap let it drift, its parameters. With a
-compression that holds something back: that. Servers keep it with the shard that it is about, as bytes that they do not
-look into; workers know what it means.
+compression that holds something back: that. Servers keep it with its shard, as bytes that mean something to workers
+only.
 
 Pure: no I/O, no threads.
 """
@@ -43,16 +43,16 @@ def rank_state_of(config: JobConfig, shard: Shard) -> RankState | None:
     """What servers keep of each rank for this shard; None for nothing."""
     if not config.keeps_rank_state or shard.role is not TensorRole.TRAINED:
         return None
-    mode, compression = config.mode, config.compression
+    compression = config.compression
     parts: list[tuple[str, str]] = []
-    if mode.in_rounds:
-        # Who saves bytes on gradients does not want to pay for 32 bits of a running mean.
+    if config.ranks_update:
+        # A job that saves bytes on gradients saves them on running means, too.
         rounded = "bfloat16" if compression.encodes else ""
         optimizer = from_dict(config.optimizer)
         dtypes = slot_dtype(optimizer, shard.dtype)
         exact = dtypes.pop(MASTER, shard.dtype)
         parts += [(name, rounded or dtype) for name, dtype in dtypes.items()]
-        if mode.fragments > 1 or mode.overlap:
+        if config.ranks_drift:
             parts += [(START, exact), (LOCAL, exact)]
     if compression.needs_residual and compression.applies_to(shard.dtype):
         parts.append((RESIDUAL, "float32"))

@@ -136,7 +136,7 @@ class EventLoop:
             report=report,
             post=self._mailbox.post,
         )
-        self._memories_max = config.ranks * (config.window if config.mode.on_arrival else 1)
+        self._memories_max = config.ranks * config.window
         self._frozen = {shard.index for shard in layout.shards_of(TensorRole.FROZEN)}
         states = {shard.index: rank_state_of(config, shard) for shard in layout.shards}
         self._states = {shard: state for shard, state in states.items() if state is not None}
@@ -526,7 +526,7 @@ class EventLoop:
             self._connections.close(other)  # its owner has left it: one member has one connection
         connection.member = connection.peer = member
         by_reference = connection.is_local and bool(hello.get("by_reference"))
-        if self._config.mode.by_value and "by_reference" in hello:
+        if not self._config.shares_memory and "by_reference" in hello:
             connection.be_patient()  # a worker that computes does not read, for as long as its step takes
         self._shared_parameters.clients[connection] = Client(connection, member, by_reference)
         text = encode_text({"server": self._member})
@@ -570,7 +570,7 @@ class EventLoop:
         if reason is not None:
             self._refuse(connection, header, reason, f"push refused: {reason.name}")
             return
-        if self._config.mode.by_value:
+        if not self._config.shares_memory:
             raise Refused(f"PUSH by reference: in mode {self._config.mode} no memory is shared")
         client = self._client_of(connection)
         for index in range(header.shard, header.shard + header.count):

@@ -88,7 +88,7 @@ def serve(job: str, settings: Settings) -> None:
         if found is None:
             return
         config, layout = found
-        optimizer = optim.from_dict(config.mode.server_optimizer(config.optimizer))
+        optimizer = optim.from_dict(config.server_optimizer)
         journal = stack.enter_context(closing(Journal(settings.journal, "server", member_id)))
         tcp, address = listen_tcp(settings.bind)
         local_name = f"psa-{member_id}"

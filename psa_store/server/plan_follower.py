@@ -101,7 +101,7 @@ class PlanFollower:
         self._announced = member
         self._config = config
         self._job = config.name
-        self._clocks = config.ranks if config.mode.on_arrival else 0
+        self._clocks = config.clocks
         self._layout = layout
         self._wire = wire
         self._optimizer = optimizer

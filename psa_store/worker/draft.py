@@ -1,5 +1,4 @@
-"""What a training script would create, written down by its Worker instead of training: how `psa estimate` asks a
-script.
+"""A job that its Worker writes down instead of training: how `psa estimate` asks a script.
 
 A script decides about its model and optimizer in code, so it has to run, up to its first ``psa.Worker``. `psa estimate`
 runs it as a process of its own, with the name of a file in ``PSA_DRAFT``; neither Redis nor ZooKeeper is needed.
@@ -7,25 +6,33 @@ runs it as a process of its own, with the name of a file in ``PSA_DRAFT``; neith
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from psa_store.errors import DataIntegrity
 from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.document import from_text, to_text
 from psa_store.job.layout import Layout, layout_from_json
 
 
-def draft_of(config: JobConfig, layout: Layout, path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A job before it exists: two documents as they would be stored."""
+
+    FORMAT: ClassVar[int] = 1
+
+    config: str
+    layout: str
+
+
+def write_draft(config: JobConfig, layout: Layout, path: Path) -> None:
     """Write a job down."""
-    path.write_text(json.dumps([config.to_json(), layout.to_json()]))
+    path.write_text(to_text(Draft(config.to_json(), layout.to_json())))
 
 
 def read_draft(path: Path) -> tuple[JobConfig, Layout] | None:
-    """The job that was written down there; None for none. Raises DataIntegrity if that is no such text."""
+    """The job that was written down there; None for none. Raises DataIntegrity if it cannot be read."""
     if not path.exists() or not (text := path.read_text()):
         return None
-    try:
-        config, layout = json.loads(text)
-    except ValueError as error:
-        raise DataIntegrity(f"{path} holds no draft of a job: {error}") from error
-    return job_config_from_json(config), layout_from_json(layout)
+    draft = from_text(Draft, text, f"the draft of a job in {path}")
+    return job_config_from_json(draft.config), layout_from_json(draft.layout)

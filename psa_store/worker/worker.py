@@ -34,7 +34,7 @@ from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Mailbox, announce
 from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, join_or_create, new_config
-from psa_store.worker.draft import draft_of
+from psa_store.worker.draft import write_draft
 from psa_store.worker.flat_model import FlatModel, describe_model
 from psa_store.worker.gradients import GradientPool
 from psa_store.worker.health import WorkerHealth
@@ -108,7 +108,7 @@ class Worker:
 
         if self._settings.draft is not None:
             # `psa estimate` wants to know what the job would be: nothing else of the script is to happen.
-            draft_of(new_config(self._wanted, self._settings), self._layout, self._settings.draft)
+            write_draft(new_config(self._wanted, self._settings), self._layout, self._settings.draft)
             raise SystemExit(0)
 
         self._current: RankStep | None = None
@@ -192,7 +192,7 @@ class Worker:
             self._config = join_or_create(
                 self._wanted, self._flat_model, self._layout, settings, member, store, coordination
             )
-            if settings.carrier == "auto" and not self._config.mode.by_value:
+            if settings.carrier == "auto" and self._config.shares_memory:
                 self._servers.share_memory()
             wire = WireLayout(self._layout, self._config.compression)
             self._flat_model.carry(wire)
@@ -248,7 +248,7 @@ class Worker:
         if not self._opened:
             raise UsageError("use the worker in a `with` statement")
         config = self._config
-        batches = Batches(data, batch_size, seed=config.seed, ranks=config.ranks, round_steps=config.mode.round_steps)
+        batches = Batches(data, batch_size, seed=config.seed, ranks=config.ranks, round_steps=config.steps_per_version)
         with closing(batches):
             while True:
                 rank_step = self._strategy.next_rank_step()

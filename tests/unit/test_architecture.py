@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import psa_store
+from psa_store.job.mode import Mode
 
 PACKAGE = Path(psa_store.__file__).parent
 
@@ -98,6 +101,43 @@ def test_thought_is_pure(name: str) -> None:
     assert files
     used = {each.split(".")[0] for path in files for each in imports(path)}
     assert not used & {"os", "socket", "threading", "time", "torch", "redis", "kazoo", "subprocess"}
+
+
+MODE_ROOMS = ("job", "consistency", "worker/strategy", "server/aggregator")
+"""The rooms in which a mode makes a difference. The others ask ``JobConfig`` what that means for them."""
+CONDITIONS_LEFT = {
+    "server/checkpoints.py",
+    "server/committer.py",
+    "server/event_loop.py",
+    "server/plan_follower.py",
+    "worker/worker.py",
+}
+"""Files that still have a condition on the mode. This list may only become shorter."""
+MODE_FACTS = {field.name for field in fields(Mode)} | {
+    name for name, value in vars(Mode).items() if isinstance(value, property) or inspect.isfunction(value)
+}
+
+
+def asks_the_mode(path: Path) -> bool:
+    """Whether a file reads what a mode is made of: ``mode.on_arrival``, ``config.mode.steps``, ``ModeName.LOCAL``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Attribute(value=ast.Name(id="ModeName")) | ast.Compare(comparators=[ast.Name(id="SYNC")]):
+                return True
+            case ast.Attribute(value=ast.Name(id=owner) | ast.Attribute(attr=owner), attr=fact):
+                if owner.strip("_") == "mode" and fact in MODE_FACTS:
+                    return True
+    return False
+
+
+def test_the_mode_makes_a_difference_in_its_rooms_only() -> None:
+    elsewhere = {
+        where
+        for path in modules()
+        if not (where := str(path.relative_to(PACKAGE))).startswith(MODE_ROOMS) and asks_the_mode(path)
+    }
+    assert elsewhere - CONDITIONS_LEFT == set(), "ask JobConfig, or decide in consistency"
+    assert CONDITIONS_LEFT - elsewhere == set(), "take these from the list: they have no condition any more"
 
 
 def test_public_names() -> None:

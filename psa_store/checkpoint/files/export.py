@@ -66,7 +66,7 @@ class Export:
     @property
     def step(self) -> int:
         """Steps of each rank; where pushes are applied on arrival, their mean."""
-        return self.version // self.config.ranks if self.config.mode.on_arrival else self.version
+        return self.version // self.config.updates_per_step
 
     def to_json(self) -> str:
         manifest = {
@@ -248,7 +248,7 @@ def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list
 
 def _clocks(version: StoredVersion) -> tuple[int, ...]:
     """The clocks that all shards have."""
-    if not version.config.mode.on_arrival:
+    if not version.config.clocks:
         return ()
     found = {
         tuple(int(manifest.scalars.get(f"{CLOCK}{rank}", 0)) for rank in range(version.config.ranks))

@@ -133,7 +133,7 @@ class Source:
         self._clocks = export.clocks
         if export.clocks and not same_ranks:
             self._clocks = (export.step,) * config.ranks
-        self.version = sum(self._clocks) if config.mode.on_arrival else export.version
+        self.version = sum(self._clocks) if config.clocks else export.version
         self._scalars = {shard.index: self._scalars_of(shard) for shard in layout.shards}
 
     def look(self) -> None:

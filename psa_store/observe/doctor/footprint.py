@@ -45,7 +45,7 @@ def stored_bytes(config: JobConfig, shard: Shard) -> int:
     """One version of one shard that changes; raises DataIntegrity if the optimizer cannot be read."""
     count = shard.size_bytes
     if shard.role is TensorRole.TRAINED:
-        optimizer = from_dict(config.mode.server_optimizer(config.optimizer))
+        optimizer = from_dict(config.server_optimizer)
         count += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slot_dtype(optimizer, shard.dtype).values())
         if config.publishes_movements and config.compression.applies_to(shard.dtype):
             count += shard.size_bytes
