@@ -29,31 +29,18 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
-from psa_store.job.dtypes import HALF_DTYPES
 from psa_store.job.layout import Layout, Shard
 from psa_store.optim.reduce import squared_norm, sum_in_order
+from psa_store.optim.slots import MASTER, slot_dtype, state_names
 from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from psa_store.optim.tensors import name_of, to_torch
 
-MASTER = "master"
 BLOCK_ELEMENTS = 1 << 18
 """1 MiB of float32: small enough for the second-level cache to hold most of it, and large enough that memory is read in
 long runs and that the calls (a few microseconds each, with Python's lock held) do not count."""
 
 State = Mapping[str, list[Tensor]]
 """Slot name -> its runs, parallel to the runs of the parameters."""
-
-
-def slot_names(optimizer: Optimizer, dtype: str) -> tuple[str, ...]:
-    """Names of the flat arrays that a shard has beside its parameters, in the order they are stored in."""
-    master = (MASTER,) if dtype in HALF_DTYPES else ()
-    return master + _state_names(optimizer)
-
-
-def slot_dtype(optimizer: Optimizer, dtype: str) -> dict[str, str]:
-    """The dtype of each slot of a shard of the given dtype."""
-    wide = "float32" if dtype in HALF_DTYPES else dtype
-    return dict.fromkeys(slot_names(optimizer, dtype), wide)
 
 
 def init_slots(optimizer: Optimizer, param: Tensor, shard: Shard, layout: Layout) -> dict[str, Tensor]:
@@ -99,7 +86,7 @@ class ShardKernel:
         self._optimizer = optimizer
         wide = slots.get(MASTER, param)
         self._wide_dtype = wide.dtype
-        state = {name: slots[name] for name in _state_names(optimizer)}
+        state = {name: slots[name] for name in state_names(optimizer)}
         runs = _runs(layout, shard)
         chain = [tensor for tensor in (wide if wide is not param else None, param, rounded) if tensor is not None]
         self._blocks = [
@@ -225,26 +212,6 @@ def _runs(layout: Layout, shard: Shard) -> list[_Run]:
     assert starts[0][1] == 0, "a shard starts with a tensor: padding ends where the next 64 bytes begin"
     ends = [*(start for _, start in starts[1:]), shard.numel]
     return [_Run(group, start, end) for (group, start), end in zip(starts, ends, strict=True)]
-
-
-def _state_names(optimizer: Optimizer) -> tuple[str, ...]:
-    """As torch.optim names them; an array exists if any group needs it."""
-    match optimizer:
-        case SGD():
-            return ("momentum_buffer",) if _has_momentum(optimizer) else ()
-        case Adam():
-            return ("exp_avg", "exp_avg_sq")
-        case Adagrad():
-            return ("sum",)
-        case RMSprop():
-            average = ("grad_avg",) if optimizer.centered else ()
-            momentum = ("momentum_buffer",) if _has_momentum(optimizer) else ()
-            return ("square_avg", *average, *momentum)
-    raise AssertionError(f"no kernel for {type(optimizer).__name__}")
-
-
-def _has_momentum(optimizer: SGD | RMSprop) -> bool:
-    return any(optimizer.in_group(group).momentum > 0.0 for group in range(len(optimizer.groups) + 1))
 
 
 def _sgd(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:

@@ -15,7 +15,7 @@ from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim import from_dict
-from psa_store.optim.kernels import MASTER, slot_dtype
+from psa_store.optim.slots import MASTER, slot_dtype
 
 START = "start"
 """In rounds: where the rank began the present exchange of the shard."""

@@ -19,7 +19,8 @@ from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.sampling import rounding_stream
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim import Optimizer
-from psa_store.optim.kernels import ShardKernel, init_slots, slot_dtype, slot_names
+from psa_store.optim.kernels import ShardKernel, init_slots
+from psa_store.optim.slots import slot_dtype, slot_names
 from psa_store.optim.tensors import as_bytes, name_of, to_torch
 from psa_store.storage import Manifest
 from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, PUBLISHED, RANK

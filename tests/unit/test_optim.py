@@ -19,8 +19,9 @@ from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import PAGE_BYTES, Layout, Shard, TensorRole, TensorSpec, make_layout
 from psa_store.optim import kernels as kernels_module
-from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch, slot_dtype, slot_names
+from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch
 from psa_store.optim.reduce import clip_factor, squared_norm
+from psa_store.optim.slots import slot_dtype, slot_names
 from psa_store.optim.tensors import name_of, to_torch
 
 OPTIMIZERS: Mapping[str, optim.Optimizer] = {

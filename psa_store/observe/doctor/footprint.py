@@ -11,8 +11,8 @@ from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.optim import from_dict
-from psa_store.optim.kernels import slot_dtype
 from psa_store.optim.rank_state import rank_state_of
+from psa_store.optim.slots import slot_dtype
 
 
 @dataclass(frozen=True, slots=True)

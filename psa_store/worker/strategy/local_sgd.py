@@ -32,9 +32,10 @@ from psa_store.job.layout import Shard, TensorRole
 from psa_store.job.sampling import rounding_stream
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim import from_dict
-from psa_store.optim.kernels import MASTER, ShardKernel, init_slots, make_scratch
+from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch
 from psa_store.optim.rank_state import LOCAL, RESIDUAL, START
 from psa_store.optim.reduce import clip_factor
+from psa_store.optim.slots import MASTER
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
