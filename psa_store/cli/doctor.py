@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from psa_store.config import Settings
+from psa_store.job.document import to_text
 from psa_store.launch import fill_addresses
-from psa_store.observe.doctor import Check, Verdict, visit
+from psa_store.observe import doctor
+from psa_store.observe.doctor import Check, Verdict
 
 _UNFIT = 3
 _STYLES = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
 
 
 def examine(job: str | None, as_json: bool, settings: Settings) -> int:
-    """Look, print, and return the exit code.
+    """Examine, print, and return the exit code.
 
     Raises:
         UsageError: no address of Redis or ZooKeeper is known.
@@ -27,19 +27,18 @@ def examine(job: str | None, as_json: bool, settings: Settings) -> int:
     """
     settings = fill_addresses(settings)
     assert settings.redis is not None and settings.zookeeper is not None
-    checks = visit(
+    found = doctor.examine(
         settings.redis,
         settings.zookeeper,
         job,
         session_timeout_s=settings.session_timeout_s,
         timeout_s=settings.connect_timeout_s,
     )
-    failed = any(check.verdict is Verdict.FAIL for check in checks)
     if as_json:
-        print(json.dumps({"fit": not failed, "checks": [asdict(check) for check in checks]}, indent=1))
+        print(to_text(found, indent=1))
     else:
-        Console(highlight=False).print(_table(checks))
-    return _UNFIT if failed else 0
+        Console(highlight=False).print(_table(found.checks))
+    return 0 if found.fit else _UNFIT
 
 
 def _table(checks: Sequence[Check]) -> Table:

@@ -88,7 +88,7 @@ def _show_once(job: str | None, looker: _Looker, as_json: bool, console: Console
 
 
 class _Looker:
-    """Looks at one job or at all, through sessions that it keeps until it is closed."""
+    """Gets the status of one job or of all, through sessions that it keeps until it is closed."""
 
     def __init__(self, job: str | None, settings: Settings) -> None:
         assert settings.redis is not None

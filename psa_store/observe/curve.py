@@ -22,7 +22,7 @@ from psa_store.cluster import ProcessRole
 from psa_store.observe.heartbeat import Heartbeat
 
 FRESH_S = 5.0
-"""A heartbeat that is older than this says nothing of the present."""
+"""A heartbeat that is older than this does not count."""
 
 
 def _finite(value: object) -> object:
@@ -56,11 +56,11 @@ class Point:
 
 
 class Curve:
-    """Makes points of heartbeats; remembers what it saw last, to tell whether and how fast the job moves."""
+    """Makes points of heartbeats; remembers the last, to know whether and how fast the job moves."""
 
     def __init__(self) -> None:
         self._last: tuple[float, float] | None = None
-        """When the server that is behind told of its version, and that version."""
+        """When the server that is behind was at which version, as its newest heartbeat says."""
         self._per_s = 0.0
         self._kept: tuple[int, int] | None = None
 
@@ -101,10 +101,10 @@ class Curve:
         """Note that this one is on the curve."""
         self._kept = point.term, point.version
 
-    def _follow(self, told_s: float, version: float) -> None:
-        """Bring the speed up to date, by the clock of the server: between two calls it may have told nothing, or
-        twice."""
-        if self._last is not None and told_s > self._last[0]:
-            self._per_s = max(0.0, (version - self._last[1]) / (told_s - self._last[0]))
-        if self._last is None or told_s > self._last[0]:
-            self._last = told_s, version
+    def _follow(self, beat_s: float, version: float) -> None:
+        """Bring the speed up to date, by the clock of the server: between two calls there may have been no heartbeat of
+        it, or two."""
+        if self._last is not None and beat_s > self._last[0]:
+            self._per_s = max(0.0, (version - self._last[1]) / (beat_s - self._last[0]))
+        if self._last is None or beat_s > self._last[0]:
+            self._last = beat_s, version

@@ -1,4 +1,4 @@
-"""A small HTTP server for what a process tells: read-only, and bounded in threads, connections and time.
+"""A small HTTP server in every process: read-only, and bounded in threads, connections and time.
 
 One thread accepts, a few answer. A connection carries one request and ends within a few seconds, whatever its client
 does; when too many are open, new ones are closed unanswered. So a storm of scrapes costs a client its answer, and the
@@ -61,7 +61,7 @@ class Endpoint:
         self._thread.start()
 
     def close(self) -> None:
-        """Answer nobody any more; every thread and socket is gone afterwards."""
+        """Stop answering; every thread and socket is gone afterwards."""
         self._closing.post(None)
         self._thread.join()
         self._selector.close()
@@ -86,7 +86,7 @@ class Endpoint:
                 listening = False
 
     def _accept(self) -> bool:
-        """Take a connection; False if there are no descriptors for it: it waits on, and would be reported for ever."""
+        """Take a connection; False if there are no descriptors for it: it stays in the queue."""
         try:
             sock, address = self._listener.accept()
         except OSError as error:
@@ -96,13 +96,13 @@ class Endpoint:
             if room:
                 self._open[sock] = math.inf
         if room:
-            self._pool.submit(self._answer, sock, address).add_done_callback(_tell_bug)
+            self._pool.submit(self._answer, sock, address).add_done_callback(_log_bug)
         else:
             sock.close()
         return True
 
     def _end_connections(self, due_at_s: float) -> None:
-        """Cut off those whose time is over; the thread that answers them notices, and closes them."""
+        """Cut off those whose time is over; the thread that answers them closes them."""
         with self._lock:
             for sock, end_s in self._open.items():
                 if end_s <= due_at_s:
@@ -123,7 +123,7 @@ class Endpoint:
             sock.close()
 
 
-def _tell_bug(answered: Future[None]) -> None:
+def _log_bug(answered: Future[None]) -> None:
     if (error := answered.exception()) is not None:
         logs.get_logger().error("a page failed", exc_info=error)
 
@@ -160,4 +160,4 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are nobody's news."""
+        """Write nothing: requests are not worth a log line."""

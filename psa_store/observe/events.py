@@ -81,8 +81,8 @@ class Note:
             return replace(event, kind=_LEFT[event.kind], text=event.text.replace(_GONE, _HAS_LEFT))
         if self.reached is None or event.version is None or event.term is None:
             return event
-        told = [each.metrics for each in heartbeats.values() if each is not None]
-        others = [each["version"] for each in told if "version" in each and each.get("term", 0) < event.term]
+        known = [each.metrics for each in heartbeats.values() if each is not None]
+        others = [each["version"] for each in known if "version" in each and each.get("term", 0) < event.term]
         again = max(0, int(max([self.reached, *others])) - event.version)
         text = f"{event.text}, {again} {'version is' if again == 1 else 'versions are'} computed again"
         return replace(event, text=text, computed_again=again)
@@ -126,7 +126,7 @@ class Events:
     # --- for control
 
     def see(self, view: View) -> None:
-        """The controller looks at the members. A new one compares them with those that the plan names."""
+        """Note members that joined or are gone; a new controller compares with those that the plan names."""
         now = frozenset(view.servers), frozenset(view.workers)
         before = self._seen if self._seen is not None else _named(view.plan)
         term = view.plan.term if view.plan else None

@@ -1,4 +1,4 @@
-"""What a monitor asks of the process that it belongs to. Workers and servers answer, each in its room."""
+"""What a monitor needs to know of its process. Workers and servers implement it, each in its room."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Health(Protocol):
         """Its present id; it is another after its ZooKeeper session has expired."""
 
     def refresh(self) -> None:
-        """Bring those metrics up to date that nobody writes as things happen. For the monitor's thread only."""
+        """Bring those metrics up to date that are not written as things happen. For the monitor's thread only."""
 
     @property
     def activity(self) -> Activity:
         """What it does now."""
 
-    def why_sick(self) -> str:
-        """Why this process should be replaced; empty if it lives."""
+    def why_not_alive(self) -> str:
+        """Why this process should be replaced; empty if it need not be."""
 
     def why_not_ready(self) -> str:
         """Why it does not take part in the job now; empty if it does."""

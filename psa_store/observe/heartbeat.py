@@ -1,4 +1,4 @@
-"""What a process says of itself once a second, and how it computes that. Pure, but for this process's memory."""
+"""What a process publishes about itself once a second. Pure, but for this process's memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WINDOW_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The newest word of one member. Redis keeps it until the member leaves, so it may be old: see ``time``."""
+    """The newest heartbeat of one member. Redis keeps it until the member leaves, so it may be old: see ``time``."""
 
     FORMAT: ClassVar[int] = 1
 
@@ -30,7 +30,7 @@ class Heartbeat:
     endpoint: str = ""
     """``host:port`` where it answers over HTTP; empty if it does not."""
     resident_bytes: int | None = None
-    """Its memory that is in RAM; None where the system does not tell."""
+    """Its memory that is in RAM; None where that is unknown."""
     stage: str = ""
     shards: int = 0
     """That a server owns."""
@@ -76,6 +76,6 @@ def finite(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM; None where the system does not tell."""
+    """Memory of this process that is in RAM; None where the system does not show it."""
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else None

@@ -1,4 +1,4 @@
-"""What a job's processes have told, as types: the one place that reads and writes heartbeats, events and the curve.
+"""The history of a job as types: the one place that reads and writes heartbeats, events and the curve.
 
 A document that this release cannot read, for another one wrote it, is set aside: it breaks nothing that can be read.
 """

@@ -1,7 +1,7 @@
 """The numbers that a process keeps about itself, and the one table that names them.
 
-The threads that do the work write them, with an assignment or an addition each; whoever shows them (the heartbeat in
-Redis, Prometheus, TensorBoard) reads when it likes. So a step costs a few assignments, however many look on.
+The threads that do the work write them, with an assignment or an addition each; heartbeats and Prometheus read them at
+any time. So a step costs a few assignments, however many readers there are.
 """
 
 from __future__ import annotations

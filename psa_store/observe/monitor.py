@@ -26,7 +26,7 @@ _PERIOD_S = 1.0
 _REDIS_S = 0.5
 """How long Redis may take; what could not be written by then is dropped, or written a second later."""
 _SILENT_S = 10.0
-"""A loop that has not turned for so long is sick."""
+"""A thread that has not turned for so long counts as stuck."""
 _STALE_S = 60.0
 """The heartbeat of a process that is no member is removed when it is so old."""
 _TEXT = "text/plain; charset=utf-8"
@@ -114,7 +114,7 @@ class Monitor:
                 if members is not None:
                     self._govern(members)
         except PsaError as error:
-            self._log.debug("not told", why=str(error))
+            self._log.debug("nothing published", why=str(error))
             return False
         return True
 
@@ -180,7 +180,7 @@ class Monitor:
     def _healthz(self) -> tuple[int, str, bytes]:
         silent_s = time.monotonic() - self._turned_s
         silence = f"its monitor has not turned for {silent_s:.0f} s" if silent_s > _SILENT_S else ""
-        return _verdict(silence or self._health.why_sick())
+        return _verdict(silence or self._health.why_not_alive())
 
     def _readyz(self) -> tuple[int, str, bytes]:
         return _verdict(self._health.why_not_ready())

@@ -1,4 +1,4 @@
-"""A process's metrics as Prometheus reads them, with what its client library tells of any process."""
+"""A process's metrics as Prometheus reads them, with what its client library knows of any process."""
 
 from __future__ import annotations
 

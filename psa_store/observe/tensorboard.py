@@ -2,7 +2,7 @@
 
 The curve in Redis goes on whatever dies, so one writer is enough, and it may itself come and go. It begins where the
 files of an earlier one end: they say up to which time points and events have been written. The axis is the version.
-It does not go back where steps are computed again; after a rollback TensorBoard is told to forget what lies beyond it.
+It does not go back where steps are computed again; a rollback makes TensorBoard forget what lies beyond it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Board:
         """Time of the newest point that is written ..."""
         self._events_s = 0.0
         """... and of the newest event."""
-        self._version = -1
+        self._version: int | None = None
+        """The newest that is on the axis."""
         self._recoveries = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ class Board:
         self._writer.flush()
 
     def _point(self, point: Point) -> None:
-        if point.version <= self._version:
+        if self._version is not None and point.version <= self._version:
             return
         self._version = point.version
         values = ((name, getattr(point, name)) for name in CURVE)
@@ -84,8 +85,8 @@ class Board:
     def _event(self, event: Event) -> None:
         if event.kind is EventKind.RECOVERED:
             self._recoveries += 1
-            version = self._version if event.version is None else event.version
-            self._add(event.time, max(0, version), {RECOVERIES: self._recoveries})
+            version = self._version or 0 if event.version is None else event.version
+            self._add(event.time, version, {RECOVERIES: self._recoveries})
         elif event.kind is EventKind.ROLLBACK and event.version is not None:
             from tensorboard.compat.proto.event_pb2 import Event as BoardEvent
             from tensorboard.compat.proto.event_pb2 import SessionLog
@@ -113,7 +114,7 @@ class Board:
                 self._recoveries = max(self._recoveries, round(numbers[RECOVERIES]))
             elif numbers:
                 self._points_s = max(self._points_s, event.wall_time)
-                self._version = max(self._version, event.step)
+                self._version = event.step if self._version is None else max(self._version, event.step)
             elif event.session_log.status == SessionLog.START:
                 self._events_s = max(self._events_s, event.wall_time)
                 self._version = event.step - 1

@@ -48,7 +48,7 @@ class ServerHealth:
     def activity(self) -> Activity:
         return Activity(self._event_loop.stage, shards=int(self._metrics.read().get("shards", 0)))
 
-    def why_sick(self) -> str:
+    def why_not_alive(self) -> str:
         silent_s = time.monotonic() - self._event_loop.turned_s
         return f"the event loop has not turned for {silent_s:.0f} s" if silent_s > _SILENT_S else ""
 

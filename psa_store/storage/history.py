@@ -1,4 +1,4 @@
-"""What a job's processes tell about themselves: heartbeats, events, and the curve. Thread-safe.
+"""The history of jobs in Redis, as JSON: heartbeats, events, and the curve. Thread-safe.
 
 Three small things per job: a hash with the newest heartbeat of each member, a stream of events, and a stream of
 points that always shows the whole run. None of them is needed for training. Whatever is written here is written
@@ -43,7 +43,7 @@ class History:
         self._caller.retrying(lambda: self._client.hset(keys.heartbeats(job), member, text))
 
     def heartbeats(self, job: str) -> dict[str, dict[str, Any]]:
-        """By member, what it told last. That may be long ago: see its "time"."""
+        """By member, the newest, which may be old."""
         found: Mapping[Any, Any] = self._caller.retrying(lambda: self._client.hgetall(keys.heartbeats(job)))
         return {text(member): _document(keys.heartbeats(job), heartbeat) for member, heartbeat in found.items()}
 
@@ -69,7 +69,7 @@ class History:
         """Offer a point; it is kept, and the answer is True, if the interval since the last one has passed.
 
         The interval is a second at first. When there are more than POINTS_MAX points, every other one is deleted and
-        the interval doubles. It lies in Redis, so a job that is resumed goes on with it.
+        the interval doubles (``psa_point`` in functions.lua). It lies in Redis, so a resumed job goes on with it.
         """
         its_keys = [keys.curve(job), keys.curve_interval(job)]
         (kept,) = self._caller.functions([("psa_point", its_keys, [text, POINTS_MAX])])

@@ -87,7 +87,7 @@ class WorkerHealth:
     def activity(self) -> Activity:
         return Activity(self._stage, ranks=self._ranks())
 
-    def why_sick(self) -> str:
+    def why_not_alive(self) -> str:
         """The script may compute as long as it likes; only what follows the plan must go on."""
         return "" if self._membership.alive else "the thread that follows the plan has ended"
 

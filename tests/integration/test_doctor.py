@@ -218,7 +218,7 @@ class TestJob:
         sections = [section for head in heads for manifest in head.manifests for section in manifest.sections]
         stored = sum(section.size_bytes for section in sections)
         assert stored == footprint_of(job_config_from_json(found[0]), layout).kept_bytes
-        assert ", 0.0 MB of it to come" in doctor(site, job)["Redis memory"]["found"]
+        assert ", 0.0 kB of it to come" in doctor(site, job)["Redis memory"]["found"]
 
 
 class TestMeasuring:

@@ -268,7 +268,7 @@ class Quiet:
     def activity(self) -> Activity:
         return Activity("")
 
-    def why_sick(self) -> str:
+    def why_not_alive(self) -> str:
         return self.sick
 
     def why_not_ready(self) -> str:

@@ -1,4 +1,4 @@
-"""The visit: looks at everything once, in the order in which it is read. What is away hides nothing else."""
+"""Examines everything once, in the order in which it is read. What is away hides nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected,
 from psa_store.job.config import job_config_from_json
 from psa_store.job.layout import layout_from_json
 from psa_store.observe.doctor import machine, redis, zookeeper
-from psa_store.observe.doctor.check import Check
+from psa_store.observe.doctor.check import Check, Examination, Verdict
 from psa_store.observe.doctor.footprint import Footprint, footprint_of
 from psa_store.storage import RedisFacts, RedisStore, examine_redis, measure_redis
 from psa_store.wire import measure_loopback
@@ -23,18 +23,18 @@ _LOOPBACK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Patient:
-    """The job that is meant, as Redis knows it."""
+class _StoredJob:
+    """What the checks need to know of the job, as Redis has it."""
 
     ranks: int
     footprint: Footprint
     stored_bytes: int
 
 
-def visit(
+def examine(
     redis_url: str, zookeeper_hosts: str, job: str | None, *, session_timeout_s: float, timeout_s: float
-) -> list[Check]:
-    """Look at this machine, at Redis and at ZooKeeper; takes seconds.
+) -> Examination:
+    """Examine this machine, Redis and ZooKeeper; takes seconds.
 
     Args:
         job: whose memory must fit into Redis; None for no job.
@@ -44,15 +44,13 @@ def visit(
     Raises:
         UnknownJob: Redis answers, and has no such job; the message lists those that exist.
     """
-    checks, ranks = _look_at_redis(redis_url, job, timeout_s)
-    return [
-        *_look_at_machine(ranks),
-        *checks,
-        *_look_at_zookeeper(zookeeper_hosts, session_timeout_s, timeout_s),
-    ]
+    of_redis, ranks = _examine_redis(redis_url, job, timeout_s)
+    of_zookeeper = _examine_zookeeper(zookeeper_hosts, session_timeout_s, timeout_s)
+    checks = (*_examine_machine(ranks), *of_redis, *of_zookeeper)
+    return Examination(all(check.verdict is not Verdict.FAIL for check in checks), checks)
 
 
-def _look_at_machine(ranks: int) -> list[Check]:
+def _examine_machine(ranks: int) -> list[Check]:
     checks = [machine.judge_installed("python", platform.python_version())]
     checks += [machine.judge_installed(name, _installed(name)) for name in machine.OLDEST if name != "python"]
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -71,29 +69,29 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _look_at_redis(url: str, job: str | None, timeout_s: float) -> tuple[list[Check], int]:
+def _examine_redis(url: str, job: str | None, timeout_s: float) -> tuple[list[Check], int]:
     """The checks, and how many ranks the job has; 1 if that is not known."""
     try:
         facts = examine_redis(url, timeout_s)
     except (DependencyUnreachable, UsageError) as error:
         return [redis.unreachable_redis(str(error))], 1
     checks = redis.judge_redis(facts)
-    patient = None
+    stored_job = None
     try:
         if job is None:
             checks.append(redis.judge_room(facts))
         else:
-            patient = _read_job(url, job, timeout_s)
-            checks.append(redis.judge_headroom(facts, job, patient.footprint, patient.stored_bytes))
+            stored_job = _read_job(url, job, timeout_s)
+            checks.append(redis.judge_headroom(facts, job, stored_job.footprint, stored_job.stored_bytes))
     except DataIntegrity as error:
         checks.append(redis.unknown_headroom(str(error)))
     except DependencyUnreachable as error:
         return [redis.unreachable_redis(str(error))], 1
-    checks.append(_measure(url, facts, patient, timeout_s))
-    return checks, patient.ranks if patient else 1
+    checks.append(_measure(url, facts, stored_job, timeout_s))
+    return checks, stored_job.ranks if stored_job else 1
 
 
-def _read_job(url: str, job: str, timeout_s: float) -> _Patient:
+def _read_job(url: str, job: str, timeout_s: float) -> _StoredJob:
     with closing(RedisStore(url, timeout_s=timeout_s)) as store:
         found = store.read_job(job)
         if found is None:
@@ -102,19 +100,19 @@ def _read_job(url: str, job: str, timeout_s: float) -> _Patient:
         heads = store.heads(job, [shard.index for shard in layout.shards])
     sections = [section for head in heads for manifest in head.manifests for section in manifest.sections]
     stored = sum(section.size_bytes for section in sections)
-    return _Patient(config.ranks, footprint_of(config, layout), stored)
+    return _StoredJob(config.ranks, footprint_of(config, layout), stored)
 
 
-def _measure(url: str, facts: RedisFacts, patient: _Patient | None, timeout_s: float) -> Check:
+def _measure(url: str, facts: RedisFacts, stored_job: _StoredJob | None, timeout_s: float) -> Check:
     if not redis.may_measure(facts):
         return redis.unmeasured(facts)
     try:
-        return redis.judge_rates(measure_redis(url, timeout_s), patient.footprint if patient else None)
+        return redis.judge_rates(measure_redis(url, timeout_s), stored_job.footprint if stored_job else None)
     except DependencyUnreachable as error:
         return redis.broken_measurement(str(error))
 
 
-def _look_at_zookeeper(hosts: str, session_timeout_s: float, timeout_s: float) -> list[Check]:
+def _examine_zookeeper(hosts: str, session_timeout_s: float, timeout_s: float) -> list[Check]:
     try:
         members = examine_zookeeper(hosts, session_timeout_s=session_timeout_s, connect_timeout_s=timeout_s)
     except UsageError as error:

@@ -20,7 +20,7 @@ class Footprint:
     """Bytes of a job in Redis, without what Redis adds to them."""
 
     version_bytes: int
-    """One version: parameters, buffers, the optimizer's slots, what is published beside them, and what ranks carry."""
+    """One version: parameters, buffers, the optimizer's slots, what is published beside them, rank state."""
     frozen_bytes: int
     """What is stored once."""
     versions: int
@@ -49,5 +49,5 @@ def stored_bytes(config: JobConfig, shard: Shard) -> int:
         count += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slot_dtype(optimizer, shard.dtype).values())
         if config.publishes_movements and config.compression.applies_to(shard.dtype):
             count += shard.size_bytes
-    carried = rank_state_of(config, shard)
-    return count if carried is None else count + config.ranks * carried.size_bytes
+    rank_state = rank_state_of(config, shard)
+    return count if rank_state is None else count + config.ranks * rank_state.size_bytes

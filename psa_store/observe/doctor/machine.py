@@ -1,4 +1,4 @@
-"""Judgements about this machine and what is installed on it. Pure: facts in, checks out."""
+"""Judgements on this machine and what is installed on it. Pure: facts in, checks out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from psa_store.observe.doctor.check import Check, Verdict
+from psa_store.observe.formatting import count
 
 OLDEST: Mapping[str, tuple[int, ...]] = {"python": (3, 11), "torch": (2, 4), "redis": (5, 2), "kazoo": (2, 10)}
 """As pyproject.toml demands it."""
@@ -42,7 +43,7 @@ def judge_installed(package: str, version: str | None) -> Check:
 def judge_descriptors(limit: int, ranks: int) -> Check:
     """``limit``: files that a process may have open. ``ranks``: of the job; 1 if none is meant."""
     needed = DESCRIPTORS_BESIDE + DESCRIPTORS_PER_RANK * ranks
-    found = f"{limit} open files for a process; a server may need {needed} for {_count(ranks, 'rank')}"
+    found = f"{limit} open files for a process; a server may need {needed} for {count(ranks, 'rank')}"
     if limit < needed:
         enough = max(4096, 1 << (needed - 1).bit_length())
         fix = f"`ulimit -n {enough}` before psa starts, or LimitNOFILE={enough} in its systemd unit"
@@ -60,7 +61,3 @@ def judge_loopback(bytes_per_s: float) -> Check:
 
 def no_loopback(why: str) -> Check:
     return Check("loopback", Verdict.WARN, why, "`ip link set lo up`: without it nothing here can talk over TCP")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

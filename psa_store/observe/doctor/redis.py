@@ -1,22 +1,23 @@
-"""Judgements about a Redis. Pure: facts in, checks out."""
+"""Judgements on a Redis. Pure: facts in, checks out."""
 
 from __future__ import annotations
 
 from psa_store.observe.doctor.check import Check, Verdict
 from psa_store.observe.doctor.footprint import Footprint
 from psa_store.observe.doctor.machine import numbers
+from psa_store.observe.formatting import milliseconds, size
 from psa_store.storage import PROBE_BYTES, RedisFacts, RedisRates
 
 REDIS_OLDEST = (7, 0)
 CLOCK_SKEW_S = 1.0
-"""Nothing is decided by comparing clocks. But whoever reads logs of two machines side by side does that."""
+"""Nothing is decided by comparing clocks. But people who read logs of two machines side by side do that."""
 REDIS_SLOW_BYTES_PER_S = 100e6
 """Of a plain network of 1 Gbit/s; commits wait for no less with anything slower."""
 ALLOCATION = 1.25
 """What Redis counts for a chunk, against its bytes: its allocator knows four sizes to a doubling, and a chunk, which
 has a power of two and a few bytes of header, gets the next one. Measured with 1 and 4 MiB."""
 PROBE_ROOM = 4
-"""Room that must be there for each byte of the measurement: a job that runs must not meet a full Redis through us."""
+"""Room that must be there for each byte of the measurement: a running job must not meet a full Redis because of it."""
 
 
 def unreachable_redis(why: str) -> Check:
@@ -37,7 +38,7 @@ def judge_redis(facts: RedisFacts) -> list[Check]:
 
 
 def _judge_role(facts: RedisFacts) -> Check:
-    found = f"answers at {facts.where} in {facts.round_trip_s * 1e3:.2f} ms"
+    found = f"answers at {facts.where} in {milliseconds(facts.round_trip_s, 2)}"
     if facts.is_replica:
         return Check("Redis", Verdict.FAIL, f"{found}, but is a replica", "point PSA_REDIS at its master")
     return Check("Redis", Verdict.PASS, found)
@@ -55,7 +56,7 @@ def _judge_version(facts: RedisFacts) -> Check:
 def _judge_eviction(facts: RedisFacts) -> Check:
     fix = "`redis-cli CONFIG SET maxmemory-policy noeviction`, and the same in its configuration file"
     if facts.eviction is None:
-        found = "Redis does not tell its maxmemory-policy"
+        found = "Redis does not show its maxmemory-policy"
         return Check("Redis eviction", Verdict.WARN, found, "see to it that its maxmemory-policy is noeviction")
     if facts.eviction != "noeviction":
         found = f"maxmemory-policy is {facts.eviction}: Redis may throw parameters away, and psa refuses it"
@@ -74,8 +75,8 @@ def _judge_persistence(facts: RedisFacts) -> Check:
         lost = f"all since the last snapshot is lost when Redis dies (save {facts.save})"
         return Check(name, Verdict.WARN, f"no log, snapshots only: {lost}", log_it)
     if facts.save is None:
-        return Check(name, Verdict.WARN, "no log, and Redis does not tell whether it takes snapshots", log_it)
-    lost = "a restart forgets every job, and servers that live must write theirs again"
+        return Check(name, Verdict.WARN, "no log, and Redis does not show whether it takes snapshots", log_it)
+    lost = "a restart forgets every job, and servers that are alive must write theirs again"
     return Check(name, Verdict.FAIL, f"neither log nor snapshots: {lost}", log_it)
 
 
@@ -86,7 +87,7 @@ def _judge_log(name: str, facts: RedisFacts) -> Check:
         case "everysec":
             lost = "when its machine and all servers die together, about the last second is lost"
             return Check(name, Verdict.PASS, f"appendonly, appendfsync everysec: {lost}")
-    policy = f"appendfsync {facts.appendfsync}" if facts.appendfsync else "an appendfsync that Redis does not tell"
+    policy = f"appendfsync {facts.appendfsync}" if facts.appendfsync else "an appendfsync that Redis does not show"
     lost = "when its machine and all servers die together, what its kernel has not written is lost, often 30 s"
     fix = "`redis-cli CONFIG SET appendfsync everysec`, and the same in its configuration file"
     return Check(name, Verdict.WARN, f"appendonly, {policy}: {lost}", fix)
@@ -99,7 +100,7 @@ def _judge_compression(facts: RedisFacts) -> Check:
         fix = "`redis-cli CONFIG SET rdbcompression no`, and the same in its configuration file"
         return Check(name, Verdict.WARN, f"snapshots are compressed: {cost}", fix)
     if facts.compresses is None:
-        return Check(name, Verdict.PASS, "Redis does not tell whether it compresses snapshots")
+        return Check(name, Verdict.PASS, "Redis does not show whether it compresses snapshots")
     return Check(name, Verdict.PASS, "nothing is compressed on its disk")
 
 
@@ -114,14 +115,14 @@ def _judge_clock(facts: RedisFacts) -> Check:
 
 def judge_room(facts: RedisFacts) -> Check:
     """Memory, where no job is meant."""
-    used = f"{_megabytes(facts.used_memory_bytes)} used"
+    used = f"{size(facts.used_memory_bytes)} used"
     room = facts.room_bytes
     if room is None:
         return Check("Redis memory", Verdict.PASS, f"{used}, no limit")
     if room < facts.used_memory_bytes / 9:
         fix = "raise maxmemory, use a larger machine, or delete jobs that are done"
-        return Check("Redis memory", Verdict.WARN, f"{used}, {_megabytes(max(room, 0))} left", fix)
-    return Check("Redis memory", Verdict.PASS, f"{used}, {_megabytes(room)} left")
+        return Check("Redis memory", Verdict.WARN, f"{used}, {size(max(room, 0))} left", fix)
+    return Check("Redis memory", Verdict.PASS, f"{used}, {size(room)} left")
 
 
 def judge_headroom(facts: RedisFacts, job: str, footprint: Footprint, stored_bytes: int) -> Check:
@@ -129,25 +130,23 @@ def judge_headroom(facts: RedisFacts, job: str, footprint: Footprint, stored_byt
     kept = round(footprint.kept_bytes * ALLOCATION)
     to_come = max(0, kept - round(stored_bytes * ALLOCATION))
     room = facts.room_bytes
-    needs = (
-        f"job {job!r} takes {_megabytes(kept)} in {footprint.versions} versions, {_megabytes(to_come)} of it to come"
-    )
+    needs = f"job {job!r} takes {size(kept)} in {footprint.versions} versions, {size(to_come)} of it to come"
     if room is None:
         return Check("Redis memory", Verdict.PASS, f"{needs}; no limit")
-    found = f"{needs}; {_megabytes(max(room, 0))} left"
+    found = f"{needs}; {size(max(room, 0))} left"
     # The next version is written while the kept ones are still there: shard by shard, but by all servers at once.
     with_next = to_come + round(footprint.version_bytes * ALLOCATION)
     if to_come > room:
-        fix = f"give Redis {_megabytes(with_next - room)} more (maxmemory, or a larger machine), or delete other jobs"
+        fix = f"give Redis {size(with_next - room)} more (maxmemory, or a larger machine), or delete other jobs"
         return Check("Redis memory", Verdict.FAIL, found, fix)
     if with_next > room:
-        fix = f"give Redis {_megabytes(with_next - room)} more: the next version is written before the oldest is freed"
+        fix = f"give Redis {size(with_next - room)} more: the next version is written before the oldest is freed"
         return Check("Redis memory", Verdict.WARN, found, fix)
     full = facts.used_memory_bytes + to_come
     system = facts.system_memory_bytes
     if (facts.appends or facts.save) and 0 < system < 2 * full:
         fix = "use a larger machine: while Redis rewrites its log or takes a snapshot it may need twice its memory"
-        return Check("Redis memory", Verdict.WARN, f"{found}; its machine has {_megabytes(system)} in all", fix)
+        return Check("Redis memory", Verdict.WARN, f"{found}; its machine has {size(system)} in all", fix)
     return Check("Redis memory", Verdict.PASS, found)
 
 
@@ -166,7 +165,7 @@ def judge_rates(rates: RedisRates, footprint: Footprint | None) -> Check:
     write, read = rates.write_bytes_per_s, rates.read_bytes_per_s
     found = f"writes {write / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s over one connection"
     if footprint is not None:
-        found += f"; one version of the job is {_megabytes(footprint.version_bytes)}, "
+        found += f"; one version of the job is {size(footprint.version_bytes)}, "
         found += f"{footprint.version_bytes / write:.1f} s to write"
     if min(write, read) < REDIS_SLOW_BYTES_PER_S:
         fix = "bring Redis nearer (same host or rack), or commit less often: --commit-every of a new job"
@@ -177,14 +176,10 @@ def judge_rates(rates: RedisRates, footprint: Footprint | None) -> Check:
 def unmeasured(facts: RedisFacts) -> Check:
     if facts.is_replica:
         return Check("Redis bandwidth", Verdict.WARN, "not measured: it is a replica", "point PSA_REDIS at its master")
-    left = _megabytes(max(0, facts.room_bytes or 0))
+    left = size(max(0, facts.room_bytes or 0))
     found = f"not measured: {left} left is too little to try it beside a job that may be running"
     return Check("Redis bandwidth", Verdict.WARN, found, "give Redis more memory, then try again")
 
 
 def broken_measurement(why: str) -> Check:
     return Check("Redis bandwidth", Verdict.FAIL, why, "mend what Redis complains of: commits would meet it, too")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"

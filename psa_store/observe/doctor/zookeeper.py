@@ -1,4 +1,4 @@
-"""Judgements about a ZooKeeper ensemble. Pure: facts in, checks out."""
+"""Judgements on a ZooKeeper ensemble. Pure: facts in, checks out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from psa_store.observe.doctor.check import Check, Verdict
 from psa_store.observe.doctor.machine import numbers
 
 ZOOKEEPER_OLDEST = (3, 5)
-"""Older ones do not tell what they have created."""
+"""Older ones do not return what they have created."""
 ZOOKEEPER_ADVISED = (3, 8, 4)
 """ZOOKEEPER-4785 and -4925, both about lost data, are mended there."""
 SLOW_SHARE = 1 / 40
@@ -57,7 +57,7 @@ def _judge_quorum(members: Sequence[ZooKeeperMember], serving: Sequence[ZooKeepe
 def _judge_version(serving: Sequence[ZooKeeperMember]) -> Check:
     versions = sorted({member.version for member in serving if member.version}, key=numbers)
     if not versions:
-        found, fix = "none tells its version", "put srvr into 4lw.commands.whitelist of zoo.cfg"
+        found, fix = "no member shows its version", "put srvr into 4lw.commands.whitelist of zoo.cfg"
         return Check("ZooKeeper version", Verdict.WARN, found, fix)
     found = ", ".join(versions)
     if numbers(versions[0]) < ZOOKEEPER_OLDEST:

@@ -1,7 +1,8 @@
 """The web page of a job: what `psa status` shows, live, in a browser. Read-only.
 
-Any number of viewers costs one look a second: an answer is kept that long, and a request during a look gets the answer
-before. Nothing is looked at without requests. Only the controller's page shows the job; the others link to it.
+Any number of viewers costs one look at the job a second: an answer is kept that long, and a request that comes during
+a look gets the answer before. Without requests there is no look. Only the controller's page shows the job; the others
+link to it.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class _Kept:
 
 
 def _controller_address(heartbeats: Iterable[Heartbeat | None]) -> str:
-    """Where the newest heartbeat of a controller says that its page is; empty if none does."""
+    """Where the newest heartbeat of a controller has its page; empty if none does."""
     found = [each for each in heartbeats if each is not None and each.metrics.get("controller") == 1]
     address = max(found, key=lambda each: each.time).endpoint if found else ""
     return address if re.fullmatch(r"[\w.\-\[\]:]+:\d+", address) else ""

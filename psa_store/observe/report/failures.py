@@ -9,7 +9,7 @@ from psa_store.observe.events import Event, EventKind
 from psa_store.observe.report.timeline import GONE, Moment, Rates, Segment, State
 
 _TOGETHER_S = 1.0
-"""Those whose end was noticed within this time died of the same."""
+"""Members whose end was noticed within this time died of the same cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Failure:
     servers: tuple[str, ...]
     workers: tuple[str, ...]
     text: str
-    """As the controller told it."""
+    """As the controller noted it."""
     noticed_s: float
     """When it was noticed last ..."""
     recovered_s: float | None = None

@@ -61,7 +61,7 @@ def page(found: Summary, picture: bytes) -> str:
         picture=base64.b64encode(picture).decode(),
         failures=_table(
             "failures",
-            ("#no.", "time", "what", "pause", "#computed again", "as the controller told it"),
+            ("#no.", "time", "what", "pause", "#computed again", "as the controller noted it"),
             failures,
             f'<p class="quiet">{escape(resolution)}</p>',
         ),

@@ -28,7 +28,7 @@ _STANDINGS = (EventKind.TERM, EventKind.RECOVERED, EventKind.HAND_OVER, EventKin
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """The job was told to go back."""
+    """A rollback that was commanded."""
 
     time: float
     version: int

@@ -88,11 +88,11 @@ def facts(found: Summary) -> list[tuple[str, str]]:
     speed = "unknown" if found.versions_per_s is None else f"{found.versions_per_s:.3g} versions/s, usually"
     rows = [
         ("version", f"{found.version:,} ({state})"),
-        ("goodput", "too short to tell" if found.goodput is None else f"{found.goodput:.1%}"),
+        ("goodput", "unknown: the run is too short" if found.goodput is None else f"{found.goodput:.1%}"),
         ("time", times),
         ("speed", speed),
         ("samples", f"about {found.samples:,}"),
-        ("loss", "not told" if found.loss is None else f"{found.loss:.4g}, least {found.loss_min:.4g}"),
+        ("loss", "unknown" if found.loss is None else f"{found.loss:.4g}, least {found.loss_min:.4g}"),
         ("failures", f"{len(found.failures)}{longest}"),
         ("computed again", f"{found.computed_again:,} versions after failures"),
         ("rollbacks", str(len(found.rollbacks))),

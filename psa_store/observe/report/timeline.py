@@ -137,7 +137,7 @@ def segments(timeline: Sequence[Moment], events: Sequence[Event], rates: Rates, 
         upcoming = next((each for each in timeline[index:] if each.kind is not EventKind.ROLLBACK), None)
         if upcoming is None or upcoming.kind is EventKind.TERM:
             # The servers had left before, for a term that follows on another is a recovery or a hand-over. A job that
-            # rests can be told to go back, and does so later.
+            # is at rest can be rolled back, and goes on from there later.
             ends = [each.time for each in events if each.kind not in _JOINED and each.time < b.time_s]
             rest_s = max([a.time_s, *ends])
             _extend(found, Segment(a.time_s, rest_s, State.RUNNING))

@@ -1,4 +1,4 @@
-"""The status of a job, put together from what Redis, ZooKeeper and the servers said.
+"""The status of a job, put together from what Redis, ZooKeeper and the servers answered.
 
 Pure: no I/O, no threads, no clock.
 """
@@ -33,13 +33,13 @@ _HEARTBEAT_SHOWN_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ServerAnswer:
-    """What a server said of itself."""
+    """What a server answered."""
 
     version: int | None = None
     committed: int | None = None
     stage: str | None = None
     problem: str = ""
-    """Why it said nothing."""
+    """Why it did not answer."""
 
     @property
     def lag(self) -> int | None:
@@ -49,7 +49,7 @@ class ServerAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RedisView:
-    """What Redis said; what it did not get to say is as if there were none."""
+    """What Redis answered; what it did not get to answer is as if there were none."""
 
     where: str
     problem: str = ""
@@ -65,7 +65,7 @@ class RedisView:
 
 @dataclass(frozen=True, slots=True)
 class ZooKeeperView:
-    """What ZooKeeper said, and the servers that it named (``answers``, by id)."""
+    """What ZooKeeper answered, and the servers that it named (``answers``, by id)."""
 
     hosts: str
     session_timeout_s: float
@@ -109,15 +109,15 @@ class HeartbeatAge:
 
 
 @dataclass(frozen=True, slots=True)
-class _Heard:
-    """The heartbeat of one member and what our clock makes of it; nothing is known if there is none."""
+class _Beat:
+    """The heartbeat of one member and its age by our clock; nothing is known if there is none."""
 
     heartbeat: Heartbeat | None = None
     age_s: float | None = None
     clock_ahead_s: float | None = None
 
 
-_NOTHING = _Heard()
+_NO_BEAT = _Beat()
 
 
 def assemble(
@@ -130,15 +130,15 @@ def assemble(
 ) -> JobStatus:
     """Put it together, findings included. ``time_s``: since 1970; ``now_s``: of the clock of ``ages``."""
     config, plan = redis.config or zookeeper.config, zookeeper.plan
-    heard = {
-        member: _Heard(
+    beats = {
+        member: _Beat(
             redis.heartbeats.get(member),
             round(max(0.0, age.age_s) + now_s - age.seen_s, 3),
             round(max(0.0, -age.age_s), 3),
         )
         for member, age in ages.items()
     }
-    servers, workers = _from_heartbeats(heard) if zookeeper.problem else _from_zookeeper(zookeeper, heard)
+    servers, workers = _from_heartbeats(beats) if zookeeper.problem else _from_zookeeper(zookeeper, beats)
     workers = _with_behind(workers)
     owning = [each for each in servers if each.shards and each.version is not None]
     living = {each.id for each in servers} | {each.id for each in workers}
@@ -158,7 +158,7 @@ def assemble(
         version=min((each.version for each in owning if each.version is not None), default=None),
         committed=redis.committed,
         lag_steps=max((each.lag for each in owning if each.lag is not None), default=None),
-        lag_s=_lag_s(owning, heard, time_s),
+        lag_s=_lag_s(owning, beats, time_s),
         term=plan.term if plan else None,
         revision=plan.revision if plan else None,
         phase=plan.phase if plan else None,
@@ -194,7 +194,7 @@ def _state(status: JobStatus) -> JobState:
 _Members = tuple[tuple[ServerStatus, ...], tuple[WorkerStatus, ...]]
 
 
-def _from_zookeeper(zookeeper: ZooKeeperView, heard: Mapping[str, _Heard]) -> _Members:
+def _from_zookeeper(zookeeper: ZooKeeperView, beats: Mapping[str, _Beat]) -> _Members:
     """Servers and workers as ZooKeeper knows them."""
     plan = zookeeper.plan
     servers = (
@@ -203,21 +203,21 @@ def _from_zookeeper(zookeeper: ZooKeeperView, heard: Mapping[str, _Heard]) -> _M
             len(plan.shards_of(member.id)) if plan else 0,
             zookeeper.answers.get(member.id, ServerAnswer()),
             plan,
-            heard.get(member.id, _NOTHING),
+            beats.get(member.id, _NO_BEAT),
         )
         for member in sorted(zookeeper.servers, key=lambda each: each.id)
     )
     workers = (
-        _worker(member, plan.ranks_of(member.id) if plan else (), heard.get(member.id, _NOTHING))
+        _worker(member, plan.ranks_of(member.id) if plan else (), beats.get(member.id, _NO_BEAT))
         for member in sorted(zookeeper.workers, key=lambda each: each.id)
     )
     return tuple(servers), tuple(workers)
 
 
-def _from_heartbeats(heard: Mapping[str, _Heard]) -> _Members:
+def _from_heartbeats(beats: Mapping[str, _Beat]) -> _Members:
     """The same, of members that are known by their heartbeats only."""
     servers, workers = [], []
-    for name, each in sorted(heard.items()):
+    for name, each in sorted(beats.items()):
         heartbeat = each.heartbeat
         if heartbeat is None or each.age_s is None or each.age_s > _HEARTBEAT_SHOWN_S:
             continue
@@ -231,13 +231,13 @@ def _from_heartbeats(heard: Mapping[str, _Heard]) -> _Members:
     return tuple(servers), tuple(workers)
 
 
-def _server(member: Member, shards: int, answer: ServerAnswer, plan: Plan | None, heard: _Heard) -> ServerStatus:
+def _server(member: Member, shards: int, answer: ServerAnswer, plan: Plan | None, beat: _Beat) -> ServerStatus:
     return ServerStatus(
         id=member.id,
         host=member.host,
         pid=member.pid,
         address=member.address,
-        endpoint=heard.heartbeat.endpoint if heard.heartbeat else "",
+        endpoint=beat.heartbeat.endpoint if beat.heartbeat else "",
         leaving=member.leaving,
         awaited=bool(shards) and plan is not None and _is_awaited(member, plan),
         cannot_serve=plan is not None and member.reload_term == plan.term,
@@ -247,9 +247,9 @@ def _server(member: Member, shards: int, answer: ServerAnswer, plan: Plan | None
         stage=answer.stage,
         problem=answer.problem,
         lag=answer.lag,
-        resident_bytes=heard.heartbeat.resident_bytes if heard.heartbeat else None,
-        heartbeat_age_s=heard.age_s,
-        clock_ahead_s=heard.clock_ahead_s,
+        resident_bytes=beat.heartbeat.resident_bytes if beat.heartbeat else None,
+        heartbeat_age_s=beat.age_s,
+        clock_ahead_s=beat.clock_ahead_s,
     )
 
 
@@ -262,8 +262,8 @@ def _is_awaited(member: Member, plan: Plan) -> bool:
     return False
 
 
-def _worker(member: Member, ranks: tuple[int, ...], heard: _Heard) -> WorkerStatus:
-    heartbeat = heard.heartbeat or Heartbeat(member.id, ProcessRole.WORKER, 0.0)
+def _worker(member: Member, ranks: tuple[int, ...], beat: _Beat) -> WorkerStatus:
+    heartbeat = beat.heartbeat or Heartbeat(member.id, ProcessRole.WORKER, 0.0)
     steps, metrics = heartbeat.metrics.get("steps"), heartbeat.metrics
     return WorkerStatus(
         id=member.id,
@@ -279,15 +279,15 @@ def _worker(member: Member, ranks: tuple[int, ...], heard: _Heard) -> WorkerStat
         stage=heartbeat.stage,
         loss=metrics.get("loss"),
         resident_bytes=heartbeat.resident_bytes,
-        heartbeat_age_s=heard.age_s,
-        clock_ahead_s=heard.clock_ahead_s,
+        heartbeat_age_s=beat.age_s,
+        clock_ahead_s=beat.clock_ahead_s,
     )
 
 
 def _with_behind(workers: tuple[WorkerStatus, ...]) -> tuple[WorkerStatus, ...]:
     """The same workers, with how far each is behind the fastest by now.
 
-    A heartbeat is up to a second old, and all are of different ages: steps go on at the rate that it tells.
+    A heartbeat is up to a second old, and all are of different ages: steps go on at the rate of the heartbeat.
     """
     steps = {
         each.id: each.step
@@ -322,11 +322,11 @@ def _unheld(plan: Plan, living: set[str]) -> tuple[int, ...]:
     return tuple(rank for rank, holder in enumerate(plan.ranks) if holder not in living)
 
 
-def _lag_s(owning: Sequence[ServerStatus], heard: Mapping[str, _Heard], time_s: float) -> float | None:
+def _lag_s(owning: Sequence[ServerStatus], beats: Mapping[str, _Beat], time_s: float) -> float | None:
     """For how long the least durable server has committed nothing, while it has what could be."""
     ages = []
     for server in owning:
-        heartbeat = heard.get(server.id, _NOTHING).heartbeat
+        heartbeat = beats.get(server.id, _NO_BEAT).heartbeat
         committed_s = heartbeat.metrics.get("committed_time_seconds") if heartbeat else None
         if server.lag == 0:
             ages.append(0.0)
@@ -363,9 +363,9 @@ def _redis(view: RedisView) -> RedisStatus:
 
 def _persistence(facts: RedisFacts) -> str:
     if facts.appends:
-        return f"appendonly, appendfsync {facts.appendfsync or 'not told'}"
+        return f"appendonly, appendfsync {facts.appendfsync or 'unknown'}"
     if facts.save is None:
-        return "no log; snapshots not told"
+        return "no log; snapshots unknown"
     return f"snapshots only (save {facts.save})" if facts.save else "none"
 
 

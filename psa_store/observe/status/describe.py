@@ -1,6 +1,6 @@
 """Looks at a job: ZooKeeper, Redis and the job's servers are asked at the same time, each with a deadline of its own.
 
-What is away hides nothing else: without Redis there are still the plan, the members and what servers say; without
+What is away hides nothing else: without Redis there are still the plan, the members and the answers of servers; without
 ZooKeeper there are still what is stored and the heartbeats.
 """
 
@@ -179,7 +179,7 @@ class Observer:
 
 
 def _ask_servers(servers: Sequence[Member]) -> dict[str, ServerAnswer]:
-    """What each server says of itself, by id; all are asked at once."""
+    """The answer of each server, by id; all are asked at once."""
     if not servers:
         return {}
     with ThreadPoolExecutor(min(len(servers), _ASKED_AT_ONCE), thread_name_prefix="psa-status-ask") as pool:

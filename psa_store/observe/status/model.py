@@ -58,7 +58,7 @@ class MemberStatus:
     resident_bytes: int | None
     heartbeat_age_s: float | None
     clock_ahead_s: float | None
-    """Of its host's clock against ours; 0 if it is behind, which cannot be told from an old heartbeat."""
+    """Of its host's clock against ours; 0 if it is behind, which looks like an old heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
