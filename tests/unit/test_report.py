@@ -162,7 +162,7 @@ class TestFailures:
         assert (failure.what, failure.recovered_s, failure.computed_again) == ("worker died", None, 0)
         assert failure.pause_s == pytest.approx(3.0)
 
-    def test_an_term_that_answers_late_belongs_to_the_failure_that_it_names(self) -> None:
+    def test_a_term_that_answers_late_belongs_to_the_failure_that_it_names(self) -> None:
         run = describe(
             calm(0, 60, 0),
             event(10.0, "server-gone", "server a is gone", member="a"),
@@ -174,11 +174,21 @@ class TestFailures:
             ("worker died", None),
         ]
 
-    def test_an_term_for_another_reason_is_a_failure_without_a_death(self) -> None:
+    def test_a_term_for_another_reason_is_a_failure_without_a_death(self) -> None:
         run = describe(calm(0, 60, 0), event(30.0, "recovered", "server a cannot serve what it owns", 300))
         assert [(each.what, each.servers) for each in run.failures] == [("new term", ())]
 
-    def test_heartbeats_from_before_do_not_tell_that_it_went_on(self) -> None:
+    def test_a_death_that_is_noticed_just_after_the_recovery_belongs_to_it(self) -> None:
+        run = describe(
+            calm(0, 60, 0),
+            event(10.0, "server-gone", "server a is gone", member="a"),
+            recovered(10.2, "a", 90, 10),
+            event(10.4, "worker-gone", "worker w is gone", member="w"),
+        )
+        (failure,) = run.failures
+        assert (failure.what, failure.recovered_s, failure.computed_again) == ("server and worker died", T0 + 10.2, 10)
+
+    def test_heartbeats_from_before_do_not_show_that_it_went_on(self) -> None:
         run = describe([*calm(0, 10, 0), point(12, 108), *calm(16, 40, 85, term=2)], recovered(11.5, "a", 75, 33))
         assert run.failures[0].pause_s == pytest.approx(6 - (85 - 100 + 33) / RATE, abs=2.0)
         assert (run.failures[0].pause_s or 0.0) > 3.0

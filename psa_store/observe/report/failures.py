@@ -44,18 +44,12 @@ def find_failures(events: Iterable[Event]) -> list[Failure]:
     for event in events:
         if event.kind in GONE:
             if not found or event.time - found[-1].noticed_s > _TOGETHER_S:
-                found.append(_failure(event.time, (), (), event.text))
-            servers, workers = found[-1].servers, found[-1].workers
-            if event.kind is EventKind.SERVER_GONE:
-                servers += (event.member,)
-            else:
-                workers += (event.member,)
-            last = _failure(found[-1].time, servers, workers, found[-1].text)
-            found[-1] = replace(last, noticed_s=event.time)
+                found.append(_new(event, event.text))
+            found[-1] = _with_member(found[-1], event)
         elif event.kind is EventKind.RECOVERED:
             cause = _cause(found, event)
             if cause is None:
-                found.append(_failure(event.time, (), (), ""))
+                found.append(_new(event, ""))
                 cause = len(found) - 1
             found[cause] = replace(
                 found[cause],
@@ -68,14 +62,22 @@ def find_failures(events: Iterable[Event]) -> list[Failure]:
     return found
 
 
-def _failure(time_s: float, servers: tuple[str, ...], workers: tuple[str, ...], text: str) -> Failure:
+def _new(event: Event, text: str) -> Failure:
+    return Failure(event.time, "new term", (), (), text, noticed_s=event.time)
+
+
+def _with_member(failure: Failure, event: Event) -> Failure:
+    """The same, with the member that the event is about."""
+    is_server = event.kind is EventKind.SERVER_GONE
+    servers = failure.servers + ((event.member,) if is_server else ())
+    workers = failure.workers + (() if is_server else (event.member,))
     parts = [
         f"{len(members)} {word}s" if len(members) > 1 else word
         for word, members in (("server", servers), ("worker", workers))
         if members
     ]
-    what = f"{' and '.join(parts)} died" if parts else "new term"
-    return Failure(time_s, what, servers, workers, text, noticed_s=time_s)
+    what = f"{' and '.join(parts)} died"
+    return replace(failure, noticed_s=event.time, what=what, servers=servers, workers=workers)
 
 
 def _cause(found: Sequence[Failure], event: Event) -> int | None:
