@@ -1,4 +1,4 @@
-"""What a process writes to its log, without secrets. Every room may use it."""
+"""The log of a process, without secrets. Every room may use it."""
 
 from psa_store.logs.secrets import hide_passwords, printable
 from psa_store.logs.setup import Log, complain, configure, get_logger, identify

@@ -1,4 +1,4 @@
-"""What must not be shown: passwords in addresses, and values whose name says that they are secret. Pure.
+"""Hide what must not be shown: passwords in addresses, and values whose name marks them as secret. Pure.
 
 One place for everything that is printed: messages of errors, `psa config show`, and every line of the log.
 """
@@ -15,17 +15,17 @@ _SPACE = re.compile(r"\s")
 
 
 def hide_passwords(text: str) -> str:
-    """The text without the passwords of the addresses in it, ``scheme://user:password@…`` and ``?password=…``."""
+    """Return the text without the passwords of its addresses, ``scheme://user:password@…`` and ``?password=…``."""
     return _IN_ADDRESS.sub(
         lambda found: f"{found['key'] or found['user'] + ':'}{HIDDEN}{'' if found['key'] else '@'}", text
     )
 
 
 def printable(url: str) -> str:
-    """An address without its password, for messages; what is no address because of spaces in it as well."""
+    """Return an address without its password, for messages; also one that is invalid for the spaces in it."""
     return hide_passwords(_SPACE.sub("%20", url))
 
 
 def names_secret(name: str) -> bool:
-    """Whether what is called so should not be shown."""
+    """Whether a value with this name must not be shown."""
     return _SECRET_NAME.search(name) is not None

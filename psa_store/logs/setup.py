@@ -1,8 +1,11 @@
 """Logging: one line per event on standard error, through structlog, for people or (as JSON) for programs.
 
-Secrets are hidden in both, wherever they stand: in what happened, in values, and in the text of exceptions.
+Secrets are hidden in both, wherever they stand: in the event, in values, and in the text of exceptions.
 
-structlog is imported when it is used: that takes as long as all else that a command which logs nothing imports.
+The processes of a run share one standard error. A line and its end are therefore one write(): the kernel does not mix
+the lines of two processes, in a file at any length, in a pipe up to PIPE_BUF bytes.
+
+structlog is imported when it is used: that takes as long as all other imports of a command that logs nothing.
 """
 
 from __future__ import annotations
@@ -51,13 +54,13 @@ def configure(level: str, role: str, *, as_json: bool = False) -> None:
             *tail,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),  # one write; a PrintLogger makes two
         cache_logger_on_first_use=False,
     )
 
 
 def get_logger() -> Log:
-    """A logger; cheap, call it where it is needed."""
+    """Return a logger. Cheap: call it where it is needed."""
     import structlog
 
     logger: Log = structlog.get_logger()
@@ -65,7 +68,7 @@ def get_logger() -> Log:
 
 
 def identify(**marks: str) -> None:
-    """From now on lines for programs say this, too: ``job``, ``member``. Does nothing where the log is not ours."""
+    """Add ``job``, ``member`` to all later lines for programs. Does nothing where :func:`configure` was not called."""
     import structlog
 
     for processor in structlog.get_config()["processors"]:
@@ -74,23 +77,24 @@ def identify(**marks: str) -> None:
 
 
 def complain(text: str, *, with_traceback: bool = False) -> None:
-    """Say why this process ends: for people ``psa: …``, or the traceback; for programs a line of the log with both."""
+    """Write why this process ends: for people ``psa: …``, or the traceback; for programs a log line with both."""
     import structlog
 
     if isinstance(structlog.get_config()["processors"][-1], structlog.processors.JSONRenderer):
         get_logger().error(text, exc_info=with_traceback)
         return
     shown = traceback.format_exc().rstrip() if with_traceback else f"psa: {text}"
-    print(hide_passwords(shown), file=sys.stderr, flush=True)
+    sys.stderr.write(f"{hide_passwords(shown)}\n")
+    sys.stderr.flush()
 
 
 def hide_secrets(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Everything in the event as plain data in which no secret is left."""
+    """Return the event as plain data without secrets."""
     return {name: _plain(name, value) for name, value in event.items()}
 
 
 class _Marks:
-    """What every line of this process says of it. A line that is about another member has that as ``about_member``."""
+    """Add what identifies this process to every line. A line about another member has that as ``about_member``."""
 
     def __init__(self, marks: Mapping[str, Any], *, grows: bool) -> None:
         self._marks = marks
@@ -125,6 +129,6 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _in_order(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """What all lines have comes first."""
+    """Put the fields that all lines have first."""
     common = ("time", "level", "event", "role", "pid", "job", "member")
     return {name: event[name] for name in (*(n for n in common if n in event), *(n for n in event if n not in common))}

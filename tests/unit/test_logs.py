@@ -1,10 +1,12 @@
-"""The log: one line an event, for people or for programs, and no secret in either."""
+"""The log: one line per event, for people or for programs, and no secret in either."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from datetime import datetime, timedelta
@@ -98,6 +100,55 @@ class TestForPeople:
 
     def test_the_reason_of_an_end_is_a_plain_line(self) -> None:
         assert written(lambda: logs.complain("no script x.py"), as_json=False) == ["psa: no script x.py"]
+
+
+WRITER = """
+import sys
+from psa_store import logs
+logs.configure("info", "worker", as_json=sys.argv[1] == "json")
+sys.stdin.read()  # until all writers are ready
+for index in range(100):
+    logs.get_logger().info("x" * int(sys.argv[2]), index=index)
+    logs.complain("psa" + "y" * int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["json", "people"])
+@pytest.mark.parametrize(
+    ("into", "length", "env"),
+    [("pipe", 3500, {}), ("pipe", 3500, {"PYTHONUNBUFFERED": "1"}), ("file", 20_000, {})],
+    ids=["pipe", "pipe-unbuffered", "file-long"],
+)
+def test_the_lines_of_processes_that_share_one_standard_error_do_not_mix(
+    tmp_path: Path, kind: str, into: str, length: int, env: dict[str, str]
+) -> None:
+    """A pipe keeps a write of up to PIPE_BUF bytes whole; a file one of any length."""
+    readable, pipe = os.pipe()
+    sink = pipe if into == "pipe" else os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, kind, str(length)], stdin=subprocess.PIPE, stderr=sink, env=os.environ | env
+        )
+        for _ in range(4)
+    ]
+    os.close(sink)
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.close()
+    if into == "pipe":
+        with open(readable, "rb") as stream:
+            text = stream.read()
+    for writer in writers:
+        assert writer.wait(60) == 0
+    if into == "file":
+        os.close(readable)
+        os.close(pipe)
+        text = (tmp_path / "log").read_bytes()
+    lines = text.decode().splitlines()
+    assert len(lines) == 2 * 100 * len(writers)
+    for line in lines:
+        assert line.count("x" * length) + line.count("y" * length) == 1, line[:200]
+        assert kind == "people" or isinstance(json.loads(line), dict)
 
 
 # What a password may hold in an address: anything but spaces, of which the log sees none there.
