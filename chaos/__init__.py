@@ -1,1 +1,1 @@
-"""The proof of the promises: drives a real cluster through faults while it trains, and judges the journals."""
+"""The proof of the promises: injects faults into a real cluster while it trains, and checks the history of the run."""

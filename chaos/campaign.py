@@ -1,4 +1,4 @@
-"""Many runs after one another, each judged at once; at the end one report of all of them."""
+"""A campaign: many runs one after another, each checked at once, and one report of all of them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from chaos import journal as journals
-from chaos.check import Verdict, judge
+from chaos.check import Verdict, check_history
 from chaos.cluster.network import namespaces_available
-from chaos.job import Order, SupervisedJob
-from chaos.journal import Truth, truth
+from chaos.history import Reference, read_history, reference_of
+from chaos.job import JobSpec, SupervisedJob
 from chaos.report import Run, write_report
-from chaos.run import Request, carry_out, replay_command
+from chaos.run import RunSpec, replay_command, run_once
 from chaos.scenarios import MATRIX, SOAK, Scenario, Shape, scenario
-from chaos.schedule import ScheduledFault, long_plan, pace_s, short_plan
+from chaos.schedule import ScheduledFault, long_schedule, pace_s, short_schedule
 from chaos.site import Site, open_site
 from psa_store.errors import PsaError, UsageError
 
 SHORT_STEPS = 200
 PACE_S = 0.012
-"""What a step computes at least, in seconds per rank: as long as nothing happens, about half of the step."""
+"""The least time that a rank computes in a step: about half of an undisturbed step."""
 _STEPS_PER_S = 18.0
-"""Of a long run: more would only make the undisturbed run longer, which comes first."""
+"""Of a long run. With more the run without faults, which comes first, would take longer."""
 _ROW = "{:<28} {:>4}  {:<4} {:<4} {:>6}  {:>8}  {}"
 
 
 @dataclass(frozen=True, slots=True)
 class Campaign:
-    """What was asked for."""
+    """What to run."""
 
     names: Sequence[str]
     seeds: Sequence[int]
@@ -40,7 +39,7 @@ class Campaign:
     every_s: float
     folder: Path
     keep: bool
-    """Keep the journals of runs in which nothing was wrong, too."""
+    """Keep the journals of runs without violations, too."""
 
 
 class ChaosFound(PsaError):
@@ -48,14 +47,14 @@ class ChaosFound(PsaError):
 
 
 def rows_of(names: Sequence[str]) -> list[Scenario]:
-    """The scenarios of some names; ``all`` is the matrix, without what sets the clock of the machine."""
+    """Return the scenarios of some names; ``all`` is the matrix without those that set the clock of the machine."""
     if list(names) == ["all"]:
         return [row for row in MATRIX.values() if not row.sets_clock]
     return [scenario(name) for name in names]
 
 
 def playable(rows: Sequence[Scenario]) -> Sequence[Scenario]:
-    """The same rows; raises UsageError if this machine cannot play one of them."""
+    """Return the same rows; raise UsageError if this machine cannot play one of them."""
     needy = [row.name for row in rows if row.shape is Shape.HOSTS or row.small_disk]
     reason = namespaces_available()
     if needy and reason is not None:
@@ -63,32 +62,32 @@ def playable(rows: Sequence[Scenario]) -> Sequence[Scenario]:
     return rows
 
 
-def conduct(campaign: Campaign) -> None:
-    """Run, judge, report.
+def run_campaign(campaign: Campaign) -> None:
+    """Run, check, report.
 
     Raises:
-        ChaosFound: something was wrong.
+        ChaosFound: a promise was broken, or a fault did not happen.
         UsageError: there is no such scenario, or this machine cannot play it.
     """
     rows = playable(rows_of(campaign.names))
     console = Console(highlight=False)
     console.print(f"journals and report: {campaign.folder}")
     runs: list[Run] = []
-    known: dict[int, Truth] = {}
+    references: dict[int, Reference] = {}
     console.print(_ROW.format("scenario", "seed", "A", "B", "faults", "R max, s", "verdict"))
     try:
         for kind, group in groupby(sorted(rows, key=_kind_of_site), key=_kind_of_site):
             rows_here = list(group)
             with open_site(rows_here[0], campaign.folder / f"site-{kind}") as site:
-                for request in (_request(campaign, row, seed) for row in rows_here for seed in campaign.seeds):
-                    steps = request.order.steps
-                    if steps not in known:
-                        known[steps] = undisturbed(site, steps, campaign.folder / f"undisturbed-{steps}")
-                    runs.append(_one(request, site, known[steps], campaign.keep))
+                for spec in (_run_spec(campaign, row, seed) for row in rows_here for seed in campaign.seeds):
+                    steps = spec.job.steps
+                    if steps not in references:
+                        references[steps] = undisturbed(site, steps, campaign.folder / f"undisturbed-{steps}")
+                    runs.append(_one(spec, site, references[steps], campaign.keep))
                     console.print(_line(runs[-1]))
                     for violation in runs[-1].verdict.violations[:5]:
                         console.print(f"    {violation.check}: {violation.message}")
-    finally:  # what was played was played, whatever ended it
+    finally:  # report what was played, whatever ended the campaign
         write_report(runs, campaign.folder)
         console.print(f"report: {campaign.folder / 'report.html'}")
     broken = [run for run in runs if run.verdict.violations]
@@ -100,51 +99,51 @@ def conduct(campaign: Campaign) -> None:
         )
 
 
-def undisturbed(site: Site, steps: int, folder: Path) -> Truth:
-    """What a run comes to that nobody disturbs: one worker, one server, as fast as it can."""
-    order = Order(f"undisturbed-{steps}", steps, 0.0, folder)
-    for each in (order.journals, order.failpoints):
+def undisturbed(site: Site, steps: int, folder: Path) -> Reference:
+    """Run without faults, with one worker and one server, and return what other runs are compared with."""
+    job_spec = JobSpec(f"undisturbed-{steps}", steps, 0.0, folder)
+    for each in (job_spec.journals, job_spec.failpoints):
         each.mkdir(parents=True, exist_ok=True)
-    job = SupervisedJob(order, site, workers=1, servers=1)
+    job = SupervisedJob(job_spec, site, workers=1, servers=1)
     try:
         job.start()
         code = job.wait()
     finally:
         job.kill()
     if code != 0:
-        raise UsageError(f"the undisturbed run failed with exit code {code}; see {order.log}")
-    return truth(journals.read(order.journals), site.digest(order.name, steps))
+        raise UsageError(f"the undisturbed run failed with exit code {code}; see {job_spec.log}")
+    return reference_of(read_history(job_spec.journals), site.digest(job_spec.name, steps))
 
 
-def _request(campaign: Campaign, row: Scenario, seed: int) -> Request:
-    plan: list[ScheduledFault]
+def _run_spec(campaign: Campaign, row: Scenario, seed: int) -> RunSpec:
+    schedule: list[ScheduledFault]
     extra: list[str] = []
     steps = SHORT_STEPS
     if campaign.duration_s is None and row is not SOAK:
-        plan = short_plan(row.kinds, row.name, seed)
+        schedule = short_schedule(row.kinds, row.name, seed)
     else:
         duration_s = campaign.duration_s or 600.0
-        plan = long_plan(row.kinds, row.name, seed, duration_s, campaign.every_s)
+        schedule = long_schedule(row.kinds, row.name, seed, duration_s, campaign.every_s)
         steps = round(duration_s * _STEPS_PER_S)
         extra = ["--duration", f"{duration_s:g}s", "--every", f"{campaign.every_s:g}s"]
     folder = campaign.folder / f"{row.name}-{seed}"
     name = f"{row.name}-{seed}".replace(".", "-")
     env = {} if row.checkpoint_every_s is None else {"PSA_CHECKPOINT_EVERY_S": str(row.checkpoint_every_s)}
-    order = Order(name, steps, pace_s(plan, steps, PACE_S), folder, commit_every=row.commit_every, env=env)
-    return Request(row, seed, plan, order, replay_command(row.name, seed, extra))
+    job_spec = JobSpec(name, steps, pace_s(schedule, steps, PACE_S), folder, commit_every=row.commit_every, env=env)
+    return RunSpec(row, seed, schedule, job_spec, replay_command(row.name, seed, extra))
 
 
-def _one(request: Request, site: Site, known: Truth, keep: bool) -> Run:
-    folder = request.order.folder
+def _one(spec: RunSpec, site: Site, reference: Reference, keep: bool) -> Run:
+    folder = spec.job.folder
     shutil.rmtree(folder, ignore_errors=True)
-    carry_out(request, site)
-    read = journals.read(request.order.journals)
-    verdict = judge(read, known)
-    long = request.order.steps > SHORT_STEPS
+    run_once(spec, site)
+    read = read_history(spec.job.journals)
+    verdict = check_history(read, reference)
+    long = spec.job.steps > SHORT_STEPS
     if not (keep or long or verdict.violations):
         shutil.rmtree(folder)
-    journal = read if long or keep or verdict.violations else None
-    return Run(request.scenario.name, request.seed, request.replay, journal, verdict)
+    history = read if long or keep or verdict.violations else None
+    return Run(spec.scenario.name, spec.seed, spec.replay, history, verdict)
 
 
 def _line(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""A job under test: its processes, started as users start them, and started again when the harness has killed them."""
+"""A job under test: its processes, started as users start them, and again after the harness has killed them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _RETRYABLE_EXIT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be trained, and where its traces go."""
+class JobSpec:
+    """A job to train, and the folder of its traces."""
 
     name: str
     steps: int
@@ -50,7 +50,7 @@ class Order:
 
     @property
     def calm(self) -> Path:
-        """A file that says that no more faults will come: the job may hurry now."""
+        """A file whose existence ends the pace: no more faults will come."""
         return self.folder / "calm"
 
     @property
@@ -82,40 +82,40 @@ class Order:
 
 
 class Job(Protocol):
-    """However its processes are run."""
+    """A job, in whatever way its processes are run."""
 
     def start(self) -> None:
         """Start it, or start it again: the same command resumes."""
 
-    def tend(self) -> int | None:
-        """Start again what has died, if that is the harness' business; the exit code once the job has ended."""
+    def poll(self) -> int | None:
+        """Restart dead processes that no supervisor restarts; return the exit code once the job has ended."""
 
     def kill(self) -> None:
-        """SIGKILL whatever is left of it, all at once."""
+        """SIGKILL all its processes at once."""
 
     def main_pid(self) -> int | None:
-        """The process that supervises the others, if there is one."""
+        """Return the process that supervises the others, if there is one."""
 
     def kill_main(self) -> list[psutil.Process]:
-        """SIGKILL that process alone; returns those that it leaves behind. Start the job again afterwards."""
+        """SIGKILL that process alone; return its orphans. Start the job again afterwards."""
 
 
 class SupervisedJob:
-    """`psa run`: its own supervisor starts again what dies."""
+    """`psa run`: its own supervisor restarts what dies."""
 
-    def __init__(self, order: Order, site: Site, workers: int = WORKERS, servers: int = SERVERS_SUPERVISED) -> None:
-        self._order = order
+    def __init__(self, spec: JobSpec, site: Site, workers: int = WORKERS, servers: int = SERVERS_SUPERVISED) -> None:
+        self._spec = spec
         self._site = site
         self._arguments = ["--workers", str(workers), "--servers", str(servers), "--max-restarts", "100000"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """From the main thread, which must live as long as the job: the job dies with it."""
+        """Start from the main thread only: the job dies with the thread that starts it."""
         command = [sys.executable, "-m", "psa_store.cli", "run", *self._arguments]
-        with self._order.log.open("ab") as log:
+        with self._spec.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, str(TRAIN), *self._order.script_arguments],
-                env={**os.environ, **self._order.environment(self._site)},
+                [*command, str(TRAIN), *self._spec.script_arguments],
+                env={**os.environ, **self._spec.environment(self._site)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -123,11 +123,11 @@ class SupervisedJob:
                 preexec_fn=partial(die_with_parent, signal.SIGKILL),
             )
 
-    def tend(self) -> int | None:
+    def poll(self) -> int | None:
         return self._process.poll() if self._process is not None else None
 
     def wait(self) -> int:
-        """Wait for the end of an undisturbed job; returns its exit code."""
+        """Wait for the end of an undisturbed job; return its exit code."""
         assert self._process is not None
         return self._process.wait(_UNDISTURBED_S)
 
@@ -153,10 +153,10 @@ class SupervisedJob:
 
 
 class HostedJob:
-    """Each process on its own host, run as by an orchestrator: it starts a dead one again, and knows no more."""
+    """Each process on its own host, as under an orchestrator that restarts dead processes and does nothing else."""
 
-    def __init__(self, order: Order, site: Site) -> None:
-        self._order = order
+    def __init__(self, spec: JobSpec, site: Site) -> None:
+        self._spec = spec
         self._site = site
         self._processes: dict[str, Process] = {}
         self._done: set[str] = set()
@@ -166,7 +166,7 @@ class HostedJob:
             if name not in self._done:
                 self._start(name)
 
-    def tend(self) -> int | None:
+    def poll(self) -> int | None:
         for name, process in list(self._processes.items()):
             code = process.poll()
             if code is None:
@@ -193,11 +193,11 @@ class HostedJob:
         return None
 
     def kill_main(self) -> list[psutil.Process]:
-        raise NotImplementedError("nobody supervises these processes")
+        raise NotImplementedError("these processes have no supervisor")
 
     def _start(self, name: str) -> None:
         host = self._site.host(name)
-        self._processes[name] = start_role(self._site, self._order, name, {"PSA_BIND": host.address}, host.namespace)
+        self._processes[name] = start_role(self._site, self._spec, name, {"PSA_BIND": host.address}, host.namespace)
 
     def _stop_servers(self) -> int:
         for process in self._processes.values():
@@ -207,21 +207,21 @@ class HostedJob:
         return max(map(abs, codes), default=0)
 
 
-def start_role(site: Site, order: Order, name: str, env: Mapping[str, str], namespace: str | None = None) -> Process:
-    """Start one more process of a job, which nobody supervises; ``name`` begins with its role."""
-    target, arguments = _entry(order, name)
-    merged = {**order.environment(site), **env}
-    return site.spawner.spawn(name, target, arguments, merged, namespace, order.log)
+def start_role(site: Site, spec: JobSpec, name: str, env: Mapping[str, str], namespace: str | None = None) -> Process:
+    """Start one more process of a job, without a supervisor; ``name`` begins with its role."""
+    target, arguments = _entry(spec, name)
+    merged = {**spec.environment(site), **env}
+    return site.spawner.spawn(name, target, arguments, merged, namespace, spec.log)
 
 
-def _entry(order: Order, name: str) -> tuple[str, Sequence[object]]:
+def _entry(spec: JobSpec, name: str) -> tuple[str, Sequence[object]]:
     if name.startswith("server"):
-        return "psa_store.cli.run:server_main", [order.name]
-    return "psa_store.cli.run:worker_main", [str(TRAIN), order.script_arguments]
+        return "psa_store.cli.run:server_main", [spec.name]
+    return "psa_store.cli.run:worker_main", [str(TRAIN), spec.script_arguments]
 
 
 def session_of(leader: int) -> list[int]:
-    """The processes of a session, as `psa run` and its children are one."""
+    """Return the processes of a session; `psa run` and its children are one."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -233,7 +233,7 @@ def session_of(leader: int) -> list[int]:
 
 
 def signal_if_alive(pid: int, number: signal.Signals) -> bool:
-    """Send a signal; False if the process is gone."""
+    """Send a signal; return False if the process is gone."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""A TCP proxy that does to connections what networks do: cuts them in mid-word, delays, narrows, silences them.
+"""A TCP proxy that cuts connections at a chosen byte, delays, throttles, stalls or refuses them.
 
 One thread per direction of each connection. A direction reads a piece, does to it what is set at that moment, and
 passes it on; so a fault that is set takes effect with the next piece.
@@ -22,12 +22,12 @@ class Direction(StrEnum):
     """Seen from the client."""
 
     REQUESTS = "requests"
-    ANSWERS = "answers"
+    REPLIES = "replies"
 
 
 @dataclass(frozen=True, slots=True)
-class _Weather:
-    """What every connection goes through. Replaced as a whole, so that no thread sees half of a change."""
+class _Conditions:
+    """What every connection is subject to. Replaced as a whole, so that no thread sees half of a change."""
 
     delay_s: float = 0.0
     bytes_per_s: int = 0
@@ -51,7 +51,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._due: Callable[[Direction, bytes], int | None] | None = None
         self._forever = False
-        self._weather = _Weather()
+        self._conditions = _Conditions()
         self._closing = threading.Event()
         self._open: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
@@ -66,9 +66,9 @@ class Proxy:
         """Pass so many more bytes to the target, then cut."""
         self._arm(_after(Direction.REQUESTS, count), False)
 
-    def cut_answers_after(self, count: int) -> None:
-        """Pass so many more bytes to the client, then cut: later answers are lost, their commands are not."""
-        self._arm(_after(Direction.ANSWERS, count), False)
+    def cut_replies_after(self, count: int) -> None:
+        """Pass so many more bytes to the client, then cut: later replies are lost, their commands are not."""
+        self._arm(_after(Direction.REPLIES, count), False)
 
     def cut_before(self, word: bytes, *, forever: bool) -> None:
         """Cut before the Redis command with this word gets to the target; what was sent before it does.
@@ -86,26 +86,26 @@ class Proxy:
 
     def delay(self, seconds: float) -> None:
         """What passes arrives later, in order."""
-        self._weather = _Weather(delay_s=seconds)
+        self._conditions = _Conditions(delay_s=seconds)
 
     def throttle(self, bytes_per_s: int) -> None:
         """Each direction of each connection carries no more than this."""
-        self._weather = _Weather(bytes_per_s=bytes_per_s)
+        self._conditions = _Conditions(bytes_per_s=bytes_per_s)
 
     def stall(self) -> None:
-        """Nothing passes, and nobody is told."""
-        self._weather = _Weather(silent=True)
+        """Nothing passes, and no connection ends."""
+        self._conditions = _Conditions(silent=True)
 
     def refuse(self) -> None:
         """Close all connections, and new ones at once."""
-        self._weather = _Weather(refusing=True)
+        self._conditions = _Conditions(refusing=True)
         self._hang_up()
 
     def pass_all(self) -> None:
         """Undo everything that was set and has not happened."""
         with self._lock:
             self._due = None
-            self._weather = _Weather()
+            self._conditions = _Conditions()
 
     def close(self) -> None:
         """End all connections and threads. Idempotent."""
@@ -138,9 +138,9 @@ class Proxy:
             thread.start()
 
     def _serve(self, client: socket.socket) -> None:
-        """One connection, from its beginning to its end; the answers have a thread of their own."""
+        """Serve one connection from its beginning to its end; the replies have a thread of their own."""
         with client:
-            if self._weather.refusing:
+            if self._conditions.refusing:
                 self._note()
                 return
             if not self._wait_while_silent():
@@ -155,29 +155,29 @@ class Proxy:
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._lock:
                     self._open |= {client, server}
-                answers = threading.Thread(
-                    target=self._pass, args=(Direction.ANSWERS, server, client), name="proxy-answers"
+                replies = threading.Thread(
+                    target=self._pass, args=(Direction.REPLIES, server, client), name="proxy-replies"
                 )
-                answers.start()
+                replies.start()
                 self._pass(Direction.REQUESTS, client, server)
-                answers.join()
+                replies.join()
                 with self._lock:
                     self._open -= {client, server}
 
     def _pass(self, direction: Direction, source: socket.socket, sink: socket.socket) -> None:
         try:
-            if self._closing.is_set() or self._weather.refusing:
+            if self._closing.is_set() or self._conditions.refusing:
                 return  # set between the accepting and now
             while data := source.recv(_PIECE_BYTES):
                 if not self._wait_while_silent():
                     break
-                weather = self._weather
-                if weather.delay_s or weather.bytes_per_s:
+                conditions = self._conditions
+                if conditions.delay_s or conditions.bytes_per_s:
                     self._note()
-                if weather.delay_s:
-                    self._closing.wait(weather.delay_s)
-                if weather.bytes_per_s:
-                    self._closing.wait(len(data) / weather.bytes_per_s)
+                if conditions.delay_s:
+                    self._closing.wait(conditions.delay_s)
+                if conditions.bytes_per_s:
+                    self._closing.wait(len(data) / conditions.bytes_per_s)
                 at = self._cut_at(direction, data)
                 sink.sendall(data if at is None else data[:at])
                 if at is not None:
@@ -195,17 +195,17 @@ class Proxy:
                 self._due = None
                 self.fired += 1
                 if self._forever:
-                    self._weather = _Weather(refusing=True)
+                    self._conditions = _Conditions(refusing=True)
             self.passed_bytes += len(data) if at is None else at
             return at
 
     def _wait_while_silent(self) -> bool:
-        """False when the proxy is being closed, or refuses everybody by now."""
-        if self._weather.silent:
+        """Return False when the proxy is being closed, or refuses connections by now."""
+        if self._conditions.silent:
             self._note()
-        while self._weather.silent and not self._closing.is_set():
-            time.sleep(_SILENT_POLL_S)  # bounded by whoever made the silence
-        return not self._closing.is_set() and not self._weather.refusing
+        while self._conditions.silent and not self._closing.is_set():
+            time.sleep(_SILENT_POLL_S)  # bounded by the fault that silenced it
+        return not self._closing.is_set() and not self._conditions.refusing
 
     def _hang_up(self) -> None:
         with self._lock:

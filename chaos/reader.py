@@ -1,6 +1,6 @@
-"""A process outside the job that reads all the time, as a user of `psa.Store` would, and writes down what it saw.
+"""A process outside the job that reads all the time, as a user of `psa.Store` would, and records what it saw.
 
-It also writes down each change of the head of each shard, so that a judge can tell a commit that came after a seal.
+It also records each change of the head of each shard, so that the checker can find a commit that came after a seal.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class _Reader:
         self._load_at_s = 0.0
 
     def turn(self) -> None:
-        """Look at the heads; from time to time, load everything."""
+        """Read the heads; from time to time, load a version."""
         try:
             self._look()
             if self._shards and time.monotonic() >= self._load_at_s:
                 self._load_at_s = time.monotonic() + _LOAD_EVERY_S
                 self._load()
         except UnknownJob:
-            self._shards = []  # it is wiped
+            self._shards = []  # Redis was wiped
         except UsageError:
             pass  # the version was dropped between the choice and the reading
         except PsaError as error:

@@ -1,4 +1,4 @@
-"""One run: a job is trained while a plan of faults is carried out, and everything is written down for the judge."""
+"""One run: a job trains while the faults of a schedule are injected; journals record all of it for the checker."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from chaos.injection import NotFired, Scene, injection, prepare
-from chaos.job import RANKS, HostedJob, Job, Order, SupervisedJob
+from chaos.inject import Context, NotFired, inject, prepare
+from chaos.job import RANKS, HostedJob, Job, JobSpec, SupervisedJob
 from chaos.sampler import Sampler
 from chaos.scenarios import Scenario, Shape
 from chaos.schedule import REST_S, ScheduledFault
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class OutOfTime(Exception):
-    """The job hangs, or makes no progress worth the name."""
+    """The job hangs, or progresses too slowly."""
 
 
 class EndedEarly(Exception):
@@ -36,103 +36,108 @@ class EndedEarly(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RunSpec:
     """What to do in one run."""
 
     scenario: Scenario
     seed: int
-    plan: Sequence[ScheduledFault]
-    order: Order
+    schedule: Sequence[ScheduledFault]
+    job: JobSpec
     replay: str
 
 
-def carry_out(request: Request, site: Site) -> None:
-    """Run a job under a plan of faults, leaving its journals in ``request.order.journals``. Raises nothing that the
-    job did wrong: that is in the journals, for the judge."""
-    order = request.order
-    for folder in (order.folder, order.journals, order.failpoints):
+def run_once(run: RunSpec, site: Site) -> None:
+    """Run a job under a fault schedule and leave its journals in ``run.job.journals``.
+
+    What the job did wrong raises nothing: it is in the journals, for the checker.
+    """
+    spec = run.job
+    for folder in (spec.folder, spec.journals, spec.failpoints):
         folder.mkdir(parents=True, exist_ok=True)
-    site.make_whole()
-    site.forget_jobs()
-    job: Job = HostedJob(order, site) if site.shape is Shape.HOSTS else SupervisedJob(order, site)
+    site.repair()
+    site.delete_jobs()
+    job: Job = HostedJob(spec, site) if site.shape is Shape.HOSTS else SupervisedJob(spec, site)
     with ExitStack() as stack:
-        journal = stack.enter_context(closing(Journal(order.journals, "harness", "0")))
+        journal = stack.enter_context(closing(Journal(spec.journals, "harness", "0")))
         journal.record(
             "scenario",
-            name=request.scenario.name,
-            seed=request.seed,
-            steps=order.steps,
+            name=run.scenario.name,
+            seed=run.seed,
+            steps=spec.steps,
             ranks=RANKS,
-            commit_every=order.commit_every,
+            commit_every=spec.commit_every,
             supervised=site.shape is not Shape.HOSTS,
             session_timeout_s=SESSION_TIMEOUT_S,
-            loses_redis=any(planned.fault.loses_data for planned in request.plan),
-            replay=request.replay,
+            loses_redis=any(fault.traits.loses_data for fault in run.schedule),
+            replay=run.replay,
         )
-        runner = _Runner(request, site, job, journal)
-        stack.callback(site.make_whole)
-        stack.callback(runner.end_guests)
+        runner = _Runner(run, site, job, journal)
+        stack.callback(site.repair)
+        stack.callback(runner.end_extra_processes)
         stack.callback(job.kill)
-        stack.enter_context(_reader(order, site, journal))
-        stack.enter_context(closing(Sampler(journal, site, order.journals)))
+        stack.enter_context(_reader(spec, site, journal))
+        stack.enter_context(closing(Sampler(journal, site, spec.journals)))
         begun_s = time.monotonic()
         code: int | None = None
         try:
             code = runner.run()
         except Exception as error:
-            # Whatever it is (the job, a fault that did not happen, or the harness), the run proves nothing.
+            # Whatever the reason (the job, a fault that did not happen, the harness): the run proves nothing.
             journal.record("broken", why=f"{type(error).__name__}: {error}")
-        _record_final(journal, order, site)
+        _record_final(journal, spec, site)
         journal.record("end", exit_code=code, wall_s=time.monotonic() - begun_s)
 
 
 class _Runner:
-    def __init__(self, request: Request, site: Site, job: Job, journal: Journal) -> None:
-        self._request = request
+    def __init__(self, run: RunSpec, site: Site, job: Job, journal: Journal) -> None:
+        self._run = run
         self._job = job
         self._journal = journal
-        self._tail = Tail(request.order.journals)
-        self._end_s = time.monotonic() + _GRACE_S + 2 * request.order.steps * max(request.order.pace_s, 0.02)
-        self._scene = Scene(site, request.order, job, self._tail, self._wait, self._until, [])
+        self._tail = Tail(run.job.journals)
+        self._end_s = time.monotonic() + _GRACE_S + 2 * run.job.steps * max(run.job.pace_s, 0.02)
+        self._context = Context(site, run.job, job, self._tail, self._wait, self._until, [])
         self._code: int | None = None
         self._quiet = False
-        """All faults are over."""
+        """Whether all faults are over."""
 
     def run(self) -> int:
-        plan = list(self._request.plan)
-        if plan and plan[0].fault.at_start:
-            prepare(self._scene, plan[0])
-            self._journal.record("fault", id=0, kind=plan[0].kind, target="", detail="before the start")
+        schedule = list(self._run.schedule)
+        first = schedule.pop(0) if schedule and schedule[0].traits.at_start else None
+        if first is not None:
+            prepare(self._context, first)
+            self._announce(first, "before the start")
         self._job.start()
-        if plan and plan[0].fault.at_start:
-            self._inject(plan.pop(0), announced=True)
+        if first is not None:
+            self._inject(first)
         self._until(self._first_step, _FIRST_STEP_S, "the job makes no first step")
         self._journal.record("started")
         started_s = time.monotonic()
-        for planned in plan:
-            self._wait(started_s + planned.at_s - time.monotonic())
-            self._inject(planned, announced=False)
+        for fault in schedule:
+            self._wait(started_s + fault.at_s - time.monotonic())
+            self._announce(fault, f"for {fault.for_s} s")
+            self._inject(fault)
         self._journal.record("quiet")
         self._quiet = True
         self._wait(REST_S)
-        self._request.order.calm.touch()
+        self._run.job.calm.touch()
         while self._code is None:
             self._turn()
         return self._code
 
-    def _inject(self, planned: ScheduledFault, *, announced: bool) -> None:
-        if not announced:
-            self._journal.record("fault", id=planned.id, kind=planned.kind, target="", detail=f"for {planned.for_s} s")
-        with injection(self._scene, planned) as evidence:
-            self._journal.record("fired", id=planned.id, evidence=evidence)
-            self._wait(planned.for_s)
-        self._journal.record("healed", id=planned.id)
+    def _announce(self, fault: ScheduledFault, detail: str) -> None:
+        self._journal.record("fault", id=fault.id, kind=fault.kind, target="", detail=detail)
 
-    def end_guests(self) -> None:
-        """End what faults have started besides the job."""
-        for guest in self._scene.guests:
-            guest.kill()
-            guest.wait(_READER_END_S)
+    def _inject(self, fault: ScheduledFault) -> None:
+        with inject(self._context, fault) as evidence:
+            self._journal.record("fired", id=fault.id, evidence=evidence)
+            self._wait(fault.for_s)
+        self._journal.record("healed", id=fault.id)
+
+    def end_extra_processes(self) -> None:
+        """End the processes that faults have added to the job."""
+        for process in self._context.extra_processes:
+            process.kill()
+            process.wait(_READER_END_S)
 
     def _first_step(self) -> bool | None:
         self._tail.look()
@@ -152,11 +157,11 @@ class _Runner:
         return found
 
     def _turn(self) -> None:
-        """Tend the job, and let a little time pass."""
+        """Let a little time pass, and restart what the harness must restart."""
         if self._code is None:
-            self._code = self._job.tend()
+            self._code = self._job.poll()
             if self._code is not None and (self._code != 0 or not self._quiet):
-                raise EndedEarly(f"the job ended with exit code {self._code}; see {self._request.order.log}")
+                raise EndedEarly(f"the job ended with exit code {self._code}; see {self._run.job.log}")
         if time.monotonic() > self._end_s:
             self._tail.look()
             raise OutOfTime(f"the job does not end; it is at version {self._tail.version}")
@@ -164,14 +169,14 @@ class _Runner:
 
 
 @contextmanager
-def _reader(order: Order, site: Site, journal: Journal) -> Iterator[None]:
+def _reader(spec: JobSpec, site: Site, journal: Journal) -> Iterator[None]:
     reader = site.spawner.spawn(
         "reader",
         "chaos.reader:main",
-        [order.name, site.redis.url, str(order.journals)],
+        [spec.name, site.redis.url, str(spec.journals)],
         {},
         None,
-        order.folder / "reader.log",
+        spec.folder / "reader.log",
     )
     try:
         yield
@@ -180,15 +185,15 @@ def _reader(order: Order, site: Site, journal: Journal) -> Iterator[None]:
         journal.record("reader", exit_code=reader.wait(_READER_END_S))
 
 
-def _record_final(journal: Journal, order: Order, site: Site) -> None:
+def _record_final(journal: Journal, spec: JobSpec, site: Site) -> None:
     try:
-        digest = site.digest(order.name, order.steps)
+        digest = site.digest(spec.name, spec.steps)
     except PsaError as error:
         journal.record("broken", why=f"the final state cannot be read: {error}")
     else:
-        journal.record("final", version=order.steps, digest=digest)
+        journal.record("final", version=spec.steps, digest=digest)
 
 
 def replay_command(scenario: str, seed: int, extra: Sequence[str] = ()) -> str:
-    """The command that plays a run again."""
+    """Return the command that repeats a run."""
     return shlex.join(["psa", "chaos", "run", "--scenario", scenario, "--seed", str(seed), *extra])

@@ -55,7 +55,7 @@ class Sampler:
         self._journal.record("sample", role=role, pid=pid, name=name, rss_mb=round(rss_mb, 1), fds=fds, threads=threads)
 
     def _data(self, zookeeper: ZooKeeperEnsemble) -> None:
-        """What is stored; nothing while it is away, which is no leak."""
+        """Record what is stored; nothing while it cannot be reached, which is no leak."""
         try:
             with redis.Redis.from_url(self._site.redis.url, socket_timeout=_EVERY_S) as client:
                 used_mb = int(client.info("memory")["used_memory"]) / _MB

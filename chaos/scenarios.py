@@ -1,4 +1,4 @@
-"""The rows of the matrix: which faults a run sees, on which kind of cluster, and what is promised. As data."""
+"""The rows of the matrix, as data: which faults a run gets, and on which kind of cluster."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from psa_store.errors import UsageError
 class Shape(Enum):
     """How the job's processes are run."""
 
-    SUPERVISED = "psa run on one host: what dies is reported and restarted at once, memory is shared"
+    SUPERVISED = "psa run on one host: what dies is restarted at once, memory is shared"
     PROXIED = "psa run, with TCP proxies in front of Redis and ZooKeeper"
-    HOSTS = "every process on a host of its own (network namespaces), nobody supervises: death is a session's end"
+    HOSTS = "every process on its own host (network namespace), without supervisor: a death is the end of a session"
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One row. Its seeds take turns with ``kinds``."""
+    """One row. Seed n begins with kind n of ``kinds``, modulo their number."""
 
     name: str
     kinds: tuple[str, ...]
@@ -27,10 +27,10 @@ class Scenario:
     small_disk: bool = False
     """Redis lives on a disk of a few megabytes."""
     sets_clock: bool = False
-    """It sets the wall clock of the whole machine: only when asked for by name."""
+    """It sets the wall clock of the whole machine: played only when named."""
     commit_every: int = 10
     checkpoint_every_s: float | None = None
-    """Checkpoints are taken, by themselves."""
+    """The interval of automatic checkpoints."""
 
 
 def _rows() -> list[Scenario]:
@@ -87,7 +87,7 @@ SCENARIOS = {**MATRIX, SOAK.name: SOAK}
 
 
 def scenario(name: str) -> Scenario:
-    """A row by name; raises UsageError that lists them all."""
+    """Return a row by name; raise UsageError that lists them all."""
     if name not in SCENARIOS:
         raise UsageError(f"no scenario {name!r}; there are: all, {', '.join(SCENARIOS)}")
     return SCENARIOS[name]

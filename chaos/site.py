@@ -1,4 +1,4 @@
-"""The cluster of one or many runs: ZooKeeper, Redis, what lies between them and the job, and how to make it whole."""
+"""The site of one or many runs: ZooKeeper, Redis, the proxies or network before them, and how to repair it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SMALL_DISK_MB = 64
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What a job runs on, and what faults injection."""
+    """What a job runs on, and what faults are injected into."""
 
     shape: Shape
     redis: RedisNode
@@ -42,32 +42,32 @@ class Site:
 
     @property
     def redis_url(self) -> str:
-        """Where the job finds Redis."""
+        """The address of Redis for the job."""
         return self.redis.url if self.redis_proxy is None else f"redis://127.0.0.1:{self.redis_proxy.port}"
 
     @property
     def zookeeper_hosts(self) -> str:
-        """Where the job finds ZooKeeper."""
+        """The addresses of ZooKeeper for the job."""
         if not self.zookeeper_proxies:
             return self.zookeeper.hosts
         return ",".join(f"127.0.0.1:{proxy.port}" for proxy in self.zookeeper_proxies)
 
     def host(self, name: str) -> Host:
-        """The host of a process of the job; this one, unless each has its own."""
+        """Return the host of a process of the job: this machine, unless each has its own."""
         return LOOPBACK if self.network is None else self.network.host(name)
 
     def digest(self, job: str, version: int) -> str:
-        """sha256 of all parameters and optimizer state that Redis holds of a version."""
+        """Return the sha256 of all parameters and optimizer state of a version, read from Redis."""
         with closing(RedisStore(self.redis.url, timeout_s=_ANSWER_S)) as store:
             return state_digest(store, job, version)
 
-    def forget_jobs(self) -> None:
+    def delete_jobs(self) -> None:
         """Empty Redis, so that runs do not add up there."""
         with Redis.from_url(self.redis.url, socket_timeout=_ANSWER_S) as client:
             client.flushall()
 
-    def make_whole(self) -> None:
-        """Undo all faults and start what is down: before every run."""
+    def repair(self) -> None:
+        """Undo all faults and start what is down. Called before every run."""
         if self.network is not None:
             self.network.heal()
         for proxy in (self.redis_proxy, *self.zookeeper_proxies):
@@ -83,7 +83,7 @@ class Site:
 @contextmanager
 def open_site(scenario: Scenario, folder: Path) -> Iterator[Site]:
     """Start everything but the job; end it all afterwards."""
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier campaign: its jobs must not be remembered
+    shutil.rmtree(folder, ignore_errors=True)  # data of an earlier campaign
     folder.mkdir(parents=True)
     hosted, proxied = scenario.shape is Shape.HOSTS, scenario.shape is Shape.PROXIED
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Follows the journals of a run while they are being written: who lives, and how far the job is."""
+"""Follows the journals of a run while they are written: which processes live, and how far the job is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Process:
     pid: int
 
     handle: psutil.Process | None
-    """None if it was gone before we could look. Knows it from a later process with the same pid."""
+    """Tells it from a later process with the same pid. None if it had ended before it was looked up."""
 
     @property
     def lives(self) -> bool:
@@ -41,15 +41,15 @@ class Tail:
         self._read: dict[Path, int] = {}
         self._processes: dict[Path, Process] = {}
         self._elected: tuple[float, Path] | None = None
-        """The newest election: when, and whose journal tells of it."""
+        """The newest election: when, and the journal of the elected server."""
         self.version = 0
-        """The newest version that a worker was told of, in whatever term."""
+        """The newest version that was acknowledged to a worker, in any term."""
         self.committed = 0
         """The newest version that a server has committed."""
         self.marked_corrupt = 0
-        """Damaged versions that a server has put aside."""
+        """Number of versions that servers have marked corrupt."""
         self.steps = 0
-        """Acknowledged versions that were seen, recomputed ones included."""
+        """Number of acknowledged versions, recomputed ones included."""
 
     def look(self) -> None:
         """Read on."""
@@ -65,11 +65,11 @@ class Tail:
                 self._note(path, line)
 
     def living(self, role: str) -> list[Process]:
-        """The processes of a role that live, the oldest first."""
+        """Return the living processes of a role, the oldest first."""
         return [each for each in self._processes.values() if each.role == role and each.lives]
 
     def controller(self) -> Process | None:
-        """The server that was elected last, if it lives."""
+        """Return the server that was elected last, if it lives."""
         if self._elected is None:
             return None
         last = self._processes[self._elected[1]]

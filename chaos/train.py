@@ -1,9 +1,9 @@
 """The training script of the kill tests and the chaos harness.
 
-Small, quick, and with everything that could spoil bit-identity. Dropout and augmentation draw random numbers, BatchNorm
+Small, quick, and with everything that could break bit-identity. Dropout and augmentation draw random numbers, BatchNorm
 has buffers, one buffer steers the output, one layer is frozen, one is bfloat16, two are tied, and the learning rate
-follows a schedule. Prints a line per step from the process that owns output. With PSA_JOURNAL it writes down which
-parameters user code was shown with every batch, for a judge to compare with those of an undisturbed run.
+follows a schedule. Prints a line per step from the main worker. With PSA_JOURNAL it records which parameters
+user code got with every batch; the checker compares them with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
                 seen = tensors_digest(model.state_dict())
                 journal.record("batch", term=worker.term, version=worker.version, rank=worker.rank, digest=seen)
             while worker.version == MEETING_STEP and worker.members < args.meet:
-                time.sleep(0.01)  # members is read, not announced, to user code; the test that starts us has a deadline
+                time.sleep(0.01)  # user code can only poll members; the test has a deadline
             if args.paced_until is None or not args.paced_until.exists():
                 time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)

@@ -1,1 +1,1 @@
-"""The drill of the checkpoint barrier: members meet again and again while a seeded plan kills and stops them."""
+"""The drill of the checkpoint barrier: members meet while a seeded fault schedule kills and stops them."""

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 
 from chaos.check.violation import Violation
-from chaos.journal import Journal
+from chaos.history import History
 
 _CHECK = "barrier"
 CALM_BARRIERS = 2
 """So many must succeed after the last fault."""
 
 
-def check_drill(journal: Journal) -> list[Violation]:
-    """Nobody passes before all have arrived or reads another outcome; every fault happened, and then all is well."""
+def check_drill(history: History) -> list[Violation]:
+    """Find early passes, differing outcomes, faults that did not happen, and too few successes after the last one."""
     found: list[Violation] = []
     arrived: dict[str, dict[str, float]] = defaultdict(dict)
-    for event in journal.of("arriving"):
+    for event in history.of("arriving"):
         arrived[event["barrier"]][event.name] = event.t
     states: dict[str, set[str]] = defaultdict(set)
-    calm_s = max((event.t for event in journal.of("calm")), default=float("inf"))
+    calm_s = max((event.t for event in history.of("calm")), default=float("inf"))
     passed_later = set()
-    for event in journal.of("outcome"):
+    for event in history.of("outcome"):
         barrier, state = event["barrier"], event["state"]
         states[barrier].add(state)
         if state != "done":
@@ -36,7 +36,7 @@ def check_drill(journal: Journal) -> list[Violation]:
             found.append(Violation(_CHECK, f"barrier {barrier} ended in more than one way: {sorted(seen)}"))
     if len(passed_later) < CALM_BARRIERS:
         found.append(Violation(_CHECK, f"{len(passed_later)} barriers succeeded after the last fault"))
-    for event in journal.of("fault"):
+    for event in history.of("fault"):
         if not event["fired"]:
             found.append(Violation("fired", f"{event['kind']} did not happen"))
     return found

@@ -1,4 +1,4 @@
-"""Plays a plan of injections on members that meet at barriers."""
+"""Injects the faults of a schedule into members that meet at barriers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from psa_store.testing.failpoints import FAILPOINTS, FailpointAction
 from psa_store.testing.journal import Journal
 
 KILL_ALL = "kill-all"
-INJECTORS = (
+FAULT_KINDS = (
     *(f"{how}-{name}" for how in ("die", "hang") for name in FAILPOINTS if name.startswith("barrier.")),
     KILL_ALL,
 )
@@ -34,15 +34,15 @@ _WAIT_S = 20.0
 _LOOK_S = 0.01
 
 
-def plan_of(seed: int) -> list[str]:
-    """Every injection once, in an order that the seed decides."""
-    return random.Random(f"barrier/{seed}").sample(INJECTORS, len(INJECTORS))
+def schedule_of(seed: int) -> list[str]:
+    """Return every kind of fault once, in an order drawn from the seed."""
+    return random.Random(f"barrier/{seed}").sample(FAULT_KINDS, len(FAULT_KINDS))
 
 
 def drill(
-    hosts: str, job: str, folder: Path, seed: int, plan: Sequence[str], env: Mapping[str, str] | None = None
+    hosts: str, job: str, folder: Path, seed: int, schedule: Sequence[str], env: Mapping[str, str] | None = None
 ) -> Path:
-    """Let members meet while the injections of ``plan`` hit them; returns the folder of their journals.
+    """Let members meet under a fault schedule; return the folder of their journals.
 
     Args:
         env: added to the members' environment.
@@ -51,7 +51,7 @@ def drill(
     for each in (journals, armed):
         each.mkdir(parents=True)
     with closing(_Drill(hosts, job, journals, armed, env or {})) as running:
-        running.play(plan, random.Random(f"barrier/{seed}/pauses"))
+        running.play(schedule, random.Random(f"barrier/{seed}/pauses"))
     return journals
 
 
@@ -71,14 +71,14 @@ class _Drill:
         self._members: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
         """Name -> slot and process."""
         self._newest = -1
-        """The newest barrier that was seen to succeed."""
+        """The newest barrier that has succeeded."""
 
-    def play(self, plan: Sequence[str], pauses: random.Random) -> None:
+    def play(self, schedule: Sequence[str], pauses: random.Random) -> None:
         self._door.start()
         for slot in range(MEMBERS):
             self._spawn(slot)
         self._await_success()
-        for kind in plan:
+        for kind in schedule:
             fired = self._kill_all() if kind == KILL_ALL else self._inject(kind, pauses.uniform(*_HANG_S))
             self._journal.record("fault", kind=kind, fired=fired)
             if not self._await_success():
@@ -116,7 +116,7 @@ class _Drill:
         return self._replace_dead()
 
     def _replace_dead(self) -> bool:
-        """Report those that died and start others in their place, as a supervisor does; whether there were any."""
+        """Replace dead members, as a supervisor does; return whether there were any."""
         dead = {name: slot for name, (slot, process) in self._members.items() if process.poll() is not None}
         for name, slot in dead.items():
             del self._members[name]
@@ -149,5 +149,5 @@ class _Drill:
             if plan is not None and done and int(plan.text) > self._newest:
                 self._newest = int(plan.text)
                 return True
-            self._news.wait(0.1)  # and look after the dead
+            self._news.wait(0.1)  # and replace the dead
         return False

@@ -1,6 +1,6 @@
 """One member of the drill, as a process: ``python -m chaos.barrier.member HOSTS JOB NAME SLOT JOURNALS``.
 
-The elected member opens barriers, one after another, for all who are there; the plan tells the others its id. A member
+The elected member opens barriers, one after another, for all present members; the plan names the barrier. A member
 whose session expired ends with exit code 3.
 """
 
@@ -37,11 +37,11 @@ class Member:
         )
         self._journal = Journal(journals, "member", name)
         self._term: int | None = None
-        """Ours, as long as we are elected."""
+        """The term of this member while it is elected."""
         self._since: dict[str, float] = {}
-        """When we first saw a barrier."""
+        """By barrier, when it was first seen."""
         self._arrived: set[str] = set()
-        self._told: set[str] = set()
+        self._recorded: set[str] = set()
 
     def close(self) -> None:
         self._door.close()
@@ -61,10 +61,10 @@ class Member:
         return 3
 
     def _turn(self) -> None:
-        owned_shards = self._door.is_elected(self._name)
+        elected = self._door.is_elected(self._name)
         plan = self._door.read_plan(watch=True)
         barrier = self._door.read_barrier(plan.text, watch=True) if plan is not None else None
-        if owned_shards:
+        if elected:
             if self._term is None:
                 self._term = self._door.next_term()
             present = self._door.members(ProcessRole.SERVER, watch=True)
@@ -72,7 +72,7 @@ class Member:
                 barrier = self._door.settle_barrier(plan.text)
             if barrier is None or barrier.state is not BarrierState.OPEN:
                 if barrier is not None and plan is not None:
-                    self._tell(plan.text, barrier)
+                    self._record_outcome(plan.text, barrier)
                 if len(present) == MEMBERS:
                     opened = self._door.open_barrier(self._term, present)
                     self._door.write_plan(opened, plan.version if plan is not None else None)
@@ -92,11 +92,11 @@ class Member:
             elif now_s - since_s > PATIENCE_S:
                 barrier = self._door.settle_barrier(barrier_id, expired=True) or barrier
         if barrier.state is not BarrierState.OPEN:
-            self._tell(barrier_id, barrier)
+            self._record_outcome(barrier_id, barrier)
 
-    def _tell(self, barrier_id: str, barrier: Barrier) -> None:
-        if barrier_id not in self._told:
-            self._told.add(barrier_id)
+    def _record_outcome(self, barrier_id: str, barrier: Barrier) -> None:
+        if barrier_id not in self._recorded:
+            self._recorded.add(barrier_id)
             self._journal.record(
                 "outcome", barrier=barrier_id, state=barrier.state.value, members=barrier.members, why=barrier.reason
             )

@@ -1,4 +1,4 @@
-"""The promises, each as a pure function over the journals of a run. `judge` asks them all."""
+"""The promises, each as a pure function over the journals of a run. `check_history` checks them all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from chaos.check import bits, durability, exactly_once, fencing, fired, observed, trends
 from chaos.check.recovery import Recovery, Steps, goodput, recoveries, steps_of
 from chaos.check.violation import Violation
-from chaos.journal import Journal, Truth
+from chaos.history import History, Reference
 
 CHECKS = {
     "exactly_once": exactly_once.check,
@@ -19,12 +19,12 @@ CHECKS = {
     "trends": trends.check,
 }
 
-__all__ = ["CHECKS", "Recovery", "Steps", "Verdict", "Violation", "judge"]
+__all__ = ["CHECKS", "Recovery", "Steps", "Verdict", "Violation", "check_history"]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is to be said of a run."""
+    """The result of checking a run."""
 
     violations: tuple[Violation, ...]
     recoveries: tuple[Recovery, ...]
@@ -34,13 +34,13 @@ class Verdict:
     wall_s: float
 
 
-def judge(journal: Journal, known: Truth) -> Verdict:
-    """Look for broken promises, and measure."""
-    steps = steps_of(journal)
-    found = [violation for check in CHECKS.values() for violation in check(journal, known)]
+def check_history(history: History, reference: Reference) -> Verdict:
+    """Find broken promises, and measure recoveries and goodput."""
+    steps = steps_of(history)
+    found = [violation for check in CHECKS.values() for violation in check(history, reference)]
     return Verdict(
         violations=tuple(found),
-        recoveries=tuple(recoveries(journal, steps)),
+        recoveries=tuple(recoveries(history, steps)),
         goodput=goodput(steps),
         normal_step_s=steps.normal_s,
         wall_s=steps.times[-1] - steps.times[0] if steps.times else 0.0,

@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from chaos.check.violation import Violation
-from chaos.journal import Event, Journal
+from chaos.history import Event, History
 
 _NAME = "arrival"
 
 
-def check_arrivals(journal: Journal) -> list[Violation]:
+def check_arrivals(history: History) -> list[Violation]:
     """See the module."""
     violations = []
     clocks: dict[tuple[int, int], list[int]] = {}
     """By term and shard."""
     durable: dict[int, int] = {}
     """By rank, how many pushes were acknowledged so far."""
-    for event in journal.events:
+    for event in history.events:
         match event.event:
             case "serving":
                 for shard, begun in _by_shard(event).items():

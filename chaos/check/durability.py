@@ -12,17 +12,17 @@ import itertools
 
 from chaos.check.lineage import Term, terms
 from chaos.check.violation import Violation
-from chaos.journal import Journal, Truth
+from chaos.history import History, Reference
 
 _NAME = "durability"
 
 
-def check(journal: Journal, _known: Truth) -> list[Violation]:
+def check(history: History, _reference: Reference) -> list[Violation]:
     """See the module. A run whose faults take from Redis what was durable there proves nothing here."""
-    if not journal.of("scenario") or journal.scenario["loses_redis"]:
+    if not history.of("scenario") or history.scenario["loses_redis"]:
         return []
-    found = terms(journal)
-    claims = {term.number: _claims(journal, term) for term in found}
+    found = terms(history)
+    claims = {term.number: _claims(history, term) for term in found}
     violations = []
     for before, term in itertools.pairwise(found):
         for number, claimed in claims.items():
@@ -33,23 +33,23 @@ def check(journal: Journal, _known: Truth) -> list[Violation]:
         if term.resume < before.resume:
             text = f"term {term.number} began at {term.resume}, but term {before.number} had read {before.resume}"
             violations.append(Violation(_NAME, text, term.published_at))
-        bound = 2 * journal.scenario["commit_every"]
+        bound = 2 * history.scenario["commit_every"]
         if term.resume < before.newest - bound:
             text = f"term {term.number} began at {term.resume}: more than {bound} steps before {before.newest}"
             violations.append(Violation(_NAME, text, term.published_at))
-    for event in journal.of("durable"):
-        committed = [e for e in journal.of("committed") if e.name == event.name and e["version"] >= event["version"]]
-        begun = [e for e in journal.of("serving") if e.name == event.name and e["resume"] >= event["version"]]
+    for event in history.of("durable"):
+        committed = [e for e in history.of("committed") if e.name == event.name and e["version"] >= event["version"]]
+        begun = [e for e in history.of("serving") if e.name == event.name and e["resume"] >= event["version"]]
         if not any(e.t <= event.t for e in (*committed, *begun)):
             text = f"{event.name} told a worker that {event['version']} is durable before it was"
             violations.append(Violation(_NAME, text, event.t))
     return violations
 
 
-def _claims(journal: Journal, term: Term) -> dict[int, float]:
+def _claims(history: History, term: Term) -> dict[int, float]:
     """By version, when the last of all servers of a term said that it is durable."""
     said: dict[int, dict[str, float]] = {}
-    for event in journal.of("committed"):
+    for event in history.of("committed"):
         if event["term"] == term.number:
             said.setdefault(event["version"], {}).setdefault(event.name, event.t)
     return {version: max(by.values()) for version, by in said.items() if set(by) >= set(term.serving)}

@@ -11,35 +11,35 @@ from collections import Counter, defaultdict
 
 from chaos.check.lineage import Term, makers, terms
 from chaos.check.violation import Violation
-from chaos.journal import Journal, Truth
+from chaos.history import History, Reference
 
 _NAME = "exactly_once"
 _MODULUS = 1 << 64
 
 
-def check(journal: Journal, _known: Truth) -> list[Violation]:
+def check(history: History, _reference: Reference) -> list[Violation]:
     """See the module."""
-    if not journal.of("scenario"):
+    if not history.of("scenario"):
         return []
-    steps, ranks = journal.scenario["steps"], journal.scenario["ranks"]
-    found = terms(journal)
+    steps, ranks = history.scenario["steps"], history.scenario["ranks"]
+    found = terms(history)
     pushed: dict[tuple[int, int], set[str]] = defaultdict(set)
-    for event in journal.of("pushed"):
+    for event in history.of("pushed"):
         pushed[event["step"], event["rank"]].add(event["sum"])
-    computed = {(event["step"], event["rank"]) for event in journal.of("computing")}
+    computed = {(event["step"], event["rank"]) for event in history.of("computing")}
     violations = [
         Violation(_NAME, f"step {step}, rank {rank}: computed differently by different workers: {sorted(sums)}")
         for (step, rank), sums in pushed.items()
         if len(sums) > 1
     ]
-    violations += _applied_twice(journal)
-    violations += _acknowledged(journal, {term.number: term for term in found})
-    history = makers(found, steps)
+    violations += _applied_twice(history)
+    violations += _acknowledged(history, {term.number: term for term in found})
+    made_by = makers(found, steps)
     for version in range(1, steps + 1):
-        if version not in history:
+        if version not in made_by:
             violations.append(Violation(_NAME, f"no term made version {version}"))
             continue
-        violations += _version(history[version], version, ranks, pushed, computed)
+        violations += _version(made_by[version], version, ranks, pushed, computed)
     return violations
 
 
@@ -71,12 +71,12 @@ def _version(
             )
             violations.append(Violation(_NAME, text, events[0].t))
         if (version - 1, rank) not in computed:
-            violations.append(Violation(_NAME, f"{where}: nobody computed rank {rank} of step {version - 1}"))
+            violations.append(Violation(_NAME, f"{where}: no worker computed rank {rank} of step {version - 1}"))
     return violations
 
 
-def _applied_twice(journal: Journal) -> list[Violation]:
-    times = Counter((event.name, event["term"], event["version"]) for event in journal.of("applied"))
+def _applied_twice(history: History) -> list[Violation]:
+    times = Counter((event.name, event["term"], event["version"]) for event in history.of("applied"))
     return [
         Violation(_NAME, f"server {name} applied version {version} {count} times in term {term}")
         for (name, term, version), count in times.items()
@@ -84,10 +84,10 @@ def _applied_twice(journal: Journal) -> list[Violation]:
     ]
 
 
-def _acknowledged(journal: Journal, by_number: dict[int, Term]) -> list[Violation]:
+def _acknowledged(history: History, by_number: dict[int, Term]) -> list[Violation]:
     """A worker was told of a version only after every server of the term had applied it."""
     violations = []
-    for event in journal.of("acked"):
+    for event in history.of("acked"):
         term = by_number.get(event["term"])
         applied = {} if term is None else {each.name: each.t for each in term.applied.get(event["version"], [])}
         late = [] if term is None else [name for name in term.serving if applied.get(name, event.t + 1) > event.t]

@@ -7,26 +7,26 @@ term wrote must not appear there any more.
 from __future__ import annotations
 
 from chaos.check.violation import Violation
-from chaos.journal import Journal, Truth
+from chaos.history import History, Reference
 
 _NAME = "fencing"
 
 
-def check(journal: Journal, _known: Truth) -> list[Violation]:
+def check(history: History, _reference: Reference) -> list[Violation]:
     """See the module."""
-    return [*_terms_grow(journal), *_no_commit_after_a_seal(journal)]
+    return [*_terms_grow(history), *_no_commit_after_a_seal(history)]
 
 
-def _terms_grow(journal: Journal) -> list[Violation]:
+def _terms_grow(history: History) -> list[Violation]:
     violations = []
     newest = 0
-    for event in journal.of("published"):
+    for event in history.of("published"):
         if event["term"] <= newest:
             text = f"term {event['term']} was published after term {newest}"
             violations.append(Violation(_NAME, text, event.t))
         newest = max(newest, event["term"])
     last: dict[tuple[str, str], int] = {}
-    for event in journal.events:
+    for event in history.events:
         if event.event in ("serving", "loaded"):
             before = last.get((event.role, event.name), 0)
             if event["term"] < before:
@@ -36,15 +36,15 @@ def _terms_grow(journal: Journal) -> list[Violation]:
     return violations
 
 
-def _no_commit_after_a_seal(journal: Journal) -> list[Violation]:
+def _no_commit_after_a_seal(history: History) -> list[Violation]:
     violations = []
-    wiped = [event.t for event in journal.of("fault") if "wipe-redis" in event["kind"]]
+    wiped = [event.t for event in history.of("fault") if "wipe-redis" in event["kind"]]
     sealed: dict[int, int] = {}
     known: dict[int, set[str]] = {}
-    for event in journal.of("head"):
+    for event in history.of("head"):
         shard, term = event["shard"], event["term"]
         if any(t < event.t for t in wiped):
-            break  # what Redis forgot cannot be held against anybody
+            break  # a wiped Redis knows no seals
         if term < sealed.get(shard, 0):
             text = f"the head of shard {shard} went from term {sealed[shard]} back to {term}"
             violations.append(Violation(_NAME, text, event.t))

@@ -6,18 +6,18 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from chaos.journal import Event, Journal
+from chaos.history import Event, History
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term: where it began, who served it, and what they applied."""
+    """One term: where it began, which servers served it, and what they applied."""
 
     number: int
     resume: int
     published_at: float
     serving: Mapping[str, Event]
-    """By server. Who was named by the plan but died before serving is not here: then nothing was applied."""
+    """By server. One that died before serving is not here: it has applied nothing."""
     applied: Mapping[int, list[Event]]
     """By version: one event of each server, steps that were skipped included."""
 
@@ -28,17 +28,17 @@ class Term:
         return max(whole, default=self.resume)
 
 
-def terms(journal: Journal) -> list[Term]:
-    """All terms that were published, in ascending order."""
+def terms(history: History) -> list[Term]:
+    """Return all terms that were published, in ascending order."""
     serving: dict[int, dict[str, Event]] = defaultdict(dict)
-    for served in journal.of("serving"):
+    for served in history.of("serving"):
         serving[served["term"]][served.name] = served
     applied: dict[int, dict[int, list[Event]]] = defaultdict(lambda: defaultdict(list))
-    for each in [*journal.of("applied"), *journal.of("skipped")]:
+    for each in [*history.of("applied"), *history.of("skipped")]:
         applied[each["term"]][each["version"]].append(each)
-    # A controller that is killed between writing the plan and writing this down leaves a term that only its servers
-    # tell of: it began where they say that it did.
-    published = {plan["term"]: plan for plan in journal.of("published")}
+    # A controller that is killed between writing the plan and recording it leaves a term that only its servers
+    # have recorded: it began where they began.
+    published = {plan["term"]: plan for plan in history.of("published")}
     found = []
     for number in sorted({*published, *serving}):
         event: Event | None = published.get(number)

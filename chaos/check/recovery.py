@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from chaos.journal import Event, Journal
+from chaos.history import Event, History
 
 _PAUSE_FACTOR = 3.0
 """A gap counts as a pause from so many normal steps on: shorter ones come and go by themselves."""
@@ -51,28 +51,28 @@ class Recovery:
     """How long the fault itself lasted, until the harness had undone it."""
 
 
-def steps_of(journal: Journal) -> Steps:
+def steps_of(history: History) -> Steps:
     """The moments at which some worker was first told of a version in a term."""
     first: dict[tuple[int, int], Event] = {}
-    for event in journal.of("acked"):
+    for event in history.of("acked"):
         first.setdefault((event["term"], event["version"]), event)
     events = sorted(first.values(), key=lambda event: event.t)
     times = [event.t for event in events]
-    quiet = journal.of("quiet")
+    quiet = history.of("quiet")
     paced = bisect.bisect(times, quiet[0].t) if quiet else len(times)
     usual = times[:paced] if paced > 1 else times
     gaps = [later - time for time, later in itertools.pairwise(usual)]
     return Steps(times, [event["version"] for event in events], median(gaps) if gaps else 0.0, paced)
 
 
-def recoveries(journal: Journal, steps: Steps) -> list[Recovery]:
+def recoveries(history: History, steps: Steps) -> list[Recovery]:
     """What each fault cost."""
     if len(steps.times) < 2:
         return []
-    faults = journal.of("fault")
+    faults = history.of("fault")
     ends = [event.t for event in faults[1:]] + [steps.times[-1]]
-    fired = {event["id"]: event.t for event in journal.of("fired")}
-    healed = {event["id"]: event.t for event in journal.of("healed")}
+    fired = {event["id"]: event.t for event in history.of("fired")}
+    healed = {event["id"]: event.t for event in history.of("healed")}
     found = []
     for fault, end in zip(faults, ends, strict=True):
         waits = fault["kind"].startswith(("die-", "hang-"))

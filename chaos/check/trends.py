@@ -7,7 +7,7 @@ from statistics import median
 
 from chaos.check.observed import LONG_S
 from chaos.check.violation import Violation
-from chaos.journal import Event, Journal, Truth
+from chaos.history import Event, History, Reference
 
 _NAME = "trends"
 _YOUNG_S = 20.0
@@ -22,9 +22,9 @@ _ALLOWED = {
 """By measure, by which share and by how much at least it may grow."""
 
 
-def check(journal: Journal, _known: Truth) -> list[Violation]:
+def check(history: History, _reference: Reference) -> list[Violation]:
     """See the module."""
-    samples = journal.of("sample")
+    samples = history.of("sample")
     if not samples or samples[-1].t - samples[0].t < LONG_S:
         return []
     begun, length = samples[0].t, samples[-1].t - samples[0].t

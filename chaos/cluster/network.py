@@ -1,11 +1,11 @@
 """Hosts of their own on one machine, and what can happen to the network between them.
 
 Each host is a network namespace with one link, ``eth0``, into a switch: a bridge in one more namespace, so that
-neither the routes nor the packet filter of this machine have a say in what passes. This machine has a link into the
+neither the routes nor the packet filter of this machine decide what passes. This machine has a link into the
 switch too, and reaches all hosts.
 
 There is no ARP: every host knows the link-layer address of every other, for good. A fault is therefore silent, as
-the worst ones are: packets vanish, nobody is told, no route fails, and a TCP connection that outlives the fault
+the worst ones are: packets vanish, no error is raised, no route fails, and a TCP connection that outlives the fault
 goes on. Faults need root, `ip` and `tc`, but neither a packet filter nor `netem`.
 """
 
@@ -37,7 +37,7 @@ _SUBNETS = list(ipaddress.IPv4Network("10.64.0.0/10").subnets(new_prefix=24))
 _SUBNET_ATTEMPTS = 100
 _BRIDGE = "switch"
 _UPLINK = "uplink"
-_NOBODY = "02:ff:ff:ff:ff:ff"
+_NO_HOST = "02:ff:ff:ff:ff:ff"
 _BURST_BYTES = 32 << 10
 _QUEUE_MS = 200
 _COMMAND_S = 30.0
@@ -94,10 +94,10 @@ class Network:
     def cut_one_way(self, source: str, target: str) -> None:
         """What ``source`` sends to ``target`` vanishes; the other direction works."""
         self._muted.add((source, target))
-        self._address_frames(source, target, _NOBODY)
+        self._address_frames(source, target, _NO_HOST)
 
     def isolate(self, name: str) -> None:
-        """Nothing passes between a host and anybody, this machine included."""
+        """Nothing passes between a host and any other, this machine included."""
         self._isolated.add(name)
         self._plug(name, "nomaster")
 
@@ -108,7 +108,7 @@ class Network:
         self._set_queue(name, limit)
 
     def reaches(self, source: str, target: str) -> bool:
-        """Whether a packet of ``source`` gets to ``target`` and an answer comes back."""
+        """Return whether a packet of ``source`` gets to ``target`` and an answer comes back."""
         found: list[bool] = []
 
         def probe() -> None:
@@ -118,7 +118,7 @@ class Network:
                 try:
                     sock.connect((self.host(target).address, _CLOSED_PORT))
                 except ConnectionRefusedError:
-                    found.append(True)  # nobody listens there, but somebody answered
+                    found.append(True)  # no process listens there, but the host answered
                 except OSError:
                     found.append(False)
                 else:
@@ -192,7 +192,7 @@ class Network:
             _remove_everything_of(self._own)
 
     def _address_frames(self, source: str, target: str, mac: str) -> None:
-        """To whom the frames go that ``source`` means for ``target``."""
+        """Set the link-layer address to which ``source`` sends frames for ``target``."""
         address = self.host(target).address
         _run(["ip", "-n", _namespace(self.host(source)), *_neighbour(address, mac, "eth0").split()])
 
@@ -209,7 +209,7 @@ class Network:
 
 
 def namespaces_available() -> str | None:
-    """Why there can be no :class:`Network` here; None if there can."""
+    """Return why there can be no :class:`Network` here; None if there can."""
     missing = [program for program in ("ip", "tc", "unshare") if shutil.which(program) is None]
     if missing:
         return f"{', '.join(missing)} not installed: `apt-get install iproute2 util-linux`"
@@ -258,11 +258,11 @@ def _links() -> list[str]:
 def _free_name() -> str:
     """Unique on this machine, and short: the name of a link has at most 15 characters."""
     taken = _networks()
-    return next(name for message in string.ascii_lowercase if (name := f"psa{os.getpid()}{message}") not in taken)
+    return next(name for letter in string.ascii_lowercase if (name := f"psa{os.getpid()}{letter}") not in taken)
 
 
 def _free_subnet() -> ipaddress.IPv4Network:
-    """One that no route of this machine owns to; random, so that processes that ask at once get different ones."""
+    """One to which no route of this machine leads; random, so that processes that ask at once get different ones."""
     routes = [route["dst"] for route in json.loads(_run(["ip", "-json", "-4", "route", "show", "table", "all"]))]
     taken = [ipaddress.IPv4Network(target) for target in routes if target != "default"]
     for subnet in random.SystemRandom().sample(_SUBNETS, _SUBNET_ATTEMPTS):

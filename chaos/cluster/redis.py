@@ -17,8 +17,10 @@ _FILLER_BYTES = 1 << 16
 
 
 class RedisNode:
-    """Append-only as the private Redis of `psa run`. ``disk_mb``: its data lie on a file system of that size (root
-    only), which is gone after :meth:`close`."""
+    """Append-only as the private Redis of `psa run`.
+
+    ``disk_mb``: its data lie on a file system of that size (root only), which is gone after :meth:`close`.
+    """
 
     def __init__(self, folder: Path, host: Host, disk_mb: int | None = None) -> None:
         self._folder = folder
@@ -28,10 +30,10 @@ class RedisNode:
         if disk_mb is not None:
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={disk_mb}m", "none", str(folder)], check=True)
             self._mounted = True
-        # Without a password it serves other hosts only if told to; the network is the test's own.
+        # Without a password it serves other hosts only on request; the network is the test's own.
         options = {} if host.namespace is None else {"protected-mode": "no"}
         if disk_mb is None:
-            # What Redis acknowledged must be safe, so that the judge may insist. (With this, a full disk ends Redis.)
+            # The checker requires that what Redis acknowledged is durable. (With this, a full disk ends Redis.)
             options["appendfsync"] = "always"
         self._server = PrivateRedis(folder, options, place_on(host))
         self._by_socket = host.namespace is None

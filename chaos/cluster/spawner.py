@@ -1,12 +1,12 @@
-"""Starts processes of the job in milliseconds, on any host: they are forked from one that has imported everything.
+"""Starts processes of the job in milliseconds, on any host: forks them from a process that has imported everything.
 
 The spawner is a process with one thread and one socket to the harness. A request on that socket makes it fork a child,
-which becomes a session of its own, enters its network namespace, takes its environment and its log, and calls a
-function. The answer carries two descriptors: the child itself (a pidfd, so that no signal ever hits a later process
-with the same pid) and the end of a pipe, on which the spawner reports how the child ended.
+which begins a session, enters its network namespace, sets its environment and its log, and calls a function. The
+answer carries two descriptors: the child itself (a pidfd, so that no signal ever hits a later process with the same
+pid) and the end of a pipe, on which the spawner reports how the child ended.
 
-Nobody outlives the harness: when its end of the socket closes, however that comes, the spawner kills its children and
-ends; when the spawner dies first, the kernel kills its children.
+No process outlives the harness: when its end of the socket closes, for whatever reason, the spawner kills its children
+and ends; when the spawner dies first, the kernel kills its children.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Process:
     def wait(self, timeout_s: float) -> int:
         """The exit code, once there is one; raises TimeoutError."""
         with self._lock:
-            # Our own, because another thread may see the end first and close the other.
+            # A duplicate, because another thread may see the end first and close the original.
             report = os.dup(self._report) if self._exit_code is None else None
         if report is not None:
             try:
@@ -104,8 +104,8 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """What a child is to do."""
+class _Task:
+    """What a child does."""
 
     name: str
     target: str
@@ -191,11 +191,11 @@ class Spawner:
         network namespace; what the process prints is appended to ``log``. It ends as a script does: 0 when the
         function returns, 1 with a traceback when it raises.
         """
-        order = _Order(name, target, arguments, dict(env), namespace, str(log.absolute()))
+        task = _Task(name, target, arguments, dict(env), namespace, str(log.absolute()))
         with self._lock:
-            pid, report, pidfd = self._ask(json.dumps(asdict(order)).encode())
+            pid, report, pidfd = self._ask(json.dumps(asdict(task)).encode())
             process = Process(name, pid, pidfd, report)
-            # Nobody has to hold a process or ask how it ended: its descriptors are ours to close.
+            # The caller need neither keep a process nor ask how it ended: its descriptors are closed here.
             self._processes = [*(each for each in self._processes if each.poll() is None), process]
         return process
 
@@ -224,65 +224,65 @@ def _readable(fd: int, timeout_s: float) -> bool:
 # --- In the spawner
 
 
-def _main(plan_follower: socket.socket) -> None:
-    # Before this, nobody may start a thread: only the one that forks exists in a child. (The pool that OpenBLAS
+def _main(harness: socket.socket) -> None:
+    # No thread may start before this: only the one that forks exists in a child. (The pool that OpenBLAS
     # starts with numpy's import is no exception: it is taken down before each fork, by its own handler.)
     importlib.import_module(_PRELOAD)
     # Collecting garbage would write to every page that a child shares with us: half a second at its end alone.
     gc.freeze()
-    order = _fork_on_request(plan_follower)
-    if order is not None:
-        module, _, function = order.target.partition(":")
-        getattr(importlib.import_module(module), function)(*order.arguments)
+    task = _fork_on_request(harness)
+    if task is not None:
+        module, _, function = task.target.partition(":")
+        getattr(importlib.import_module(module), function)(*task.arguments)
 
 
-def _fork_on_request(plan_follower: socket.socket) -> _Order | None:
-    """Returns in each child, with its order; and in the spawner when the harness is gone, with None.
+def _fork_on_request(harness: socket.socket) -> _Task | None:
+    """Returns in each child, with its task; and in the spawner when the harness is gone, with None.
 
     So a child ends by returning from the main program, with all that Python does then, as if it had been executed.
     """
     spawner = os.getpid()
     children: dict[int, _Child] = {}
     poll = select.poll()
-    poll.register(plan_follower, select.POLLIN)
+    poll.register(harness, select.POLLIN)
     while True:
         for fd, _ in poll.poll():
-            if fd != plan_follower.fileno():
+            if fd != harness.fileno():
                 poll.unregister(fd)
                 _reap(children.pop(fd))
                 continue
-            request = _receive(plan_follower)
+            request = _receive(harness)
             if not request:
                 _end(children.values())
                 return None
-            order = _Order(**json.loads(request))
+            task = _Task(**json.loads(request))
             pid = os.fork()
             if pid == 0:
-                plan_follower.close()
+                harness.close()
                 for child in children.values():
                     os.close(child.pidfd)
                     os.close(child.report)
-                _become(order, spawner)
-                return order
-            child = _answer(plan_follower, pid)
+                _become(task, spawner)
+                return task
+            child = _answer(harness, pid)
             children[child.pidfd] = child
             poll.register(child.pidfd, select.POLLIN)
 
 
-def _receive(plan_follower: socket.socket) -> bytes:
+def _receive(harness: socket.socket) -> bytes:
     try:
-        return plan_follower.recv(_REQUEST_BYTES_MAX)
+        return harness.recv(_REQUEST_BYTES_MAX)
     except ConnectionError:
         return b""  # the harness ended with our answers unread
 
 
-def _answer(plan_follower: socket.socket, pid: int) -> _Child:
+def _answer(harness: socket.socket, pid: int) -> _Child:
     """Hand a child to the harness."""
-    # Nobody but us waits for it, so this is it, even if it has ended already.
+    # Only this process waits for it, so the pid is still its own, even if it has ended already.
     pidfd = os.pidfd_open(pid)
     readable, report = os.pipe()
     try:
-        socket.send_fds(plan_follower, [str(pid).encode()], [readable, pidfd])
+        socket.send_fds(harness, [str(pid).encode()], [readable, pidfd])
     except ConnectionError:
         pass  # the harness is gone: the next request is its end
     os.close(readable)
@@ -295,7 +295,7 @@ def _reap(child: _Child) -> None:
     try:
         os.write(child.report, str(os.waitstatus_to_exitcode(status)).encode())
     except BrokenPipeError:
-        pass  # nobody wants to know
+        pass  # the harness is gone
     os.close(child.report)
     os.close(child.pidfd)
 
@@ -307,22 +307,22 @@ def _end(children: Collection[_Child]) -> None:
         _reap(child)
 
 
-def _become(order: _Order, spawner: int) -> None:
-    """In a child: be what the order says, before any of its code runs."""
+def _become(task: _Task, spawner: int) -> None:
+    """In a child: take the identity that the task names, before any of its code runs."""
     die_with_parent(signal.SIGKILL)
     if os.getppid() != spawner:
-        os._exit(1)  # it died before we had said so
+        os._exit(1)  # it died before the kernel was told
     os.setsid()
-    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    Path("/proc/self/comm").write_text(order.name)  # for `ps` and `top`
-    os.environ.update(order.env)
-    if order.namespace is not None:
-        enter(order.namespace)
+    Path("/proc/self/comm").write_text(task.name)  # for `ps` and `top`
+    os.environ.update(task.env)
+    if task.namespace is not None:
+        enter(task.namespace)
 
 
 if __name__ == "__main__":
-    with socket.socket(fileno=int(sys.argv[1])) as _plan_follower:
-        _main(_plan_follower)
+    with socket.socket(fileno=int(sys.argv[1])) as _harness:
+        _main(_harness)

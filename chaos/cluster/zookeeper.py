@@ -17,7 +17,7 @@ _ANSWER_S = 0.5
 
 
 class NoLeader(Exception):
-    """No node owns: there is no quorum, or an election is going on."""
+    """No node leads: there is no quorum, or an election is going on."""
 
 
 class ZooKeeperEnsemble:
@@ -30,7 +30,7 @@ class ZooKeeperEnsemble:
 
     @property
     def hosts(self) -> str:
-        """As PSA_ZOOKEEPER takes it."""
+        """The addresses as PSA_ZOOKEEPER takes them."""
         return self._servers.hosts
 
     @property
@@ -62,14 +62,14 @@ class ZooKeeperEnsemble:
             shutil.rmtree(data)
 
     def leader(self) -> int:
-        """The node that owns; raises NoLeader."""
+        """Return the leader; raise NoLeader."""
         for node in range(len(self.addresses)):
             if self._facts(node).get("Mode") == "leader":
                 return node
         raise NoLeader
 
     def znodes(self) -> int:
-        """How many znodes there are; raises NoLeader if no node tells."""
+        """Return the number of znodes; raise NoLeader if no node answers."""
         for node in range(len(self.addresses)):
             count = self._facts(node).get("Node count")
             if count is not None:
@@ -83,7 +83,7 @@ class ZooKeeperEnsemble:
         self._servers.stop()
 
     def _facts(self, node: int) -> dict[str, str]:
-        """What a node says of itself; nothing if it does not answer, or serves nobody."""
+        """Return what a node reports of itself; nothing if it does not answer or does not serve."""
         try:
             with socket.create_connection(self.addresses[node], timeout=_ANSWER_S) as sock:
                 sock.sendall(b"srvr")
@@ -94,6 +94,6 @@ class ZooKeeperEnsemble:
 
 
 def place_on(host: Host) -> Place:
-    """Where a server program runs that belongs on a host."""
+    """Return how a server program is started on a host."""
     enter = () if host.namespace is None else ("ip", "netns", "exec", host.namespace)
     return Place(host.address, enter)

@@ -1,4 +1,4 @@
-"""Bugs that psa_store does not have, planted by a test to see that the judge finds them.
+"""Bugs that psa_store does not have, planted by a test to see that the checker finds them.
 
 The product knows nothing of this: a ``sitecustomize`` that Python imports at the start of every process of the job
 replaces one method before anything runs.
@@ -22,7 +22,7 @@ BUGS = {
 
 
 def environment(bug: str) -> dict[str, str]:
-    """What the processes of a job need in their environment to have this bug."""
+    """Return the environment that gives the processes of a job this bug."""
     assert bug in BUGS, bug
     here = Path(__file__).parent
     paths = [str(here / "site"), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -30,7 +30,7 @@ def environment(bug: str) -> dict[str, str]:
 
 
 def plant() -> None:
-    """Plant what the environment names."""
+    """Plant the bug that the environment names."""
     bug = os.environ.get(ENV)
     if bug:
         importlib.import_module(f"chaos.planted.{bug}").plant()

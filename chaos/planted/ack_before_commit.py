@@ -8,11 +8,11 @@ from psa_store.server.committer import Committer, Work
 from psa_store.server.messages import Committed
 
 _LATER_S = 0.05
-"""The word is out before the first chunk is written, whichever thread is faster."""
+"""The acknowledgement leaves before the first chunk is written, whichever thread is faster."""
 
 
 def plant() -> None:
-    """Have the committer tell the engine at once what it has yet to do."""
+    """Make the committer report to the event loop before it has committed."""
     original = Committer.submit
 
     def submit(self: Committer, work: Work) -> None:

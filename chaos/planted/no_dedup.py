@@ -11,13 +11,13 @@ from psa_store.server.shard import OwnedShard
 
 
 def plant() -> None:
-    """Have servers take every push of the present step, and add up what comes for one rank."""
+    """Make servers take every push of the present step, and sum all pushes of one rank."""
     offer, accept, take, apply = SyncStep.offer, SyncStep.accept, OwnedShard.take_gradient, OwnedShard.apply
 
     def take_all(self: SyncStep, step: int, shard: int, rank: int) -> Offer:
-        judged = offer(self, step, shard, rank)
-        again = judged is Offer.DUPLICATE and step == self.version and shard in self._trained
-        return Offer.NEW if again else judged
+        found = offer(self, step, shard, rank)
+        again = found is Offer.DUPLICATE and step == self.version and shard in self._trained
+        return Offer.NEW if again else found
 
     def accept_again(self: SyncStep, shard: int, rank: int, *, finite: bool = True) -> bool:
         if shard in self._trained and rank in self._arrived[shard]:

@@ -1,4 +1,4 @@
-"""What a campaign came to, for people: one page and one picture."""
+"""The report of a campaign: one page and one picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Run", "write_report"]
 
 def write_report(runs: Sequence[Run], folder: Path) -> None:
     """Write ``report.html``, which holds everything, and ``report.png``, the picture of its longest run."""
-    drawable = [run for run in runs if run.journal is not None and run.verdict.wall_s > 0]
+    drawable = [run for run in runs if run.history is not None and run.verdict.wall_s > 0]
     longest = max(drawable, key=lambda run: run.verdict.wall_s, default=None)
     picture = ""
     if longest is not None:

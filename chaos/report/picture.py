@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 
 from chaos.check.recovery import Recovery, steps_of
-from chaos.journal import Journal
+from chaos.history import History
 from chaos.report.run import Run
 
 matplotlib.use("Agg")
@@ -41,21 +41,21 @@ _WINDOWS = 150
 
 def draw(run: Run, path: Path) -> None:
     """Draw one run."""
-    assert run.journal is not None
-    journal = run.journal
+    assert run.history is not None
+    history = run.history
     kinds = sorted({each.kind for each in run.verdict.recoveries})
     palette = _PALETTE if len(kinds) <= len(_PALETTE) else _MANY
     colours = {kind: palette[index % len(palette)] for index, kind in enumerate(kinds)}
     figure, (top, strip, middle, bottom) = plt.subplots(
         4, 1, figsize=(13, 10), sharex=True, height_ratios=[4, 1.6, 2.2, 1.4], layout="constrained"
     )
-    steps = steps_of(journal)
+    steps = steps_of(history)
     begun = steps.times[0]
-    _loss(top, journal, begun)
+    _loss(top, history, begun)
     for recovery in run.verdict.recoveries:
         _fault(top, recovery, colours, labelled=len(run.verdict.recoveries) <= _LABELS_MAX)
         middle.axvspan(recovery.at_s, recovery.at_s + recovery.recovery_s, color=colours[recovery.kind], alpha=0.25)
-    _quiet(top, journal, begun)
+    _quiet(top, history, begun)
     _strip(strip, run.verdict.recoveries, colours)
     middle.plot([t - begun for t in steps.times], steps.versions, color="#333333", linewidth=1)
     middle.set_ylabel("version")
@@ -74,8 +74,8 @@ def draw(run: Run, path: Path) -> None:
     plt.close(figure)
 
 
-def _loss(axes: Axes, journal: Journal, begun: float) -> None:
-    points = [(event.t - begun, event["loss"]) for event in journal.of("loss") if event["rank"] == 0]
+def _loss(axes: Axes, history: History, begun: float) -> None:
+    points = [(event.t - begun, event["loss"]) for event in history.of("loss") if event["rank"] == 0]
     if not points:
         return
     times, losses = (np.array(each) for each in zip(*points, strict=True))
@@ -114,10 +114,10 @@ def _strip(axes: Axes, recoveries: tuple[Recovery, ...], colours: dict[str, str]
     axes.grid(axis="y", alpha=0.3)
 
 
-def _quiet(axes: Axes, journal: Journal, begun: float) -> None:
-    quiet = journal.of("quiet")
+def _quiet(axes: Axes, history: History, begun: float) -> None:
+    quiet = history.of("quiet")
     if quiet:
-        end = max(event.t for event in journal.events) - begun
+        end = max(event.t for event in history.events) - begun
         axes.axvspan(quiet[0].t - begun, end, color="#f0f0f0", zorder=0)
         axes.text(quiet[0].t - begun, 0.02, " quiet", fontsize=8, color="#777777", transform=axes.get_xaxis_transform())
 

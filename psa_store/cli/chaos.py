@@ -19,7 +19,7 @@ _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user asked for, as typed."""
+    """The options of the command, as typed."""
 
     scenario: str
     seeds: Sequence[int]
@@ -30,13 +30,13 @@ class Options:
 
 
 def run_chaos(options: Options) -> None:
-    """Play scenarios and judge them; raises an error with exit code 1 if a promise was broken."""
+    """Play scenarios and check them; raise an error with exit code 1 if a promise was broken."""
     _find_harness()
-    from chaos.campaign import Campaign, conduct
+    from chaos.campaign import Campaign, run_campaign
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever was started is ended on the way out
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended on the way out
 
-    conduct(
+    run_campaign(
         Campaign(
             names=options.scenario.split(","),
             seeds=options.seeds,
@@ -49,7 +49,7 @@ def run_chaos(options: Options) -> None:
 
 
 def list_scenarios() -> None:
-    """Print every scenario with what happens in it."""
+    """Print every scenario with its faults."""
     _find_harness()
     from chaos.faults import FAULTS
     from chaos.scenarios import SCENARIOS
@@ -59,7 +59,7 @@ def list_scenarios() -> None:
 
 
 def seconds(option: str, text: str) -> float:
-    """Read "90s", "10m" or "1h"; raises UsageError."""
+    """Parse "90s", "10m" or "1h"; raise UsageError."""
     found = _DURATION.fullmatch(text)
     if found is None or float(found[1]) <= 0:
         raise UsageError(f"{option} {text}: use a number and a unit, as in 90s, 10m or 1h")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from chaos import journal as journals
 from chaos.barrier.check import check_drill
-from chaos.barrier.drill import KILL_ALL, drill, plan_of
+from chaos.barrier.drill import KILL_ALL, drill, schedule_of
+from chaos.history import read_history
 from chaos.planted import environment
 from psa_store.launch import PrivateZooKeeper
 
@@ -22,16 +22,16 @@ def zookeeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateZooKe
     private.stop()
 
 
-def test_a_barrier_has_one_outcome_whoever_dies(zookeeper: PrivateZooKeeper, tmp_path: Path) -> None:
+def test_a_barrier_has_one_outcome_whichever_member_dies(zookeeper: PrivateZooKeeper, tmp_path: Path) -> None:
     seed = 0
-    folder = drill(zookeeper.hosts, "drill", tmp_path, seed, plan_of(seed))
-    journal = journals.read(folder)
-    assert check_drill(journal) == []
-    outcomes = {event["state"] for event in journal.of("outcome")}
+    folder = drill(zookeeper.hosts, "drill", tmp_path, seed, schedule_of(seed))
+    history = read_history(folder)
+    assert check_drill(history) == []
+    outcomes = {event["state"] for event in history.of("outcome")}
     assert outcomes == {"done", "aborted"}
 
 
 def test_a_double_barrier_is_caught(zookeeper: PrivateZooKeeper, tmp_path: Path) -> None:
     folder = drill(zookeeper.hosts, "double", tmp_path, 0, [KILL_ALL], environment("double_barrier"))
-    found = [each.message for each in check_drill(journals.read(folder))]
+    found = [each.message for each in check_drill(read_history(folder))]
     assert any("passed barrier" in message for message in found), found

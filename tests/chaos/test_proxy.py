@@ -80,7 +80,7 @@ def test_it_passes_everything_and_counts_it(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 5, 9])
 def test_an_answer_is_torn_at_its_byte_once(proxy: Proxy, at: int) -> None:
-    proxy.cut_answers_after(at)
+    proxy.cut_replies_after(at)
     with connect(proxy) as client:
         assert exchange(client, b"0123456789") == b"0123456789"[:at]
     assert proxy.fired == 1

@@ -1,4 +1,4 @@
-"""The short selection of the matrix: every promise, judged from outside, under the faults that found most bugs.
+"""The short selection of the matrix: every promise, checked from outside, under the faults that found most bugs.
 
 Everything of it, with more seeds: `psa chaos run --scenario all --seeds 20`.
 """
@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from chaos import journal as journals
 from chaos.campaign import PACE_S, SHORT_STEPS, undisturbed
-from chaos.check import Verdict, judge
+from chaos.check import Verdict, check_history
 from chaos.cluster.network import namespaces_available
-from chaos.job import Order
-from chaos.journal import Truth
+from chaos.history import Reference, read_history
+from chaos.job import JobSpec
 from chaos.planted import BUGS, environment
-from chaos.run import Request, carry_out, replay_command
+from chaos.run import RunSpec, replay_command, run_once
 from chaos.scenarios import scenario
-from chaos.schedule import ScheduledFault, pace_s, short_plan
+from chaos.schedule import ScheduledFault, pace_s, short_schedule
 from chaos.site import Site, open_site
 
 SELECTION = [
@@ -72,63 +71,69 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def known(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Truth:
+def reference(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return undisturbed(site, SHORT_STEPS, tmp_path_factory.mktemp("undisturbed"))
 
 
 def play(
-    site: Site, name: str, seed: int, plan: list[ScheduledFault], known: Truth, folder: Path, bug: str | None = None
+    site: Site,
+    name: str,
+    seed: int,
+    schedule: list[ScheduledFault],
+    reference: Reference,
+    folder: Path,
+    bug: str | None = None,
 ) -> Verdict:
     """``bug``: one to plant."""
     row = scenario(name)
-    order = Order(
+    spec = JobSpec(
         f"{name}-{bug or seed}".replace(".", "-"),
         SHORT_STEPS,
-        pace_s(plan, SHORT_STEPS, PACE_S),
+        pace_s(schedule, SHORT_STEPS, PACE_S),
         folder / "run",
         environment(bug) if bug else {},
         row.commit_every,
     )
-    carry_out(Request(row, seed, plan, order, replay_command(row.name, seed)), site)
-    return judge(journals.read(order.journals), known)
+    run_once(RunSpec(row, seed, schedule, spec, replay_command(row.name, seed)), site)
+    return check_history(read_history(spec.journals), reference)
 
 
 @pytest.mark.parametrize(("name", "seed"), SELECTION)
-def test_every_promise_is_kept(site: Site, known: Truth, tmp_path: Path, name: str, seed: int) -> None:
-    verdict = play(site, name, seed, short_plan(scenario(name).kinds, name, seed), known, tmp_path)
+def test_every_promise_is_kept(site: Site, reference: Reference, tmp_path: Path, name: str, seed: int) -> None:
+    verdict = play(site, name, seed, short_schedule(scenario(name).kinds, name, seed), reference, tmp_path)
     assert not verdict.violations, explained(verdict, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "seed"), BETWEEN_HOSTS)
 def test_every_promise_is_kept_between_hosts(
-    request: pytest.FixtureRequest, known: Truth, tmp_path: Path, name: str, seed: int
+    request: pytest.FixtureRequest, reference: Reference, tmp_path: Path, name: str, seed: int
 ) -> None:
     if (reason := namespaces_available()) is not None:
         pytest.skip(reason)
     hosts = request.getfixturevalue("hosts")
-    verdict = play(hosts, name, seed, short_plan(scenario(name).kinds, name, seed), known, tmp_path)
+    verdict = play(hosts, name, seed, short_schedule(scenario(name).kinds, name, seed), reference, tmp_path)
     assert not verdict.violations, explained(verdict, tmp_path)
 
 
-def test_every_promise_is_kept_when_replies_are_torn(known: Truth, tmp_path: Path) -> None:
+def test_every_promise_is_kept_when_replies_are_torn(reference: Reference, tmp_path: Path) -> None:
     row = scenario("redis-torn-reply")
     with open_site(row, tmp_path / "site") as proxied:
-        verdict = play(proxied, row.name, 0, short_plan(row.kinds, row.name, 0), known, tmp_path)
+        verdict = play(proxied, row.name, 0, short_schedule(row.kinds, row.name, 0), reference, tmp_path)
     assert not verdict.violations, explained(verdict, tmp_path)
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_was_found_once_stays_away(site: Site, known: Truth, tmp_path: Path, name: str) -> None:
-    verdict = play(site, name, 0, FOUND[name], known, tmp_path)
+def test_what_was_found_once_stays_away(site: Site, reference: Reference, tmp_path: Path, name: str) -> None:
+    verdict = play(site, name, 0, FOUND[name], reference, tmp_path)
     assert not verdict.violations, explained(verdict, tmp_path)
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught(site: Site, known: Truth, tmp_path: Path, bug: str) -> None:
-    name, planned = PLANTED[bug]
-    verdict = play(site, name, 0, [planned], known, tmp_path, bug)
+def test_a_planted_bug_is_caught(site: Site, reference: Reference, tmp_path: Path, bug: str) -> None:
+    name, fault = PLANTED[bug]
+    verdict = play(site, name, 0, [fault], reference, tmp_path, bug)
     caught = {violation.check for violation in verdict.violations}
-    assert caught & CAUGHT_BY[bug], f"{BUGS[bug]}, and nobody noticed; violations: {verdict.violations}"
+    assert caught & CAUGHT_BY[bug], f"{BUGS[bug]}, and no check found it; violations: {verdict.violations}"
 
 
 CAUGHT_BY = {
@@ -137,7 +142,7 @@ CAUGHT_BY = {
     "read_before_seal": {"durability"},
     "ack_before_commit": {"durability"},
 }
-"""The check that must see it, and not some other one by chance."""
+"""The check that must find the bug; another one might by chance."""
 
 
 def explained(verdict: Verdict, folder: Path) -> str:

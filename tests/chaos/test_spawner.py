@@ -1,4 +1,4 @@
-"""The spawner starts processes fast, each of its own making, and none of them outlives whoever wanted it."""
+"""The spawner starts processes fast, each with its own environment, and none outlives its harness."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_neither_zombies_nor_descriptors_pile_up(spawner: Spawner, tmp_path: Pat
     before = parent.num_fds(), harness.num_fds()
     processes = [run(spawner, log, "pass") for _ in range(4)]
     for _ in range(4):
-        run(spawner, log, "pass")  # dropped: nobody asks how it ended
+        run(spawner, log, "pass")  # dropped without waiting for its end
     for process in processes:
         assert process.wait(_SOON_S) == 0
     until(lambda: not parent.children())

@@ -508,7 +508,7 @@ def test_a_commit_survives_a_cut_anywhere(
     proxy: Proxy, distant: RedisStore, store: RedisStore, raw: redis.Redis, size: int
 ) -> None:
     """In the middle of a value, of a flip, or of an answer: each shard is committed exactly once, and whole."""
-    cuts = [(proxy.cut_requests_after, max(97, size // 3)), (proxy.cut_answers_after, 13)]
+    cuts = [(proxy.cut_requests_after, max(97, size // 3)), (proxy.cut_replies_after, 13)]
     for cut, stride in cuts:
         for count in itertools.count(1, stride):
             raw.flushdb()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from chaos import journal as journals
 from chaos.check.arrival import check_arrivals
+from chaos.history import read_history
 from psa_store.job.mode import parse_mode
 from tests.harness import Run, Site
 
@@ -86,10 +86,10 @@ def test_a_connection_that_breaks_changes_nothing(
     assert run.finish() == 0, run.output
     assert cuts > 0, "there was nothing to break"
     assert len(terms) == 1, "a term ended"
-    journal = journals.read(tmp_path)
+    history = read_history(tmp_path)
     version = STEPS // parse_mode(mode).round_steps
     if parse_mode(mode).on_arrival:
-        assert check_arrivals(journal) == []
+        assert check_arrivals(history) == []
         return
     calm = start(site, f"calm-cut-{name}", mode, compress, tmp_path, workers=1, servers=1)
     assert calm.finish() == 0, calm.output

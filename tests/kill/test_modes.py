@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import psa_store as psa
-from chaos import journal as journals
 from chaos.check.arrival import check_arrivals
+from chaos.history import History, read_history
 from psa_store.checkpoint.digest import tensors_digest
 from psa_store.job.config import job_config_from_json
 from psa_store.job.layout import layout_from_json
@@ -45,9 +45,9 @@ def start(
     )
 
 
-def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> journals.Journal:
-    journal = journals.read(folder)
-    assert check_arrivals(journal) == []
+def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> History:
+    history = read_history(folder)
+    assert check_arrivals(history) == []
     with closing(site.store()) as store:
         found = store.read_job(job)
         assert found is not None
@@ -57,8 +57,8 @@ def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> journals
             assert [final.scalars[f"clock.{rank}"] for rank in range(RANKS)] == [STEPS] * RANKS
     with psa.Store(job, redis=site.redis) as stored:
         last = tensors_digest(stored.state_dict())
-    assert {event["digest"] for event in journal.of("ended") if event["finished"]} == {last}, "a model is not the last"
-    return journal
+    assert {event["digest"] for event in history.of("ended") if event["finished"]} == {last}, "a model is not the last"
+    return history
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_every_acknowledged_push_counts_once(
         print(f"step {step}: killed {pids}")
         run.wait_for_line(lambda line: "restarting" in line)
     assert run.finish() == 0, run.output
-    journal = assert_all_pushes_count_once(site, job, tmp_path)
-    assert journal.of("settled"), "nothing was ever acknowledged"
+    history = assert_all_pushes_count_once(site, job, tmp_path)
+    assert history.of("settled"), "nothing was ever acknowledged"
     if "server" in victims:
-        assert journal.of("replayed"), "nothing had to be pushed again: the kill proves nothing"
+        assert history.of("replayed"), "nothing had to be pushed again: the kill proves nothing"
 
 
 def test_everything_is_killed_and_the_same_command_resumes(site: Site, rng: random.Random, tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from chaos import journal as journals
 from chaos.check import exactly_once
-from chaos.journal import Truth
+from chaos.history import Reference, read_history
 from psa_store.job.config import job_config_from_json
 from psa_store.job.layout import TensorRole, layout_from_json
 from psa_store.job.mode import parse_mode
@@ -75,9 +74,9 @@ def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 def assert_each_round_counts_once(folder: Path, mode: str) -> None:
-    with closing(Journal(folder, "test", "judge")) as own:
+    with closing(Journal(folder, "test", "checker")) as own:
         own.record("scenario", steps=final(mode), ranks=RANKS)
-    violations = exactly_once.check(journals.read(folder), Truth({}, ""))
+    violations = exactly_once.check(read_history(folder), Reference({}, ""))
     assert violations == []
 
 
@@ -145,10 +144,10 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
     hurry.touch()
     assert run.finish() == 0 and worker.finish() == 0, run.output + worker.output
     assert site.digest(job, final(PLAIN)) == undisturbed("plain")
-    journal = journals.read(tmp_path)
-    resumed = {event["resume"] for event in journal.of("published")}
+    history = read_history(tmp_path)
+    resumed = {event["resume"] for event in history.of("published")}
     assert all(version % COMMIT_EVERY == 0 for version in resumed)
-    times = Counter((event["step"], event["rank"]) for event in journal.of("pushed"))
+    times = Counter((event["step"], event["rank"]) for event in history.of("pushed"))
     assert len(times) == final(PLAIN) * RANKS
     assert {step for (step, _), count in times.items() if count > 1} <= resumed, "a round was lost"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos import journal as journals
+from chaos.history import read_history
 from tests.harness import Run, Site
 
 STEPS, RANKS = 120, 3
@@ -38,15 +38,15 @@ def test_steps_go_on_while_a_worker_is_stopped(site: Site, tmp_path: Path, mode:
     finally:
         os.kill(victim, signal.SIGCONT)
     assert run.finish() == 0, run.output
-    journal = journals.read(tmp_path)
-    assert all(event["finished"] for event in journal.of("ended")), "the worker that was stopped was left behind"
+    history = read_history(tmp_path)
+    assert all(event["finished"] for event in history.of("ended")), "the worker that was stopped was left behind"
     if mode == "sync:speculate":
-        assert journal.of("speculated")
+        assert history.of("speculated")
         calm = start(site, "calm-speculate", "sync", tmp_path)
         assert calm.finish() == 0, calm.output
         assert site.digest(job, STEPS) == site.digest("calm-speculate", STEPS)
     else:
-        counts = [len(event["ranks"]) - list(event["ranks"].values()).count(0) for event in journal.of("applied")]
+        counts = [len(event["ranks"]) - list(event["ranks"].values()).count(0) for event in history.of("applied")]
         assert min(counts) == RANKS - 1
 
 
@@ -61,5 +61,5 @@ def test_a_worker_and_a_server_may_die_all_the_same(site: Site, tmp_path: Path, 
     os.kill(site.pids(job, "servers")[0], signal.SIGKILL)
     run.wait_for_line(lambda line: "restarting" in line)
     assert run.finish() == 0, run.output
-    ended = journals.read(tmp_path).of("ended")
+    ended = read_history(tmp_path).of("ended")
     assert len({event["digest"] for event in ended}) == 1, "a model is not the last"

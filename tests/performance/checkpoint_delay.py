@@ -1,7 +1,7 @@
-"""What steps feel of a checkpoint: ``python -m tests.performance.checkpoint_delay``.
+"""By how much a checkpoint delays steps: ``python -m tests.performance.checkpoint_delay``.
 
-Trains a stack of linear layers whose parameters and AdamW state are ``--megabytes``, times every step in the process
-that owns output, and takes checkpoints meanwhile, one every few steps. There are no regular commits
+Trains a stack of linear layers whose parameters and AdamW state are ``--megabytes``, times every step in the main
+worker, and takes checkpoints meanwhile, one every few steps. There are no regular commits
 (``commit_every=0``), so nothing else is written. Steps that overlap a checkpoint, from its request to its end, are
 compared with the others of the same run.
 """
@@ -9,16 +9,11 @@ compared with the others of the same run.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from contextlib import closing
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -26,10 +21,8 @@ from torch import nn
 import psa_store as psa
 from psa_store.checkpoint.catalog import read_job, remove
 from psa_store.checkpoint.saving import save
-from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.launch import PrivateServers
-from psa_store.storage import RedisStore
+from tests.performance.common import Servers, StepTimes, private_servers
 
 JOB = "delay"
 AIM_SHARE, AIM_S = 0.10, 0.050
@@ -55,40 +48,6 @@ def train(megabytes: float, samples: int, steps: int) -> None:
                 print(f"step {worker.version} {time.monotonic()}", flush=True)
 
 
-class _Steps:
-    """When each step ended, as the run prints it."""
-
-    def __init__(self, run: subprocess.Popen[str]) -> None:
-        self.ended_s: list[float] = []
-        self._run = run
-        self._more = threading.Condition()
-        self._over = False
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self._run.stdout is not None
-        for line in self._run.stdout:
-            if line.startswith("step "):
-                with self._more:
-                    self.ended_s.append(float(line.split()[2]))
-                    self._more.notify_all()
-        with self._more:
-            self._over = True
-            self._more.notify_all()
-
-    def wait_for(self, count: int) -> None:
-        with self._more:
-            self._more.wait_for(lambda: self._over or len(self.ended_s) >= count)
-            if len(self.ended_s) < count:
-                raise SystemExit("the run ended before its time")
-
-    def close(self) -> None:
-        self._run.terminate()
-        self._thread.join()
-        self._run.wait()
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--megabytes", type=float, default=1000.0, help="parameters and optimizer state, 10^6 bytes")
@@ -99,43 +58,34 @@ def main() -> None:
     args = options.parse_args()
     if args.train:
         return train(args.megabytes, args.samples, 1 << 30)
-    with tempfile.TemporaryDirectory() as home, closing(PrivateServers(Path(home))) as servers:
-        servers.start()
-        addresses = servers.addresses
-        settings = Settings(redis=addresses.redis, zookeeper=addresses.zookeeper)
-        script = [
-            str(Path(__file__).resolve()),
-            "--train",
-            f"--megabytes={args.megabytes}",
-            f"--samples={args.samples}",
-        ]
-        command = [sys.executable, "-m", "psa_store.cli", "run", f"--workers={args.workers}", "--commit-every=0"]
-        env = {**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper, "PSA_CONFIG": ""}
-        run = subprocess.Popen([*command, *script], env=env, stdout=subprocess.PIPE, text=True)
-        with closing(_Steps(run)) as steps:
-            spans = _take(settings, steps, args.checkpoints)
-            ended_s = list(steps.ended_s)
+    script = [__file__, "--train", f"--megabytes={args.megabytes}", f"--samples={args.samples}"]
+    with (
+        private_servers() as servers,
+        servers.psa("run", f"--workers={args.workers}", "--commit-every=0", *script) as run,
+        closing(StepTimes(run)) as steps,
+    ):
+        spans = _take(servers, steps, args.checkpoints)
+        ended_s = list(steps.times_s)
     _report(args.megabytes, args.workers, ended_s, spans)
     return None
 
 
-def _take(settings: Settings, steps: _Steps, count: int) -> list[tuple[float, float]]:
-    """Take checkpoints; returns when each was asked for and when it was there."""
-    assert settings.redis is not None and settings.zookeeper is not None
+def _take(servers: Servers, steps: StepTimes, count: int) -> list[tuple[float, float]]:
+    """Take checkpoints; return when each was requested and when it was complete."""
     woken = threading.Event()
     spans = []
-    steps.wait_for(_WARM_UP_STEPS)
-    coordination = Coordination(settings.zookeeper, JOB, session_timeout_s=4.0, connect_timeout_s=5.0, wake=woken.set)
-    with closing(RedisStore(settings.redis, timeout_s=5.0)) as store, closing(coordination):
+    steps.wait(_WARM_UP_STEPS)
+    coordination = Coordination(servers.zookeeper, JOB, session_timeout_s=4.0, connect_timeout_s=5.0, wake=woken.set)
+    with closing(servers.store()) as store, closing(coordination):
         coordination.start()
         for number in range(count):
-            steps.wait_for(len(steps.ended_s) + _BETWEEN_STEPS)
+            steps.wait(_BETWEEN_STEPS)
             begun_s = time.monotonic()
             done = save(store, coordination, woken, JOB, f"c{number}", 300.0)
             spans.append((begun_s, time.monotonic()))
-            steps.wait_for(len(steps.ended_s) + 1)
+            steps.wait(1)
             remove(store, JOB, read_job(store, JOB).layout, [done.name])
-        steps.wait_for(len(steps.ended_s) + _BETWEEN_STEPS)
+        steps.wait(_BETWEEN_STEPS)
     return spans
 
 

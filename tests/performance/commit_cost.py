@@ -3,34 +3,28 @@
 Trains the GPT example with two workers and one server at the default commit interval and times every step. A commit
 begins with the step after a multiple of ``commit_every`` and is written while the next steps run; so the steps of the
 first half of each interval, which pay for it, are compared with those of the second half of the same interval, which
-do not. Alternating every second, this sees costs that are far below what a shared machine drifts by between two runs.
+do not. Both halves are of one run, so a machine that drifts between two runs does not hide small costs.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from contextlib import closing
-from pathlib import Path
 
 import torch
 
 import psa_store as psa
 from psa_store.examples import gpt
 from psa_store.job.config import COMMIT_EVERY_DEFAULT
-from psa_store.launch import PrivateServers
+from tests.performance.common import private_servers
 
 WARM_UP_INTERVALS = 1
 AIM = 0.035
 
 
 def train(data: str, steps: int) -> None:
-    """The training script: prints the seconds of each step from the process that owns output."""
+    """The training script: prints the seconds of each step from the main worker."""
     torch.set_num_threads(1)
     options = gpt.parse_options(["--steps", str(steps), *(["--data", data] if data else [])])
     text = gpt.load_text(options.data)
@@ -56,18 +50,10 @@ def main() -> None:
     args = options.parse_args()
     if args.train:
         return train(args.data, args.steps)
-    with tempfile.TemporaryDirectory() as home, closing(PrivateServers(Path(home))) as servers:
-        servers.start()
-        addresses = servers.addresses
-        script = [str(Path(__file__).resolve()), "--train", "--data", args.data, "--steps", str(args.steps)]
-        run = subprocess.run(
-            [sys.executable, "-m", "psa_store.cli", "run", "--workers", "2", "--servers", "1", *script],
-            env={**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    took = {int(line.split()[1]): float(line.split()[2]) for line in run.stdout.splitlines() if line.startswith("took")}
+    script = [__file__, "--train", "--data", args.data, "--steps", str(args.steps)]
+    with private_servers() as servers:
+        lines = [line.split() for line in servers.psa_lines("run", "--workers=2", "--servers=1", *script)]
+    took = {int(line[1]): float(line[2]) for line in lines if line[:1] == ["took"]}
     every, half = COMMIT_EVERY_DEFAULT, COMMIT_EVERY_DEFAULT // 2
     costs = []
     for start in range(WARM_UP_INTERVALS * every, args.steps - every + 1, every):

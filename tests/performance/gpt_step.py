@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +26,8 @@ from psa_store.errors import PsaError, UsageError, UserCodeFailed
 from psa_store.examples import gpt
 from psa_store.examples.progress import StepTimer
 from psa_store.job.sampling import sample_indices
-from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from psa_store.optim import AdamW, Schedule
+from tests.performance.common import private_servers, summary
 
 PLAIN_THREADS = 2
 WORKERS = 2
@@ -115,14 +111,14 @@ def variants(data: Path | None, steps: int) -> tuple[Variant, ...]:
     )
 
 
-def measure(data: Path | None, steps: int, rounds: int, folder: Path) -> dict[str, list[float]]:
+def measure(data: Path | None, steps: int, rounds: int) -> dict[str, list[float]]:
     """Seconds per step of every variant in every round. Every second round goes the other way round."""
     found: dict[str, list[float]] = {variant.name: [] for variant in variants(data, steps)}
-    with _dependencies(folder) as environment:
+    with private_servers() as servers:
         for index in range(rounds):
             for variant in variants(data, steps)[:: -1 if index % 2 else 1]:
-                run = folder / f"{index}-{variant.name.replace(' ', '-')}"
-                step_s = _time(variant, environment, run, RUN_TIMEOUT_S_BASE + steps * RUN_TIMEOUT_S_PER_STEP)
+                run = servers.home / f"{index}-{variant.name.replace(' ', '-')}"
+                step_s = _time(variant, servers.env, run, RUN_TIMEOUT_S_BASE + steps * RUN_TIMEOUT_S_PER_STEP)
                 found[variant.name].append(step_s)
                 print(f"round {index + 1}: {variant.name:<20} {1e3 * step_s:7.2f} ms per step", flush=True)
     return found
@@ -132,36 +128,13 @@ def report(found: Mapping[str, Sequence[float]]) -> str:
     """A table: median and spread of the time per step, and of the ratios to each other variant before it."""
     lines = [f"{'':<20}  ms per step: median (least to most)"]
     for name, times in found.items():
-        lines.append(f"{name:<20}  {_summary([1e3 * time for time in times], '.2f')}")
+        lines.append(f"{name:<20}  {summary([1e3 * time for time in times], '.2f')}")
     lines += ["", f"{'ratio':<38}  median (least to most), each within one round"]
     names = list(found)
     for below, name in ((b, n) for i, n in enumerate(names) for b in names[:i]):
         ratios = [time / base for time, base in zip(found[name], found[below], strict=True)]
-        lines.append(f"{f'{name} / {below}':<38}  {_summary(ratios, '.3f')}")
+        lines.append(f"{f'{name} / {below}':<38}  {summary(ratios, '.3f')}")
     return "\n".join(lines)
-
-
-def _summary(values: Sequence[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-@contextmanager
-def _dependencies(folder: Path) -> Iterator[dict[str, str]]:
-    """An environment with a Redis and a ZooKeeper of our own and nothing else of psa's in it."""
-    with ExitStack() as stack:
-        redis = PrivateRedis(folder / "redis")
-        stack.callback(redis.stop)
-        redis.start(START_TIMEOUT_S)
-        zookeeper = PrivateZooKeeper(folder / "zookeeper")
-        stack.callback(zookeeper.stop)
-        zookeeper.start(START_TIMEOUT_S)
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PSA_")}
-        yield inherited | {
-            "PSA_REDIS": redis.url,
-            "PSA_ZOOKEEPER": zookeeper.hosts,
-            "PSA_HOME": str(folder / "home"),
-            "PSA_CONFIG": "",
-        }
 
 
 def _time(variant: Variant, environment: Mapping[str, str], run: Path, timeout_s: float) -> float:
@@ -177,12 +150,12 @@ def _time(variant: Variant, environment: Mapping[str, str], run: Path, timeout_s
             code = process.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
             raise UserCodeFailed(
-                f"{variant.name}: not done after {timeout_s:.0f} s. Its last words:\n{_tail(log)}"
+                f"{variant.name}: not done after {timeout_s:.0f} s. The end of its log:\n{_tail(log)}"
             ) from error
         finally:
             _stop(process)
     if code != 0 or not timing.exists():
-        raise UserCodeFailed(f"{variant.name}: exit code {code}. Its last words:\n{_tail(log)}")
+        raise UserCodeFailed(f"{variant.name}: exit code {code}. The end of its log:\n{_tail(log)}")
     document = json.loads(timing.read_text())
     if variant.name != "plain loop" and document["workers"] != WORKERS:
         raise UserCodeFailed(f"{variant.name}: ran with {document['workers']} of {WORKERS} workers for a while")
@@ -216,8 +189,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.steps <= StepTimer.AFTER_STEP or options.rounds < 1:
         raise UsageError(f"use more than {StepTimer.AFTER_STEP} steps and at least one round")
-    with tempfile.TemporaryDirectory(prefix="psa-bench-") as folder:
-        print("\n" + report(measure(options.data, options.steps, options.rounds, Path(folder))))
+    print("\n" + report(measure(options.data, options.steps, options.rounds)))
 
 
 if __name__ == "__main__":

@@ -12,49 +12,37 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
 from psa_store.checkpoint.digest import state_digest
-from psa_store.config import Settings
 from psa_store.examples import gpt
-from psa_store.launch import Addresses, PrivateServers
 from psa_store.observe.status import describe
-from psa_store.storage import RedisStore
+from tests.performance.common import Servers, private_servers
 
 RANKS = 2
 _STEP = re.compile(r"^step (\d+)/")
 _LOSS = re.compile(r"^validation loss \S+")
 
 
-def train(name: str, workers: int, kills: dict[int, str], args: argparse.Namespace, addresses: Addresses) -> str:
-    """One run of the main job; ``kills``: after which step to kill one of the "workers" or "servers"."""
-    settings = Settings(redis=addresses.redis, zookeeper=addresses.zookeeper)
-    command = [sys.executable, "-m", "psa_store.cli", "run", "--workers", str(workers), "--servers", "1"]
-    command += ["--ranks", str(RANKS), str(Path(gpt.__file__)), "--job", name, "--steps", str(args.steps)]
-    command += ["--sample", "0", *(["--data", str(args.data)] if args.data else [])]
+def train(name: str, workers: int, kills: dict[int, str], args: argparse.Namespace, servers: Servers) -> str:
+    """Run the main job once; ``kills``: after which step to kill one of the "workers" or "servers"."""
+    command = ["run", f"--workers={workers}", "--servers=1", f"--ranks={RANKS}", gpt.__file__, "--job", name]
+    command += ["--steps", str(args.steps), "--sample=0", *(["--data", str(args.data)] if args.data else [])]
     loss, due = "no loss", dict(kills)
-    env = {**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper}
-    with (
-        closing(RedisStore(addresses.redis, timeout_s=5)) as store,
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run,
-    ):
-        assert run.stdout is not None
-        for line in run.stdout:
+    with closing(servers.store()) as store:
+        for line in servers.psa_lines(*command):
             if found := _STEP.match(line):
                 for step in [step for step in due if int(found[1]) >= step]:
                     kind = due.pop(step)
-                    pid = getattr(describe(name, settings, store), kind)[0].pid
+                    pid = getattr(describe(name, servers.settings, store), kind)[0].pid
                     os.kill(pid, signal.SIGKILL)
                     print(f"  {name}: killed one of the {kind}, pid {pid}, at step {found[1]}", flush=True)
             if found := _LOSS.match(line):
                 loss = found[0]
-        run.wait()
-        if run.returncode or due:
-            raise SystemExit(f"{name} ended with {run.returncode}; kills that did not happen: {due}")
+        if due:
+            raise SystemExit(f"{name} ended before these kills: {due}")
         digest = state_digest(store, name, args.steps)
     print(f"{name:12} {loss}   sha256 {digest}", flush=True)
     return digest
@@ -68,12 +56,11 @@ def main() -> None:
     args = options.parse_args()
     rng = random.Random(args.seed)
     first, second = sorted(rng.sample(range(args.steps // 10, args.steps * 9 // 10), 2))
-    with tempfile.TemporaryDirectory() as home, closing(PrivateServers(Path(home))) as servers:
-        servers.start()
+    with private_servers() as servers:
         digests = {
-            train("undisturbed", 2, {}, args, servers.addresses),
-            train("killed", 2, {first: "workers", second: "servers"}, args, servers.addresses),
-            train("one-worker", 1, {}, args, servers.addresses),
+            train("undisturbed", 2, {}, args, servers),
+            train("killed", 2, {first: "workers", second: "servers"}, args, servers),
+            train("one-worker", 1, {}, args, servers),
         }
     print("all equal" if len(digests) == 1 else "DIFFERENT")
     sys.exit(len(digests) - 1)

@@ -7,10 +7,6 @@ and prints the server's highest resident memory beside the bytes of the paramete
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -18,10 +14,8 @@ import torch
 from torch import nn
 
 import psa_store as psa
-from psa_store.config import Settings
-from psa_store.launch import PrivateServers
 from psa_store.observe.status import describe
-from psa_store.storage import RedisStore
+from tests.performance.common import private_servers
 
 STEPS = 12
 COMMIT_EVERY = 3
@@ -56,7 +50,7 @@ def train(megabytes: int) -> None:
 
 
 def peak_bytes(pid: int) -> int:
-    """The highest resident memory that a process had (Linux: VmHWM, in kB)."""
+    """Return the highest resident memory of a process (Linux: VmHWM, in kB)."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
@@ -68,30 +62,15 @@ def main() -> None:
     args = options.parse_args()
     if args.train:
         return train(args.megabytes)
-    with tempfile.TemporaryDirectory() as home, closing(PrivateServers(Path(home))) as servers:
-        servers.start()
-        addresses = servers.addresses
-        settings = Settings(redis=addresses.redis, zookeeper=addresses.zookeeper)
-        script = [str(Path(__file__).resolve()), "--train", "--megabytes", str(args.megabytes)]
-        flags = ["--workers", "2", "--servers", "1", "--ranks", "2", "--commit-every", str(COMMIT_EVERY)]
-        peak = layout_bytes = 0
-        with subprocess.Popen(
-            [sys.executable, "-m", "psa_store.cli", "run", *flags, *script],
-            env={**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper},
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as run:
-            assert run.stdout is not None
-            with closing(RedisStore(addresses.redis, timeout_s=5)) as store:
-                pid = 0
-                for line in run.stdout:
-                    if line.startswith("step "):
-                        if not pid:
-                            described = describe(JOB, settings, store)
-                            pid, layout_bytes = described.servers[0].pid, described.bytes or 0
-                        peak = max(peak, peak_bytes(pid))
-        if run.returncode:
-            raise SystemExit(run.returncode)
+    flags = ["--workers=2", "--servers=1", "--ranks=2", f"--commit-every={COMMIT_EVERY}"]
+    peak = layout_bytes = pid = 0
+    with private_servers() as servers, closing(servers.store()) as store:
+        for line in servers.psa_lines("run", *flags, __file__, "--train", f"--megabytes={args.megabytes}"):
+            if line.startswith("step "):
+                if not pid:
+                    described = describe(JOB, servers.settings, store)
+                    pid, layout_bytes = described.servers[0].pid, described.bytes or 0
+                peak = max(peak, peak_bytes(pid))
     state = 3 * layout_bytes  # parameters and AdamW's two moments
     bound = FACTOR * state + ALLOWANCE_BYTES
     print(

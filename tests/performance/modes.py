@@ -6,8 +6,8 @@
 
 A variant is ``MODE`` or ``MODE/COMPRESSION``, and may end in ``@STEPS``; otherwise all see the same number of tokens.
 ``--slow-worker`` lets one worker run for a third of the time only (SIGSTOP and SIGCONT in turns). ``--link`` runs
-everything in a network namespace of its own whose only link, the loopback, lets so many Mbit/s through, 0 for any
-number; then nothing goes through shared memory, and every byte between processes is counted but those to Redis. It
+everything in a network namespace of its own whose only link, the loopback, lets so many Mbit/s through, 0 for no
+limit; nothing goes through shared memory then, and all bytes between processes are counted, except those to Redis. It
 needs root, and ip, tc and unshare. The picture needs matplotlib.
 """
 
@@ -17,9 +17,7 @@ import argparse
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,12 +25,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from psa_store.config import Settings
 from psa_store.examples import gpt
 from psa_store.job.mode import parse_mode
-from psa_store.launch import Addresses, PrivateServers
 from psa_store.observe.status import describe
-from psa_store.storage import RedisStore
+from tests.performance.common import Servers, private_servers
 
 _DEFAULT = (
     "sync",
@@ -64,7 +60,7 @@ class Result:
     """Bytes that have gone over the link when the server had a version."""
     curve: list[tuple[float, int, float]] = field(default_factory=list)
     versions: list[tuple[float, int]] = field(default_factory=list)
-    """What the server says while rank 0 trains: on arrival, the updates of all ranks."""
+    """The versions of the server while rank 0 trains; in modes on arrival, the updates of all ranks."""
 
     def samples_per_s(self) -> float:
         """Of all ranks, while rank 0 trains."""
@@ -79,7 +75,7 @@ class Result:
         return (ended - begun) / max(self.samples_per_version * (last - first), 1e-9)
 
 
-def train(variant: str, args: argparse.Namespace, addresses: Addresses) -> Result:
+def train(variant: str, args: argparse.Namespace, servers: Servers) -> Result:
     """One run."""
     what, _, own_steps = variant.partition("@")
     text, _, compression = what.partition("/")
@@ -87,37 +83,30 @@ def train(variant: str, args: argparse.Namespace, addresses: Addresses) -> Resul
     result = Result(variant)
     result.samples_per_version = args.batch_size * mode.round_steps / (args.workers if mode.on_arrival else 1)
     result.tokens_per_sample = gpt.parse_options(["--job", "any"]).block
-    settings = Settings(redis=addresses.redis, zookeeper=addresses.zookeeper)
     job = re.sub(r"[^A-Za-z0-9]+", "-", variant)
-    command = [sys.executable, "-m", "psa_store.cli", "run", "--workers", str(args.workers), "--servers", "1"]
+    command = ["run", "--workers", str(args.workers), "--servers", "1"]
     command += ["--mode", str(mode), "--compress", compression or "none", str(Path(gpt.__file__))]
     command += ["--job", job, "--steps", steps, "--decay-steps", str(args.steps), "--sample", "0"]
     command += ["--batch-size", str(args.batch_size), *(["--data", str(args.data)] if args.data else [])]
-    env = {**os.environ, "PSA_REDIS": addresses.redis, "PSA_ZOOKEEPER": addresses.zookeeper}
-    if args.link is not None:
-        env["PSA_CARRIER"] = "tcp"
+    env = {} if args.link is None else {"PSA_CARRIER": "tcp"}
     with (
-        closing(RedisStore(addresses.redis, timeout_s=5)) as store,
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as run,
+        closing(servers.store()) as store,
+        _slowed(job, args.slow_worker, servers),
     ):
-        assert run.stdout is not None
         begun = None
-        with _slowed(job, args.slow_worker, addresses):
-            for line in run.stdout:
-                now = time.monotonic()
-                if found := _STEP.match(line):
-                    begun = begun or now
-                    result.curve.append((now - begun, int(found[1]), float(found[2])))
-                    result.seconds = now - begun
-                    versions = [server.version for server in describe(job, settings, store).servers]
-                    if versions and versions[0] is not None:
-                        result.versions.append((now, versions[0]))
-                        if args.link is not None:
-                            result.traffic.append((_loopback_bytes(), versions[0]))
-                if found := _LOSS.match(line):
-                    result.loss = float(found[1])
-        if run.wait() != 0:
-            raise SystemExit(f"{variant} ended with {run.returncode}")
+        for line in servers.psa_lines(*command, env=env):
+            now = time.monotonic()
+            if found := _STEP.match(line):
+                begun = begun or now
+                result.curve.append((now - begun, int(found[1]), float(found[2])))
+                result.seconds = now - begun
+                versions = [server.version for server in describe(job, servers.settings, store).servers]
+                if versions and versions[0] is not None:
+                    result.versions.append((now, versions[0]))
+                    if args.link is not None:
+                        result.traffic.append((_loopback_bytes(), versions[0]))
+            if found := _LOSS.match(line):
+                result.loss = float(found[1])
     print(
         f"{variant:32} validation loss {result.loss:.4f}  "
         f"{result.samples_per_s() * result.tokens_per_sample:9.0f} tokens/s  {result.samples_per_s():7.1f} samples/s  "
@@ -128,7 +117,7 @@ def train(variant: str, args: argparse.Namespace, addresses: Addresses) -> Resul
 
 
 def _go_inside(mbit: float) -> None:
-    """Start this program again behind a link of its own; does not return."""
+    """Start this program again behind its own link; does not return."""
     limit = f"&& tc qdisc add dev lo root tbf rate {mbit}mbit burst {_BURST} latency {_QUEUE}" if mbit else ""
     script = f'ip link set lo up {limit} && exec "$@"'
     here = [sys.executable, "-m", "tests.performance.modes", "--inside", *sys.argv[1:]]
@@ -136,18 +125,18 @@ def _go_inside(mbit: float) -> None:
 
 
 def _loopback_bytes() -> int:
-    """What the loopback of this network namespace has received since it is up."""
+    """Return the bytes that the loopback of this network namespace has received."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.split()[0] == "lo:")
 
 
 @contextmanager
-def _slowed(job: str, wanted: bool, addresses: Addresses) -> Iterator[None]:
-    """Let the worker that was the last to come run for a third of the time, until the end."""
+def _slowed(job: str, wanted: bool, servers: Servers) -> Iterator[None]:
+    """Let one worker, not the one that prints, run for a third of the time until the end."""
     ended = threading.Event()
 
     def alternate() -> None:
-        pid = _last_worker(job, addresses, ended)
+        pid = _last_worker(job, servers, ended)
         while pid is not None and not ended.is_set():
             try:
                 os.kill(pid, signal.SIGSTOP)
@@ -168,14 +157,13 @@ def _slowed(job: str, wanted: bool, addresses: Addresses) -> Iterator[None]:
             thread.join(_JOIN_S)
 
 
-def _last_worker(job: str, addresses: Addresses, ended: threading.Event) -> int | None:
+def _last_worker(job: str, servers: Servers, ended: threading.Event) -> int | None:
     """A worker that does not hold rank 0, which prints, once all ranks are held."""
-    settings = Settings(redis=addresses.redis, zookeeper=addresses.zookeeper)
-    with closing(RedisStore(addresses.redis, timeout_s=5)) as store:
+    with closing(servers.store()) as store:
         while not ended.wait(0.2):
             if store.read_job(job) is None:
                 continue
-            found = describe(job, settings, store)
+            found = describe(job, servers.settings, store)
             holders = [worker for worker in found.workers if worker.ranks]
             if sum(len(worker.ranks) for worker in holders) == found.ranks and len(holders) > 1:
                 return next(worker.pid for worker in holders if 0 not in worker.ranks)
@@ -214,9 +202,8 @@ def main() -> None:
     args = options.parse_args()
     if args.link is not None and not args.inside:
         _go_inside(args.link)
-    with tempfile.TemporaryDirectory() as home, closing(PrivateServers(Path(home))) as servers:
-        servers.start()
-        results = [train(variant, args, servers.addresses) for variant in args.variants]
+    with private_servers() as servers:
+        results = [train(variant, args, servers) for variant in args.variants]
     first = results[0]
     for result in results[1:]:
         print(

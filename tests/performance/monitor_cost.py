@@ -1,12 +1,11 @@
-"""What it costs that processes tell how they are: ``python -m tests.performance.monitor_cost --rounds 10``.
+"""What monitoring costs: ``python -m tests.performance.monitor_cost --rounds 10``.
 
 Runs the same job with and without its monitors (PSA_MONITOR), in turns, and compares steps per second, and the CPU time
 that all its processes together take per step, which a busy machine changes less. Two workers and one server train a
 model so small that a step takes a few milliseconds: there, what is done per step, and what wakes up beside it every
-second, weighs most. Ratios are taken within a round, and every second round goes the other way round. The first steps,
-in which processes start, do not count. Where other programs run beside it, both figures vary by more than what is
-looked for: then the third one tells, the CPU time of the monitor's thread itself in the worker that owns output, as a
-part of the time that passed. Needs Linux.
+second, weighs most. Ratios are taken within a round, and every second round has the opposite order. The first steps,
+in which processes start, do not count. Beside other programs both figures vary by more than the cost; then the third
+one tells: the CPU time of the monitor's thread itself in the main worker, as a share of the wall time. Needs Linux.
 """
 
 from __future__ import annotations
@@ -15,20 +14,15 @@ import argparse
 import contextlib
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import psa_store as psa
-from psa_store.errors import UserCodeFailed
-from psa_store.launch import Addresses, PrivateServers
+from tests.performance.common import Servers, private_servers
 
 WARM_UP_STEPS = 300
 AIM = 0.01
@@ -37,7 +31,7 @@ _WIDTH = 128
 
 
 def train(job: str, steps: int) -> None:
-    """The script of the job; the process that owns output prints the three figures."""
+    """The script of the job; the main worker prints the three figures."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, _WIDTH), nn.Tanh(), nn.Linear(_WIDTH, 1))
@@ -74,28 +68,14 @@ def siblings_cpu_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(job: str, steps: int, monitor: bool, addresses: Addresses) -> tuple[float, float, float]:
-    """Of one run: steps per second, CPU milliseconds per step, and the part of its time for a monitor's thread."""
-    script = [str(Path(__file__).resolve()), "--train", job, "--steps", str(steps)]
-    run = subprocess.run(
-        [sys.executable, "-m", "psa_store.cli", "run", "--workers", "2", "--servers", "1", *script],
-        env={
-            **os.environ,
-            "PSA_REDIS": addresses.redis,
-            "PSA_ZOOKEEPER": addresses.zookeeper,
-            "PSA_CONFIG": "",
-            "PSA_MONITOR": str(int(monitor)),
-            "PSA_LOG_LEVEL": "error",
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=RUN_TIMEOUT_S,
-    )
-    found = [line.split() for line in run.stdout.splitlines() if line.startswith("took")]
-    if run.returncode or not found:
-        raise UserCodeFailed(f"{job} ended with {run.returncode}; its output ends with:\n{run.stdout[-1000:]}")
-    speed, cpu_ms, part = map(float, found[0][1:])
-    return speed, cpu_ms, part
+def measure(job: str, steps: int, monitor: bool, servers: Servers) -> tuple[float, float, float]:
+    """Run once; return steps per second, CPU milliseconds per step, and the share of the monitor's thread."""
+    env = {"PSA_MONITOR": str(int(monitor)), "PSA_LOG_LEVEL": "error"}
+    script = [__file__, "--train", job, "--steps", str(steps)]
+    lines = [line.split() for line in servers.psa_lines("run", "--workers=2", "--servers=1", *script, env=env)]
+    (found,) = [line[1:] for line in lines if line[:1] == ["took"]]
+    speed, cpu_ms, share = map(float, found)
+    return speed, cpu_ms, share
 
 
 def main() -> None:
@@ -109,12 +89,11 @@ def main() -> None:
     if args.train:
         return train(args.train, args.steps)
     found: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory() as home, closing(PrivateServers(Path(home))) as servers:
-        servers.start()
+    with private_servers() as servers:
         for index in range(args.rounds):
             for monitor in (True, False) if index % 2 else (False, True):
                 job = f"cost-{index}-{'with' if monitor else 'without'}"
-                found[monitor].append(measure(job, args.steps, monitor, servers.addresses))
+                found[monitor].append(measure(job, args.steps, monitor, servers))
                 print(
                     "{:16} {:8.1f} steps/s  {:8.3f} ms of CPU a step".format(job, *found[monitor][-1][:2]), flush=True
                 )

@@ -3,8 +3,8 @@
 Starts a private Redis and ZooKeeper and makes a job of so many members, half of them servers that answer as ours do,
 with ephemerals in ZooKeeper, heartbeats in Redis and three committed versions of every shard. Measures one look by new
 sessions, one more by the same (as with ``--watch``), and the whole command, beside `psa --help`, which only imports.
-Of commands it also tells how long they used a processor: on a busy machine they wait for one for much longer. They
-find compiled modules, as a command does that was run before.
+Of commands it also prints the CPU time: on a busy machine they wait for a processor for much longer. They find compiled
+modules, as a command does that was run before.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import selectors
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from multiprocessing.connection import Connection as Pipe
-from pathlib import Path
 
 from psa_store.cluster import Member, Plan, ProcessRole, Server
 from psa_store.config import Settings
@@ -30,12 +28,12 @@ from psa_store.coordination import Coordination
 from psa_store.errors import PsaError
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import PAGE_BYTES, TensorRole, TensorSpec, make_layout
-from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from psa_store.observe import JobHistory
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.status import Observer, describe
 from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.wire import Connection, Header, Kind, encode_text, host_identity, listen_tcp
+from tests.performance.common import private_servers
 
 JOB = "bench"
 VERSIONS = (50, 100, 150)
@@ -44,21 +42,21 @@ _HELLO_S = 30.0
 _TIMEOUT_S = 30.0
 
 
-def answer_for(servers: int, told: Pipe) -> None:
-    """Answer INSPECT at so many addresses, which are told through the pipe, until the pipe closes."""
+def answer_for(servers: int, pipe: Pipe) -> None:
+    """Answer INSPECT at so many addresses, which are sent through the pipe, until the pipe closes."""
     with selectors.DefaultSelector() as selector:
         listening = [listen_tcp("127.0.0.1") for _ in range(servers)]
         for sock, _ in listening:
             selector.register(sock, selectors.EVENT_READ, None)
-        selector.register(told, selectors.EVENT_READ, told)
-        told.send([address for _, address in listening])
+        selector.register(pipe, selectors.EVENT_READ, pipe)
+        pipe.send([address for _, address in listening])
         while True:
             for key, _ in selector.select():
-                if key.data is told:
+                if key.data is pipe:
                     return
                 if key.data is None:
                     sock, _ = key.fileobj.accept()  # type: ignore[union-attr]
-                    connection = Connection(sock, "who asks", lambda _, header: memoryview(bytearray(header.length)))
+                    connection = Connection(sock, "client", lambda _, header: memoryview(bytearray(header.length)))
                     selector.register(connection, selectors.EVENT_READ, connection)
                     continue
                 try:
@@ -72,7 +70,7 @@ def answer_for(servers: int, told: Pipe) -> None:
 
 
 def make_job(stack: ExitStack, settings: Settings, addresses: list[str], workers: int, shards: int) -> None:
-    """What a running job has in Redis and ZooKeeper; its ephemerals go with ``stack``."""
+    """Write what a running job has in Redis and ZooKeeper; its ephemerals end with ``stack``."""
     assert settings.redis is not None and settings.zookeeper is not None
     numel = shards * PAGE_BYTES // 4
     layout = make_layout([TensorSpec(("weights",), (numel,), "float32", TensorRole.TRAINED)], PAGE_BYTES)
@@ -114,7 +112,7 @@ def make_job(stack: ExitStack, settings: Settings, addresses: list[str], workers
 
 
 def beat(settings: Settings, servers: int, workers: int) -> None:
-    """A fresh heartbeat of every member."""
+    """Write a fresh heartbeat of every member."""
     assert settings.redis is not None
     with closing(JobHistory(JOB, settings.redis, timeout_s=_TIMEOUT_S)) as history:
         for role, count in ((ProcessRole.SERVER, servers), (ProcessRole.WORKER, workers)):
@@ -145,20 +143,8 @@ def _timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started_s
 
 
-def _environment(settings: Settings, compiled: Path) -> dict[str, str]:
-    """``compiled``: folder for compiled modules, so that there are some whatever this process was told."""
-    assert settings.redis is not None and settings.zookeeper is not None
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return environment | {
-        "PSA_REDIS": settings.redis,
-        "PSA_ZOOKEEPER": settings.zookeeper,
-        "PSA_CONFIG": "",
-        "PYTHONPYCACHEPREFIX": str(compiled),
-    }
-
-
 def _command(environment: dict[str, str], *arguments: str) -> tuple[float, float]:
-    """Run it; seconds that passed, and of a processor that it used."""
+    """Run a `psa` command; return its wall time and its CPU time."""
     command = [sys.executable, "-m", "psa_store.cli", *arguments]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     took_s = _timed(
@@ -171,7 +157,7 @@ def _command(environment: dict[str, str], *arguments: str) -> tuple[float, float
 def measure(
     settings: Settings, environment: dict[str, str], servers: int, workers: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each, by round."""
+    """Measure; return the seconds of each kind of look, by round."""
     assert settings.redis is not None
     _command(environment, "status", JOB)
     took_s: dict[str, list[float]] = {"describe()": [], "the next look": []}
@@ -201,13 +187,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7)
     args = options.parse_args()
     servers, workers = args.members // 2, args.members - args.members // 2
-    with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
-        redis, zookeeper = PrivateRedis(Path(home) / "redis"), PrivateZooKeeper(Path(home) / "zookeeper")
-        stack.callback(redis.stop)
-        redis.start(10)
-        stack.callback(zookeeper.stop)
-        zookeeper.start(30)
-        settings = Settings(redis=redis.url, zookeeper=zookeeper.hosts)
+    with private_servers() as private, ExitStack() as stack:
+        settings = private.settings
         ours, theirs = multiprocessing.get_context("spawn").Pipe()
         answering = multiprocessing.get_context("spawn").Process(target=answer_for, args=(servers, theirs))
         answering.start()
@@ -217,7 +198,10 @@ def main() -> None:
         if not ours.poll(_HELLO_S):
             raise SystemExit("the process that plays the servers did not start")
         make_job(stack, settings, ours.recv(), workers, args.shards)
-        environment = _environment(settings, Path(home) / "compiled")
+        environment = private.env | {
+            "PYTHONPYCACHEPREFIX": str(private.home / "compiled"),  # compiled modules even if the caller has none
+            "PYTHONDONTWRITEBYTECODE": "",
+        }
         took_s = measure(settings, environment, servers, workers, args.rounds)
     print(f"{servers} servers, {workers} workers, {args.shards} shards, {args.rounds} rounds")
     print(f"{'':19} median  quartiles   seconds")

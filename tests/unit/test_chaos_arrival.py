@@ -1,4 +1,4 @@
-"""The judge of pushes that are applied on arrival: it passes what is right, and sees what is not."""
+"""The checker of pushes that are applied on arrival: it passes a right history, and finds what is wrong in others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chaos.check.arrival import check_arrivals
-from chaos.journal import Event, Journal
+from chaos.history import Event, History
 
 
 class Story:
@@ -33,7 +33,7 @@ class Story:
         self.tell("updated", term=term, shard=0, rank=rank, step=step)
 
     def found(self) -> list[str]:
-        return [violation.message for violation in check_arrivals(Journal(self.events))]
+        return [violation.message for violation in check_arrivals(History(self.events))]
 
 
 def test_a_push_that_is_applied_again_in_the_next_term_is_right() -> None:

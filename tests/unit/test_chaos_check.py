@@ -1,4 +1,4 @@
-"""The judge: a healthy run passes, and each promise that is broken in a journal is seen by its check, and no other."""
+"""The checker: a healthy run passes; each broken promise in a history is found by its check and by no other."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from chaos.check import judge
+from chaos.check import check_history
 from chaos.check.recovery import Steps, goodput, recoveries, steps_of
-from chaos.journal import Event, Journal, Truth, read
+from chaos.history import Event, History, Reference, read_history
 from chaos.report import Run, write_report
 from psa_store.errors import DataIntegrity
 
@@ -25,27 +25,27 @@ def share(server: str, step: int, rank: int) -> int:
     return 1000 * step + 100 * rank + len(SHARDS[server])
 
 
-class Story:
-    """A run as its processes would have written it down; tests change it before it is judged."""
+class HistoryBuilder:
+    """The history of a run as its processes would record it; tests change it before it is checked."""
 
     def __init__(self, **scenario: Any) -> None:
         self.events: list[Event] = []
         self.t = 0.0
         facts = {"name": "kill-server", "seed": 0, "steps": STEPS, "ranks": RANKS, "commit_every": COMMIT_EVERY}
-        self.tell("harness", "0", "scenario", **{**facts, "loses_redis": False, "replay": "psa …", **scenario})
+        self.record("harness", "0", "scenario", **{**facts, "loses_redis": False, "replay": "psa …", **scenario})
 
-    def tell(self, role: str, name: str, event: str, /, **fields: Any) -> None:
+    def record(self, role: str, name: str, event: str, /, **fields: Any) -> None:
         self.t += 1e-6
         self.events.append(Event(self.t, event, role, name, 1, fields))
 
     def term(self, number: int, resume: int, until: int) -> None:
         """A term that makes the versions after ``resume`` up to ``until``."""
-        self.tell("server", "s0", "published", term=number, resume=resume, servers=list(SHARDS))
+        self.record("server", "s0", "published", term=number, resume=resume, servers=list(SHARDS))
         for server, shards in SHARDS.items():
-            self.tell("server", server, "serving", term=number, resume=resume, shards=shards, trained=shards)
+            self.record("server", server, "serving", term=number, resume=resume, shards=shards, trained=shards)
             for shard in shards:
                 manifests = [[version, number, f"n{number}-{version}"] for version in (resume,)]
-                self.tell("reader", "0", "head", shard=shard, term=number, manifests=manifests)
+                self.record("reader", "0", "head", shard=shard, term=number, manifests=manifests)
         for step in range(resume, until):
             self.step(number, step)
 
@@ -53,33 +53,33 @@ class Story:
         self.t += STEP_S
         for rank in range(RANKS):
             total = sum(share(server, step, rank) for server in SHARDS)
-            self.tell("train", f"t{rank}", "batch", term=term, version=step, rank=rank, digest=f"d{step}")
-            self.tell("worker", f"w{rank}", "computing", term=term, step=step, rank=rank)
-            self.tell("worker", f"w{rank}", "pushed", term=term, step=step, rank=rank, sum=f"{total:016x}")
+            self.record("train", f"t{rank}", "batch", term=term, version=step, rank=rank, digest=f"d{step}")
+            self.record("worker", f"w{rank}", "computing", term=term, step=step, rank=rank)
+            self.record("worker", f"w{rank}", "pushed", term=term, step=step, rank=rank, sum=f"{total:016x}")
         for server, shards in SHARDS.items():
             ranks = {str(rank): len(shards) for rank in range(RANKS)}
             sums = {str(rank): f"{share(server, step, rank):016x}" for rank in range(RANKS)}
-            self.tell("server", server, "applied", term=term, version=step + 1, ranks=ranks, sums=sums)
+            self.record("server", server, "applied", term=term, version=step + 1, ranks=ranks, sums=sums)
         for rank in range(RANKS):
-            self.tell("worker", f"w{rank}", "acked", term=term, version=step + 1)
+            self.record("worker", f"w{rank}", "acked", term=term, version=step + 1)
         if (step + 1) % COMMIT_EVERY == 0:
             for server in SHARDS:
-                self.tell("server", server, "committed", term=term, version=step + 1)
+                self.record("server", server, "committed", term=term, version=step + 1)
 
     def fault(self, kind: str = "kill-server", pause_s: float = 0.5) -> None:
-        self.tell("harness", "0", "fault", id=0, kind=kind)
-        self.tell("harness", "0", "fired", id=0, evidence="SIGKILL")
-        self.tell("harness", "0", "healed", id=0)
-        self.tell("harness", "0", "quiet")
+        self.record("harness", "0", "fault", id=0, kind=kind)
+        self.record("harness", "0", "fired", id=0, evidence="SIGKILL")
+        self.record("harness", "0", "healed", id=0)
+        self.record("harness", "0", "quiet")
         self.t += pause_s
 
     def end(self) -> None:
-        self.tell("reader", "0", "read", version=30, digest="d30")
-        self.tell("harness", "0", "reader", exit_code=0)
-        self.tell("server", "s0", "durable", term=9, version=STEPS)
-        self.tell("worker", "w0", "finished", version=STEPS)
-        self.tell("harness", "0", "final", version=STEPS, digest="F")
-        self.tell("harness", "0", "end", exit_code=0, wall_s=self.t)
+        self.record("reader", "0", "read", version=30, digest="d30")
+        self.record("harness", "0", "reader", exit_code=0)
+        self.record("server", "s0", "durable", term=9, version=STEPS)
+        self.record("worker", "w0", "finished", version=STEPS)
+        self.record("harness", "0", "final", version=STEPS, digest="F")
+        self.record("harness", "0", "end", exit_code=0, wall_s=self.t)
 
     def change(self, event: str, which: int = 0, /, **fields: Any) -> None:
         """Falsify what was written down."""
@@ -92,213 +92,213 @@ class Story:
         del self.events[at]
 
     def broken(self) -> set[str]:
-        return {violation.check for violation in judge(Journal(self.events), TRUTH).violations}
+        return {violation.check for violation in check_history(History(self.events), REFERENCE).violations}
 
 
-TRUTH = Truth({version: f"d{version}" for version in range(STEPS)}, "F")
+REFERENCE = Reference({version: f"d{version}" for version in range(STEPS)}, "F")
 
 
 @pytest.fixture
-def story() -> Story:
+def builder() -> HistoryBuilder:
     """A server dies after version 27; the next term goes back to 20."""
-    story = Story()
-    story.term(1, 0, 27)
-    story.fault()
-    story.term(2, 20, STEPS)
-    story.end()
-    return story
+    builder = HistoryBuilder()
+    builder.term(1, 0, 27)
+    builder.fault()
+    builder.term(2, 20, STEPS)
+    builder.end()
+    return builder
 
 
-def test_a_healthy_run_with_a_rollback_keeps_all_promises(story: Story) -> None:
-    assert story.broken() == set()
+def test_a_healthy_run_with_a_rollback_keeps_all_promises(builder: HistoryBuilder) -> None:
+    assert builder.broken() == set()
 
 
-def test_a_gradient_that_counts_twice_is_seen(story: Story) -> None:
-    story.change("applied", -1, sums={"0": "1", "1": "2"})
-    assert story.broken() == {"exactly_once"}
+def test_a_gradient_that_counts_twice_is_seen(builder: HistoryBuilder) -> None:
+    builder.change("applied", -1, sums={"0": "1", "1": "2"})
+    assert builder.broken() == {"exactly_once"}
 
 
-def test_a_rank_that_is_missing_in_a_shard_is_seen(story: Story) -> None:
-    story.change("applied", -2, ranks={"0": 2, "1": 1})
-    assert story.broken() == {"exactly_once"}
+def test_a_rank_that_is_missing_in_a_shard_is_seen(builder: HistoryBuilder) -> None:
+    builder.change("applied", -2, ranks={"0": 2, "1": 1})
+    assert builder.broken() == {"exactly_once"}
 
 
-def test_a_version_that_one_server_never_applied_is_seen(story: Story) -> None:
-    story.drop("applied", -1)
-    assert story.broken() == {"exactly_once"}
+def test_a_version_that_one_server_never_applied_is_seen(builder: HistoryBuilder) -> None:
+    builder.drop("applied", -1)
+    assert builder.broken() == {"exactly_once"}
 
 
-def test_a_version_that_a_server_applied_twice_is_seen(story: Story) -> None:
-    story.events.append(story.events[[e.event for e in story.events].index("applied")])
-    assert story.broken() == {"exactly_once"}
+def test_a_version_that_a_server_applied_twice_is_seen(builder: HistoryBuilder) -> None:
+    builder.events.append(builder.events[[e.event for e in builder.events].index("applied")])
+    assert builder.broken() == {"exactly_once"}
 
 
-def test_what_was_applied_in_an_term_that_was_rolled_back_may_be_anything(story: Story) -> None:
-    lost = [i for i, each in enumerate(e for e in story.events if e.event == "applied") if each["version"] == 25]
-    story.change("applied", lost[0], sums={"0": "1", "1": "2"})
-    assert story.broken() == set()
+def test_what_was_applied_in_an_term_that_was_rolled_back_may_be_anything(builder: HistoryBuilder) -> None:
+    lost = [i for i, each in enumerate(e for e in builder.events if e.event == "applied") if each["version"] == 25]
+    builder.change("applied", lost[0], sums={"0": "1", "1": "2"})
+    assert builder.broken() == set()
 
 
-def test_an_acknowledgement_before_the_update_is_seen(story: Story) -> None:
+def test_an_acknowledgement_before_the_update_is_seen(builder: HistoryBuilder) -> None:
     early = Event(0.001, "acked", "worker", "w0", 1, {"term": 1, "version": 27})
-    story.events.append(early)
-    assert story.broken() == {"exactly_once"}
+    builder.events.append(early)
+    assert builder.broken() == {"exactly_once"}
 
 
-def test_ranks_that_compute_differently_are_seen(story: Story) -> None:
-    story.tell("worker", "w9", "pushed", term=1, step=3, rank=0, sum="0" * 16)
-    assert story.broken() == {"exactly_once"}
+def test_ranks_that_compute_differently_are_seen(builder: HistoryBuilder) -> None:
+    builder.record("worker", "w9", "pushed", term=1, step=3, rank=0, sum="0" * 16)
+    assert builder.broken() == {"exactly_once"}
 
 
 @pytest.mark.parametrize(("event", "fields"), [("final", {"digest": "G"}), ("end", {"exit_code": 1})])
-def test_another_result_is_seen(story: Story, event: str, fields: dict[str, Any]) -> None:
-    story.change(event, -1, **fields)
-    assert story.broken() == {"bits"}
+def test_another_result_is_seen(builder: HistoryBuilder, event: str, fields: dict[str, Any]) -> None:
+    builder.change(event, -1, **fields)
+    assert builder.broken() == {"bits"}
 
 
 @pytest.mark.parametrize("event", ["read", "reader"])
-def test_a_reader_that_did_not_look_is_seen(story: Story, event: str) -> None:
-    story.drop(event)
-    assert story.broken() == {"observed"}
+def test_a_reader_that_did_not_look_is_seen(builder: HistoryBuilder, event: str) -> None:
+    builder.drop(event)
+    assert builder.broken() == {"observed"}
 
 
-def test_a_reader_that_never_saw_a_head_is_seen(story: Story) -> None:
-    story.events = [event for event in story.events if event.event != "head"]
-    assert story.broken() == {"observed"}
+def test_a_reader_that_never_saw_a_head_is_seen(builder: HistoryBuilder) -> None:
+    builder.events = [event for event in builder.events if event.event != "head"]
+    assert builder.broken() == {"observed"}
 
 
 @pytest.mark.parametrize(("loses", "broken"), [(False, {"observed"}), (True, set())])
-def test_a_damaged_value_that_the_reader_met_is_seen(story: Story, loses: bool, broken: set[str]) -> None:
-    story.change("scenario", loses_redis=loses)
-    story.tell("reader", "0", "failed", error="DataIntegrity: job 'x', shard 1: its digest does not match")
-    assert story.broken() == broken
+def test_a_damaged_value_that_the_reader_met_is_seen(builder: HistoryBuilder, loses: bool, broken: set[str]) -> None:
+    builder.change("scenario", loses_redis=loses)
+    builder.record("reader", "0", "failed", error="DataIntegrity: job 'x', shard 1: its digest does not match")
+    assert builder.broken() == broken
 
 
 def test_an_term_that_begins_before_the_one_before_it_is_seen() -> None:
-    """Whoever resumed at 20 has read it from every shard, even if nobody lived to say that it was committed."""
-    story = Story()
-    story.term(1, 0, 27)
-    story.events = [event for event in story.events if event.event != "committed"]
-    story.term(2, 20, 27)
-    story.fault()
-    story.term(3, 10, STEPS)
-    story.end()
-    assert story.broken() == {"durability"}
+    """A term that resumed at 20 has read it from every shard, even if no server lived to record the commit."""
+    builder = HistoryBuilder()
+    builder.term(1, 0, 27)
+    builder.events = [event for event in builder.events if event.event != "committed"]
+    builder.term(2, 20, 27)
+    builder.fault()
+    builder.term(3, 10, STEPS)
+    builder.end()
+    assert builder.broken() == {"durability"}
 
 
 @pytest.mark.parametrize("role", ["train", "reader"])
-def test_a_mixture_that_somebody_saw_is_seen(story: Story, role: str) -> None:
-    story.tell(role, "0", "batch" if role == "train" else "read", version=20, digest="mixed")
-    assert story.broken() == {"bits"}
+def test_a_mixture_that_somebody_saw_is_seen(builder: HistoryBuilder, role: str) -> None:
+    builder.record(role, "0", "batch" if role == "train" else "read", version=20, digest="mixed")
+    assert builder.broken() == {"bits"}
 
 
-def test_what_the_harness_could_not_do_is_no_success(story: Story) -> None:
-    story.tell("harness", "0", "broken", why="OutOfTime: it hangs")
-    assert story.broken() == {"bits"}
+def test_what_the_harness_could_not_do_is_no_success(builder: HistoryBuilder) -> None:
+    builder.record("harness", "0", "broken", why="OutOfTime: it hangs")
+    assert builder.broken() == {"bits"}
 
 
-def test_a_commit_of_an_old_term_after_a_seal_is_seen(story: Story) -> None:
-    story.tell("reader", "0", "head", shard=0, term=2, manifests=[[27, 1, "late"]])
-    assert story.broken() == {"fencing"}
+def test_a_commit_of_an_old_term_after_a_seal_is_seen(builder: HistoryBuilder) -> None:
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[27, 1, "late"]])
+    assert builder.broken() == {"fencing"}
 
 
-def test_what_was_there_before_the_seal_may_stay(story: Story) -> None:
-    story.tell("reader", "0", "head", shard=0, term=2, manifests=[[0, 1, "n1-0"]])
-    assert story.broken() == set()
+def test_what_was_there_before_the_seal_may_stay(builder: HistoryBuilder) -> None:
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[0, 1, "n1-0"]])
+    assert builder.broken() == set()
 
 
-def test_a_head_whose_term_falls_is_seen(story: Story) -> None:
-    story.tell("reader", "0", "head", shard=0, term=1, manifests=[])
-    assert story.broken() == {"fencing"}
+def test_a_head_whose_term_falls_is_seen(builder: HistoryBuilder) -> None:
+    builder.record("reader", "0", "head", shard=0, term=1, manifests=[])
+    assert builder.broken() == {"fencing"}
 
 
-def test_a_process_that_goes_back_to_an_old_term_is_seen(story: Story) -> None:
-    story.tell("worker", "w0", "loaded", term=2, version=20)
-    story.tell("worker", "w0", "loaded", term=1, version=20)
-    assert story.broken() == {"fencing"}
+def test_a_process_that_goes_back_to_an_old_term_is_seen(builder: HistoryBuilder) -> None:
+    builder.record("worker", "w0", "loaded", term=2, version=20)
+    builder.record("worker", "w0", "loaded", term=1, version=20)
+    assert builder.broken() == {"fencing"}
 
 
 def test_a_durable_version_that_is_lost_is_seen() -> None:
-    story = Story()
-    story.term(1, 0, 27)
-    story.fault()
-    story.term(2, 10, STEPS)  # 20 was durable
-    story.end()
-    assert story.broken() == {"durability"}
+    builder = HistoryBuilder()
+    builder.term(1, 0, 27)
+    builder.fault()
+    builder.term(2, 10, STEPS)  # 20 was durable
+    builder.end()
+    assert builder.broken() == {"durability"}
 
 
 def test_what_one_server_alone_has_committed_may_be_lost() -> None:
-    story = Story()
-    story.term(1, 0, 27)
-    story.drop("committed", -1)
-    story.fault()
-    story.term(2, 10, STEPS)
-    story.end()
-    assert story.broken() == set()
+    builder = HistoryBuilder()
+    builder.term(1, 0, 27)
+    builder.drop("committed", -1)
+    builder.fault()
+    builder.term(2, 10, STEPS)
+    builder.end()
+    assert builder.broken() == set()
 
 
 def test_a_rollback_without_bound_is_seen() -> None:
-    story = Story()
-    story.term(1, 0, 27)
+    builder = HistoryBuilder()
+    builder.term(1, 0, 27)
     for _ in range(4):
-        story.drop("committed", -1)
-    story.fault()
-    story.term(2, 0, STEPS)
-    story.end()
-    assert story.broken() == {"durability"}
+        builder.drop("committed", -1)
+    builder.fault()
+    builder.term(2, 0, STEPS)
+    builder.end()
+    assert builder.broken() == {"durability"}
 
 
-def test_durability_that_was_promised_too_early_is_seen(story: Story) -> None:
-    for index, event in enumerate(story.events):
+def test_durability_that_was_promised_too_early_is_seen(builder: HistoryBuilder) -> None:
+    for index, event in enumerate(builder.events):
         if event.event == "durable":
-            story.events[index] = Event(0.01, "durable", "server", "s0", 1, event.fields)
-    assert story.broken() == {"durability"}
+            builder.events[index] = Event(0.01, "durable", "server", "s0", 1, event.fields)
+    assert builder.broken() == {"durability"}
 
 
-def test_a_fault_that_did_not_happen_is_seen(story: Story) -> None:
-    story.drop("fired")
-    assert story.broken() == {"fired"}
+def test_a_fault_that_did_not_happen_is_seen(builder: HistoryBuilder) -> None:
+    builder.drop("fired")
+    assert builder.broken() == {"fired"}
 
 
-def test_a_run_without_a_quiet_phase_is_seen(story: Story) -> None:
-    story.drop("quiet")
-    assert story.broken() == {"fired"}
+def test_a_run_without_a_quiet_phase_is_seen(builder: HistoryBuilder) -> None:
+    builder.drop("quiet")
+    assert builder.broken() == {"fired"}
 
 
 @pytest.mark.parametrize(("measure", "per_s"), [("rss_mb", 0.5), ("fds", 0.1), ("threads", 0.1)])
-def test_what_leaks_is_seen(story: Story, measure: str, per_s: float) -> None:
+def test_what_leaks_is_seen(builder: HistoryBuilder, measure: str, per_s: float) -> None:
     for second in range(600):
         sample = {"rss_mb": 300.0, "fds": 30, "threads": 10}
         sample[measure] += second * per_s
-        story.events.append(Event(second, "sample", "harness", "0", 1, {"role": "worker", "pid": 7, **sample}))
-    assert story.broken() == {"trends"}
+        builder.events.append(Event(second, "sample", "harness", "0", 1, {"role": "worker", "pid": 7, **sample}))
+    assert builder.broken() == {"trends"}
 
 
-def test_processes_that_are_replaced_all_the_time_are_no_leak(story: Story) -> None:
+def test_processes_that_are_replaced_all_the_time_are_no_leak(builder: HistoryBuilder) -> None:
     for second in range(600):
         sample = {"rss_mb": 300.0 + second % 30, "fds": 30, "threads": 10}
         fields = {"role": "worker", "pid": second // 30, **sample}
-        story.events.append(Event(second, "sample", "harness", "0", 1, fields))
-    assert story.broken() == set()
+        builder.events.append(Event(second, "sample", "harness", "0", 1, fields))
+    assert builder.broken() == set()
 
 
-def test_recovery_lasts_from_the_fault_to_the_next_step(story: Story) -> None:
-    journal = Journal(story.events)
-    (found,) = recoveries(journal, steps_of(journal))
+def test_recovery_lasts_from_the_fault_to_the_next_step(builder: HistoryBuilder) -> None:
+    history = History(builder.events)
+    (found,) = recoveries(history, steps_of(history))
     assert found.recovery_s == pytest.approx(0.5 + STEP_S, abs=0.01)
     assert found.pause_s == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_pause_long_after_a_fault_is_not_its_own() -> None:
-    story = Story()
-    story.fault(pause_s=0.0)
-    story.term(1, 0, 5)
-    story.t += 3.0
-    story.step(1, 5)
-    story.t += 3.0
-    story.step(1, 6)
-    journal = Journal(story.events)
-    (found,) = recoveries(journal, steps_of(journal))
+    builder = HistoryBuilder()
+    builder.fault(pause_s=0.0)
+    builder.term(1, 0, 5)
+    builder.t += 3.0
+    builder.step(1, 5)
+    builder.t += 3.0
+    builder.step(1, 6)
+    history = History(builder.events)
+    (found,) = recoveries(history, steps_of(history))
     assert found.recovery_s < 3.1
 
 
@@ -311,21 +311,23 @@ BEGIN = json.dumps({"t": 1.0, "event": "begin", "role": "worker", "name": "w", "
 
 def test_the_torn_line_of_a_killed_process_is_left_out(tmp_path: Path) -> None:
     written(tmp_path / "worker-w.jsonl", [BEGIN, '{"t": 2.0, "ev'])
-    assert [event.event for event in read(tmp_path).events] == ["begin"]
+    assert [event.event for event in read_history(tmp_path).events] == ["begin"]
 
 
 def test_a_torn_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
     written(tmp_path / "worker-w.jsonl", [BEGIN, '{"t": 2.0, "ev', BEGIN, ""])
     with pytest.raises(DataIntegrity, match=r"worker-w\.jsonl:2"):
-        read(tmp_path)
+        read_history(tmp_path)
 
 
-def test_the_report_shows_the_verdict_and_how_to_play_it_again(story: Story, tmp_path: Path) -> None:
-    story.change("final", -1, digest="<G>")
+def test_the_report_shows_the_verdict_and_how_to_play_it_again(builder: HistoryBuilder, tmp_path: Path) -> None:
+    builder.change("final", -1, digest="<G>")
     for step in range(STEPS):
-        story.tell("train", "t0", "loss", version=step, rank=0, loss=1.0 / (step + 1))
-    journal = Journal(story.events)
-    write_report([Run("kill-server", 7, "psa chaos run --seed 7", journal, judge(journal, TRUTH))], tmp_path)
+        builder.record("train", "t0", "loss", version=step, rank=0, loss=1.0 / (step + 1))
+    history = History(builder.events)
+    write_report(
+        [Run("kill-server", 7, "psa chaos run --seed 7", history, check_history(history, REFERENCE))], tmp_path
+    )
     page = (tmp_path / "report.html").read_text()
     assert (
         "psa chaos run --seed 7" in page and "not those of an undisturbed run" in page and "SIGKILL of a server" in page
@@ -334,9 +336,9 @@ def test_the_report_shows_the_verdict_and_how_to_play_it_again(story: Story, tmp
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_goodput_is_of_the_time_in_which_faults_happen(story: Story) -> None:
+def test_goodput_is_of_the_time_in_which_faults_happen(builder: HistoryBuilder) -> None:
     """After it the job hurries, which must not make up for pauses."""
-    steps = steps_of(Journal(story.events))
+    steps = steps_of(History(builder.events))
     assert steps.paced == 27 < len(steps.times)
     hurried = Steps(
         [*steps.times[: steps.paced], *(steps.times[26] + i * 1e-4 for i in range(1, 9))],

@@ -1,4 +1,4 @@
-"""Plans of faults: the same seed gives the same one, and every kind has its turn."""
+"""Fault schedules: the same seed gives the same one, and every kind occurs."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chaos.barrier.drill import INJECTORS
+from chaos.barrier.drill import FAULT_KINDS
 from chaos.campaign import rows_of
 from chaos.faults import FAULTS
 from chaos.scenarios import MATRIX, SCENARIOS, SOAK
-from chaos.schedule import REST_S, long_plan, pace_s, short_plan
+from chaos.schedule import REST_S, long_schedule, pace_s, short_schedule
 from psa_store.errors import UsageError
 from psa_store.testing.failpoints import FAILPOINTS
 
 
 @given(st.sampled_from(sorted(SCENARIOS)), st.integers(0, 1000))
-def test_the_same_seed_gives_the_same_plan(name: str, seed: int) -> None:
+def test_the_same_seed_gives_the_same_schedule(name: str, seed: int) -> None:
     kinds = SCENARIOS[name].kinds
-    assert short_plan(kinds, name, seed) == short_plan(kinds, name, seed)
-    assert long_plan(kinds, name, seed, 600, 10) == long_plan(kinds, name, seed, 600, 10)
+    assert short_schedule(kinds, name, seed) == short_schedule(kinds, name, seed)
+    assert long_schedule(kinds, name, seed, 600, 10) == long_schedule(kinds, name, seed, 600, 10)
 
 
 @given(st.sampled_from(sorted(SCENARIOS)), st.integers(0, 1000))
-def test_faults_of_a_plan_do_not_overlap(name: str, seed: int) -> None:
-    plan = short_plan(SCENARIOS[name].kinds, name, seed)
-    for before, after in itertools.pairwise(plan):
+def test_faults_of_a_schedule_do_not_overlap(name: str, seed: int) -> None:
+    schedule = short_schedule(SCENARIOS[name].kinds, name, seed)
+    for before, after in itertools.pairwise(schedule):
         assert before.at_s + before.for_s < after.at_s
 
 
 def test_all_kinds_of_a_row_come_within_a_few_seeds() -> None:
     for row in MATRIX.values():
-        assert {short_plan(row.kinds, row.name, seed)[0].kind for seed in range(len(row.kinds))} == set(row.kinds)
+        assert {short_schedule(row.kinds, row.name, seed)[0].kind for seed in range(len(row.kinds))} == set(row.kinds)
 
 
 def test_a_soak_has_a_fault_every_so_often_and_every_kind_alike() -> None:
-    plan = long_plan(SOAK.kinds, "soak", 7, 3600, 10)
-    assert len(plan) == 359
-    assert all(each.at_s < later.at_s for each, later in itertools.pairwise(plan))
-    counts = [sum(each.kind == kind for each in plan) for kind in SOAK.kinds]
+    schedule = long_schedule(SOAK.kinds, "soak", 7, 3600, 10)
+    assert len(schedule) == 359
+    assert all(each.at_s < later.at_s for each, later in itertools.pairwise(schedule))
+    counts = [sum(each.kind == kind for each in schedule) for kind in SOAK.kinds]
     assert max(counts) - min(counts) <= 1
 
 
 def test_every_kind_of_fault_and_every_failpoint_has_a_row() -> None:
     played = {kind for row in MATRIX.values() for kind in row.kinds}
     assert played == set(FAULTS)
-    drilled = {kind.partition("-")[2] for kind in INJECTORS}
+    drilled = {kind.partition("-")[2] for kind in FAULT_KINDS}
     by_command = {name for name in FAILPOINTS if name.partition(".")[0] in ("fork", "rollback")}
     assert set(FAILPOINTS) <= {kind.partition("-")[2] for kind in played} | drilled | by_command
 
@@ -65,7 +65,7 @@ def test_a_job_outlasts_its_plan() -> None:
     """Found by stop-zk-follower, seed 2: the job was over before its last fault."""
     for row in MATRIX.values():
         for seed in range(20):
-            plan = short_plan(row.kinds, row.name, seed)
-            assert 200 * pace_s(plan, 200, 0.01) >= max(each.at_s + each.for_s for each in plan) + REST_S - 1e-9
+            schedule = short_schedule(row.kinds, row.name, seed)
+            assert 200 * pace_s(schedule, 200, 0.01) >= max(each.at_s + each.for_s for each in schedule) + REST_S - 1e-9
     assert pace_s([], 200, 0.01) == REST_S / 200
     assert pace_s([], 10_000, 0.01) == 0.01

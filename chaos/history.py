@@ -1,4 +1,4 @@
-"""Reads what the processes of a run wrote down. What the events mean stands in the table of ``chaos/README.md``."""
+"""The history of a run: the events in the journals of its processes. ``chaos/README.md`` has a table of all events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Event:
         return self.fields[key]
 
 
-class Journal:
+class History:
     """All events of a run, in the order of time."""
 
     def __init__(self, events: Sequence[Event]) -> None:
@@ -37,26 +37,26 @@ class Journal:
             self._of[event.event].append(event)
 
     def of(self, name: str) -> list[Event]:
-        """The events of one name."""
+        """Return the events of one name."""
         return self._of.get(name, [])
 
     @property
     def scenario(self) -> Mapping[str, Any]:
-        """What the harness was asked to do."""
+        """What the harness was to do."""
         return self.of("scenario")[0].fields
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
-    """What a run comes to that nobody disturbs."""
+class Reference:
+    """What a run without faults comes to; every other run must come to the same."""
 
     digests: Mapping[int, str]
-    """What user code sees of the model at each version."""
+    """By version, the digest of the model that user code gets."""
     final: str
     """sha256 of all parameters and optimizer state after the last step."""
 
 
-def read(folder: Path) -> Journal:
+def read_history(folder: Path) -> History:
     """Read all journals of a run. The last line of a process that was killed may be torn, and is left out.
 
     Raises:
@@ -74,10 +74,10 @@ def read(folder: Path) -> Journal:
                     role, name, pid = fields["role"], fields["name"], fields["pid"]
                 events.append(Event(fields["t"], fields["event"], role, name, pid, fields))
             except (ValueError, KeyError) as error:
-                raise DataIntegrity(f"{path}:{number}: no line of a journal: {error}") from error
-    return Journal(events)
+                raise DataIntegrity(f"{path}:{number}: no line of a history: {error}") from error
+    return History(events)
 
 
-def truth(journal: Journal, final: str) -> Truth:
-    """What an undisturbed run saw."""
-    return Truth({event["version"]: event["digest"] for event in journal.of("batch")}, final)
+def reference_of(history: History, final: str) -> Reference:
+    """Return what an undisturbed run comes to."""
+    return Reference({event["version"]: event["digest"] for event in history.of("batch")}, final)
