@@ -258,11 +258,11 @@ def _links() -> list[str]:
 def _free_name() -> str:
     """Unique on this machine, and short: the name of a link has at most 15 characters."""
     taken = _networks()
-    return next(name for letter in string.ascii_lowercase if (name := f"psa{os.getpid()}{letter}") not in taken)
+    return next(name for last in string.ascii_lowercase if (name := f"psa{os.getpid()}{last}") not in taken)
 
 
 def _free_subnet() -> ipaddress.IPv4Network:
-    """One to which no route of this machine leads; random, so that processes that ask at once get different ones."""
+    """One that no route of this machine covers; random, so that processes that ask at once get different ones."""
     routes = [route["dst"] for route in json.loads(_run(["ip", "-json", "-4", "route", "show", "table", "all"]))]
     taken = [ipaddress.IPv4Network(target) for target in routes if target != "default"]
     for subnet in random.SystemRandom().sample(_SUBNETS, _SUBNET_ATTEMPTS):

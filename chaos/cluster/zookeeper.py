@@ -17,7 +17,7 @@ _ANSWER_S = 0.5
 
 
 class NoLeader(Exception):
-    """No node leads: there is no quorum, or an election is going on."""
+    """There is no leader: no quorum, or an election is going on."""
 
 
 class ZooKeeperEnsemble:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from psa_store.config import Settings
-from psa_store.launch import PrivateServers
+from psa_store.launch import PrivateServers, down, up
 from psa_store.storage import RedisStore
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +83,17 @@ def private_servers() -> Iterator[Servers]:
     with tempfile.TemporaryDirectory(prefix="psa-performance-") as home, closing(PrivateServers(Path(home))) as servers:
         servers.start()
         yield Servers(servers.addresses.redis, servers.addresses.zookeeper, Path(home))
+
+
+@contextmanager
+def keep_up() -> Iterator[Servers]:
+    """As :func:`private_servers`, with a daemon that restarts a server that dies."""
+    with tempfile.TemporaryDirectory(prefix="psa-performance-") as home:
+        addresses = up(Path(home), 1)
+        try:
+            yield Servers(addresses.redis, addresses.zookeeper, Path(home))
+        finally:
+            down(Path(home))
 
 
 class StepTimes:
