@@ -27,6 +27,12 @@ def names(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.parametrize("name", sorted(reference.pages()))
+def test_the_reference_is_current(name: str) -> None:
+    committed = reference.FOLDER / name
+    assert committed.is_file() and committed.read_text() == reference.pages()[name], f"run `{reference.COMMAND}`"
+
+
 def test_the_reference_has_no_other_pages() -> None:
     assert {path.name for path in reference.FOLDER.glob("*.md")} == set(reference.pages())
 
