@@ -131,6 +131,20 @@ def with_suppress_kill(pid: int, number: signal.Signals) -> None:
         pass
 
 
+def stop_process(pid: int) -> None:
+    """SIGSTOP a process and wait until each of its threads stands still: until then one may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    while any(_state(thread) not in "TZX" for thread in Path(f"/proc/{pid}/task").iterdir()):
+        os.sched_yield()
+
+
+def _state(thread: Path) -> str:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
+
+
 @dataclass(frozen=True)
 class Site:
     """A Redis and a ZooKeeper to run jobs against."""

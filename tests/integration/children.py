@@ -1,4 +1,4 @@
-"""What the children of test_local do."""
+"""What the children of test_launch do."""
 
 from __future__ import annotations
 

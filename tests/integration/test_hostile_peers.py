@@ -267,8 +267,8 @@ def a_push_from_memory_that_was_never_shared(scene: Scene, carrier: str) -> None
     with scene.in_the_name_of_the_holder() as pose:
         peer, step = pose(carrier)
         about = {"step": step, "rank": scene.ranks - 1, "shard": scene.shard().index}
-        peer.say(Kind.PUSH, slot=1, flags=Flag.BY_REFERENCE, **about)
-        peer.is_thrown_out("slot 1, which was not shared")
+        peer.say(Kind.PUSH, memory=1, flags=Flag.BY_REFERENCE, **about)
+        peer.is_thrown_out("memory 1, which was not shared")
 
 
 @deed
@@ -429,12 +429,12 @@ def memory_that_comes_with_another_frame(scene: Scene, carrier: str) -> None:
 @deed
 def more_memory_than_there_are_ranks(scene: Scene, carrier: str) -> None:
     memory = scene.gradient_memory()
-    for slots in ([2**32 - 1], [*range(scene.ranks), scene.ranks], [0, 0]) if carrier == "unix" else ():
+    for numbers in ([2**32 - 1], [*range(scene.ranks), scene.ranks], [0, 0]) if carrier == "unix" else ():
         peer = scene.peer(carrier)
         peer.hello()
-        for slot in slots:
-            peer.say(Kind.SHARE, slot=slot, fds=[memory.fd])
-        peer.is_thrown_out(f"SHARE of slot {slots[-1]}")
+        for number in numbers:
+            peer.say(Kind.SHARE, memory=number, fds=[memory.fd])
+        peer.is_thrown_out(f"SHARE of memory {numbers[-1]}")
 
 
 @deed

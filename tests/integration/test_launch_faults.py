@@ -551,15 +551,16 @@ class TestSupervisor:
 
 OWN_SUPERVISOR = """
 import sys
+from psa_store.cluster import ProcessRole
 from psa_store.launch import Supervisor
-from tests.integration import test_local_faults
+from tests.integration import test_launch_faults
 
 it = Supervisor(
     preload=[], restarts_max=0, env={}, on_exit=lambda child: print("left", child.exit_code, flush=True),
     on_message=lambda message: print(message["parent"], message["pid"], flush=True),
 )
 for _ in range(2):
-    it.spawn(ProcessRole.WORKER, getattr(test_local_faults, sys.argv[1]))
+    it.spawn(ProcessRole.WORKER, getattr(test_launch_faults, sys.argv[1]))
 code = it.run(until=lambda: not it.alive(ProcessRole.WORKER))
 print("stopped", code, it.stop(ProcessRole.WORKER, 20), flush=True)
 it.close()
