@@ -1,4 +1,4 @@
-"""Who takes part, who owns and computes what, and the rules by which the controller changes that. Pure."""
+"""Members, the plan (owners of shards, workers of ranks), and the rules by which the controller changes it. Pure."""
 
 from psa_store.cluster.controller import Publish, TakeOver, View, assign_ranks, assign_shards, decide
 from psa_store.cluster.members import Member, ProcessRole, member_from_json

@@ -1,24 +1,24 @@
-"""Who serves which shard and who computes which rank: the plan, and the rules by which the controller changes it.
+"""Decide what the controller does next: the rules by which owners of shards and ranks change.
 
 Theory of operation. The controller looks at one immutable :class:`View` (the plan and the members that are alive)
 and :func:`decide` answers with one action; the controller carries it out and looks again. Killing it between any two
 actions is harmless, because the next controller starts from what is stored.
 
-Changing *ranks* keeps the term: a gradient is a pure function of (seed, step, rank), so it does not matter who
-computes it. Changing the owner of a *shard* needs a new term, and so does the holder of a rank that carries something
-from step to step, which is committed now and then. In one of two ways:
+Changing *ranks* keeps the term: a gradient is a pure function of (seed, step, rank), so it does not matter which
+worker computes it. Changing the owner of a *shard* needs a new term, and so does moving a rank that has rank state,
+which is committed now and then. A new term begins in one of two ways:
 
 * Take-over, when an owner died (or a holder): seal, read heads, resume at the newest version that all shards have
   committed.
-* Hand-over, when a server joins or leaves and everybody is well; no step is lost::
+* Hand-over, when a server joins or leaves and all owners are well; no step is lost::
 
-      RUN ──▶ FREEZE ──▶ STOP ──▶ take-over at the version where everybody stopped
-       ▲        │          │      (nobody stays: a plan without owners; the next server starts from it)
+      RUN ──▶ FREEZE ──▶ STOP ──▶ take-over at the version where all owners stopped
+       ▲        │          │      (no server stays: a plan without owners; the next server starts from it)
        └────────┴──────────┘ the reason went away
 
   FREEZE: owners stop updating and report their version. Versions of two owners differ by one at most (by a push of
   each rank, where pushes are applied on arrival), so the larger one can be reached by all. STOP: owners go on to
-  exactly that version (to the next at which ranks bring what they carry), commit it, and report.
+  exactly that version (to the next that is committed with rank state), commit it, and report.
 
 Pure: no I/O, no threads, no clock.
 """
@@ -43,7 +43,7 @@ class View:
     shard_sizes: tuple[int, ...]
     ranks: int
     stop_interval: int = 0
-    """Where ranks carry something: they change hands with a term only, which begins at a multiple of this version."""
+    """With rank state: ranks change hands with a term only, which begins at a multiple of this version. Else 0."""
     on_arrival: bool = False
     """Whether pushes are applied as they come, so that a cut needs the word of the workers that hold the ranks."""
 
@@ -97,7 +97,7 @@ def _take_over_reason(view: View) -> str:
     if plan is None:
         return "the job has no plan yet"
     if not plan.owners:
-        return "nobody owns the shards"
+        return "the shards have no owner"
     for server in plan.servers:
         member = view.servers.get(server.id)
         if member is None:
@@ -105,7 +105,7 @@ def _take_over_reason(view: View) -> str:
         if member.reload_term == plan.term:
             return f"server {server.id} cannot serve what it owns"
     if view.stop_interval and view.workers and any(rank not in view.workers for rank in plan.ranks):
-        return "a rank is without its worker, and what it carries was committed"
+        return "a rank is without its worker, and its state was committed"
     if plan.stop_version is not None and not view.workers and _is_behind(view, plan, plan.stop_version):
         return "no worker is left to finish the step at which to hand over"
     return ""
@@ -144,7 +144,7 @@ def _hand_over(
 
 
 def _end(plan: Plan, reason: str, **changes: Any) -> Publish:
-    """Nobody owns anything any more; the next server begins with a take-over."""
+    """End with a plan without owners; the next server begins with a take-over."""
     return _publish(
         plan, reason, phase=Phase.RUN, freeze_revision=None, stop_version=None, servers=(), owners=(), **changes
     )

@@ -1,4 +1,4 @@
-"""Who takes part in a job: what a server or worker says of itself in its ephemeral znode. Pure."""
+"""The members of a job: what a server or worker says of itself in its ephemeral znode. Pure."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Cut:
     version: int | None = None
     """None where pushes are applied on arrival: there workers say, for each rank, with which push it ends."""
     asked: bool = False
-    """Whether somebody waits for it: then it is over when he does no longer."""
+    """Whether it was requested: then it is over when its request goes."""
     named: bool = False
     """Whether a person gave the name."""
 

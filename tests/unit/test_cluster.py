@@ -86,7 +86,7 @@ def test_newest_common_is_common_and_newest(versions: dict[int, set[int]]) -> No
 class Cluster:
     """Carries decisions out as a controller, obedient servers and a job that goes on would.
 
-    ``interval``: where ranks carry something, the versions between two commits of that.
+    ``interval``: with rank state, the versions between two commits of it.
     """
 
     def __init__(self, interval: int = 0) -> None:
@@ -118,12 +118,12 @@ class Cluster:
             if action.plan.owners:
                 assert action.plan.owners == self.plan.owners, "ownership changed without a new term"
             if self.interval and action.plan.owners:
-                assert action.plan.ranks == self.plan.ranks, "what ranks carry changed hands without a new term"
+                assert action.plan.ranks == self.plan.ranks, "rank state changed hands without a new term"
                 assert action.plan.phase is not Phase.STOP or (action.plan.stop_version or 0) % self.interval == 0
             self.plan = action.plan
         return True
 
-    def servers_obey(self) -> None:
+    def servers_follow(self) -> None:
         plan = self.plan
         if plan is None:
             return
@@ -145,7 +145,7 @@ class Cluster:
 
     def settle(self) -> None:
         for _ in range(20):
-            self.servers_obey()
+            self.servers_follow()
             if not self.decide_once():
                 return
         raise AssertionError("the controller does not come to rest")
@@ -178,7 +178,7 @@ def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[s
             case "step" if cluster.plan is not None and cluster.plan.phase is Phase.RUN and cluster.workers:
                 cluster.version += 1
             case "look":
-                cluster.servers_obey()
+                cluster.servers_follow()
                 cluster.decide_once()
             case _:
                 pass
@@ -206,12 +206,12 @@ def test_a_joining_server_is_given_shards_without_a_lost_step() -> None:
     while cluster.decide_once():
         assert cluster.plan is not None
         phases.append(cluster.plan.phase)
-        cluster.servers_obey()
+        cluster.servers_follow()
     assert phases == [Phase.FREEZE, Phase.STOP, Phase.RUN]
     assert cluster.plan is not None and cluster.plan.resume == 17
 
 
-def test_a_joining_worker_waits_for_what_ranks_carry() -> None:
+def test_a_joining_worker_waits_for_rank_state() -> None:
     cluster = Cluster(interval=10)
     cluster.servers, cluster.workers = members("a"), members("v")
     cluster.settle()
@@ -232,14 +232,14 @@ def test_a_rank_whose_worker_died_goes_back_to_what_was_committed_of_it() -> Non
     assert isinstance(action, TakeOver) and set(action.ranks) == {"v"}
 
 
-def test_nobody_waits_for_a_round_that_nobody_computes() -> None:
+def test_no_process_waits_for_a_round_that_no_worker_computes() -> None:
     """Ctrl-C: the workers leave first, in the middle of what is committed together, and then all servers."""
     cluster = Cluster(interval=10)
     cluster.servers, cluster.workers = members("a", "b"), members("w")
     cluster.settle()
     cluster.version = 17
     cluster.workers.clear()
-    cluster.servers_obey()
+    cluster.servers_follow()
     cluster.decide_once()
     for name in "ab":
         cluster.servers[name] = replace(cluster.servers[name], leaving=True)
@@ -247,7 +247,7 @@ def test_nobody_waits_for_a_round_that_nobody_computes() -> None:
     assert cluster.plan is not None and cluster.plan.owners == ()
 
 
-def test_a_step_that_nobody_can_finish_does_not_block_a_hand_over() -> None:
+def test_a_step_that_no_worker_can_finish_does_not_block_a_hand_over() -> None:
     cluster = Cluster()
     cluster.servers, cluster.workers = members("a", "b"), members("w")
     cluster.settle()

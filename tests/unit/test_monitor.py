@@ -89,7 +89,7 @@ class TestTakeOvers:
         assert [kind for kind, _ in kinds(self.taken(None, "no plan", 0))] == ["created", "term"]
         assert [kind for kind, _ in kinds(self.taken(None, "no plan", 50))] == ["term"]
         at_rest = replace(PLAN, servers=(), owners=())
-        assert [kind for kind, _ in kinds(self.taken(at_rest, "nobody owns the shards", 50))] == ["term"]
+        assert [kind for kind, _ in kinds(self.taken(at_rest, "the shards have no owner", 50))] == ["term"]
 
     def test_a_hand_over_is_no_recovery(self) -> None:
         assert [kind for kind, _ in kinds(self.taken(PLAN, "hand-over at step 50", 50))] == ["hand-over"]
