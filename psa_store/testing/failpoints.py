@@ -66,6 +66,11 @@ _enabled = True
 """False once the environment was found to name no folder: from then on a failpoint costs one test of a flag."""
 
 
+def are_on() -> bool:
+    """Tell whether this process may be asked to act: a path that each step takes asks once, before."""
+    return bool(os.environ.get(ENV))
+
+
 def failpoint(name: str, index: int = 0) -> None:
     """Act here if that was asked for. ``index`` tells apart the passes of a loop through one place."""
     if _enabled:

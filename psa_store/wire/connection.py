@@ -120,6 +120,24 @@ class Connection:
         if header.length:
             self._outgoing.append((memoryview(payload).cast("B"), None))
 
+    def send_now(self, header: Header, payload: memoryview | bytes = b"", memory: SharedMemory | None = None) -> bool:
+        """Queue a frame and send as much as the socket takes now; True if bytes wait for it. Raises Disconnected."""
+        if not header.length and memory is None and not self._outgoing:
+            whole = header.pack()
+            try:
+                sent = self._sock.send(whole)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError as error:
+                raise Disconnected(f"lost {self.peer} while sending: {error}") from error
+            self._traffic.sent_bytes += sent
+            if sent < len(whole):
+                self._outgoing.append((memoryview(whole)[sent:], None))
+        else:
+            self.send(header, payload, memory)
+            self.flush()
+        return bool(self._outgoing)
+
     def flush(self) -> None:
         """Send as much as the socket takes now; raises Disconnected if the peer is gone."""
         while self._outgoing:
@@ -174,7 +192,7 @@ class Connection:
         if self.parked:
             self.parked = False
             assert self._header is not None
-            self._place(self._header)
+            self._take_place(self._header, self._admit(self, self._header))
 
     def divert(self, scratch: memoryview) -> None:
         """Let the rest of the payload that is arriving go to ``scratch``: its place is needed for another."""
@@ -205,7 +223,7 @@ class Connection:
             self._header = unpack(self._header_bytes)
             if self._descriptor is not None and self._header.kind not in WITH_DESCRIPTOR:
                 raise Refused(f"{self.peer} passed a descriptor with {self._header.kind.name}")
-            self._place(self._header)
+            self._take_place(self._header, self._admit(self, self._header))
             return not self.parked and self._header.length == 0
         return True
 
@@ -232,8 +250,7 @@ class Connection:
             raise Refused(f"a descriptor that {self.peer} passed was lost: too many open files, see `ulimit -n`")
         return count
 
-    def _place(self, header: Header) -> None:
-        place = self._admit(self, header)
+    def _take_place(self, header: Header, place: memoryview | Park) -> None:
         if isinstance(place, Park):
             self.parked = True
             return

@@ -1,8 +1,8 @@
 """Batches for (step, rank), each a pure function of the job's seed and those two numbers.
 
-That is what makes elasticity exact: whoever computes a rank, and however often, draws the same samples and the same
-random numbers. The order of samples comes from :mod:`psa_store.job.sampling`; a DataLoader given by the user lends its
-dataset, its collate function and its worker processes, but not its sampler.
+That is what makes elasticity exact: the samples and random numbers of a rank are the same in whichever process it is
+computed, and however often. The order of samples comes from :mod:`psa_store.job.sampling`; a DataLoader given by the
+user lends its dataset, its collate function and its worker processes, but not its sampler.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _has_accelerator() -> bool:
 
 
 class _Fetched(Dataset[Any]):
-    """Maps a Draw to its collated batch, in this process or in a DataLoader's."""
+    """Maps a rank step to its collated batch, in this process or in a DataLoader's."""
 
     def __init__(
         self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, ranks: int, batch_size: int
@@ -79,7 +79,7 @@ class _Fetched(Dataset[Any]):
 
 
 class _Foresight:
-    """The draws that come if nothing changes: the same ranks, round after round, each with all its steps in a row."""
+    """The rank steps that come if nothing changes: the same ranks, in each round all steps of one after the other."""
 
     def __init__(self, first: RankStep, ranks: Sequence[int], round_steps: int) -> None:
         self._first = first
@@ -97,7 +97,7 @@ class _Foresight:
 
 
 class Batches:
-    """Hands out the batch of any draw. With worker processes it reads ahead, and starts anew when the plan changes.
+    """Make the batch of any rank step. With worker processes, read ahead, and start anew when the plan changes.
 
     Args:
         data: a map-style dataset or a DataLoader over one.
@@ -118,9 +118,9 @@ class Batches:
                 raise UsageError("batches() needs batch_size=: the number of samples per step over all ranks")
             batch_size = loader.batch_size * ranks
         collate = loader.collate_fn if loader is not None else default_collate
-        self._drawn = _Fetched(dataset, collate, seed, ranks, batch_size)
+        self._fetched = _Fetched(dataset, collate, seed, ranks, batch_size)
         self.samples = batch_size // ranks
-        """In the batch of one draw."""
+        """In the batch of one rank step."""
         self._round_steps = round_steps
         self._loader = loader if loader is not None and loader.num_workers > 0 else None
         self._ahead: Iterator[Any] | None = None
@@ -129,7 +129,7 @@ class Batches:
     def get(self, rank_step: RankStep, ranks: Sequence[int]) -> Any:
         """The batch of ``rank_step``; ``ranks`` are all ranks that this worker holds, for reading ahead."""
         if self._loader is None:
-            return self._drawn[rank_step]
+            return self._fetched[rank_step]
         if self._ahead is None or next(self._expected) != rank_step:
             self._restart(self._loader, rank_step, ranks)
         assert self._ahead is not None
@@ -144,7 +144,7 @@ class Batches:
         next(self._expected)
         self._ahead = iter(
             DataLoader(
-                self._drawn,
+                self._fetched,
                 batch_size=None,
                 sampler=_Foresight(rank_step, ranks, self._round_steps),
                 num_workers=loader.num_workers,

@@ -7,20 +7,18 @@ not used again, when the connections were lost meanwhile: a server may still hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from psa_store.job.dtypes import ITEM_BYTES
-from psa_store.job.layout import Layout, Shard, TensorRole
+from psa_store.job.layout import Layout, TensorRole
 from psa_store.job.wire_layout import WireLayout
-from psa_store.optim.reduce import squared_norm
+from psa_store.optim.reduce import clip_factor, squared_norm
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.wire import SharedMemory
 
-_NORM_SURELY_FINITE = 1e18
+NORM_SURELY_FINITE = 1e18
 """Above it, the float32 sum of squares may overflow although every element is finite."""
 _ELEMENT_MAX = 1e33
 """A larger element counts as not finite: the sum over 65536 ranks must not overflow float32."""
@@ -34,53 +32,47 @@ class GradientMemory:
         self.passed = False
         """Whether a server has its descriptor."""
         self._layout = layout
-        self._wire = wire
-        self._flat = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
+        flat = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
+
+        def cut(low: int, dtype: str, numel: int) -> Tensor:
+            return flat[low : low + numel * ITEM_BYTES[dtype]].view(to_torch(dtype))
+
         self.views = [
-            self._shaped(index) if spec.role is TensorRole.TRAINED else None
-            for index, spec in enumerate(layout.tensors)
+            cut(wire.tensor_offset_bytes(i), wire.tensor_dtype(i), spec.numel).view(spec.shape)
+            if spec.role is TensorRole.TRAINED
+            else None
+            for i, spec in enumerate(layout.tensors)
         ]
         """By tensor of the layout; None for those that are not trained."""
+        self.numbers = {
+            shard.index: cut(wire.offset_bytes(shard), wire.dtype(shard), shard.numel)
+            for shard in layout.shards_of(TensorRole.TRAINED)
+        }
+        """By trained shard: its gradient, flat."""
 
-    def bytes_of(self, shard: Shard) -> memoryview:
+    def bytes_of(self, shard: int) -> memoryview:
         """The bytes of a shard's gradient, to send."""
-        return as_bytes(self._slice(shard))
+        return as_bytes(self.numbers[shard])
 
-    def fingerprint(self, shard: Shard) -> int:
+    def fingerprint(self, shard: int) -> int:
         """A digest of a shard's gradient; the same computation gives the same everywhere."""
-        return xxh3_64_intdigest(self.bytes_of(shard), seed=shard.index)
+        return xxh3_64_intdigest(self.bytes_of(shard), seed=shard)
 
-    def flaw(self, shard: Shard) -> str:
+    def flaw(self, shard: int) -> str:
         """The name of the first parameter in this shard whose gradient is not finite; empty if all is well."""
-        flat = self.numbers(shard)
-        if float(torch.linalg.vector_norm(flat)) < _NORM_SURELY_FINITE:
+        flat = self.numbers[shard]
+        if float(torch.linalg.vector_norm(flat)) < NORM_SURELY_FINITE:
             return ""
         bad = ~(flat.abs() < _ELEMENT_MAX)  # true for NaN
-        return self._layout.tensor_at(shard, int(bad.nonzero()[0])) if bool(bad.any()) else ""
+        return self._layout.tensor_at(self._layout.shards[shard], int(bad.nonzero()[0])) if bool(bad.any()) else ""
 
-    def squared_norm(self, shard: Shard) -> float:
-        """The squared norm of a shard's gradient; inf or nan if an element is."""
-        return squared_norm(self.numbers(shard).float())
+    def first_flaw(self) -> str:
+        """The same for all shards."""
+        return next(filter(None, map(self.flaw, self.numbers)), "")
 
-    def numbers(self, shard: Shard) -> Tensor:
-        """A shard's gradient, flat."""
-        return self._slice(shard).view(to_torch(self._wire.dtype(shard)))
-
-    def scale(self, shards: Iterable[Shard], factor: float) -> None:
-        """Multiply the gradients of these shards."""
-        for shard in shards:
-            self.numbers(shard).mul_(factor)
-
-    def _slice(self, shard: Shard) -> Tensor:
-        low = self._wire.offset_bytes(shard)
-        return self._flat[low : low + self._wire.size_bytes(shard)]
-
-    def _shaped(self, index: int) -> Tensor:
-        spec = self._layout.tensors[index]
-        dtype = self._wire.tensor_dtype(index)
-        low = self._wire.tensor_offset_bytes(index)
-        flat = self._flat[low : low + spec.numel * ITEM_BYTES[dtype]]
-        return flat.view(to_torch(dtype)).view(spec.shape)
+    def clip_factor(self, norm_max: float) -> float:
+        """What to multiply the gradient by so that its global norm is at most ``norm_max``."""
+        return clip_factor([squared_norm(numbers.float()) for numbers in self.numbers.values()], norm_max)
 
 
 class GradientPool:
@@ -93,19 +85,19 @@ class GradientPool:
         self._taken: list[GradientMemory] = []
 
     def take(self) -> GradientMemory:
-        """Memory that nobody reads."""
+        """Memory that no server reads."""
         memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire)
         self._taken.append(memory)
         return memory
 
     def put_back(self, memory: GradientMemory, *, read: bool) -> None:
-        """This one is not needed any more. ``read``: a server may still read it, so it is not used again."""
+        """Take one back. ``read``: a server may still read it, so it is not used again."""
         self._taken.remove(memory)
         if not (read and memory.passed):
             self._free.append(memory)
 
     def release(self) -> None:
-        """Nobody reads any of it any more."""
+        """No server reads any of it any more."""
         self._free += self._taken
         self._taken.clear()
 

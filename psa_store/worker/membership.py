@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psa_store import logs
 from psa_store.cluster import Member, Plan, ProcessRole, plan_from_json
@@ -19,14 +19,17 @@ _RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Who we are in the job, and what the plan says."""
+    """This worker's id in the job, the newest plan, and the ranks that it gives to this worker."""
 
     member: str
-    plan: Plan | None
+    plan: Plan | None = None
+    held: tuple[int, ...] = ()
+    failure: PsaError | None = None
+    """What made it impossible to know a newer plan: one that cannot be read."""
 
 
 class Membership:
-    """Owns the thread ``psa-plan``. The standing is replaced as a whole, so any thread may read it.
+    """Owns the thread ``psa-plan``. ``standing`` is replaced as a whole, so any thread may read it.
 
     ``woken`` is set by ZooKeeper's watches; every change of the standing is posted to ``mailbox``.
     """
@@ -38,18 +41,10 @@ class Membership:
         self._log = logs.get_logger()
         self._generation = coordination.session_generation()
         self._closing = False
-        self._standing = Standing(member, None)
-        self._failure: PsaError | None = None
+        self.standing = Standing(member)
         self._join(member)
         self._thread = threading.Thread(target=self._run, name="psa-plan")
         self._thread.start()
-
-    @property
-    def standing(self) -> Standing:
-        """What is known now; raises what made it impossible to know more (an unreadable plan)."""
-        if self._failure is not None:
-            raise self._failure
-        return self._standing
 
     @property
     def alive(self) -> bool:
@@ -57,7 +52,7 @@ class Membership:
         return self._thread.is_alive()
 
     def refresh(self) -> None:
-        """Somebody has seen a newer plan: read it again."""
+        """There is a newer plan: read it."""
         self._woken.set()
 
     def close(self) -> None:
@@ -73,28 +68,31 @@ class Membership:
                 pause_s = _LOOK_AGAIN_S
             except DependencyUnreachable as error:
                 self._log.debug("going on with the last known plan", why=str(error))
-                standing, pause_s = self._standing, _RETRY_S
+                standing, pause_s = self.standing, _RETRY_S
             except PsaError as error:
-                self._failure = error
+                standing = replace(self.standing, failure=error)
+            if standing != self.standing:
+                self.standing = standing
                 self._mailbox.post(None)
+            if standing.failure is not None:
                 return
-            if standing != self._standing:
-                self._standing = standing
-                self._mailbox.post(None)
             self._woken.wait(pause_s)
             self._woken.clear()
 
     def _look(self) -> Standing:
-        member = self._standing.member
+        member = self.standing.member
         generation = self._coordination.session_generation()
         if generation != self._generation:
-            # Our session expired, so others may have been told that we are dead: come back as somebody else.
+            # The session expired, so the others count this worker as dead: join under another id.
             member = new_member_id("worker")
             self._log.warning("the ZooKeeper session expired: joining again", member=member)
             self._join(member)
             self._generation = generation
         seen = self._coordination.read_plan(watch=True)
-        return Standing(member, plan_from_json(seen.text) if seen is not None else None)
+        if seen is None:
+            return Standing(member)
+        plan = plan_from_json(seen.text)
+        return Standing(member, plan, plan.ranks_of(member))
 
     def _join(self, member: str) -> None:
         text = Member(member, host_identity(), os.getpid()).to_json()

@@ -1,6 +1,6 @@
 """A worker's connections to the servers of the plan: four verbs (push, pull, wait_for, finish) and one wait (pump).
 
-The carrier is chosen here, per server, and nobody above asks which it is: memory that both map if the server is on
+The carrier is chosen here, per server, and nothing above asks which it is: memory that both map if the server is on
 this host, TCP if not. Not thread-safe: the thread that runs the model calls everything.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import selectors
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,15 +40,8 @@ _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
 _NUMBER_BYTES = 8
 _NOTHING = memoryview(b"")
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """Who we are, told to every server."""
-
-    job: str
-    layout: str
-    member: str
+_FINITE = Flag.BY_REFERENCE
+_NOT_FINITE = Flag.BY_REFERENCE | Flag.NONFINITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +60,19 @@ class Answer:
 
 
 class ServerConnections:
-    """``place(header)`` names the memory for PARAMS; ``mailbox`` wakes :meth:`pump` from other threads."""
+    """``mailbox`` wakes :meth:`pump` from other threads. Set ``place`` before the first :meth:`connect`."""
 
-    def __init__(self, layout: Layout, place: Callable[[Header], memoryview], mailbox: Mailbox[None]) -> None:
+    place: Callable[[Header], memoryview]
+    """Names the memory for PARAMS."""
+
+    def __init__(self, layout: Layout, mailbox: Mailbox[None]) -> None:
         self.traffic = Traffic()
         self._layout = layout
-        self._place = place
         self._mailbox = mailbox
         self._share = False
+        self._plan: Plan
+        self._owners: list[str] = []
+        """By shard, the server that owns it."""
         self._shared: dict[str, dict[GradientMemory, int]] = {}
         """Memory that each server of this host has the descriptor of, and its number there."""
         self._selector = selectors.DefaultSelector()
@@ -91,23 +89,28 @@ class ServerConnections:
         """From the next connection on, share memory with servers of this host, where that is possible."""
         self._share = can_show()
 
+    def follow(self, plan: Plan) -> None:
+        """What is sent from now on goes by this plan."""
+        self._plan = plan
+        self._owners = [plan.servers[index].id for index in plan.owners]
+
     def disconnect(self) -> None:
         """Drop all connections, with whatever was in flight."""
         for server in list(self._connections):
             self._drop(server)
 
-    def connect(self, plan: Plan, hello: Hello) -> bool:
+    def connect(self, job: str, member: str) -> bool:
         """Connect to every server of the plan that is not connected yet. False: one cannot be reached now."""
-        payload = encode_text(
+        hello = encode_text(
             {
                 "protocol": PROTOCOL,
-                "job": hello.job,
-                "layout": hello.layout,
-                "member": hello.member,
+                "job": job,
+                "layout": self._layout.fingerprint,
+                "member": member,
                 "by_reference": self._share,
             }
         )
-        for server in plan.servers:
+        for server in self._plan.servers:
             if server.id in self._connections:
                 continue
             try:
@@ -117,77 +120,92 @@ class ServerConnections:
                 time.sleep(_CONNECT_AGAIN_S)  # bounded pause; the plan is looked at again after it
                 return False
             self._watch(server.id)
-            self._send(server.id, Header(Kind.HELLO, length=len(payload)), payload)
+            self._send(server.id, Header(Kind.HELLO, length=len(hello)), hello)
         return True
 
-    def push(
-        self, plan: Plan, step: int, rank: int, shards: Sequence[int], gradients: GradientMemory, finite: bool
-    ) -> None:
+    def push(self, step: int, rank: int, shards: Sequence[int], gradients: GradientMemory, *, finite: bool) -> None:
         """Push the gradients of some shards. A dead peer shows in :meth:`pump`.
 
         By value, ``gradients`` must not change until :attr:`sending` is false; by reference, not before the next
-        version is here.
+        version is here. By reference one frame says it of neighbouring shards of one owner.
         """
-        flags = Flag.NONE if finite else Flag.NONFINITE
-        for owner, first, count in _runs(plan, shards):
-            server = plan.servers[owner].id
-            if server in self._shared:
-                number = self._number_of(server, gradients)
-                here = flags | Flag.BY_REFERENCE
-                header = Header(
-                    Kind.PUSH, plan.term, plan.revision, step, rank, first, flags=here, memory=number, count=count
-                )
-                self._queue(server, header)
+        plan, owners, count = self._plan, self._owners, len(shards)
+        start = 0
+        while start < count:
+            first, server = shards[start], owners[shards[start]]
+            end = start + 1
+            while end < count and shards[end] == first + end - start and owners[shards[end]] == server:
+                end += 1
+            numbers = self._shared.get(server)
+            if numbers is None:
+                flags = Flag.NONE if finite else Flag.NONFINITE
+                for shard in shards[start:end]:
+                    self.push_value(step, rank, shard, gradients.bytes_of(shard), flags)
             else:
-                for shard in range(first, first + count):
-                    self.push_value(plan, step, rank, shard, gradients.bytes_of(self._layout.shards[shard]), flags)
-            self._flush(server)
+                number = numbers.get(gradients)
+                if number is None:
+                    number = self._pass_on(server, gradients)
+                flags = _FINITE if finite else _NOT_FINITE
+                header = Header(
+                    Kind.PUSH,
+                    plan.term,
+                    plan.revision,
+                    step,
+                    rank,
+                    first,
+                    flags=flags,
+                    memory=number,
+                    count=end - start,
+                )
+                self._send(server, header)
+            start = end
 
-    def push_value(
-        self, plan: Plan, step: int, rank: int, shard: int, payload: memoryview, flags: Flag = Flag.NONE
-    ) -> None:
+    def push_value(self, step: int, rank: int, shard: int, payload: memoryview, flags: Flag = Flag.NONE) -> None:
         """Push one shard by value, whatever the carrier; ``payload`` must not change until it is sent."""
+        plan = self._plan
         header = Header(Kind.PUSH, plan.term, plan.revision, step, rank, shard, len(payload), flags=flags)
-        self._send(plan.owner_of(shard).id, header, payload)
+        self._send(self._owners[shard], header, payload)
 
-    def _number_of(self, server: str, gradients: GradientMemory) -> int:
-        """The number under which a server of this host knows this memory; passes it on the first time."""
-        numbers = self._shared[server]
-        if gradients not in numbers:
-            numbers[gradients] = len(numbers)
-            gradients.passed = True
-            self._queue(server, Header(Kind.SHARE, memory=numbers[gradients]), memory=gradients.shared)
-        return numbers[gradients]
+    def _pass_on(self, server: str, gradients: GradientMemory) -> int:
+        """Give a server of this host the memory of gradients; returns its number there."""
+        number = self._shared[server][gradients] = len(self._shared[server])
+        gradients.passed = True
+        self._send(server, Header(Kind.SHARE, memory=number), memory=gradients.shared)
+        return number
 
-    def pull(self, plan: Plan, shard: int, at_least: int) -> None:
+    def pull(self, shard: int, at_least: int) -> None:
         """Ask for a shard as soon as its version is ``at_least``."""
-        self._send(plan.owner_of(shard).id, Header(Kind.PULL, plan.term, plan.revision, at_least, shard=shard))
+        plan = self._plan
+        self._send(self._owners[shard], Header(Kind.PULL, plan.term, plan.revision, at_least, shard=shard))
 
-    def pull_state(self, plan: Plan, shard: int, version: int, rank: int) -> None:
-        """Ask for what a rank carries in a shard at a version; answered by STATE."""
+    def pull_state(self, shard: int, version: int, rank: int) -> None:
+        """Ask for the state of a rank in a shard at a version; answered by STATE."""
+        plan = self._plan
         header = Header(Kind.PULL, plan.term, plan.revision, version, rank, shard, flags=Flag.STATE)
-        self._send(plan.owner_of(shard).id, header)
+        self._send(self._owners[shard], header)
 
-    def wait_for(self, plan: Plan, servers: Iterable[str], version: int, rank: int = 0) -> None:
+    def wait_for(self, servers: Iterable[str], version: int, rank: int = 0) -> None:
         """Have done with all versions below; each server brings this one when it is there, and says VERSION.
 
         On arrival: each brings what it has when ``rank`` may start its step ``version``.
         """
+        header = Header(Kind.AWAIT, self._plan.term, self._plan.revision, version, rank)
         for server in servers:
-            self._send(server, Header(Kind.AWAIT, plan.term, plan.revision, version, rank))
+            self._send(server, header)
 
-    def finish(self, plan: Plan, servers: Iterable[str], version: int) -> None:
+    def finish(self, servers: Iterable[str], version: int) -> None:
         """Ask servers to make a version durable; each answers DURABLE."""
         for server in servers:
-            self._send(server, Header(Kind.FINISH, plan.term, plan.revision, version))
+            self._send(server, Header(Kind.FINISH, self._plan.term, self._plan.revision, version))
 
-    def ask_clocks(self, plan: Plan, servers: Iterable[str]) -> None:
+    def ask_clocks(self, servers: Iterable[str]) -> None:
         """Ask how many pushes of each rank count; each answers CLOCKS, as it does after every commit."""
         for server in servers:
-            self._send(server, Header(Kind.CLOCKS, plan.term, plan.revision))
+            self._send(server, Header(Kind.CLOCKS, self._plan.term, self._plan.revision))
 
-    def cut(self, plan: Plan, servers: Iterable[str], at: Cut, rank: int, clock: int) -> None:
+    def cut(self, servers: Iterable[str], at: Cut, rank: int, clock: int) -> None:
         """Tell with how many pushes of a rank a checkpoint ends."""
+        plan = self._plan
         for server in servers:
             self._send(server, Header(Kind.CUT, plan.term, plan.revision, clock, rank, barrier=int(at.barrier)))
 
@@ -218,10 +236,10 @@ class ServerConnections:
             try:
                 if mask & selectors.EVENT_WRITE:
                     connection.flush()
+                    self._watch(key.data)
                 if mask & selectors.EVENT_READ:
                     for header, payload in connection.receive():
                         answers += self._answer(key.data, connection, header, payload)
-                self._watch(key.data)
             except (Disconnected, Refused) as error:
                 for answer in answers:
                     if answer.descriptor is not None:
@@ -241,7 +259,8 @@ class ServerConnections:
             if header.length % _NUMBER_BYTES:
                 raise Refused(f"CLOCKS of {header.length} bytes: not numbers")
             return [Answer(header, server, clocks=tuple(np.frombuffer(payload, dtype="<i8").tolist()))]
-        return [Answer(header, server, payload=payload, descriptor=connection.take_descriptor())]
+        descriptor = connection.take_descriptor() if header.kind is Kind.VERSION else None
+        return [Answer(header, server, payload=payload, descriptor=descriptor)]
 
     def _open(self, server: Server) -> Connection:
         local = server.local if self._share else ""
@@ -253,16 +272,12 @@ class ServerConnections:
 
     def _admit(self, _connection: Connection, header: Header) -> memoryview | Park:
         if header.kind is Kind.PARAMS:
-            return self._place(header)
+            return self.place(header)
         if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE):
             return memoryview(bytearray(header.length))
         raise Refused(f"a worker takes no {header.kind.name}")
 
-    def _send(self, server: str, header: Header, payload: memoryview | bytes = b"") -> None:
-        self._queue(server, header, payload)
-        self._flush(server)
-
-    def _queue(
+    def _send(
         self,
         server: str,
         header: Header,
@@ -270,19 +285,16 @@ class ServerConnections:
         memory: SharedMemory | None = None,
     ) -> None:
         connection = self._connections.get(server)
-        if connection is not None:  # lost since the last pump, which will have told the caller
-            connection.send(header, payload, memory)
-
-    def _flush(self, server: str) -> None:
-        connection = self._connections.get(server)
         if connection is None:
-            return
+            return  # lost since the last pump, which will have told the caller
         try:
-            connection.flush()
+            waits = connection.send_now(header, payload, memory)
         except Disconnected:
             # Not told here, in the middle of backward: the next pump finds the closed socket and tells.
             self._log.debug("lost a server while sending", server=server)
-        self._watch(server)
+            waits = True
+        if waits:
+            self._watch(server)
 
     def _watch(self, server: str) -> None:
         connection = self._connections[server]
@@ -302,21 +314,6 @@ class ServerConnections:
         connection.close()
 
 
-def _runs(plan: Plan, shards: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Neighbouring shards of one owner: (owner, first shard, how many)."""
-    run: tuple[int, int, int] | None = None
-    for shard in shards:
-        owner = plan.owners[shard]
-        if run is not None and run[0] == owner and run[1] + run[2] == shard:
-            run = owner, run[1], run[2] + 1
-        else:
-            if run is not None:
-                yield run
-            run = owner, shard, 1
-    if run is not None:
-        yield run
-
-
 def is_about_plan(reason: Reason) -> bool:
-    """Whether a refusal means that our plan is old (or the server's): read it again."""
+    """Whether a refusal means that the plan of one of the two is old: read it again."""
     return reason in (Reason.STALE, Reason.NOT_HOLDER, Reason.NOT_OWNER)

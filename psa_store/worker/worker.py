@@ -1,13 +1,14 @@
 """The worker's side of training, as user code sees it: a context manager, an iterator of batches, and ``step()``.
 
 Everything here runs in the thread of the user's script; there is no background thread but Kazoo's, the one that reads
-the plan, and the monitor's. What a step is, and who waits for whom, is the business of its course (see ``strategy``).
+the plan, and the monitor's. What a step is, and what waits for what, is up to the strategy of the job's mode.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from types import FrameType, TracebackType
@@ -20,30 +21,29 @@ from psa_store.cluster import NOBODY, ProcessRole
 from psa_store.config import load_settings
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
-from psa_store.errors import Refused, UsageError
+from psa_store.errors import UsageError
 from psa_store.job.config import check_job_name
 from psa_store.job.layout import make_layout
 from psa_store.job.mode import parse_mode
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Monitor
+from psa_store.observe.health import WAITING
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.storage import RedisStore
+from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import Journal
-from psa_store.wire import Header, Mailbox, announce
+from psa_store.wire import Mailbox, announce
 from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, join_or_create, new_config
 from psa_store.worker.draft import write_draft
 from psa_store.worker.flat_model import FlatModel, describe_model
-from psa_store.worker.gradients import GradientPool
-from psa_store.worker.health import WorkerHealth
+from psa_store.worker.health import Progress, WorkerHealth
 from psa_store.worker.membership import Membership
 from psa_store.worker.server_connections import ServerConnections
-from psa_store.worker.strategy.async_ import AsyncStrategy
-from psa_store.worker.strategy.base import Strategy, Tools
-from psa_store.worker.strategy.local_sgd import LocalSGDStrategy
-from psa_store.worker.strategy.sync import SyncStrategy
+from psa_store.worker.session import Tools
+from psa_store.worker.strategy import Strategy, strategy_of
 
 
 class Worker:
@@ -56,7 +56,7 @@ class Worker:
         ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or 1.
         steps: where the job ends; None: never.
         seed: root of all randomness: order of samples, and torch's, numpy's and Python's generators per (step, rank).
-        mode: who waits for whom: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see
+        mode: how updates and ranks wait for each other: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see
             ``psa_store.job.mode``), fixed when the job is created. None: the stored one, or ``PSA_MODE``, or "sync".
         shard_bytes: size of a shard, a multiple of 4096. None: chosen by the size of the model.
 
@@ -112,6 +112,8 @@ class Worker:
             raise SystemExit(0)
 
         self._current: RankStep | None = None
+        self._strategy: Strategy
+        self._progress = Progress()
         self._leaving = False
         self._opened = False
 
@@ -149,13 +151,12 @@ class Worker:
     @property
     def is_main(self) -> bool:
         """True in one process at a time, the one that holds rank 0: print and evaluate there."""
-        standing = self._membership.standing
-        return standing.plan is not None and standing.plan.ranks[0] == standing.member
+        return 0 in self._membership.standing.held
 
     @property
     def finished(self) -> bool:
         """True once all steps are done and durable; False in a worker that leaves before."""
-        return self._strategy.finished
+        return self._strategy.session.finished
 
     # --- life
 
@@ -166,7 +167,7 @@ class Worker:
         name, member = self._wanted.name, settings.member or new_member_id("worker")
         logs.identify(job=name, member=member)
         with ExitStack() as stack:
-            self._journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
+            journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
             self._mailbox = stack.enter_context(closing(Mailbox[None]()))
             woken = threading.Event()
             store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
@@ -181,9 +182,9 @@ class Worker:
                     )
                 )
             )
-            self._servers = stack.enter_context(closing(ServerConnections(self._layout, self._place, self._mailbox)))
-            # Closed before the connections are: servers leave alone what we read until we are gone.
-            self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout, self._on_shards_ready)))
+            servers = stack.enter_context(closing(ServerConnections(self._layout, self._mailbox)))
+            # Closed before the connections are: servers leave alone what a worker reads until it is gone.
+            self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout)))
             stack.enter_context(_sigterm_calls(self._on_sigterm))
             store.check()
             coordination.start()
@@ -192,35 +193,32 @@ class Worker:
             self._config = join_or_create(
                 self._wanted, self._flat_model, self._layout, settings, member, store, coordination
             )
-            if settings.carrier == "auto" and self._config.shares_memory:
-                self._servers.share_memory()
             wire = WireLayout(self._layout, self._config.compression)
-            self._flat_model.carry(wire)
+            self._flat_model.receive_as(wire)
             self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
-            mode = self._config.mode
-            strategy_of = AsyncStrategy if mode.on_arrival else LocalSGDStrategy if mode.in_rounds else SyncStrategy
-            self._strategy: Strategy = strategy_of(
+            self._strategy = strategy_of(
                 Tools(
                     config=self._config,
                     layout=self._layout,
+                    wire=wire,
                     steps=self._steps,
                     model=self._flat_model,
-                    servers=self._servers,
+                    servers=servers,
                     membership=self._membership,
-                    # A gradient that does not travel is not rounded for the way.
-                    pool=GradientPool(self._layout, WireLayout(self._layout) if mode.in_rounds else wire),
-                    journal=self._journal,
-                    leaving=lambda: self._leaving,
-                )
+                    journal=journal,
+                ),
+                may_share=settings.carrier == "auto",
             )
             metrics = Metrics(ProcessRole.WORKER, member)
-            self._health = WorkerHealth(
-                metrics, self._membership, self._servers.traffic, self._optimizer, coordination.lease_left_s
+            health = WorkerHealth(
+                metrics, self._progress, self._membership, servers.traffic, self._optimizer, coordination.lease_left_s
             )
             if settings.monitor:
-                stack.enter_context(closing(Monitor(name, metrics, self._health, settings)))
+                stack.enter_context(closing(Monitor(name, metrics, health, settings)))
             self._resources = stack.pop_all()
         self._opened = True
+        if self._leaving:  # told before there was a session to tell
+            self._strategy.session.leaving = True
         return self
 
     def __exit__(
@@ -229,7 +227,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Leave the job: other workers get our ranks. The model keeps its parameters. Idempotent."""
+        """Leave the job: other workers get the ranks. The model keeps its parameters. Idempotent."""
         if self._opened:
             self._opened = False
             self._resources.close()
@@ -247,20 +245,19 @@ class Worker:
         """
         if not self._opened:
             raise UsageError("use the worker in a `with` statement")
-        config = self._config
+        config, strategy = self._config, self._strategy
+        on = failpoints.are_on()
         batches = Batches(data, batch_size, seed=config.seed, ranks=config.ranks, round_steps=config.steps_per_version)
         with closing(batches):
-            while True:
-                rank_step = self._strategy.next_rank_step()
-                if rank_step is None:
-                    return
-                batch = batches.get(rank_step, self._holding())
-                self._strategy.begin(rank_step)
+            while (rank_step := strategy.next_rank_step()) is not None:
+                batch = batches.get(rank_step, self._membership.standing.held)
+                strategy.begin(rank_step)
                 seed_everything(config.seed, rank_step, "compute")
                 self._current = rank_step
                 self._samples = batches.samples
-                self._health.begin(rank_step)
-                failpoint("worker.computing")
+                self._progress.begin(rank_step)
+                if on:
+                    failpoint("worker.computing")
                 yield batch
                 if self._current is not None:
                     raise UsageError("the batch was not followed by worker.step()")
@@ -269,8 +266,8 @@ class Worker:
         """Push the gradient of the present batch; with it the step's last, wait for the next version and load it.
 
         Args:
-            loss: that of this batch, one number, for whoever follows the job. It is read by another thread, now and
-                then, so that no step waits for it, on a GPU either.
+            loss: that of this batch, one number, for what shows the job. It is read by another thread, now and then, so
+                that no step waits for it, on a GPU either.
 
         Raises:
             UsageError: there is no batch, or ``loss`` is not one number.
@@ -281,7 +278,14 @@ class Worker:
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
         self._flat_model.end()
-        self._health.end(self._samples, loss)
+        # By assignments only, see Progress: it costs every step.
+        progress, now_s = self._progress, time.monotonic()
+        assert progress.since_s is not None
+        progress.compute_s += now_s - progress.since_s
+        progress.steps += 1
+        progress.samples += self._samples
+        progress.loss = loss.detach() if isinstance(loss, Tensor) else loss
+        progress.since_s, progress.stage = now_s, WAITING
         self._current = None
         self._strategy.hand_over()
 
@@ -289,24 +293,12 @@ class Worker:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""
         return self._flat_model.accumulate()
 
-    def _holding(self) -> tuple[int, ...]:
-        """The ranks that the plan gives us."""
-        standing = self._membership.standing
-        return standing.plan.ranks_of(standing.member) if standing.plan else ()
-
-    def _place(self, header: Header) -> memoryview:
-        """Where PARAMS go: as a rule straight into the model."""
-        if header.shard >= len(self._layout.shards):
-            raise Refused(f"PARAMS of shard {header.shard}, which does not exist")
-        return self._strategy.place(header, self._layout.shards[header.shard])
-
-    def _on_shards_ready(self, shards: list[int]) -> None:
-        self._strategy.shards_ready(shards)
-
     # --- from other threads and signals
 
     def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
         self._leaving = True
+        if self._opened:
+            self._strategy.session.leaving = True
         self._mailbox.nudge()
 
 

@@ -68,12 +68,12 @@ def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(
     run = start(site, "elastic-server", *slowly, commit_every=0)
     run.wait_for_step(20)
     guest = join(site, "server", "--job", "elastic-server")
-    run.wait_for_line(lambda line: "hand-over at step" in line)
+    run.wait_for_line(lambda line: "hand-over at version" in line)
     shards = [server.shards for server in site.describe("elastic-server").servers]
     assert len(shards) == 2 and min(shards) > 0
     guest.process.send_signal(signal.SIGTERM)
     assert guest.finish() == 0, guest.output
-    run.wait_for_line(lambda line: "hand-over at step" in line)
+    run.wait_for_line(lambda line: "hand-over at version" in line)
     hurry.touch()
     assert run.finish() == 0, run.output
     steps = [int(line.split()[1]) for line in run.lines if line.startswith("step ")]

@@ -119,10 +119,10 @@ def test_servers_join_and_leave_without_losing_a_push(site: Site, tmp_path: Path
     run = start(site, "async-elastic", "async", tmp_path, pace_s=0.1)
     run.wait_for_step(20)
     guest = Run(["server", "--job", "async-elastic"], {**site.env, "PSA_JOURNAL": str(tmp_path)})
-    run.wait_for_line(lambda line: "hand-over at step" in line)
+    run.wait_for_line(lambda line: "hand-over at version" in line)
     guest.process.terminate()
     assert guest.finish() == 0, guest.output
-    run.wait_for_line(lambda line: "hand-over at step" in line)
+    run.wait_for_line(lambda line: "hand-over at version" in line)
     assert run.finish() == 0, run.output
     assert_all_pushes_count_once(site, "async-elastic", tmp_path)
 

@@ -1,9 +1,8 @@
-"""The course on arrival (async, ssp): each rank goes on by itself, and keeps what it pushed until that is durable.
+"""The strategy on arrival (async, ssp): each rank goes on by itself, and keeps what it pushed until that is durable.
 
-A rank's pushes are numbered. What the servers have not yet committed is kept and, when a term begins again from an
-older commit, pushed again: servers drop what they have. A push is *durable* once all servers have committed a version
-that contains it; that is its acknowledgement. If a worker dies with pushes that were not, they may be lost, and whoever
-gets the rank computes these steps again: each counts once in the end, either way.
+Which rank is next, and what is kept and pushed again, decides
+:class:`psa_store.consistency.worker_pushes.WorkerPushes`; :meth:`AsyncStrategy.next_rank_step` is the loop that
+executes it.
 
 A rank may have :attr:`~psa_store.job.config.JobConfig.window` pushes that are not durable; then it waits.
 
@@ -13,26 +12,28 @@ User code sees each shard whole, but not all shards after the same pushes: that 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from psa_store import logs
 from psa_store.cluster import Plan
+from psa_store.consistency import worker_pushes
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim import from_dict
-from psa_store.optim.reduce import clip_factor
 from psa_store.testing.failpoints import failpoint
-from psa_store.wire import Kind
+from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
-from psa_store.worker.gradients import GradientMemory
+from psa_store.worker.gradients import GradientMemory, GradientPool
+from psa_store.worker.pushing import GradientPush
 from psa_store.worker.server_connections import Answer
-from psa_store.worker.strategy.base import NONE, Strategy, Tools
+from psa_store.worker.session import PlanSession, Tools
+from psa_store.worker.strategy.base import place_parameters
 
 _PATIENCE_S = 0.2
-"""How long one rank is waited for before another of ours is tried."""
+"""How long one rank is waited for before another one is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,304 +44,262 @@ class Kept:
     after this step.
     """
 
-    step: int
     gradients: GradientMemory | None
     payloads: Mapping[int, Tensor]
     finite: bool
     buffers: Mapping[int, bytes]
 
 
-class AsyncStrategy(Strategy):
-    """See the module."""
+class AsyncStrategy:
+    """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
     def __init__(self, tools: Tools) -> None:
-        super().__init__(tools)
+        self.session = PlanSession(tools, self)
+        self.version = 0
+        self._config = tools.config
+        self._layout = tools.layout
+        self._servers = tools.servers
+        self._flat_model = tools.model
+        self._journal = tools.journal
+        self._log = logs.get_logger()
+        self._pool = GradientPool(tools.layout, tools.wire)
+        self._push = GradientPush(tools, self.session, self._residual)
         self._clip = from_dict(tools.config.optimizer).clip_grad_norm
         self._waits_for_whole = self._clip is not None or tools.config.skip_nonfinite
-        self._trained = tools.layout.shards_of(TensorRole.TRAINED)
-        self._clocks: dict[int, int] = {}
-        """By rank of ours, the step that comes next."""
-        self._kept: dict[int, deque[Kept]] = {}
-        self._again: dict[int, deque[Kept]] = {}
-        """What is to be pushed again, one after the other: each when the servers have the one before."""
-        self._applied: dict[str, Sequence[int]] = {}
-        """By server, how many pushes of each rank it has, as it said since we asked."""
-        self._committed: dict[str, dict[int, Sequence[int]]] = {}
-        """By server and version that it has committed, how many pushes of each rank are in it."""
+        self._trained = [shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)]
+        self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
+        self._pushes = worker_pushes.WorkerPushes(tools.steps, tools.config.window)
+        self._kept: dict[tuple[int, int], Kept] = {}
+        """By rank and step."""
         self._brought: set[str] = set()
         self._awaited: tuple[int, int] | None = None
         self._to_pull: set[int] = set()
         """Shards that were asked for and are not here yet."""
         self._frozen_loaded = False
+        self._gradients: GradientMemory
         self._finite = True
-        self._sent: dict[int, Tensor] = {}
-        """The encodings of this push that have been sent."""
-        self._told_cut = NONE, ""
+        self._told_cut: tuple[int, str] | None = None
         """Term and barrier of the checkpoint of which the servers were told, on these connections."""
         self._cut_at: tuple[str, dict[int, int]] | None = None
-        """Its barrier, and by rank of ours how many pushes belong to it: the same on all connections."""
+        """Its barrier, and by held rank how many pushes belong to it: the same on all connections."""
         self._residuals: dict[int, dict[int, Tensor]] = {}
         """By rank and shard, what it has held back."""
 
     # --- what the worker calls
 
     def next_rank_step(self) -> RankStep | None:
-        steps, ranks = self._tools.steps, self._tools.config.ranks
-        while not self._told_to_leave:
-            known = self._tools.membership.standing.plan
-            plan = None if known is None or self._plan_is_old(known) else self._settle()
-            if plan is None:
-                self._wait()
+        session, pushes = self.session, self._pushes
+        while not session.leaving:
+            if not session.settle():
+                session.wait()
                 continue
-            if not self._know_our_ranks(plan):
+            instruction = pushes.next()
+            if isinstance(instruction, worker_pushes.Ask):
+                if self._ask_clocks():
+                    self._handle(worker_pushes.Started())
                 continue
-            self._tell_cut(plan)
-            todo = [
-                rank for rank in self._holding() if self._again[rank] or steps is None or self._clocks[rank] < steps
-            ]
-            if todo:
-                rank_step = self._next_of(todo)
-                if rank_step is not None:
-                    return rank_step
-            elif steps is None:
-                self._wait()
-            elif self._fetch_last(plan, steps) and self._make_durable(plan, self._owners(), steps * ranks):
-                return None
+            self._tell_cut()
+            match instruction:
+                case worker_pushes.Bring(rank, step):
+                    self._handle(
+                        worker_pushes.Here(rank, step) if self._bring(rank, step) else worker_pushes.NotHere(rank)
+                    )
+                case worker_pushes.PushAgain(rank, step):
+                    self._push_again(RankStep(step, rank))
+                    self._handle(worker_pushes.Pushed(rank))
+                case worker_pushes.Compute(step, rank):
+                    self._gradients = self._pool.take()
+                    return RankStep(step, rank)
+                case worker_pushes.Finish(last):
+                    version = last * self._config.ranks
+                    if self._fetch_last(last, version) and session.make_durable(session.owners, version):
+                        return None
+                case worker_pushes.Listen():
+                    session.wait()
         return None
-
-    def _next_of(self, todo: Sequence[int]) -> RankStep | None:
-        """The next step of one of these ranks, after what it has to push again; None if all of them must wait.
-
-        Each is asked for in turn, the one that is behind first: what a rank waits for may be the push of another of
-        ours, which a shard needs for its next commit.
-        """
-        for rank in sorted(todo, key=lambda each: (self._comes(each), each)):
-            blocked = not self._again[rank] and len(self._kept[rank]) >= self._tools.config.window
-            if blocked or not self._bring(rank, self._comes(rank)):
-                continue
-            if self._again[rank]:
-                self._push_again(rank, self._again[rank].popleft())
-                return None  # look at everything again
-            self._gradients = self._tools.pool.take()
-            return RankStep(self._clocks[rank], rank)
-        if all(len(self._kept[rank]) >= self._tools.config.window for rank in todo):
-            self._wait()
-        return None
-
-    def _comes(self, rank: int) -> int:
-        """The step that a rank pushes next."""
-        return self._again[rank][0].step if self._again[rank] else self._clocks[rank]
 
     def begin(self, rank_step: RankStep) -> None:
-        super().begin(rank_step)
         self._finite = True
-        self._sent = {}
+        self._push.begin(rank_step, self._gradients)
+        self._flat_model.begin(self._gradients, self._shards_ready)
 
-    def shards_ready(self, shards: list[int]) -> None:
+    def _shards_ready(self, shards: list[int]) -> None:
         """Start pushing them, unless something must be known of the whole gradient before."""
         if not self._waits_for_whole:
-            self._push(shards)
+            self._push.push(shards)
 
     def hand_over(self) -> None:
+        """Keep the push, too: it may have to be made again."""
         if self._waits_for_whole:
             self._push_whole()
-        self._refuse_flaw()
-        rank_step = self._rank_step
+        push = self._push
+        push.refuse_flaw()
+        rank_step = push.rank_step
         self._flat_model.collect_buffers()
-        buffers = {
-            shard.index: bytes(self._flat_model.parameters(shard))
-            for shard in self._tools.layout.shards_of(TensorRole.BUFFER)
-        }
-        self._push_buffers(rank_step.step, rank_step.rank, buffers)
-        whole = len(self._sent) == len(self._trained)
+        buffers = {shard.index: bytes(self._flat_model.parameters(shard)) for shard in self._buffers}
+        self._push_buffers(rank_step, buffers)
+        whole = len(push.payloads) == len(self._trained)
         if whole:
-            self._tools.pool.put_back(self._gradients, read=False)
+            self._pool.put_back(self._gradients, read=False)
         gradients = None if whole else self._gradients
-        self._kept[rank_step.rank].append(Kept(rank_step.step, gradients, self._sent, self._finite, buffers))
-        self._record_pushed(rank_step.step, rank_step.rank)
-        self._clocks[rank_step.rank] = self.version = rank_step.step + 1
+        kept = Kept(gradients, push.payloads, self._finite, buffers)
+        self._kept[rank_step.rank, rank_step.step] = kept
+        push.done()
+        self._handle(worker_pushes.Pushed(rank_step.rank))
+        self.version = rank_step.step + 1
 
     # --- pushing
 
     def _push_whole(self) -> None:
         """Clip the gradient by its global norm, or have all servers skip it if it is not finite."""
         gradients = self._gradients
-        if self._tools.config.skip_nonfinite:
-            self._finite = not any(gradients.flaw(shard) for shard in self._trained)
+        if self._config.skip_nonfinite:
+            self._finite = not gradients.first_flaw()
         if self._finite and self._clip is not None:
-            factor = clip_factor([gradients.squared_norm(shard) for shard in self._trained], self._clip)
+            factor = gradients.clip_factor(self._clip)
             if factor < 1.0:
-                gradients.scale(self._trained, factor)
-        self._push([shard.index for shard in self._trained], finite=self._finite)
-
-    def _payloads(self, shards: Iterable[int]) -> Mapping[int, Tensor]:
-        """Remembered, since what holds something back cannot be encoded a second time."""
-        payloads = super()._payloads(shards)
-        self._sent.update(payloads)
-        return payloads
+                for numbers in gradients.numbers.values():
+                    numbers.mul_(factor)
+        self._push.push(self._trained, finite=self._finite)
 
     def _residual(self, rank: int, shard: Shard) -> Tensor | None:
-        if not self._tools.config.compression.needs_residual:
+        if not self._config.compression.needs_residual:
             return None
-        own = self._residuals.setdefault(rank, {})
-        if shard.index not in own:
-            own[shard.index] = torch.zeros(shard.numel)
-        return own[shard.index]
+        residuals = self._residuals.setdefault(rank, {})
+        if shard.index not in residuals:
+            residuals[shard.index] = torch.zeros(shard.numel)
+        return residuals[shard.index]
 
-    def _push_buffers(self, step: int, rank: int, buffers: Mapping[int, bytes]) -> None:
+    def _push_buffers(self, rank_step: RankStep, buffers: Mapping[int, bytes]) -> None:
         for shard, value in buffers.items():
-            self._servers.push_value(self._plan, step, rank, shard, memoryview(value))
+            self._servers.push_value(rank_step.step, rank_step.rank, shard, memoryview(value))
 
-    def _push_again(self, rank: int, kept: Kept) -> None:
-        shards = [shard.index for shard in self._trained]
-        self._send(RankStep(kept.step, rank), shards, kept.gradients, kept.payloads, finite=kept.finite)
-        self._push_buffers(kept.step, rank, kept.buffers)
+    def _push_again(self, rank_step: RankStep) -> None:
+        kept = self._kept[rank_step.rank, rank_step.step]
+        self._push.send(rank_step, self._trained, kept.gradients, kept.payloads, finite=kept.finite)
+        self._push_buffers(rank_step, kept.buffers)
 
     # --- checkpoints
 
+    @property
     def _must_cut(self) -> bool:
-        """Whether a checkpoint is asked for that we have not told the servers of, on these connections."""
-        plan = self._tools.membership.standing.plan
+        """Whether a checkpoint is being taken of which the servers were not told, on these connections."""
+        plan = self.session.newest_plan
         return plan is not None and plan.cut is not None and self._told_cut != (plan.term, plan.cut.barrier)
 
-    def _tell_cut(self, plan: Plan) -> None:
-        """Before any push that comes behind it, tell where the cut is in each of our ranks: here."""
+    def _tell_cut(self) -> None:
+        """Before any push that comes behind it, tell where the cut is in each held rank: here."""
+        plan, owners = self.session.plan, self.session.owners
         cut = plan.cut
         if cut is None or self._told_cut == (plan.term, cut.barrier):
             return
         if self._cut_at is None or self._cut_at[0] != cut.barrier:
-            self._cut_at = cut.barrier, {rank: self._clocks[rank] for rank in self._holding()}
+            self._cut_at = cut.barrier, {rank: self._pushes.clocks[rank] for rank in self.session.held}
         for rank, clock in self._cut_at[1].items():
-            self._servers.cut(plan, self._owners(), cut, rank, clock)
+            self._servers.cut(owners, cut, rank, clock)
         self._told_cut = plan.term, cut.barrier
 
-    # --- where our ranks stand
+    # --- where the held ranks stand
 
-    def _know_our_ranks(self, plan: Plan) -> bool:
-        """Have the clocks of all ranks that the plan gives us; False if there is something else to do before."""
-        ours = set(self._holding())
-        for rank in self._clocks.keys() - ours:
-            self._forget(rank)
-        new = ours - self._clocks.keys()
-        if new and not self._ask(plan):
-            return False
-        for rank in new:
-            self._start(rank, self._applied_everywhere(rank))
-        return True
+    def _handle(self, event: worker_pushes.Event) -> None:
+        """Tell what has happened, and keep no longer what need not be kept."""
+        for each in self._pushes.handle(event):
+            match each:
+                case worker_pushes.Drop(rank, step, durable):
+                    kept = self._kept.pop((rank, step))
+                    if kept.gradients is not None:
+                        self._pool.put_back(kept.gradients, read=not durable)
+                    if durable:
+                        self._journal.record("settled", term=self.session.plan.term, rank=rank, step=step)
+                case worker_pushes.Forget(rank):
+                    self._residuals.pop(rank, None)
 
-    def _start(self, rank: int, step: int) -> None:
-        """A rank is ours from this step on."""
-        self._clocks[rank] = step
-        self._kept[rank] = deque()
-        self._again[rank] = deque()
-
-    def _forget(self, rank: int) -> None:
-        """The rank is another's now, and so is the care for its pushes."""
-        del self._clocks[rank], self._again[rank]
-        self._residuals.pop(rank, None)
-        for kept in self._kept.pop(rank):
-            if kept.gradients is not None:
-                self._tools.pool.put_back(kept.gradients, read=True)
-
-    def _applied_everywhere(self, rank: int) -> int:
-        return min((clocks[rank] for clocks in self._applied.values()), default=0)
-
-    def _ask(self, plan: Plan) -> bool:
+    def _ask_clocks(self) -> bool:
         """Ask all servers for their clocks; False if there is something else to do."""
-        self._applied.clear()
-        owners = self._owners()
-        return self._pump_until(
-            lambda: self._applied.keys() >= owners,
-            lambda: self._term_is_over(plan),
-            lambda: self._servers.ask_clocks(plan, owners),
+        self._handle(worker_pushes.Asked())
+        return self.session.ask(
+            lambda: self._servers.ask_clocks(self.session.owners),
+            lambda: self._pushes.all_told,
+            lambda: self.session.term_is_over,
         )
 
-    def _load(self, plan: Plan) -> bool:
-        """Find out what the servers have of our ranks' pushes, and push again what they lack."""
-        self._out_of_sync(f"term {plan.term}")
-        if not self._connect(plan):
-            return False
-        self._plan = plan
-        self._committed.clear()
+    def load(self, plan: Plan) -> bool:
+        """Find out what the servers have of these ranks' pushes, to push again what they lack."""
+        self._handle(worker_pushes.TermBegun(self.session.owners))
         if not self._frozen_loaded:
-            self._to_pull = {shard.index for shard in self._tools.layout.shards_of(TensorRole.FROZEN)}
-            if not self._pull(plan, 0):
+            self._to_pull = {shard.index for shard in self._layout.shards_of(TensorRole.FROZEN)}
+            if not self._pull(0):
                 return False
             self._frozen_loaded = True
-        if not self._ask(plan):
+        if not self._ask_clocks():
             return False
-        self.synced_term = plan.term
-        self._tools.journal.record("loaded", term=plan.term, version=plan.resume)
+        self._journal.record("loaded", term=plan.term, version=plan.resume)
         failpoint("worker.loaded")
-        for rank in list(self._clocks):
-            if rank in self._holding():
-                self._take_up(rank, self._applied_everywhere(rank))
-            else:
-                self._forget(rank)
+        self.replanned()
+        self._handle(worker_pushes.Compared())
+        for rank, steps in self._pushes.to_push_again().items():
+            self._log.info("pushing again", rank=rank, first=steps[0], pushes=len(steps))
+            self._journal.record("replayed", term=plan.term, rank=rank, first=steps[0], pushes=len(steps))
         return True
 
-    def _take_up(self, rank: int, start: int) -> None:
-        """Go on with a rank of which the servers have the pushes below ``start``."""
-        kept = self._kept[rank]
-        whole = start == self._clocks[rank] or (len(kept) > 0 and kept[0].step <= start < self._clocks[rank])
-        if not whole:
-            # Others held the rank meanwhile, so we do not have what they pushed: compute these steps again.
-            self._forget(rank)
-            self._start(rank, start)
-            return
-        again = self._again[rank] = deque(each for each in kept if each.step >= start)
-        if again:
-            self._log.info("pushing again", rank=rank, first=start, pushes=len(again))
-            self._tools.journal.record("replayed", term=self.synced_term, rank=rank, first=start, pushes=len(again))
+    def replanned(self) -> None:
+        self._handle(worker_pushes.Held(self.session.held))
 
     # --- parameters
 
     def _bring(self, rank: int, step: int) -> bool:
         """Have the parameters with which ``rank`` starts a step; False if there is something else to do, or to try."""
-        plan, owners, ours = self._plan, self._owners(), self._holding()
+        session, held = self.session, self.session.held
         give_up_s = time.monotonic() + _PATIENCE_S
         self._awaited = rank, step
         self._brought.clear()
-        brought = self._pump_until(
-            lambda: self._brought >= owners,
+        brought = session.ask(
+            lambda: self._servers.wait_for(session.owners, step, rank),
+            lambda: self._brought >= session.owners,
             lambda: (
-                self._term_is_over(plan)
-                or self._holding() != ours
-                or self.synced_term == NONE
-                or self._must_cut()  # a rank that others wait for may be waiting for this
-                or (len(ours) > 1 and time.monotonic() > give_up_s)
+                session.term_is_over
+                or session.newest_held != held
+                or session.term is None
+                or self._must_cut  # a rank that others wait for may be waiting for this
+                or (len(held) > 1 and time.monotonic() > give_up_s)
             ),
-            lambda: self._servers.wait_for(plan, owners, step, rank),
         )
         if brought:
             self._flat_model.version_arrived()
             self.version = step
         return brought
 
-    def _fetch_last(self, plan: Plan, steps: int) -> bool:
+    def _fetch_last(self, steps: int, version: int) -> bool:
         """Wait for the last push of all ranks, and have what came of it; False if there is something else to do."""
-        self._to_pull = {shard.index for shard in self._tools.layout.versioned}
-        if not self._pull(plan, steps * self._tools.config.ranks):
+        self._to_pull = {shard.index for shard in self._layout.versioned}
+        if not self._pull(version):
             return False
         self._flat_model.version_arrived()
         self.version = steps
         return True
 
-    def _pull(self, plan: Plan, version: int) -> bool:
+    def _pull(self, version: int) -> bool:
         """Have the shards of ``_to_pull``, at this version; False if the plan or a connection changed meanwhile."""
 
-        def ask() -> None:
+        def send() -> None:
             for shard in self._to_pull:
-                self._servers.pull(plan, shard, version)
+                self._servers.pull(shard, version)
 
-        return self._pump_until(lambda: not self._to_pull, lambda: self._plan_changed(plan), ask)
+        return self.session.ask(send, lambda: not self._to_pull, lambda: self.session.plan_is_over)
 
-    def _out_of_sync(self, why: str) -> None:
-        super()._out_of_sync(why)
+    def place(self, header: Header, shard: Shard) -> memoryview:
+        return place_parameters(self._flat_model, header, shard)
+
+    def lost(self) -> None:
         self._awaited = None
-        self._told_cut = NONE, ""
+        self._told_cut = None
+        self._handle(worker_pushes.Lost())
 
-    def _take(self, answer: Answer) -> None:
+    def refused(self, header: Header) -> None:
+        """It was a push, perhaps: compare what this worker and the servers have."""
+        self.session.compare_again()
+
+    def take(self, answer: Answer) -> None:
         header = answer.header
         match header.kind:
             case Kind.PARAMS:
@@ -348,36 +307,11 @@ class AsyncStrategy(Strategy):
             case Kind.VERSION:
                 if (header.rank, header.step) == self._awaited:
                     self._brought.add(answer.server)
-            case Kind.CLOCKS if header.term != self._plan.term:
+            case Kind.CLOCKS if header.term != self.session.plan.term:
                 pass  # of a term that is over: what it says of commits may have been undone
             case Kind.CLOCKS:
-                ranks = self._tools.config.ranks
-                self._applied[answer.server] = answer.clocks[:ranks]
-                self._committed.setdefault(answer.server, {})[header.step] = answer.clocks[ranks:]
-                self._drop_durable()
-            case Kind.DURABLE:
-                self._durable.add(answer.server)
-            case Kind.REFUSED:
-                self._on_refusal(header, answer.text)
-                self.synced_term = NONE  # it was a push, perhaps: compare what we have and what they have
+                ranks = self._config.ranks
+                applied, committed = answer.clocks[:ranks], answer.clocks[ranks:]
+                self._handle(worker_pushes.Told(answer.server, header.step, applied, committed))
             case _:
                 pass
-
-    def _drop_durable(self) -> None:
-        """Keep no longer what all servers have committed."""
-        owners = self._owners()
-        if not self._committed.keys() >= owners:
-            return
-        common = set.intersection(*(set(self._committed[server]) for server in owners))
-        if not common:
-            return
-        version = max(common)
-        for server in owners:
-            self._committed[server] = {v: c for v, c in self._committed[server].items() if v >= version}
-        for rank, kept in self._kept.items():
-            durable = min(self._committed[server][version][rank] for server in owners)
-            while kept and kept[0].step < durable:
-                done = kept.popleft()
-                if done.gradients is not None:
-                    self._tools.pool.put_back(done.gradients, read=False)
-                self._tools.journal.record("settled", term=self.synced_term, rank=rank, step=done.step)

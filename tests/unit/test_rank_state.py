@@ -1,4 +1,4 @@
-"""What ranks carry: there and back as bytes, and who helps whom."""
+"""Rank state: what is kept, there and back as bytes, when a push brings it; and which rank is helped by which."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 
 from psa_store import optim
 from psa_store.compression import parse_compression
+from psa_store.consistency import push_brings_rank_state
+from psa_store.consistency.worker_step import rank_to_help
 from psa_store.errors import Refused
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
 from psa_store.optim.rank_state import LOCAL, RESIDUAL, START, rank_state_of
 from psa_store.optim.tensors import to_torch
-from psa_store.worker.rank_memory import RankMemory
-from psa_store.worker.strategy.sync import rank_to_help
+from psa_store.worker.rank_state import RankMemory
 
 LAYOUT = make_layout(
     [
@@ -86,8 +87,26 @@ def test_what_was_packed_is_what_both_go_on_with(mode: str, compress: str) -> No
             there.unpack(shard, state, payload.numpy().data[:-1])
 
 
+@pytest.mark.parametrize(
+    ("mode", "compress", "versions"),
+    [
+        ("sync", "none", []),
+        ("sync", "topk:0.1", [50, 100, 110]),
+        ("async", "topk:0.1", []),
+        ("local:steps=2", "none", [50, 100, 110]),
+        ("local:steps=2,fragments=2", "none", [50, 100]),
+        ("local:steps=2,forget", "none", []),
+    ],
+)
+def test_a_push_brings_it_with_commits_and_at_the_end_if_every_shard_is_pushed(
+    mode: str, compress: str, versions: list[int]
+) -> None:
+    job = config(mode, compress)
+    assert [version for version in range(1, 111) if push_brings_rank_state(job, version, 110)] == versions
+
+
 @given(st.lists(st.integers(4, 6), min_size=1, max_size=6), st.data())
-def test_each_missing_rank_has_one_helper_unless_nobody_can_help(clocks: list[int], data: st.DataObject) -> None:
+def test_each_missing_rank_has_one_helper_if_any_can_help(clocks: list[int], data: st.DataObject) -> None:
     ranks, version = len(clocks), 4
     holder = data.draw(st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks))
     missing = [rank for rank in range(ranks) if clocks[rank] <= version]

@@ -1,0 +1,233 @@
+"""How a worker follows the plan, the same in every mode: stand in its term with all servers, listen, and start over.
+
+A strategy owns one :class:`PlanSession` and is its :class:`Follower`. In the strategy's loop::
+
+    while not session.leaving:
+        if not (session.stands or session.settle()):   # connect and load, if the term is new or a connection broke
+            session.wait()
+            continue
+        ...                                            # do one thing, or session.wait() for an answer
+
+Every disturbance (a new term, a lost connection, a refusal) only makes ``stands`` false. What was in flight is unknown
+then, so the session drops all connections, and the next ``settle()`` compares what both sides have.
+
+Used by the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from psa_store import logs
+from psa_store.cluster import Plan
+from psa_store.errors import Disconnected, Refused
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout, Shard
+from psa_store.job.wire_layout import WireLayout
+from psa_store.testing import failpoints
+from psa_store.testing.journal import Journal
+from psa_store.wire import Header, Kind
+from psa_store.worker.flat_model import FlatModel
+from psa_store.worker.membership import Membership, Standing
+from psa_store.worker.server_connections import Answer, ServerConnections, is_about_plan
+
+WAIT_S = 0.5
+"""How long one wait lasts at most before everything is looked at again; nothing depends on it but signals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What belongs to the worker and its strategy uses."""
+
+    config: JobConfig
+    layout: Layout
+    wire: WireLayout
+    steps: int | None
+    model: FlatModel
+    servers: ServerConnections
+    membership: Membership
+    journal: Journal
+
+
+class Follower(Protocol):
+    """What differs between the modes."""
+
+    def load(self, plan: Plan) -> bool:
+        """Begin a term, or the present one again, on new connections; False if it is over before."""
+
+    def replanned(self) -> None:
+        """A newer plan of the same term: ranks may have come or gone."""
+
+    def take(self, answer: Answer) -> None:
+        """A server has answered: PARAMS, VERSION, STATE or CLOCKS."""
+
+    def refused(self, header: Header) -> None:
+        """A server has refused a frame, because one of the two has an old plan."""
+
+    def lost(self) -> None:
+        """The connections are gone, and what was asked for and not answered with them."""
+
+    def place(self, header: Header, shard: Shard) -> memoryview:
+        """Name the memory for a shard that comes by value."""
+
+
+class PlanSession:
+    """One worker's standing with the servers of the plan."""
+
+    plan: Plan
+    """The one that is followed; there is none before the first :meth:`settle`."""
+
+    def __init__(self, tools: Tools, follower: Follower) -> None:
+        self._servers = tools.servers
+        self._servers.place = self._place
+        self._membership = tools.membership
+        self._model = tools.model
+        self._journal = tools.journal
+        self._layout = tools.layout
+        self._job = tools.config.name
+        self._follower = follower
+        self._log = logs.get_logger()
+        self._standing: Standing | None = None
+        self._revision_needed = 0
+        self._durable: set[str] = set()
+        self.failpoints = failpoints.are_on()
+        self.recording = tools.journal.enabled
+        """Both are asked once: a step passes many places that do something for tests only."""
+        self.leaving = False
+        """The worker was told to leave, by a signal."""
+        self.finished = False
+        """All steps are done and durable."""
+        self.stands = False
+        """Whether this worker stands in the newest plan's term with all servers, as far as it knows."""
+        self.term: int | None = None
+        """The term in which it stands; None: what it has and what servers have must be compared."""
+        self.held: tuple[int, ...] = ()
+        """The ranks that the plan gives to this worker."""
+        self.owners: frozenset[str] = frozenset()
+        """The servers that own what changes."""
+
+    # --- the plan
+
+    def settle(self) -> bool:
+        """Follow the newest plan and stand in its term; False if that is not possible yet."""
+        standing = self._membership.standing
+        if standing.failure is not None:
+            raise standing.failure
+        plan = standing.plan
+        if plan is None or not plan.owners:
+            return False
+        if plan.revision < self._revision_needed:
+            # A server knows of a newer one: this came from a ZooKeeper server that is behind.
+            self._membership.refresh()
+            return False
+        if plan.term != self.term:
+            self.lose(f"term {plan.term}")
+            self._adopt(standing, plan)
+            if not (self._servers.connect(self._job, standing.member) and self._follower.load(plan)):
+                return False
+            self.term = plan.term
+        elif standing is not self._standing:
+            self._adopt(standing, plan)
+            self._follower.replanned()
+        self.stands = True
+        return self._membership.standing is standing or self.settle()
+
+    def look(self) -> None:
+        """Notice a newer plan, if there is one."""
+        if self._membership.standing is not self._standing:
+            self.stands = False
+
+    def _adopt(self, standing: Standing, plan: Plan) -> None:
+        self._standing, self.plan, self.held = standing, plan, standing.held
+        self.owners = frozenset(plan.owner_of(shard.index).id for shard in self._layout.versioned)
+        self._servers.follow(plan)
+
+    @property
+    def newest_plan(self) -> Plan | None:
+        """That which is known, whether or not it is followed already."""
+        return self._membership.standing.plan
+
+    @property
+    def newest_held(self) -> tuple[int, ...]:
+        """The ranks that it gives to this worker."""
+        return self._membership.standing.held
+
+    @property
+    def term_is_over(self) -> bool:
+        """Whether there is a newer term, or the worker is to leave."""
+        newest = self.newest_plan
+        return newest is None or newest.term != self.plan.term or self.leaving
+
+    @property
+    def plan_is_over(self) -> bool:
+        """Whether there is a newer plan, or the worker is to leave."""
+        return self._membership.standing is not self._standing or self.leaving
+
+    def compare_again(self) -> None:
+        """What this worker has and what servers have may differ: begin the term again."""
+        self.term, self.stands = None, False
+
+    def lose(self, why: str) -> None:
+        """What was in flight is unknown: connect and compare again. Servers recognise what they already have."""
+        self._log.debug("connecting anew", why=why)
+        self._servers.disconnect()
+        self._model.hide()
+        self.compare_again()
+        self._follower.lost()
+
+    # --- listening
+
+    def wait(self, timeout_s: float = WAIT_S) -> bool:
+        """Send what could not be sent, and take what servers answer as soon as one does; False: a server is gone."""
+        try:
+            answers = self._servers.pump(timeout_s)
+        except Disconnected as error:
+            self.lose(str(error))
+            return False
+        for answer in answers:
+            kind = answer.header.kind
+            if kind is Kind.DURABLE:
+                self._durable.add(answer.server)
+            elif kind is Kind.REFUSED:
+                self._refused(answer)
+            else:
+                self._follower.take(answer)
+        if self._membership.standing is not self._standing:
+            self.stands = False
+        return True
+
+    def _refused(self, answer: Answer) -> None:
+        if not is_about_plan(answer.header.reason):
+            raise Refused(f"a server refused this worker: {answer.text}")
+        self._revision_needed = max(self._revision_needed, answer.header.revision)
+        self._membership.refresh()
+        self.stands = False
+        self._follower.refused(answer.header)
+
+    def ask(self, send: Callable[[], None], done: Callable[[], bool], over: Callable[[], bool]) -> bool:
+        """Send a question and listen until it is answered; False if it is over before, or a server is gone."""
+        send()
+        while not done():
+            if over() or not self.wait():
+                return False
+        return True
+
+    def make_durable(self, servers: Iterable[str], version: int) -> bool:
+        """Have these servers commit a version, the job's last; False if there is something else to do before."""
+        self._durable.clear()
+        wanted = set(servers)
+        self.finished = self.ask(
+            lambda: self._servers.finish(wanted, version),
+            lambda: self._durable >= wanted,
+            lambda: self.plan_is_over,
+        )
+        if self.finished:
+            self._journal.record("finished", version=version)
+        return self.finished
+
+    def _place(self, header: Header) -> memoryview:
+        if header.shard >= len(self._layout.shards):
+            raise Refused(f"PARAMS of shard {header.shard}, which does not exist")
+        return self._follower.place(header, self._layout.shards[header.shard])
