@@ -110,7 +110,6 @@ CONDITIONS_LEFT = {
     "server/committer.py",
     "server/event_loop.py",
     "server/plan_follower.py",
-    "worker/worker.py",
 }
 """Files that still have a condition on the mode. This list may only become shorter."""
 MODE_FACTS = {field.name for field in fields(Mode)} | {
