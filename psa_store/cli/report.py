@@ -12,9 +12,8 @@ from psa_store.checkpoint.catalog import read_job
 from psa_store.cli.sessions import open_history, open_store
 from psa_store.config import Settings
 from psa_store.errors import UsageError
-from psa_store.job.document import to_fields
 from psa_store.observe.formatting import duration
-from psa_store.observe.report import check_matplotlib, describe_run, facts, pause, summary, write_report
+from psa_store.observe.report import check_matplotlib, describe_run, facts, pause, to_json, write_report
 
 _FAILURES_SHOWN = 20
 
@@ -35,18 +34,17 @@ def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:
     if not points and not events:
         raise UsageError(f"job {job!r} has no history: it never ran, or with PSA_MONITOR=0")
     run = describe_run(job, points, events, checkpoints)
-    found = summary(run)
     paths = [str(path) for path in write_report(run, folder)]
     if as_json:
-        print(json.dumps({**to_fields(found), "files": paths}, indent=1))
+        print(json.dumps({**to_json(run), "files": paths}, indent=1))
         return
     console = Console(markup=False, emoji=False, highlight=False)
-    for name, value in facts(found):
+    for name, value in facts(run):
         console.print(f"{name:>14}  {value}")
-    if found.failures:
+    if run.failures:
         table = Table("", "failure", "after", "pause", "computed again", box=None, pad_edge=False)
-        for number, each in list(enumerate(found.failures, 1))[-_FAILURES_SHOWN:]:
-            after = duration(max(0.0, each.time - (found.begin or 0.0)))
-            table.add_row(str(number), each.what, after, pause(each, found.interval_s), str(each.computed_again))
+        for number, each in list(enumerate(run.failures, 1))[-_FAILURES_SHOWN:]:
+            after = duration(max(0.0, each.time - (run.begin or 0.0)))
+            table.add_row(str(number), each.what, after, pause(each, run.interval_s), str(each.computed_again))
         console.print(table)
     print("\n".join(paths))

@@ -1,4 +1,4 @@
-"""The HTTP endpoint, over real sockets: it answers, and nobody can make it cost more than it may."""
+"""The HTTP endpoint, over real sockets: it answers, and no client can make it cost more than it may."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_clients_that_say_nothing_are_cut_off_and_others_wait_for_that(monkeypat
             silent.sendall(b"GET /a HT")
         begun_s = time.monotonic()
         assert get(server.address, "/a")[2] == b"hello"
-        assert time.monotonic() - begun_s > 0.5, "nobody was in the way: the test proves nothing"
+        assert time.monotonic() - begun_s > 0.5, "no client was in the way: the test proves nothing"
     assert held() == before
 
 
@@ -129,7 +129,7 @@ def test_a_storm_is_turned_away_and_passes(server: Endpoint) -> None:
         with suppress(ConnectionError):
             assert get(server.address, "/a")[2] == b"hello"
             return
-    raise AssertionError("nobody is answered any more")
+    raise AssertionError("no request is answered any more")
 
 
 @contextmanager
@@ -149,7 +149,7 @@ def no_descriptors() -> Iterator[None]:
 
 
 def rest_without_descriptors() -> None:
-    """In a process of its own, whose other threads nobody needs."""
+    """In a process of its own, without other threads that are needed."""
     with closing(Endpoint("127.0.0.1", 0, ROUTES)) as server, closing(socket.socket()) as client:
         host, _, port = server.address.rpartition(":")
         client.settimeout(PATIENCE_S)

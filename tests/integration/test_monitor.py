@@ -1,4 +1,4 @@
-"""What real jobs tell about themselves, seen from outside, while what they need is killed, paused and brought back."""
+"""What real jobs publish, seen from outside, while what they need is killed, paused and brought back."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def kinds_of(history: JobHistory) -> list[str]:
 
 
 def check_metrics(job: str, heartbeat: Heartbeat) -> None:
-    """Exactly the metrics of its role are there, under their names, and what Prometheus's client tells of a process."""
+    """Exactly the metrics of its role are there, under their names, and what Prometheus's client knows of a process."""
     status, content_type, body = get(heartbeat.endpoint, "/metrics")
     assert status == 200 and content_type.startswith("text/plain")
     families = {family.name: family for family in text_string_to_metric_families(body.decode())}
@@ -114,7 +114,7 @@ def check_metrics(job: str, heartbeat: Heartbeat) -> None:
 METRICS_BY_NAME = {metric.name: metric for metric in METRICS}
 
 
-def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
+def test_a_job_publishes_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
     """From its creation over the death of its controller and a restart of Redis to its end."""
     job, steps, calm = "told", 1000, own.home / "calm"
     pace = ("--pace-s", "0.05", "--paced-until", str(calm))
@@ -179,9 +179,7 @@ def test_a_job_tells_what_happens_to_it(own: Site, redis: PrivateRedis) -> None:
         assert max(point.steps_per_s for point in curve) > 0 and max(point.samples_per_s for point in curve) > 0
 
 
-def test_a_server_that_zookeeper_does_not_hear_is_not_ready_until_it_does(
-    own: Site, zookeeper: PrivateZooKeeper
-) -> None:
+def test_a_server_cut_off_from_zookeeper_is_not_ready_until_it_is_back(own: Site, zookeeper: PrivateZooKeeper) -> None:
     job = "lease"
     run = own.run(job, "--steps", "100000", workers=1, servers=1)
     run.wait_for_step(5)
@@ -201,7 +199,7 @@ def test_a_server_that_zookeeper_does_not_hear_is_not_ready_until_it_does(
     assert run.finish() == 0, run.output
 
 
-def test_a_job_that_is_told_to_say_nothing_says_nothing(own: Site, redis: PrivateRedis) -> None:
+def test_a_job_without_a_monitor_publishes_nothing(own: Site, redis: PrivateRedis) -> None:
     run = own.run("silent", "--steps", "200", workers=1, servers=1, env={"PSA_MONITOR": "0"})
     run.wait_for_step(100)
     with redis_client.Redis.from_url(redis.url) as raw:
@@ -256,7 +254,7 @@ def test_a_worker_leaves_no_thread_and_no_descriptor(site: Site, environment: No
 
 
 class Quiet:
-    """A process about which there is little to tell."""
+    """A process that has little to publish."""
 
     member = "server-1"
     sick = ""
@@ -285,7 +283,7 @@ class TestMonitor:
     def settings(self, redis: PrivateRedis) -> Settings:
         return Settings(redis=redis.url)
 
-    def test_it_says_that_its_process_is_sick(self, settings: Settings) -> None:
+    def test_it_shows_that_its_process_should_be_replaced(self, settings: Settings) -> None:
         health = Quiet()
         with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), health, settings)) as monitor:
             assert get(monitor.address, "/healthz")[0] == 200
@@ -345,7 +343,7 @@ class TestMonitor:
         lines = [line for line in capsys.readouterr().out.splitlines() if "heartbeats cannot be read" in line]
         assert sum("warning" in line for line in lines) == 1
 
-    def test_who_has_a_new_name_is_not_told_twice(self, redis: PrivateRedis, settings: Settings) -> None:
+    def test_a_process_with_a_new_name_has_one_heartbeat(self, redis: PrivateRedis, settings: Settings) -> None:
         health = Quiet()
         with (
             closing(JobHistory("job", redis.url, timeout_s=5.0)) as history,

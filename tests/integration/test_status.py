@@ -1,4 +1,4 @@
-"""`psa status` tells what a running job does, to people and to programs."""
+"""`psa status` shows what a running job does, to people and to programs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_watching_on_a_terminal_restores_it(site: Site) -> None:
     assert b"\x1b[?1049l" in output and b"Traceback" not in output
 
 
-def test_who_reads_no_longer_ends_the_watch(site: Site) -> None:
+def test_a_closed_output_ends_the_watch(site: Site) -> None:
     process = subprocess.Popen(
         [*PSA, "status", "--watch", "--json"],
         env={**os.environ, **site.env},
@@ -195,7 +195,7 @@ def test_an_unknown_job_is_a_usage_error(site: Site) -> None:
 
 
 def test_status_imports_neither_torch_nor_numpy_nor_structlog() -> None:
-    """Who asks waits for all that is imported."""
+    """A command waits for all that it imports."""
     code = "import sys, psa_store.cli.app, psa_store.cli.status; print([m for m in sys.argv[1:] if m in sys.modules])"
     command = [sys.executable, "-c", code, "torch", "numpy", "structlog"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
@@ -222,7 +222,7 @@ def test_a_look_finds_a_paused_server_in_bounded_time(site: Site) -> None:
     run.finish()
 
 
-def test_who_is_silent_or_trickles_is_given_up_in_time() -> None:
+def test_a_peer_that_is_silent_or_trickles_is_given_up_in_time() -> None:
     """Neither a server nor a ZooKeeper that accepts connections and does not speak keeps a look waiting."""
     done = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -237,8 +237,8 @@ def test_who_is_silent_or_trickles_is_given_up_in_time() -> None:
                     except OSError:
                         return
 
-        speaker = threading.Thread(target=trickle, name="test-trickle")
-        speaker.start()
+        peer = threading.Thread(target=trickle, name="test-trickle")
+        peer.start()
         try:
             began_s = time.monotonic()
             with pytest.raises(Disconnected, match="does not answer"):
@@ -246,6 +246,6 @@ def test_who_is_silent_or_trickles_is_given_up_in_time() -> None:
             assert time.monotonic() - began_s < 2.0
         finally:
             done.set()
-            speaker.join()
+            peer.join()
         (member,) = probe_zookeeper(address, 0.3)
         assert not member.serves and "says nothing within 0.3 s" in member.problem

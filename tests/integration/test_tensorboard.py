@@ -19,7 +19,7 @@ from psa_store.storage import keys
 from tests.harness import Site
 
 FAR = 10**6
-"""Versions that the jobs here do not reach: their own controller may tell of its own."""
+"""Versions that the jobs here do not reach: their own controller may add points of its own."""
 
 
 @pytest.fixture

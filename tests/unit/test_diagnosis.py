@@ -194,7 +194,7 @@ def test_a_paused_worker() -> None:
     assert findings(with_heartbeat("w1", time=NOW_S - 2.9)) == []
 
 
-def test_a_paused_standby_worker_stops_nobody() -> None:
+def test_a_paused_standby_worker_stops_no_step() -> None:
     standby = replace(ZOOKEEPER, workers=(*WORKERS, Member("w2", "node-2/boot", 202)))
     redis = replace(
         REDIS,
@@ -243,13 +243,13 @@ def test_a_worker_gone_leaves_ranks_without_holder() -> None:
     assert "rank 1 without a worker" in found[0].what and "worker w1 is gone" in found[1].what
 
 
-def test_ranks_that_nobody_was_given() -> None:
+def test_ranks_without_a_worker_in_the_plan() -> None:
     plan = replace(PLAN, ranks=("", ""))
     found = findings(zookeeper=replace(ZOOKEEPER, plan=plan, workers=()))
     the_one(found, Severity.SICK, "ranks 0, 1 without a worker", "psa worker SCRIPT")
 
 
-def test_a_job_at_rest_misses_nobody() -> None:
+def test_a_job_at_rest_misses_no_member() -> None:
     rest = replace(ZOOKEEPER, servers=(), workers=(), controller=None)
     status = look(replace(REDIS, heartbeats={}), rest)
     assert status.findings == () and status.state == "at rest"
@@ -310,6 +310,7 @@ def test_a_heartbeat_that_cannot_be_read_is_not_known_and_breaks_nothing() -> No
     assert worker.id == "w0" and worker.ranks == (0,), "ZooKeeper knows it"
     assert worker.step is None and worker.samples_per_s is None and worker.resident_bytes is None
     assert worker.heartbeat_age_s is None
+    the_one(status.findings, Severity.WARN, "the heartbeat of w0 cannot be read", "pip show psa_store")
     look(redis, ZooKeeperView("zk1:2181", 4.0, problem="away"))
     json.dumps(to_fields(status), allow_nan=False)
 

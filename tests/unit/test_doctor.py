@@ -107,7 +107,7 @@ class TestRedis:
         checks = redis.judge_redis(replace(REDIS, **changed))  # type: ignore[arg-type]
         check = named(checks, name)
         assert check.verdict is verdict and fix in check.fix
-        assert {each.verdict for each in checks if each is not check} == {PASS}, "one fault is told once"
+        assert {each.verdict for each in checks if each is not check} == {PASS}, "one fault, one check"
 
     def test_who_takes_no_snapshots_may_be_set_to_compress_them(self) -> None:
         idle = replace(REDIS, compresses=True, appends=False)
@@ -198,7 +198,7 @@ class TestZooKeeper:
         worse = replace(FOLLOWER, **changed)  # type: ignore[arg-type]
         assert named(zookeeper.judge_zookeeper([LEADER, worse], TIMEOUT_S), name).verdict is verdict
 
-    def test_a_version_that_nobody_tells(self) -> None:
+    def test_a_version_that_no_member_shows(self) -> None:
         checks = zookeeper.judge_zookeeper([replace(LEADER, version="")], TIMEOUT_S)
         assert named(checks, "ZooKeeper version").verdict is WARN
 

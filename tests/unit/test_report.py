@@ -14,11 +14,11 @@ import pytest
 
 from psa_store.checkpoint.catalog import Checkpoint, Reason
 from psa_store.errors import UsageError
-from psa_store.job.document import from_fields, to_fields
+from psa_store.job.document import from_fields
 from psa_store.observe import Event, EventKind
 from psa_store.observe.curve import Point
 from psa_store.observe.formatting import duration
-from psa_store.observe.report import Run, State, describe_run, facts, summary, write_report
+from psa_store.observe.report import Run, State, describe_run, facts, to_json, write_report
 from psa_store.observe.report.page import page
 from psa_store.observe.report.picture import _lanes, draw
 from psa_store.observe.report.time_axis import TimeAxis
@@ -56,14 +56,14 @@ def describe(points: Iterable[Point], *events: Event) -> Run:
 
 
 def lengths(run: Run) -> dict[State, float]:
-    return {state: run.time_s(state) for state in State}
+    return {State.RUNNING: run.running_s, State.DOWN: run.down_s, State.REST: run.rest_s}
 
 
 class TestGoodput:
     def test_of_a_calm_run_is_one(self) -> None:
         run = describe(calm(0, 60, 0), event(0, "term", version=0))
         assert run.goodput == pytest.approx(1.0)
-        assert (run.version, run.rate, run.failures, run.samples) == (600, 10.0, (), 4800.0)
+        assert (run.version, run.versions_per_s, run.failures, run.samples) == (600, 10.0, (), 4800.0)
 
     def test_a_gap_is_time_lost(self) -> None:
         run = describe(calm(0, 40, 0) + calm(60, 100, 400))
@@ -205,7 +205,7 @@ class TestFailures:
 class TestOddHistories:
     def test_nothing(self) -> None:
         run = describe([])
-        assert (run.goodput, run.rate, run.version, run.segments) == (None, None, 0, ())
+        assert (run.goodput, run.versions_per_s, run.version, run.segments) == (None, None, 0, ())
         check_files(run)
 
     def test_events_alone(self) -> None:
@@ -221,7 +221,7 @@ class TestOddHistories:
         losses = [None, math.nan, math.inf, 2.5, -1.0, None]
         run = describe([point(second, 10 * second, loss=loss) for second, loss in enumerate(losses)])
         assert [each.loss for each in run.points] == [None, None, None, 2.5, -1.0, None]
-        assert (summary(run).loss, summary(run).loss_min) == (-1.0, -1.0)
+        assert (run.loss, run.loss_min) == (-1.0, -1.0)
         check_files(run)
         check_files(describe(calm(0, 90, 0, loss=None)))
 
@@ -238,7 +238,7 @@ class TestOddHistories:
         run = describe(calm(0, 50, 0) + back)
         assert run.clock_back_s == 29.0
         assert run.goodput is not None and 0.0 < run.goodput <= 1.0
-        assert [a for a, _ in facts(summary(run))][-1] == "clocks"
+        assert [a for a, _ in facts(run)][-1] == "clocks"
         check_files(run)
 
     def test_events_that_were_written_late_stand_where_they_belong(self) -> None:
@@ -262,7 +262,7 @@ class TestOddHistories:
 class TestTimeAxis:
     def test_a_rest_takes_little_room_and_no_time(self) -> None:
         run = describe(calm(0, 100, 0) + calm(9000, 9100, 1000), event(9000.0, "term", version=1000))
-        time_axis = TimeAxis(run.segments, run.begin_s)
+        time_axis = TimeAxis(run.segments, run.begin)
         assert time_axis.length == pytest.approx(204.0)
         assert time_axis.place(T0 + 50) == 50.0 and time_axis.place(T0 + 9050) == pytest.approx(154.0)
         assert time_axis.place(T0 - 5) == 0.0 and time_axis.place(T0 + 10_000) == time_axis.length
@@ -271,7 +271,7 @@ class TestTimeAxis:
     def test_units_fit(self) -> None:
         for seconds, unit in ((200, "seconds"), (2000, "minutes"), (20_000, "hours"), (400_000, "days")):
             run = describe([point(0, 0), point(seconds, 10)])
-            time_axis = TimeAxis(run.segments, run.begin_s)
+            time_axis = TimeAxis(run.segments, run.begin)
             assert time_axis.unit == unit and 3 <= len(time_axis.ticks()) <= 9
 
 
@@ -300,8 +300,8 @@ def check_files(run: Run) -> None:
     """Whatever the history: a picture, a page that fetches nothing, and numbers that JSON can say."""
     picture = draw(run)
     assert picture.startswith(PNG) and len(picture) > 5000
-    json.dumps(to_fields(summary(run)), allow_nan=False)
-    text = page(summary(run), picture)
+    json.dumps(to_json(run), allow_nan=False)
+    text = page(run, picture)
     addresses = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|(https?:)""", text)
     assert [match[0][:22] for match in addresses] == ["data:image/png;base64,"]
 
@@ -309,7 +309,7 @@ def check_files(run: Run) -> None:
 def test_the_page_lists_all_and_escapes_names() -> None:
     run = eventful()
     check_files(run)
-    text = page(summary(run), b"")
+    text = page(run, b"")
     assert "&lt;b&gt;early&lt;/b&gt;" in text and "<b>early" not in text and "alert(1)" in text and EVIL not in text
     for name in ("failures", "rollbacks", "checkpoints"):
         table = text[text.index(f'<table id="{name}">') :].partition("</table>")[0]

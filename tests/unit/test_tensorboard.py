@@ -1,4 +1,4 @@
-"""Event files for TensorBoard: everything once, whoever wrote before; read back with TensorBoard's own reader."""
+"""Event files for TensorBoard: everything once, whichever process wrote before; read back with its own reader."""
 
 from __future__ import annotations
 

@@ -5,18 +5,17 @@ matplotlib, and nothing here reads or writes but :func:`write_report`.
 """
 
 from psa_store.observe.report.run import Run, describe_run
-from psa_store.observe.report.summary import Summary, facts, pause, summary
+from psa_store.observe.report.summary import facts, pause, to_json
 from psa_store.observe.report.timeline import State
 from psa_store.observe.report.writing import check_matplotlib, write_report
 
 __all__ = [
     "Run",
     "State",
-    "Summary",
     "check_matplotlib",
     "describe_run",
     "facts",
     "pause",
-    "summary",
+    "to_json",
     "write_report",
 ]

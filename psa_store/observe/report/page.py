@@ -9,7 +9,8 @@ from string import Template
 from typing import Any
 
 from psa_store.observe.formatting import date, duration
-from psa_store.observe.report.summary import GOODPUT, Summary, facts, pause
+from psa_store.observe.report.run import Run
+from psa_store.observe.report.summary import GOODPUT, facts, pause
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -40,23 +41,22 @@ $checkpoints
 """)
 
 
-def page(found: Summary, picture: bytes) -> str:
+def page(run: Run, picture: bytes) -> str:
     """All of it as text. ``picture``: a PNG."""
     failures = [
-        (number, date(each.time), each.what, pause(each, found.interval_s), each.computed_again, each.text)
-        for number, each in enumerate(found.failures, 1)
+        (number, date(each.time), each.what, pause(each, run.interval_s), each.computed_again, each.text)
+        for number, each in enumerate(run.failures, 1)
     ]
-    rollbacks = [(date(each.time), each.version, each.lost, each.text) for each in found.rollbacks]
+    rollbacks = [(date(each.time), each.version, each.lost, each.text) for each in run.rollbacks]
     checkpoints = [
-        (each.name, each.version, date(each.time), each.reason, f"{each.bytes / 1e6:,.1f}")
-        for each in found.checkpoints
+        (each.name, each.version, date(each.time), each.reason, f"{each.bytes / 1e6:,.1f}") for each in run.checkpoints
     ]
-    resolution = f"A pause is known to about {duration(found.interval_s)}, the time between two points of the curve."
+    resolution = f"A pause is known to about {duration(run.interval_s)}, the time between two points of the curve."
     return _PAGE.substitute(
-        job=escape(found.job),
-        begin=date(found.begin),
-        end=date(found.end),
-        facts="".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(found)),
+        job=escape(run.job),
+        begin=date(run.begin),
+        end=date(run.end),
+        facts="".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts(run)),
         goodput=escape(GOODPUT),
         picture=base64.b64encode(picture).decode(),
         failures=_table(

@@ -47,7 +47,7 @@ def draw(run: Run) -> bytes:
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     FigureCanvasAgg(figure)
     strip, loss, speed, members, versions = figure.subplots(5, 1, sharex=True, height_ratios=[1.0, 3.2, 2.2, 1.6, 2.2])
-    time_axis = TimeAxis(run.segments, run.begin_s)
+    time_axis = TimeAxis(run.segments, run.begin)
     span = time_axis.length or 1.0
     marks = _marks(run, time_axis)
     width, alpha = (0.9, 0.75) if len(marks) <= _MANY_MARKS else (0.5, 0.4)
@@ -65,7 +65,7 @@ def draw(run: Run) -> bytes:
     versions.set_xlim(-0.005 * span, 1.005 * span)
     ticks = time_axis.ticks()
     versions.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
-    rests = " (rests are shortened, and not counted)" if run.time_s(State.REST) else ""
+    rests = " (rests are shortened, and not counted)" if run.rest_s else ""
     versions.set_xlabel(f"{time_axis.unit}{rests}")
     figure.align_ylabels([loss, speed, members, versions])
     goodput = "" if run.goodput is None else f", goodput {run.goodput:.1%}"

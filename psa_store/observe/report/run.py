@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from psa_store.checkpoint.catalog import Checkpoint
 from psa_store.observe.curve import Point
@@ -50,46 +51,45 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All invocations of one job, as far back as its history goes. Times are seconds since 1970."""
+    """All invocations of one job, as far back as its history goes: what the page, the picture and the JSON of
+    `psa report` show. Times are seconds since 1970."""
+
+    FORMAT: ClassVar[int] = 1
 
     job: str
-    points: tuple[Point, ...]
-    segments: tuple[Segment, ...]
-    failures: tuple[Failure, ...]
-    rollbacks: tuple[Rollback, ...]
-    checkpoints: tuple[Kept, ...]
+    finished: bool
+    begin: float | None
+    """None, like ``end``, if nothing is known of it."""
+    end: float | None
+    running_s: float
+    down_s: float
+    rest_s: float
     goodput: float | None
     """See :func:`describe_run`; None if the job was never undisturbed for two points."""
-    rate: float | None
-    """Versions per second where nothing disturbed the job, whatever number of workers it had."""
+    versions_per_s: float | None
+    """Where nothing disturbed the job, whatever number of workers it had."""
     version: int
     """Where it is now."""
-    samples: float
+    samples: int
     """About so many: the sum of what the points say per second."""
+    loss: float | None
+    loss_min: float | None
     terms: int
-    finished: bool
+    workers: tuple[int, int]
+    """The least and the most that there were, when there were some."""
+    servers: tuple[int, int]
+    committed: int
+    computed_again: int
+    """Versions, after failures."""
     interval_s: float
     """Between two points as a rule: how exactly pauses are known."""
     clock_back_s: float
     """By how much the clocks of controllers have gone back, all in all; those times are not to be trusted."""
-
-    def time_s(self, *states: State) -> float:
-        """How long it was in these states."""
-        return sum(each.length_s for each in self.segments if each.state in states)
-
-    @property
-    def begin_s(self) -> float | None:
-        """None if nothing is known of it, as of :attr:`end_s`."""
-        return self.segments[0].begin_s if self.segments else self.points[0].time if self.points else None
-
-    @property
-    def end_s(self) -> float | None:
-        return self.segments[-1].end_s if self.segments else self.points[-1].time if self.points else None
-
-    @property
-    def computed_again(self) -> int:
-        """Versions computed again after failures."""
-        return sum(each.computed_again for each in self.failures)
+    failures: tuple[Failure, ...]
+    rollbacks: tuple[Rollback, ...]
+    checkpoints: tuple[Kept, ...]
+    points: tuple[Point, ...]
+    segments: tuple[Segment, ...]
 
 
 def describe_run(
@@ -117,24 +117,46 @@ def describe_run(
     timeline = moments(known, happened)
     rates = Rates(known, happened, gap_s)
     parts = segments(timeline, happened, rates, gap_s)
+    failures = tuple(with_pause(each, timeline, parts, rates) for each in find_failures(happened))
+    losses = [each.loss for each in known if each.loss is not None]
+    times = [parts[0].begin_s, parts[-1].end_s] if parts else [each.time for each in known]
     return Run(
         job=job,
-        points=known,
-        segments=parts,
-        failures=tuple(with_pause(each, timeline, parts, rates) for each in find_failures(happened)),
+        finished=[each.kind for each in happened if each.kind in _STANDINGS][-1:] == [EventKind.FINISHED],
+        begin=times[0] if times else None,
+        end=times[-1] if times else None,
+        running_s=_length_s(parts, State.RUNNING),
+        down_s=_length_s(parts, State.DOWN),
+        rest_s=_length_s(parts, State.REST),
+        goodput=_goodput(timeline, parts, rates),
+        versions_per_s=rates.usual,
+        version=timeline[-1].version if timeline else 0,
+        samples=round(sum(b.samples_per_s * min(b.time - a.time, gap_s) for a, b in pairwise(known))),
+        loss=losses[-1] if losses else None,
+        loss_min=min(losses, default=None),
+        terms=len({each.term for each in known}),
+        workers=_range([each.workers for each in known if each.workers]),
+        servers=_range([each.servers for each in known if each.servers]),
+        committed=known[-1].committed if known else 0,
+        computed_again=sum(each.computed_again for each in failures),
+        interval_s=interval_s(known),
+        clock_back_s=back_s,
+        failures=failures,
         rollbacks=tuple(_rollbacks(happened, known)),
         checkpoints=tuple(
             Kept(each.created_s, each.name, each.version, each.reason.value, each.bytes) for each in checkpoints
         ),
-        goodput=_goodput(timeline, parts, rates),
-        rate=rates.usual,
-        version=timeline[-1].version if timeline else 0,
-        samples=sum(b.samples_per_s * min(b.time - a.time, gap_s) for a, b in pairwise(known)),
-        terms=len({each.term for each in known}),
-        finished=[each.kind for each in happened if each.kind in _STANDINGS][-1:] == [EventKind.FINISHED],
-        interval_s=interval_s(known),
-        clock_back_s=back_s,
+        points=known,
+        segments=parts,
     )
+
+
+def _length_s(parts: Iterable[Segment], state: State) -> float:
+    return sum(each.length_s for each in parts if each.state is state)
+
+
+def _range(counts: Sequence[int]) -> tuple[int, int]:
+    return min(counts, default=0), max(counts, default=0)
 
 
 def _goodput(timeline: Sequence[Moment], parts: Iterable[Segment], rates: Rates) -> float | None:

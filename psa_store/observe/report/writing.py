@@ -9,7 +9,6 @@ from pathlib import Path
 from psa_store.errors import UsageError
 from psa_store.observe.report.page import page
 from psa_store.observe.report.run import Run
-from psa_store.observe.report.summary import summary
 
 
 def check_matplotlib() -> None:
@@ -33,7 +32,7 @@ def write_report(run: Run, folder: Path) -> tuple[Path, Path]:
     paths = folder / f"report-{run.job}.html", folder / f"report-{run.job}.png"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(paths, (page(summary(run), picture).encode(), picture), strict=True):
+        for path, content in zip(paths, (page(run, picture).encode(), picture), strict=True):
             draft = path.with_name(f".{path.name}.{os.getpid()}")
             try:
                 draft.write_bytes(content)

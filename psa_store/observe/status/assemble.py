@@ -172,6 +172,7 @@ def assemble(
         missing=tuple(sorted(each.id for each in gone)),
         gone=gone,
         unheld=_unheld(plan, living) if plan and not zookeeper.problem else (),
+        unreadable=tuple(sorted(member for member, each in redis.heartbeats.items() if each is None)),
         redis=_redis(redis),
         zookeeper=_zookeeper(zookeeper),
         events=tuple(redis.events),

@@ -152,6 +152,12 @@ def _all_wait(status: JobStatus) -> Iterator[Finding]:
         yield Finding(Severity.SICK, what, "", _watch(status))
 
 
+def _unreadable(status: JobStatus) -> Iterator[Finding]:
+    for member in status.unreadable:
+        what = f"the heartbeat of {member} cannot be read and is set aside: another release wrote it"
+        yield Finding(Severity.WARN, what, "", "pip show psa_store, on its host and here", member)
+
+
 def _clocks(status: JobStatus) -> Iterator[Finding]:
     for member in (*status.servers, *status.workers):
         if member.clock_ahead_s is not None and member.clock_ahead_s > CLOCK_SKEW_S:
@@ -198,6 +204,7 @@ _RULES: Sequence[Callable[[JobStatus], Iterator[Finding]]] = (
     _all_wait,
     _hand_over,
     _clocks,
+    _unreadable,
 )
 """What may be the cause before what may be its effect."""
 

@@ -196,6 +196,8 @@ class JobStatus:
     gone: tuple[GoneMember, ...]
     unheld: tuple[int, ...]
     """Ranks that no living worker computes."""
+    unreadable: tuple[str, ...]
+    """Ids whose heartbeat cannot be read: another release wrote it."""
     # what it stands on
     redis: RedisStatus
     zookeeper: ZooKeeperStatus
