@@ -1,6 +1,6 @@
 """psa_store: a fault-tolerant parameter server for PyTorch.
 
-Parameters live as versioned shards in Redis; ZooKeeper knows who is alive and who does what. ::
+Parameters live as versioned shards in Redis; ZooKeeper knows which processes are alive, and holds the plan. ::
 
     import psa_store as psa
 

@@ -59,12 +59,12 @@ def _taken_by(parse: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
-# A shell expands ~ in the environment, but nobody does in a file.
+# A shell expands ~ in the environment; in a file nothing does.
 _Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Settings(BaseSettings):
-    """Where the dependencies are, how patient to be with them, and what a new job is like."""
+    """Where the dependencies are, how long to wait for them, and what a new job is like."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="ignore")
 
@@ -139,7 +139,7 @@ class Settings(BaseSettings):
     supervisor: Path | None = Field(default=None, description="socket of the supervisor that started this process")
     run: str | None = Field(default=None, description="id of the `psa run` that started this process")
     draft: Path | None = Field(default=None, description="where a Worker writes down its job, for `psa estimate`")
-    default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nobody says otherwise")
+    default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nothing else says it")
 
     @classmethod
     def settings_customise_sources(
@@ -197,7 +197,7 @@ def load_settings() -> Settings:
 
 
 def check_environment() -> None:
-    """Raise UsageError if a ``PSA_*`` variable is one that nobody reads: most likely it is misspelt."""
+    """Raise UsageError if a ``PSA_*`` variable is one that is never read: most likely it is misspelt."""
     known = _OTHER_VARIABLES | {variable_of(name) for name in Settings.model_fields}
     for variable in sorted(os.environ):
         if variable.startswith(_PREFIX) and variable not in known:

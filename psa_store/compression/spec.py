@@ -13,7 +13,7 @@ text            an element travels as                                           
 =============== ======================================================================= ==================
 
 Rounding at random is unbiased: up with the probability that makes the mean exact, to within 2**-16 of a scale. Its
-random numbers are a pure function of :func:`rounding_stream`, so whoever computes a rank again sends the same bytes.
+random numbers are a pure function of :func:`rounding_stream`, so a rank that is computed again sends the same bytes.
 What ``topk`` does not send stays in the residual, which is added to the next gradient (error feedback: Lin et al.,
 arXiv 1712.01887). So its bytes depend on the residual too: a rank that moves to another worker without its residual
 loses what was held back, and its bytes differ from those of an undisturbed run.

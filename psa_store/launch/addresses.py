@@ -8,7 +8,7 @@ from psa_store.launch.up import running
 
 
 def fill_addresses(settings: Settings) -> Settings:
-    """Settings with both addresses; raises UsageError if nobody knows them."""
+    """Settings with both addresses; raises UsageError if they are not known."""
     if settings.redis is not None and settings.zookeeper is not None:
         return settings
     found = running(settings.home)

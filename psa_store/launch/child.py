@@ -1,7 +1,7 @@
 """A server program as a child process: it dies with us, its log is kept, and its end is always waited for.
 
-One process per folder and name, ever: a start waits until the process of an earlier start is gone, even if whoever
-started it was killed and the old process is still writing its last bytes.
+One process per folder and name, ever: a start waits until the process of an earlier start is gone, even if the process
+that started it was killed and the old process is still writing its last bytes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Not later: left to itself it notices the end of the supervisor by a pipe, whose other end its children inherit.
 
-Not earlier: whoever sends SIGTERM to a whole process group or control group (a service manager, `timeout`, a shell)
-hits the fork server too. If it ended then, the exit codes of its children would be lost, and the supervisor would take
+Not earlier: SIGTERM to a whole process group or control group (by a service manager, `timeout`, a shell) hits the fork
+server too. If it ended then, the exit codes of its children would be lost, and the supervisor would take
 those that are still leaving for dead, and stop Redis and ZooKeeper under them.
 """
 

@@ -176,7 +176,7 @@ class Supervisor:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._signal == number == signal.SIGINT:
-            raise KeyboardInterrupt  # a person asked twice, and does not want to wait for anybody
+            raise KeyboardInterrupt  # a person asked twice, and does not want to wait
         if self._signal is not None:
             return
         self._signal = number

@@ -135,7 +135,7 @@ def hold_home(home: Path) -> Callable[[], None] | None:
 
 
 def _lock(file: int) -> bool:
-    # Whoever looks for a holder takes the lock for an instant: only one that lasts is a holder.
+    # A process that looks for a holder takes the lock for an instant: only one that keeps it is a holder.
     end_s = time.monotonic() + _GLANCE_S
     while True:
         try:
