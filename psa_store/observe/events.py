@@ -89,7 +89,7 @@ class Note:
 
 
 class Events:
-    """The notes of one server. Control writes, the monitor reads; safe for one thread each."""
+    """The notes of one server. The plan follower writes, the monitor reads; safe for one thread each."""
 
     def __init__(self) -> None:
         self._notes: deque[Note] = deque(maxlen=_NOTES_MAX)
@@ -119,11 +119,11 @@ class Events:
         return [self._notes.popleft() for _ in range(len(self._notes))]
 
     def put_back(self, notes: Iterable[Note]) -> None:
-        """These could not be written: they are the oldest again, as far as there is room."""
+        """Make notes that could not be written the oldest again, as far as there is room."""
         room = _NOTES_MAX - len(self._notes)
         self._notes.extendleft(list(reversed(list(notes)))[: max(0, room)])
 
-    # --- for control
+    # --- the plan follower notes
 
     def see(self, view: View) -> None:
         """Note members that joined or are gone; a new controller compares with those that the plan names."""
@@ -141,11 +141,11 @@ class Events:
         self._seen = now
 
     def resign(self) -> None:
-        """This server is not the controller, or no longer."""
+        """Forget the members: this server is not the controller, or no longer."""
         self._seen = None
 
     def took_over(self, action: TakeOver, before: Plan | None, plan: Plan, took_s: float, reached: int) -> None:
-        """A term has begun. ``reached``: the version that this server had made before."""
+        """Note that a term has begun. ``reached``: the version that this server had made before."""
         text = f"{action.reason}; term {plan.term} began at version {plan.resume}, took {took_s:.2f} s"
         if before is None and plan.resume == 0:
             self.note(EventKind.CREATED, f"the job was created, with {len(plan.ranks)} ranks", version=0)
@@ -157,7 +157,7 @@ class Events:
             self.note(EventKind.RECOVERED, text, term=plan.term, version=plan.resume, reached=reached)
 
     def planned(self, before: Plan | None, plan: Plan, reason: str) -> None:
-        """The plan was changed within its term; that matters to people if others take part now."""
+        """Note a change of the plan within its term, if the members are others now."""
         if before is not None and (before.ranks, before.servers) == (plan.ranks, plan.servers):
             return
         workers = len(set(plan.ranks) - {NOBODY})

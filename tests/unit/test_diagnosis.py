@@ -13,6 +13,7 @@ from psa_store.cluster import Member, Phase, Plan, ProcessRole, Server
 from psa_store.coordination import ZooKeeperMember
 from psa_store.job.config import JobConfig
 from psa_store.job.document import from_text, to_fields, to_text
+from psa_store.observe.formatting import ranks
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.status import Finding, JobStatus, Severity
 from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
@@ -313,6 +314,12 @@ def test_a_heartbeat_that_cannot_be_read_is_not_known_and_breaks_nothing() -> No
     the_one(status.findings, Severity.WARN, "the heartbeat of w0 cannot be read", "pip show psa_store")
     look(redis, ZooKeeperView("zk1:2181", 4.0, problem="away"))
     json.dumps(to_fields(status), allow_nan=False)
+
+
+def test_hundreds_of_ranks_are_written_in_one_line() -> None:
+    assert ranks([]) == "" and ranks([1, 0]) == "0, 1" and ranks(range(300)) == "0-299"
+    assert ranks([0, 1, 2, 7]) == "0-2, 7"
+    assert ranks(range(0, 200, 2)) == "0, 2, 4, 6, 8, 10 and 94 more"
 
 
 def test_what_is_printed_is_read_back_as_the_same_status() -> None:
