@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 from chaos.barrier.check import CALM_BARRIERS
-from chaos.barrier.member import CONNECT_S, MEMBERS, SESSION_S
+from chaos.barrier.member import CONNECT_S, MEMBERS, SESSION_S, opened_by
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import BarrierState, Coordination
 from psa_store.testing import failpoints
@@ -143,11 +143,11 @@ class _Drill:
         while time.monotonic() < end_s:
             self._news.clear()
             self._replace_dead()
-            plan = self._door.read_plan(watch=True)
-            barrier = self._door.read_barrier(plan.text, watch=True) if plan is not None else None
+            opened = opened_by(self._door.read_plan(watch=True))
+            barrier = self._door.read_barrier(opened, watch=True) if opened is not None else None
             done = barrier is not None and barrier.state is BarrierState.DONE
-            if plan is not None and done and int(plan.text) > self._newest:
-                self._newest = int(plan.text)
+            if opened is not None and done and int(opened) > self._newest:
+                self._newest = int(opened)
                 return True
             self._news.wait(0.1)  # and replace the dead
         return False

@@ -6,6 +6,7 @@ whose session expired ends with exit code 3.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -13,8 +14,9 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from psa_store.cluster import ProcessRole
-from psa_store.coordination import Barrier, BarrierState, Coordination
+from psa_store import cluster
+from psa_store.cluster import Cut, Plan, ProcessRole
+from psa_store.coordination import Barrier, BarrierState, Coordination, StoredPlan
 from psa_store.errors import DependencyUnreachable
 from psa_store.launch.guard import die_with_parent
 from psa_store.testing.journal import Journal
@@ -26,6 +28,11 @@ PATIENCE_S = 3.0
 CONNECT_S = 10.0
 _GAP_S = 0.03
 """Members arrive one after another, so that one that passes too early is seen."""
+
+
+def opened_by(plan: StoredPlan | None) -> str | None:
+    """The id of the barrier that a plan names."""
+    return plan.plan.cut.barrier if plan is not None and plan.plan.cut is not None else None
 
 
 class Member:
@@ -49,7 +56,7 @@ class Member:
 
     def run(self) -> int:
         self._door.start()
-        self._door.join(ProcessRole.SERVER, self._name, "{}")
+        self._door.join(ProcessRole.SERVER, cluster.Member(self._name, "", os.getpid()))
         self._door.campaign(self._name)
         while self._door.session_generation() == 0:
             self._news.clear()
@@ -63,22 +70,23 @@ class Member:
     def _turn(self) -> None:
         elected = self._door.is_elected(self._name)
         plan = self._door.read_plan(watch=True)
-        barrier = self._door.read_barrier(plan.text, watch=True) if plan is not None else None
+        known = opened_by(plan)
+        barrier = self._door.read_barrier(known, watch=True) if known is not None else None
         if elected:
             if self._term is None:
                 self._term = self._door.next_term()
             present = self._door.members(ProcessRole.SERVER, watch=True)
-            if plan is not None:
-                barrier = self._door.settle_barrier(plan.text)
+            if known is not None:
+                barrier = self._door.settle_barrier(known)
             if barrier is None or barrier.state is not BarrierState.OPEN:
-                if barrier is not None and plan is not None:
-                    self._record_outcome(plan.text, barrier)
+                if barrier is not None and known is not None:
+                    self._record_outcome(known, barrier)
                 if len(present) == MEMBERS:
                     opened = self._door.open_barrier(self._term, present)
-                    self._door.write_plan(opened, plan.version if plan is not None else None)
+                    self._door.write_plan(Plan(self._term, 1, 0, (), (), (), cut=Cut("drill", opened)), plan)
                 return
-        if plan is not None and barrier is not None:
-            self._meet(plan.text, barrier)
+        if known is not None and barrier is not None:
+            self._meet(known, barrier)
 
     def _meet(self, barrier_id: str, barrier: Barrier) -> None:
         now_s = time.monotonic()
@@ -87,7 +95,7 @@ class Member:
             if barrier_id not in self._arrived:
                 threading.Event().wait(self._slot * _GAP_S)  # what a member does before it arrives
                 self._journal.record("arriving", barrier=barrier_id)
-                barrier = self._door.arrive(barrier_id, self._name, self._name) or barrier
+                barrier = self._door.arrive(barrier_id, self._name, self._slot) or barrier
                 self._arrived.add(barrier_id)
             elif now_s - since_s > PATIENCE_S:
                 barrier = self._door.settle_barrier(barrier_id, expired=True) or barrier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_store.storage.calling import Caller
+from psa_store.storage.caller import Caller
 
 _FENCES = ("if now > term then return {'fenced', now} end", "if now and now > args[1] then return {'fenced', now} end")
 """Of commits, and of seals."""

@@ -1,9 +1,9 @@
-"""What checkpoints a job has: their documents in Redis, and which of them are to be kept.
+"""What checkpoints a job has: their documents in Redis, their names, and how they are removed.
 
 A checkpoint is a pin of one version in the head of every shard that changes, and a document. Before the first pin is
-made the document says that it is being made (:func:`announce`), afterwards what it is; it is removed before the pins
-are. So a pin without a document is what a removal, or a server that was late, has left; and what is being made is
-nobody's to remove until it is old.
+made the document says that it is being made, afterwards what it is (see ``take.py``); it is removed before the pins
+are. So a pin without a document is what a removal, or a server that was late, has left; and what is being made is not
+to be removed until it is old.
 
 The data position and the state of every random generator need no place in it: both follow from the seed, the step and
 the rank.
@@ -11,28 +11,23 @@ the rank.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
-from psa_store.cluster import newest_common
-from psa_store.errors import DataIntegrity, Rewound, UnknownJob, UsageError
+from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job.config import JobConfig, check_name, job_config_from_json
+from psa_store.job.document import from_text, to_text
 from psa_store.job.layout import Layout, TensorRole, layout_from_json
 from psa_store.storage import Head, Manifest, RedisStore
-from psa_store.storage.sections import CLOCK
 
 _AUTOMATIC = re.compile(r"\d{8}-\d{6}(-\d+)?")
-
-
 FORK_PREFIX = "fork:"
 """Begins the name under which a job keeps what a fork of it shares; no checkpoint of a person can be called so."""
-_MAKING = "making_since_s"
 _MAKING_MAX_S = 3600.0
 """What is being made for longer is not being made any more."""
 
@@ -50,6 +45,8 @@ class Reason(StrEnum):
 class Checkpoint:
     """The document of one checkpoint."""
 
+    FORMAT: ClassVar[int] = 1
+
     name: str
     version: int
     step: int
@@ -65,17 +62,22 @@ class Checkpoint:
     """The facts of the job, as :meth:`JobConfig.facts` writes them."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return to_text(self)
 
 
 def checkpoint_from_json(text: str) -> Checkpoint:
-    """Rebuild a checkpoint; raises DataIntegrity if the text is not one."""
-    try:
-        document = json.loads(text)
-        document["reason"] = Reason(document["reason"])
-        return Checkpoint(**document)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataIntegrity(f"the document of a checkpoint cannot be read: {error}") from error
+    """Read a checkpoint's document back; raises DataIntegrity if the text is none."""
+    return from_text(Checkpoint, text, "the document of a checkpoint in Redis")
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """The document of a checkpoint, or of what a fork shares, before its first pin is there."""
+
+    FORMAT: ClassVar[int] = 1
+
+    making_since_s: float
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,10 @@ class StoredJob:
     heads: Mapping[int, Head]
     checkpoints: Mapping[str, Checkpoint]
     """By name, oldest version first."""
+
+    def reread(self, store: RedisStore) -> StoredJob:
+        """As it is now. What a job is does not change, and takes longer to read than what it has stored."""
+        return _with_versions(store, self.config, self.layout)
 
     def versions(self) -> list[int]:
         """The versions of training that all changing shards have, ascending."""
@@ -143,61 +149,18 @@ def read_job(store: RedisStore, job: str) -> StoredJob:
     found = store.read_job(job)
     if found is None:
         raise UnknownJob(f"no job {job!r} in {store.where}; known jobs: {', '.join(store.jobs()) or 'none'}")
-    layout = layout_from_json(found[1])
-    documents = _documents(store.read_checkpoints(job)).values()
-    heads = store.heads(job, [shard.index for shard in layout.shards])
-    by_age = sorted(documents, key=lambda each: (each.version, each.created_s))
-    return StoredJob(
-        job_config_from_json(found[0]), layout, {head.shard: head for head in heads}, {c.name: c for c in by_age}
-    )
+    return _with_versions(store, job_config_from_json(found[0]), layout_from_json(found[1]))
 
 
-def announce(store: RedisStore, job: str, name: str) -> None:
-    """A checkpoint is going to be made, or a fork to share one, under this name."""
-    store.write_checkpoint(job, name, json.dumps({_MAKING: time.time()}))
-
-
-def complete(
-    store: RedisStore,
-    config: JobConfig,
-    layout: Layout,
-    name: str,
-    version: int,
-    *,
-    term: int,
-    reason: Reason,
-    named: bool,
-) -> Checkpoint:
-    """Every shard has the pin: write the document, with which the checkpoint exists. Returns what is there already.
-
-    Raises:
-        DataIntegrity: a shard lacks the pin.
-    """
-    there = _documents(store.read_checkpoints(config.name)).get(name)
-    if there is not None and there.version == version:
-        return there
-    heads = store.heads(config.name, [shard.index for shard in layout.versioned])
-    pins = [head.pins.get(name) for head in heads]
-    if any(pin is None or pin.version != version for pin in pins):
-        raise DataIntegrity(f"job {config.name!r}: checkpoint {name!r} lost its pins before it was complete")
-    clocks = [value for pin in pins if pin for what, value in pin.scalars.items() if what.startswith(CLOCK)]
-    checkpoint = Checkpoint(
-        name=name,
-        version=version,
-        step=int(min(clocks)) if clocks else version,
-        term=term,
-        created_s=time.time(),
-        reason=reason,
-        named=named,
-        bytes=sum(section.size_bytes for pin in pins if pin for section in pin.sections),
-        config=config.facts(),
-    )
-    store.write_checkpoint(config.name, name, checkpoint.to_json())
-    return checkpoint
+def _with_versions(store: RedisStore, config: JobConfig, layout: Layout) -> StoredJob:
+    made = documents(store.read_checkpoints(config.name)).values()
+    heads = store.heads(config.name, [shard.index for shard in layout.shards])
+    by_age = sorted(made, key=lambda each: (each.version, each.created_s))
+    return StoredJob(config, layout, {head.shard: head for head in heads}, {each.name: each for each in by_age})
 
 
 def remove(store: RedisStore, job: str, layout: Layout, names: Collection[str]) -> None:
-    """Remove checkpoints: the documents first, so that nobody finds one that is half gone. Idempotent."""
+    """Remove checkpoints: the documents first, so that none is found that is half gone. Idempotent."""
     store.forget_checkpoints(job, names)
     store.unpin(job, [shard.index for shard in layout.versioned], names)
 
@@ -219,13 +182,14 @@ def _is_over(store: RedisStore, name: str, text: str) -> bool:
     if name.startswith(FORK_PREFIX) and store.has_job(name.removeprefix(FORK_PREFIX)):
         return True
     try:
-        return bool(json.loads(text).get(_MAKING, time.time()) < time.time() - _MAKING_MAX_S)
-    except (ValueError, TypeError, AttributeError):
+        making = from_text(Making, text, "a checkpoint that is being made")
+    except DataIntegrity:
         return False
+    return making.making_since_s < time.time() - _MAKING_MAX_S
 
 
-def _documents(texts: Mapping[str, str]) -> dict[str, Checkpoint]:
-    """The checkpoints that are made. What cannot be read is another version's, and left alone."""
+def documents(texts: Mapping[str, str]) -> dict[str, Checkpoint]:
+    """The checkpoints that are made. What cannot be read is another release's, and left alone."""
     found = {}
     for name, text in texts.items():
         with suppress(DataIntegrity):
@@ -237,14 +201,6 @@ def _shared(store: RedisStore, job: str, shards: Iterable[int], fork: str) -> se
     """The shards of which the fork still names chunks of this job."""
     forks = store.heads(fork, shards)
     return {head.shard for head in forks if any(each.home == job for each in head.entries().values())}
-
-
-def superfluous(checkpoints: Iterable[Checkpoint], *, keep: int | None, older_than_s: float | None) -> list[str]:
-    """Which of those that nobody named are to go: all but the newest ``keep``, and those of more than this age."""
-    candidates = sorted((each for each in checkpoints if not each.named), key=lambda each: each.created_s)
-    beyond = candidates[:-keep] if keep else candidates if keep == 0 else []
-    old = [each for each in candidates if older_than_s is not None and time.time() - each.created_s > older_than_s]
-    return list(dict.fromkeys(each.name for each in (*beyond, *old)))
 
 
 def automatic_name(taken: Collection[str], when_s: float) -> str:
@@ -268,33 +224,3 @@ def checked_name(name: str) -> str:
     if name.isdecimal() or is_automatic(name):
         raise UsageError(f"checkpoint name {name!r}: a number means a version, a time an automatic one; use a letter")
     return name
-
-
-def save_at_rest(store: RedisStore, job: str, name: str | None, reason: Reason) -> Checkpoint:
-    """Keep the newest version of a job that nobody serves.
-
-    Raises:
-        UsageError: the name is taken.
-        DataIntegrity: no version is whole.
-        Rewound: somebody has begun to serve the job, and the version was dropped meanwhile. Try again.
-    """
-    stored = read_job(store, job)
-    if name is not None and checked_name(name) in stored.checkpoints:
-        raise UsageError(f"job {job!r} has a checkpoint {name!r} already: prune it, or use another name")
-    chosen = name or automatic_name(stored.checkpoints, time.time())
-    shards = [shard.index for shard in stored.layout.versioned]
-    heads = list(stored.heads.values())
-    versions = {head.shard: [m.version for m in head.manifests] for head in heads if head.shard in shards}
-    version = newest_common(versions) if versions else 0
-    if version is None:
-        raise DataIntegrity(f"job {job!r}: no version is common to all shards in Redis")
-    announce(store, job, chosen)
-    try:
-        store.pin(job, shards, version, chosen)
-    except Rewound:
-        remove(store, job, stored.layout, [chosen])
-        raise
-    term = max((head.term for head in heads), default=0)
-    return complete(
-        store, stored.config, stored.layout, chosen, version, term=term, reason=reason, named=name is not None
-    )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from psa_store.checkpoint.catalog import StoredJob, read_job
+from psa_store.checkpoint.catalog import read_job
+from psa_store.checkpoint.reader import version_of
 from psa_store.errors import UsageError
-from psa_store.job.layout import Shard, describe_difference
-from psa_store.optim.tensors import as_bytes, to_torch
-from psa_store.storage import Manifest, RedisStore
-from psa_store.storage.sections import PARAM
+from psa_store.job.layout import describe_difference
+from psa_store.storage import RedisStore
 
 
 @dataclass(slots=True)
@@ -61,12 +58,13 @@ def compare(store: RedisStore, job: str, a: str, b: str, other: str | None = Non
     second = first if other is None else read_job(store, other)
     if first.layout.fingerprint != second.layout.fingerprint:
         raise UsageError(f"{job} and {other} cannot be compared: {describe_difference(first.layout, second.layout)}")
-    from_a, from_b = first.manifests(a), second.manifests(b)
+    from_a, from_b = version_of(store, first, a), version_of(store, second, b)
     sums = [_Sums() for _ in first.layout.tensors]
     for shard in first.layout.shards:
-        pair = _read(store, first, shard, from_a), _read(store, second, shard, from_b)
-        for tensor, low, high in _places(shard):
-            sums[tensor].add(pair[0][low:high].double(), pair[1][low:high].double())
+        pair = from_a.parameters(shard), from_b.parameters(shard)
+        for piece in shard.pieces:
+            place = slice(piece.shard_start, piece.shard_start + piece.length)
+            sums[piece.tensor].add(pair[0][place].double(), pair[1][place].double())
     return [
         Change(
             name=spec.name,
@@ -84,15 +82,3 @@ def _ratio(above: float, below: float) -> float:
     if below == 0.0:
         return 0.0 if above == 0.0 else math.nan
     return above / below
-
-
-def _read(store: RedisStore, stored: StoredJob, shard: Shard, manifests: dict[int, Manifest]) -> Tensor:
-    whole = torch.empty(shard.size_bytes, dtype=torch.uint8)
-    store.load(stored.config.name, shard.index, manifests[shard.index], {PARAM: as_bytes(whole)})
-    return whole.view(to_torch(shard.dtype))
-
-
-def _places(shard: Shard) -> Iterator[tuple[int, int, int]]:
-    """Tensor, and first and last element, of each piece."""
-    for piece in shard.pieces:
-        yield piece.tensor, piece.shard_start, piece.shard_start + piece.length

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from psa_store.checkpoint.catalog import FORK_PREFIX, announce, read_job
-from psa_store.checkpoint.creating import begin_new_job, right_to_create
+from psa_store.checkpoint.catalog import FORK_PREFIX, read_job
+from psa_store.checkpoint.creation import begin_new_job, right_to_create
+from psa_store.checkpoint.take import announce
 from psa_store.coordination import Coordination
 from psa_store.errors import JobMismatch
 from psa_store.job.config import check_job_name
@@ -25,8 +26,8 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         coordination: a session for the new job.
 
     Raises:
-        UsageError: there is no such checkpoint or version; JobMismatch if there is a job ``new``; JobBusy if somebody
-            creates it now.
+        UsageError: there is no such checkpoint or version; JobMismatch if there is a job ``new``; JobBusy if another
+            process creates it now.
         Rewound: the version was dropped meanwhile. Try again, or take a checkpoint before.
     """
     check_job_name(new)
@@ -47,7 +48,7 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         failpoint("fork.adopted")
         config = replace(stored.config, name=new)
         store.create_job(new, config.to_json(), stored.layout.to_json())
-        coordination.create_config(config.to_json())
+        coordination.create_config(config)
     return stored.version_of(what)
 
 

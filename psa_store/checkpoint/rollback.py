@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from psa_store import logs
 from psa_store.checkpoint.catalog import read_job
 from psa_store.checkpoint.verification import verify
-from psa_store.cluster import Phase, plan_from_json
+from psa_store.cluster import Phase
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import RedisStore
@@ -36,8 +36,8 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
     Raises:
         UsageError: there is no such checkpoint or version.
         DataIntegrity: it is damaged; nothing was changed.
-        DependencyUnreachable: Redis or ZooKeeper does not answer, or other terms began all the time. Whether the job
-            has gone back is told by its status.
+        DependencyUnreachable: Redis or ZooKeeper does not answer, or other terms began all the time. Its status shows
+            whether the job has gone back.
     """
     damage = verify(store, job, what)
     if damage:
@@ -49,7 +49,7 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
         version = stored.version_of(what)
         name = what if what in stored.checkpoints else None
         seen = coordination.read_plan()
-        before = plan_from_json(seen.text) if seen else None
+        before = seen.plan if seen else None
         known = max((head.term for head in stored.heads.values()), default=0)
         term = coordination.next_term(at_least=max(known, before.term if before else 0))
         try:
@@ -73,7 +73,7 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
             stop_version=None,
             cut=None,
         )
-        if coordination.write_plan(plan.to_json(), seen.version) is not None:
+        if coordination.write_plan(plan, seen) is not None:
             return RolledBack(version, term, lost)
     raise DependencyUnreachable(
         f"job {job!r}: {_TRIES_MAX} terms began while it was to go back to {what}. See `psa status {job}`, and repeat."

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from psa_store.checkpoint.catalog import read_job
+from psa_store.checkpoint.reader import open_version
 from psa_store.errors import DataIntegrity
-from psa_store.storage import Manifest, RedisStore
+from psa_store.storage import RedisStore
 
 _READERS = 4
 
@@ -18,16 +18,14 @@ def verify(store: RedisStore, job: str, what: str | None) -> list[str]:
         UsageError: there is no such checkpoint or version.
         DataIntegrity: a shard lacks it.
     """
-    manifests = read_job(store, job).manifests(what)
+    version = open_version(store, job, what)
 
-    def read(shard: int, manifest: Manifest) -> str:
-        places = {section.name: memoryview(bytearray(section.size_bytes)) for section in manifest.sections}
+    def read(shard: int) -> str:
         try:
-            store.load(job, shard, manifest, places)
+            version.sections(shard)
         except DataIntegrity as error:
             return str(error)
         return ""
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="psa-verify") as readers:
-        found = readers.map(read, manifests.keys(), manifests.values())
-        return [problem for problem in found if problem]
+        return [problem for problem in readers.map(read, version.manifests) if problem]

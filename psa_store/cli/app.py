@@ -216,7 +216,7 @@ def report(
     """
     from psa_store.cli.report import report as tell
 
-    tell(job, out, as_json, _begin("report"))
+    tell(job, out, as_json, _reach("report"))
 
 
 config_app = typer.Typer(help="Settings: from flags, else PSA_* variables, else psa.toml, else defaults.")
@@ -323,7 +323,7 @@ def checkpoint_save(
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.save(job, name, timeout, _begin("checkpoint"))
+    checkpoint.save(job, name, timeout, _reach("checkpoint"))
 
 
 @checkpoint_app.command("ls")
@@ -334,7 +334,7 @@ def checkpoint_ls(job: _Job, as_json: _Json = False) -> None:
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.ls(job, as_json, _begin("checkpoint"))
+    checkpoint.ls(job, as_json, _reach("checkpoint"))
 
 
 @checkpoint_app.command("show")
@@ -345,7 +345,7 @@ def checkpoint_show(job: _Job, what: _What, as_json: _Json = False) -> None:
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.show(job, what, as_json, _begin("checkpoint"))
+    checkpoint.show(job, what, as_json, _reach("checkpoint"))
 
 
 @checkpoint_app.command("verify")
@@ -359,7 +359,7 @@ def checkpoint_verify(
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.verify(job, what, _begin("checkpoint"))
+    checkpoint.verify(job, what, _reach("checkpoint"))
 
 
 @checkpoint_app.command("diff")
@@ -376,7 +376,7 @@ def checkpoint_diff(
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.diff(job, a, b, of, as_json, _begin("checkpoint"))
+    checkpoint.diff(job, a, b, of, as_json, _reach("checkpoint"))
 
 
 @checkpoint_app.command("rollback")
@@ -387,7 +387,7 @@ def checkpoint_rollback(job: _Job, what: _What, yes: _Yes = False) -> None:
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.rollback(job, what, yes, _begin("checkpoint"))
+    checkpoint.rollback(job, what, yes, _reach("checkpoint"))
 
 
 @checkpoint_app.command("fork")
@@ -400,7 +400,7 @@ def checkpoint_fork(
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.fork(job, what, new, _begin("checkpoint"))
+    checkpoint.fork(job, what, new, _reach("checkpoint"))
 
 
 @checkpoint_app.command("export")
@@ -416,7 +416,7 @@ def checkpoint_export(
     """
     from psa_store.cli.transfer import export_files
 
-    export_files(job, what, url, _begin("checkpoint"), int(max_file_gb * 1e9))
+    export_files(job, what, url, _reach("checkpoint"), int(max_file_gb * 1e9))
 
 
 @checkpoint_app.command("import")
@@ -434,7 +434,7 @@ def checkpoint_import(
     """
     from psa_store.cli.transfer import import_files
 
-    import_files(url, job, _begin("checkpoint"), ranks, shard_bytes)
+    import_files(url, job, _reach("checkpoint"), ranks, shard_bytes)
 
 
 @checkpoint_app.command("prune")
@@ -451,7 +451,7 @@ def checkpoint_prune(
     """
     from psa_store.cli import checkpoint
 
-    checkpoint.prune(job, names or [], keep, older_than, yes, _begin("checkpoint"))
+    checkpoint.prune(job, names or [], keep, older_than, yes, _reach("checkpoint"))
 
 
 chaos_app = typer.Typer(
@@ -511,6 +511,13 @@ def _begin(role: str, *, log_json: bool = False) -> Settings:
         settings = settings.model_copy(update={"log_json": True})
     logs.configure(settings.log_level, role, as_json=settings.log_json)
     return settings
+
+
+def _reach(role: str) -> Settings:
+    """The same with the addresses of Redis and ZooKeeper: those of the settings, or of the private ones that run."""
+    from psa_store.launch import fill_addresses
+
+    return fill_addresses(_begin(role))
 
 
 def _settings() -> Settings:

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 
 import typer
@@ -17,12 +17,13 @@ from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import Checkpoint, StoredJob, read_job
 from psa_store.checkpoint.comparison import compare
 from psa_store.checkpoint.fork import fork as make_fork
+from psa_store.checkpoint.policy import superfluous
 from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
-from psa_store.checkpoint.saving import save as take
+from psa_store.checkpoint.take import take
 from psa_store.checkpoint.verification import verify as find_damage
-from psa_store.cli.sessions import open_coordination, open_history, open_store
 from psa_store.config import Settings
+from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job.config import check_job_name
 from psa_store.storage import RedisStore
@@ -31,7 +32,10 @@ from psa_store.storage import RedisStore
 def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> None:
     """Take a checkpoint and say which."""
     woken = threading.Event()
-    with open_store(settings) as store, open_coordination(job, settings, woken.set) as coordination:
+    with (
+        RedisStore.from_settings(settings) as store,
+        Coordination.from_settings(settings, job, wake=woken.set) as coordination,
+    ):
         store.check()
         done = take(store, coordination, woken, job, name, timeout_s)
     print(f"checkpoint {done.name} of job {job}: version {done.version}, {done.bytes / 1e6:.1f} MB")
@@ -39,7 +43,7 @@ def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> No
 
 def ls(job: str, as_json: bool, settings: Settings) -> None:
     """List checkpoints, and the versions that training keeps."""
-    with open_store(settings) as store:
+    with RedisStore.from_settings(settings) as store:
         stored = read_job(store, job)
     if as_json:
         listed = [{**asdict(each), "whole": stored.whole(each.name)} for each in stored.checkpoints.values()]
@@ -61,7 +65,7 @@ def ls(job: str, as_json: bool, settings: Settings) -> None:
 
 def show(job: str, what: str, as_json: bool, settings: Settings) -> None:
     """Everything about one checkpoint, or one version."""
-    with open_store(settings) as store:
+    with RedisStore.from_settings(settings) as store:
         stored = read_job(store, job)
     document = _document(stored, what)
     if as_json:
@@ -93,7 +97,7 @@ def _document(stored: StoredJob, what: str) -> dict[str, object]:
 
 def verify(job: str, what: str | None, settings: Settings) -> None:
     """Read a checkpoint or version, or everything that is stored; raises DataIntegrity if anything is damaged."""
-    with open_store(settings) as store:
+    with RedisStore.from_settings(settings) as store:
         stored = read_job(store, job)
         names = [what] if what is not None else [*stored.checkpoints, *map(str, stored.versions())]
         damage = []
@@ -114,7 +118,7 @@ def _damage(store: RedisStore, job: str, what: str) -> list[str]:
 
 def diff(job: str, a: str, b: str, other: str | None, as_json: bool, settings: Settings) -> None:
     """How far every parameter is from A to B."""
-    with open_store(settings) as store:
+    with RedisStore.from_settings(settings) as store:
         changes = compare(store, job, a, b, other)
     if as_json:
         print(json.dumps([asdict(each) for each in changes], indent=1))
@@ -128,7 +132,7 @@ def diff(job: str, a: str, b: str, other: str | None, as_json: bool, settings: S
 
 def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
     """Return to an older version, after asking."""
-    with open_store(settings) as store, open_coordination(job, settings) as coordination:
+    with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, job) as coordination:
         store.check()
         stored = read_job(store, job)
         version = stored.version_of(what)
@@ -143,19 +147,19 @@ def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
 
 
 def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> None:
-    from psa_store.observe import Event, EventKind
+    from psa_store.observe import Event, EventKind, JobHistory
 
     name = "" if what == str(done.version) else f"checkpoint {what}, "
     text = f"the job was told to go back to {name}version {done.version}; term {done.term} began there"
     event = Event(time.time(), EventKind.ROLLBACK, text, term=done.term, version=done.version)
-    with suppress(DependencyUnreachable), open_history(job, settings) as history:  # it is done, written here or not
-        history.add(event)
+    with suppress(DependencyUnreachable), closing(JobHistory.from_settings(job, settings)) as history:
+        history.add(event)  # the job has gone back, written here or not
 
 
 def fork(job: str, what: str, new: str, settings: Settings) -> None:
     """Begin another job with a checkpoint."""
     check_job_name(new)
-    with open_store(settings) as store, open_coordination(new, settings) as coordination:
+    with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, new) as coordination:
         store.check()
         version = make_fork(store, coordination, job, what, new)
     print(f"job {new} begins at version {version} of job {job}; run the same script with this job name")
@@ -167,13 +171,13 @@ def prune(
     """Remove checkpoints, after asking, and what attempts that were cut off have left."""
     if not names and keep is None and older_than_s is None:
         raise UsageError("say which: names of checkpoints, --keep N or --older-than SECONDS")
-    with open_store(settings) as store:
+    with RedisStore.from_settings(settings) as store:
         stored = read_job(store, job)
         for name in names:
             if name not in stored.checkpoints:
                 known = ", ".join(stored.checkpoints) or "none"
                 raise UsageError(f"job {job!r} has no checkpoint {name!r}; checkpoints: {known}")
-        found = catalog.superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than_s)
+        found = superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than_s)
         gone = list(dict.fromkeys([*names, *found]))
         if gone:
             _confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)
@@ -183,7 +187,7 @@ def prune(
 
 
 def _confirm(what: str, yes: bool) -> None:
-    """Ask, unless that was answered beforehand; raises UsageError where nobody can be asked."""
+    """Ask, unless that was answered beforehand; raises UsageError where no person can be asked."""
     if yes:
         return
     if not sys.stdin.isatty():

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from psa_store.checkpoint.catalog import read_job
-from psa_store.cli.sessions import open_history, open_store
 from psa_store.config import Settings
 from psa_store.errors import UsageError
+from psa_store.observe import JobHistory
 from psa_store.observe.formatting import duration
 from psa_store.observe.report import check_matplotlib, describe_run, facts, pause, to_json, write_report
+from psa_store.storage import RedisStore
 
 _FAILURES_SHOWN = 20
 
@@ -28,7 +30,7 @@ def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:
         DataIntegrity: what Redis has of the job cannot be read.
     """
     check_matplotlib()
-    with open_store(settings) as store, open_history(job, settings) as history:
+    with RedisStore.from_settings(settings) as store, closing(JobHistory.from_settings(job, settings)) as history:
         checkpoints = read_job(store, job).checkpoints.values()
         points, events = history.curve(), history.events()
     if not points and not events:

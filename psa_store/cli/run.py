@@ -7,7 +7,6 @@ import runpy
 import secrets
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -58,8 +57,9 @@ def run_job(options: RunOptions, settings: Settings) -> int:
     with ExitStack() as stack:
         private = _private_servers(settings, stack)
         addresses = private.addresses if private else _known_addresses(settings)
-        _check(addresses, settings)
-        job = stack.enter_context(closing(_RunningJob(addresses, settings)))
+        settings = settings.model_copy(update={"redis": addresses.redis, "zookeeper": addresses.zookeeper})
+        _check(settings)
+        job = stack.enter_context(closing(_RunningJob(settings)))
         if settings.tensorboard is not None:
             check_tensorboard()
         supervisor = Supervisor(
@@ -98,9 +98,8 @@ def run_job(options: RunOptions, settings: Settings) -> int:
 class _RunningJob:
     """Our hold on the job in ZooKeeper: one run at a time, and deaths are reported the moment they are seen."""
 
-    def __init__(self, addresses: Addresses, settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.run_id = secrets.token_hex(8)
-        self._addresses = addresses
         self._settings = settings
         self._name: str | None = None
         self._coordination: Coordination | None = None
@@ -119,13 +118,7 @@ class _RunningJob:
             return False
         self._name = name
         logs.identify(job=name)
-        self._coordination = Coordination(
-            self._addresses.zookeeper,
-            name,
-            session_timeout_s=self._settings.session_timeout_s,
-            connect_timeout_s=self._settings.connect_timeout_s,
-            wake=threading.Event().set,
-        )
+        self._coordination = Coordination.from_settings(self._settings, name)
         self._coordination.start()
         self._hold(self._coordination)
         return True
@@ -204,20 +197,12 @@ def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | N
     return servers
 
 
-def _check(addresses: Addresses, settings: Settings) -> None:
+def _check(settings: Settings) -> None:
     """Fail now, with one error, and not later in every process."""
-    with closing(RedisStore(addresses.redis, timeout_s=settings.connect_timeout_s)) as store:
+    with RedisStore.from_settings(settings) as store:
         store.check()
-    with closing(
-        Coordination(
-            addresses.zookeeper,
-            "check",
-            session_timeout_s=settings.session_timeout_s,
-            connect_timeout_s=settings.connect_timeout_s,
-            wake=threading.Event().set,
-        )
-    ) as coordination:
-        coordination.start()
+    with Coordination.from_settings(settings, "check"):
+        pass
 
 
 def _known_addresses(settings: Settings) -> Addresses:

@@ -6,11 +6,12 @@ import time
 
 from psa_store.checkpoint.files.export import MAX_FILE_BYTES, export_version, open_export
 from psa_store.checkpoint.files.importing import import_export
-from psa_store.checkpoint.version import stored_version
-from psa_store.cli.sessions import open_coordination, open_store
+from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
+from psa_store.coordination import Coordination
 from psa_store.job.config import check_job_name
 from psa_store.logs import printable
+from psa_store.storage import RedisStore
 
 
 def export_files(
@@ -18,8 +19,8 @@ def export_files(
 ) -> None:
     """Write a checkpoint or a version of a job (None: the newest) into a new folder, and say so in one line."""
     started_s = time.monotonic()
-    with open_store(settings) as store:
-        export = export_version(stored_version(store, job, what), url, max_file_bytes)
+    with RedisStore.from_settings(settings) as store:
+        export = export_version(open_version(store, job, what), url, max_file_bytes)
     size_bytes, took_s = sum(file.size_bytes for file in export.files), time.monotonic() - started_s
     print(
         f"exported version {export.version} of job {job!r} to {printable(export.url)}: {len(export.files)} files, "
@@ -30,7 +31,7 @@ def export_files(
 def import_files(url: str, job: str, settings: Settings, ranks: int | None, shard_bytes: int | None) -> None:
     """Create ``job`` from the export in the folder at ``url``, and say so in one line."""
     check_job_name(job)
-    with open_store(settings) as store, open_coordination(job, settings) as coordination:
+    with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, job) as coordination:
         store.check()
         export = open_export(url)
         config = import_export(export, job, store, coordination, ranks=ranks, shard_bytes=shard_bytes)

@@ -72,6 +72,11 @@ class Plan:
     cut: Cut | None = None
     """The checkpoint that is being taken."""
 
+    @property
+    def attended(self) -> bool:
+        """Whether a worker holds a rank."""
+        return any(holder != NOBODY for holder in self.ranks)
+
     def owner_of(self, shard: int) -> Server:
         return self.servers[self.owners[shard]]
 

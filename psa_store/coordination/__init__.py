@@ -1,14 +1,16 @@
-"""The door to ZooKeeper, and the only package that imports kazoo: who is alive, who is elected, what the plan is."""
+"""The door to ZooKeeper, and the only room that imports kazoo: which processes live, which is elected, the plan."""
 
 from psa_store.coordination.barrier import Barrier, BarrierState
-from psa_store.coordination.coordination import Coordination, Versioned
+from psa_store.coordination.coordination import Coordination, StoredPlan
 from psa_store.coordination.examination import ZooKeeperMember, examine_zookeeper, probe_zookeeper
+from psa_store.coordination.request import CheckpointRequest
 
 __all__ = [
     "Barrier",
     "BarrierState",
+    "CheckpointRequest",
     "Coordination",
-    "Versioned",
+    "StoredPlan",
     "ZooKeeperMember",
     "examine_zookeeper",
     "probe_zookeeper",

@@ -1,4 +1,4 @@
-"""A Kazoo client that is patient without end in the background and never in the foreground.
+"""A Kazoo client that tries again without end in the background and never in the foreground.
 
 All that depends on the inside of Kazoo is in this file: it names Kazoo's threads, limits how long one attempt to
 connect may take, can abandon a connection that hangs, keeps the session timeout that the server granted, which Kazoo
@@ -121,7 +121,7 @@ class _Carrier(SequentialThreadingHandler):  # type: ignore[misc]
 
 
 class _Connection(ConnectionHandler):  # type: ignore[misc]
-    """Kazoo's connection, which tells its client what timeout was granted before anyone learns of the session.
+    """Kazoo's connection, which notes what timeout was granted before its client reports the session.
 
     A ZooKeeper server turns away clients that have seen a later transaction than itself, without a word. It will catch
     up, unless it is one of an ensemble that was restored from a backup or lost its data: then we would try for ever.

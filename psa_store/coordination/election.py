@@ -2,8 +2,8 @@
 
 A candidate is an ephemeral sequential znode ``<session>-<sequence>`` that holds the member's id. The session in its
 name finds a candidate again whose creation was cut off: entering twice is therefore harmless, and so are duplicates,
-since the lowest counts. An election may have two winners for a moment (the old one paused): whoever acts on it must
-take a term. Only ``coordination.py`` may use it.
+since the lowest counts. An election may have two winners for a moment (the old one paused): a process that acts on it
+must take a term. Only ``coordination.py`` may use it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def campaign(znodes: Znodes, folder: str, member: str) -> None:
         assert created is not None, "a sequential name was used twice"
         if created.owner == session:
             return
-        znodes.delete(created.path)  # our session expired in between: nobody would find it by its name
+        znodes.delete(created.path)  # our session expired in between: it would not be found by its name
 
 
 def is_elected(znodes: Znodes, folder: str, member: str) -> bool:
-    """Whether ``member`` of this session leads; if another does, a watch waits for the one just before us."""
+    """Whether ``member`` of this session is elected; if another is, a watch waits for the one just before us."""
     while True:
         names = _candidates(znodes, folder)
         place = next((i for i, name in enumerate(names) if _is_of(name, znodes.session_id)), None)
@@ -42,7 +42,7 @@ def is_elected(znodes: Znodes, folder: str, member: str) -> bool:
 
 
 def elected(znodes: Znodes, folder: str) -> str | None:
-    """The member that leads; None if there is no candidate."""
+    """The elected member; None if there is no candidate."""
     for name in _candidates(znodes, folder):
         node = znodes.get(f"{folder}/{name}")
         if node is not None:
@@ -51,7 +51,7 @@ def elected(znodes: Znodes, folder: str) -> str | None:
 
 
 def withdraw(znodes: Znodes, folder: str, member: str) -> None:
-    """Delete the candidates of a member, whoever made them."""
+    """Delete the candidates of a member, of whatever session."""
     found = znodes.get_all([f"{folder}/{name}" for name in znodes.children(folder)])
     znodes.delete(*(node.path for node in found if node is not None and node.text == member))
 

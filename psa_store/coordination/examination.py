@@ -66,7 +66,7 @@ def probe_zookeeper(hosts: str, timeout_s: float) -> list[ZooKeeperMember]:
     Raises:
         UsageError: ``hosts`` cannot be read.
     """
-    return _ask_each(hosts, lambda host, port: _greet(host, port, timeout_s))
+    return _ask_each(hosts, lambda host, port: _ask_srvr(host, port, timeout_s))
 
 
 def _ask_each(hosts: str, ask: Callable[[str, int], ZooKeeperMember]) -> list[ZooKeeperMember]:
@@ -78,34 +78,34 @@ def _ask_each(hosts: str, ask: Callable[[str, int], ZooKeeperMember]) -> list[Zo
         return list(pool.map(lambda address: ask(*address), addresses))
 
 
-def _greet(host: str, port: int, timeout_s: float) -> ZooKeeperMember:
+def _ask_srvr(host: str, port: int, timeout_s: float) -> ZooKeeperMember:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        told = four_letters((host, port), b"srvr", timeout_s)
+        answer = four_letters((host, port), b"srvr", timeout_s)
     except OSError as error:
         return ZooKeeperMember(address, f"no connection: {error.strerror or error}")
-    if not told:
+    if not answer:
         return ZooKeeperMember(address, f"it accepts connections, but says nothing within {timeout_s:g} s")
-    if _NO_QUORUM in told:
+    if _NO_QUORUM in answer:
         return ZooKeeperMember(address, "it runs, but without a quorum")
-    version, mode = (found[1] if (found := pattern.search(told)) else "" for pattern in (_VERSION, _MODE))
+    version, mode = (found[1] if (found := pattern.search(answer)) else "" for pattern in (_VERSION, _MODE))
     return ZooKeeperMember(address, "", version, mode)
 
 
 def _examine(host: str, port: int, session_timeout_s: float, connect_timeout_s: float) -> ZooKeeperMember:
-    greeted = _greet(host, port, connect_timeout_s)
-    if not greeted.serves:
-        return greeted
+    answered = _ask_srvr(host, port, connect_timeout_s)
+    if not answered.serves:
+        return answered
     session = Session(
-        greeted.address, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=lambda: None
+        answered.address, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=lambda: None
     )
     try:
         with closing(session):
             session.start()
             trips_s = [session.run(_round_trip) for _ in range(_ROUND_TRIPS)]
-            return replace(greeted, granted_s=session.granted_s, round_trips_s=tuple(trips_s))
+            return replace(answered, granted_s=session.granted_s, round_trips_s=tuple(trips_s))
     except (DependencyUnreachable, Disconnected):
-        return replace(greeted, problem=f"it gives no session within {connect_timeout_s:g} s")
+        return replace(answered, problem=f"it gives no session within {connect_timeout_s:g} s")
 
 
 def _round_trip(znodes: Znodes) -> float:

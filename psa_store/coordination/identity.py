@@ -1,4 +1,4 @@
-"""Names of processes. An id is never reused: whoever comes back after a death is somebody else."""
+"""Names of processes. An id is never reused: a process that comes back after a death has another one."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """A session with ZooKeeper: its state, its generation, its lease, and calls that end in time.
 
 Calls: :meth:`Session.run` repeats an attempt that was cut off, until a deadline. An attempt must therefore be
-idempotent; how each one is, stands beside it in ``coordination.py`` and ``election.py``.
+idempotent; how each one is, stands beside it, in ``attempts.py``, ``barrier.py`` and ``election.py``.
 
 Lease: Kazoo reports the loss of a session only once it is connected again, so we count for ourselves. ZooKeeper keeps
-a session for the granted timeout after it last heard from us; what it has answered, it has heard no earlier than we
-sent it. A third of the timeout is kept back, because a follower tells the leader of its clients' signs of life only
+a session for the granted timeout after our last message came; what it has answered has come no earlier than we sent
+it. A third of the timeout is kept back, because a follower tells the leader of its clients' signs of life only
 every half tick. For the same reason a heartbeat is a sync, which only the leader answers: a follower that is cut off
 from the others goes on answering reads for some ticks, while the leader already lets our session expire.
 

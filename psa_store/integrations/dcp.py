@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,13 +42,13 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from psa_store.checkpoint.creating import right_to_create, write_new_job
-from psa_store.checkpoint.version import stored_version
+from psa_store.checkpoint.creation import right_to_create, write_new_job
+from psa_store.checkpoint.reader import Region, open_version
 from psa_store.config import Settings, load_settings
 from psa_store.coordination import Coordination
 from psa_store.errors import UsageError
 from psa_store.job.config import check_job_name
-from psa_store.job.layout import Shard, TensorSpec, make_layout
+from psa_store.job.layout import TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
 from psa_store.optim import Optimizer
 from psa_store.optim.tensors import as_bytes, to_torch
@@ -79,8 +77,8 @@ class PsaReader(StorageReader):
         self._job = check_job_name(job)
         self._version = version
         self._settings = _with_redis(load_settings(), redis)
-        with closing(_open(self._settings)) as store:
-            self._layout = stored_version(store, job, version).layout
+        with RedisStore.from_settings(self._settings) as store:
+            self._layout = open_version(store, job, version).layout
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         _refuse_id(checkpoint_id)
@@ -102,32 +100,27 @@ class PsaReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        with closing(_open(self._settings)) as store:
-            chosen = stored_version(store, self._job, self._version).version
+        with RedisStore.from_settings(self._settings) as store:
+            chosen = open_version(store, self._job, self._version).version
         return [replace(plan, storage_data=chosen) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_name = {name: index for index, spec in enumerate(self._layout.tensors) for name in spec.names}
-        regions: dict[int, list[_Region]] = {}
+        blocks = []
         for item in plan.items:
             if item.type is not LoadItemType.TENSOR:
                 raise UsageError(f"{item.dest_index.fqn}: is no tensor; a psa job holds tensors only")
             index = by_name[item.storage_index.fqn]
-            regions.setdefault(index, []).append(_region(item, self._layout.tensors[index]))
-        with closing(_open(self._settings)) as store:
-            version = stored_version(store, self._job, plan.storage_data)
+            blocks.append(_block(item, index, self._layout.tensors[index]))
+        with RedisStore.from_settings(self._settings) as store:
+            version = open_version(store, self._job, plan.storage_data)
             if version.layout.fingerprint != self._layout.fingerprint:
                 raise UsageError(f"job {self._job!r} is another one than when PsaReader was made: make a new one")
-            for shard in self._layout.shards:
-                if wanted := _wanted(shard, regions):
-                    data = torch.empty(shard.numel, dtype=to_torch(shard.dtype))
-                    version.read(shard.index, {PARAM: as_bytes(data)})
-                    for region, low, high, place in wanted:
-                        region.flat[low - region.start : high - region.start] = data[place : place + high - low]
-        for region in (each for some in regions.values() for each in some):
-            target = planner.resolve_tensor(region.item).detach()
-            target.copy_(region.tensor())
-            planner.commit_tensor(region.item, target)
+            version.fill(block.region for block in blocks)
+        for block in blocks:
+            target = planner.resolve_tensor(block.item).detach()
+            target.copy_(block.region.flat.as_strided(tuple(block.item.lengths), block.strides))
+            planner.commit_tensor(block.item, target)
         return _done(None)
 
     @classmethod
@@ -136,36 +129,20 @@ class PsaReader(StorageReader):
 
 
 @dataclass(frozen=True, slots=True)
-class _Region:
-    """What an item asks for: a block of a tensor, and memory for the elements from its first to its last."""
+class _Block:
+    """What an item asks for: a block of a tensor, inside the region from its first element to its last."""
 
     item: ReadItem
     strides: tuple[int, ...]
-    start: int
-    flat: Tensor
-
-    def tensor(self) -> Tensor:
-        return self.flat.as_strided(tuple(self.item.lengths), self.strides)
+    region: Region
 
 
-def _region(item: ReadItem, spec: TensorSpec) -> _Region:
+def _block(item: ReadItem, index: int, spec: TensorSpec) -> _Block:
     strides = tuple(math.prod(spec.shape[dim + 1 :]) for dim in range(len(spec.shape)))
     start = sum(offset * stride for offset, stride in zip(item.storage_offsets, strides, strict=True))
     last = start + sum((length - 1) * stride for length, stride in zip(item.lengths, strides, strict=True))
     count = last + 1 - start if all(item.lengths) else 0
-    return _Region(item, strides, start, torch.empty(count, dtype=to_torch(spec.dtype)))
-
-
-def _wanted(shard: Shard, regions: Mapping[int, list[_Region]]) -> list[tuple[_Region, int, int, int]]:
-    """What a shard has of the regions: elements [low, high) of the tensor, and their place in the shard."""
-    found = []
-    for piece in shard.pieces:
-        for region in regions.get(piece.tensor, ()):
-            low = max(piece.tensor_start, region.start)
-            high = min(piece.tensor_start + piece.length, region.start + len(region.flat))
-            if low < high:
-                found.append((region, low, high, piece.shard_start + low - piece.tensor_start))
-    return found
+    return _Block(item, strides, Region(index, start, torch.empty(count, dtype=to_torch(spec.dtype))))
 
 
 class PsaWriter(StorageWriter):
@@ -181,7 +158,7 @@ class PsaWriter(StorageWriter):
         redis: URL of Redis; None takes ``PSA_REDIS``. ZooKeeper is that of ``PSA_ZOOKEEPER``.
 
     Raises:
-        UsageError: the job exists, or nobody says where ZooKeeper is.
+        UsageError: the job exists, or it is not said where ZooKeeper is.
         DependencyUnreachable: Redis does not answer.
     """
 
@@ -211,7 +188,7 @@ class PsaWriter(StorageWriter):
             mode=None if mode is None else parse_mode(mode),
         )
         self._config = new_config(wanted, self._settings)
-        with closing(_open(self._settings)) as store:
+        with RedisStore.from_settings(self._settings) as store:
             self._refuse_known(store)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -243,23 +220,17 @@ class PsaWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         tensors = self._assembled(metadata, [result for some in results for result in some])
-        assert self._settings.zookeeper is not None
-        coordination = Coordination(
-            self._settings.zookeeper,
-            self._config.name,
-            session_timeout_s=self._settings.session_timeout_s,
-            connect_timeout_s=self._settings.connect_timeout_s,
-            wake=threading.Event().set,
-        )
-        with closing(_open(self._settings)) as store, closing(coordination):
+        with (
+            RedisStore.from_settings(self._settings) as store,
+            Coordination.from_settings(self._settings, self._config.name) as coordination,
+        ):
             store.check()
-            coordination.start()
             with right_to_create(self._config.name, "dcp", coordination):
                 self._refuse_known(store)
                 if coordination.read_config() is not None:
                     raise UsageError(f"job {self._config.name!r} exists in ZooKeeper: use another name")
                 write_new_job(self._config, self._layout, 0, self._states(tensors), store, coordination)
-            coordination.create_config(self._config.to_json())
+            coordination.create_config(self._config)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -313,14 +284,7 @@ class PsaWriter(StorageWriter):
 
 
 def _with_redis(settings: Settings, redis: str | None) -> Settings:
-    if redis is None and settings.redis is None:
-        raise UsageError("Redis is not known: pass redis='redis://host:port' or set PSA_REDIS")
     return settings.model_copy(update={"redis": redis or settings.redis})
-
-
-def _open(settings: Settings) -> RedisStore:
-    assert settings.redis is not None
-    return RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)
 
 
 def _refuse_id(checkpoint_id: str | os.PathLike[str] | None) -> None:

@@ -195,6 +195,11 @@ class JobConfig:
         return self.keeps_rank_state and version % self.commit_interval == 0
 
     @property
+    def ranks_cut_checkpoints(self) -> bool:
+        """Whether workers say, for each rank, with which push a checkpoint ends; else it is cut at a version."""
+        return self.mode.on_arrival
+
+    @property
     def versions_kept(self) -> int:
         """Versions of a shard that Redis keeps."""
         return SHARD_VERSIONS_KEPT_ON_ARRIVAL if self.mode.on_arrival else SHARD_VERSIONS_KEPT

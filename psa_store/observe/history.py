@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from psa_store.config import Settings
 from psa_store.errors import DataIntegrity
 from psa_store.job.document import Document, from_fields, to_text
 from psa_store.observe.curve import Point
 from psa_store.observe.events import Event
 from psa_store.observe.heartbeat import Heartbeat
-from psa_store.storage import History
+from psa_store.storage import History, known_redis
 
 D = TypeVar("D", bound=Document)
 
@@ -28,6 +29,11 @@ class JobHistory:
     def __init__(self, job: str, redis: str, *, timeout_s: float) -> None:
         self._job = job
         self._history = History(redis, timeout_s=timeout_s)
+
+    @classmethod
+    def from_settings(cls, job: str, settings: Settings) -> JobHistory:
+        """In the Redis of the settings; raises UsageError if they do not say where it is."""
+        return cls(job, known_redis(settings), timeout_s=settings.connect_timeout_s)
 
     def close(self) -> None:
         self._history.close()

@@ -24,17 +24,17 @@ class Exporter:
 
     Args:
         keep, older_than_s: how many automatic exports stay, and for how long.
-        tell: is told in one sentence what came of each, in the thread of this.
+        report: takes one sentence of what came of each, in the thread of this.
     """
 
     def __init__(
-        self, store: RedisStore, archive: Archive, keep: int, older_than_s: float | None, tell: Callable[[str], None]
+        self, store: RedisStore, archive: Archive, keep: int, older_than_s: float | None, report: Callable[[str], None]
     ) -> None:
         self._store = store
         self._archive = archive
         self._keep = keep
         self._older_than_s = older_than_s
-        self._tell = tell
+        self._report = report
         self._log = logs.get_logger()
         self._changed = threading.Condition()
         self._wanted: str | None = None
@@ -82,10 +82,10 @@ class Exporter:
             export = self._archive.write(self._store, name)
         except PsaError as error:
             self._log.error("a checkpoint was not written to files", checkpoint=name, why=str(error))
-            self._tell(f"checkpoint {name} was not written to files: {error}")
+            self._report(f"checkpoint {name} was not written to files: {error}")
         except Exception as error:  # a fault of ours must not end the thread in silence
             self._log.error("a checkpoint was not written to files", checkpoint=name, exc_info=error)
-            self._tell(f"checkpoint {name} was not written to files: {error!r}")
+            self._report(f"checkpoint {name} was not written to files: {error!r}")
         else:
             self._log.info("checkpoint in files", checkpoint=name, version=export.version, folder=export.url)
-            self._tell(f"checkpoint {name} is in files: {export.url}")
+            self._report(f"checkpoint {name} is in files: {export.url}")

@@ -12,6 +12,8 @@ from contextlib import ExitStack, closing, suppress
 import torch
 
 from psa_store import logs, optim
+from psa_store.checkpoint.policy import CheckpointPolicy
+from psa_store.checkpoint.take import take_at_end
 from psa_store.cluster import Member, ProcessRole
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
@@ -22,7 +24,6 @@ from psa_store.job.layout import Layout, layout_from_json
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Events, Monitor, Page
 from psa_store.observe.metrics import Metrics
-from psa_store.server.checkpoints import Policy, checkpoint_at_end
 from psa_store.server.committer import Committer
 from psa_store.server.event_loop import EventLoop
 from psa_store.server.health import ServerHealth
@@ -67,19 +68,8 @@ def serve(job: str, settings: Settings) -> None:
     leave = _Leave(woken)
     with ExitStack() as stack:
         store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
-        coordination = stack.enter_context(
-            closing(
-                Coordination(
-                    settings.zookeeper,
-                    job,
-                    session_timeout_s=settings.session_timeout_s,
-                    connect_timeout_s=settings.connect_timeout_s,
-                    wake=woken.set,
-                )
-            )
-        )
         store.check()
-        coordination.start()
+        coordination = stack.enter_context(Coordination.from_settings(settings, job, wake=woken.set))
         for number in (signal.SIGTERM, signal.SIGINT):
             # Who started us may have decided that Ctrl-C is not our business: `psa run`, nohup, a shell's `&`.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -100,12 +90,7 @@ def serve(job: str, settings: Settings) -> None:
             address=address,
             local=local_name if local is not None else "",
         )
-        policy = Policy(
-            every_s=settings.checkpoint_every_s,
-            keep=settings.checkpoint_keep,
-            older_than_s=settings.checkpoint_keep_s,
-            files=settings.checkpoint_files,
-        )
+        policy = CheckpointPolicy.from_settings(settings)
         metrics, events = Metrics(ProcessRole.SERVER, member_id), Events()
         plan_follower = PlanFollower(
             member=member,
@@ -158,7 +143,7 @@ def serve(job: str, settings: Settings) -> None:
                 coordination.remove(ProcessRole.SERVER, plan_follower.member)
             plan_follower.close()
         if policy.automatic:
-            checkpoint_at_end(config, layout, store, coordination, policy)
+            take_at_end(config, layout, store, coordination, policy)
 
 
 def _wait_for_job(job: str, store: RedisStore, leave: _Leave) -> tuple[JobConfig, Layout] | None:

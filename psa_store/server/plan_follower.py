@@ -6,7 +6,6 @@ acts inside a watch: everything that happens sets one event, and each turn looks
 
 from __future__ import annotations
 
-import json
 import math
 import queue
 import secrets
@@ -19,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from psa_store import logs
+from psa_store.checkpoint.policy import CheckpointPolicy
 from psa_store.cluster import (
     Member,
     Plan,
@@ -28,12 +28,10 @@ from psa_store.cluster import (
     TakeOver,
     View,
     decide,
-    member_from_json,
     newest_common,
-    plan_from_json,
 )
 from psa_store.compression import NONE
-from psa_store.coordination import Coordination, Versioned
+from psa_store.coordination import Coordination, StoredPlan
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, Fenced, Rewound
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
@@ -41,7 +39,7 @@ from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Events
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
-from psa_store.server.checkpoints import Checkpoints, Policy
+from psa_store.server.checkpoints import Checkpoints
 from psa_store.server.event_loop import EventLoop
 from psa_store.server.messages import (
     CannotServe,
@@ -90,7 +88,7 @@ class PlanFollower:
         woken: threading.Event,
         leaving: Callable[[], bool],
         leave_timeout_s: float,
-        policy: Policy,
+        policy: CheckpointPolicy,
         journal: Journal,
         metrics: Metrics,
         events: Events,
@@ -178,7 +176,7 @@ class PlanFollower:
             self._reports.popleft()  # not before: what could not be told to ZooKeeper is told again
         self._announce()
         seen = self._coordination.read_plan(watch=True)
-        plan = plan_from_json(seen.text) if seen else None
+        plan = seen.plan if seen else None
         if plan is not None and plan != self._plan:
             self._follow(event_loop, plan)
         elected = self._coordination.is_elected(self._member.id)
@@ -189,8 +187,8 @@ class PlanFollower:
         self._metrics.set("controller", float(elected))
         if not elected:
             self._events.resign()
-        elif not self._govern(seen, plan) and seen is not None and plan is not None and plan.owners:
-            self._checkpoints.turn(seen, plan)
+        elif not self._govern(seen) and seen is not None and seen.plan.owners:
+            self._checkpoints.turn(seen)
         return not (self._leaving and (plan is None or not plan.shards_of(self._member.id)))
 
     def _keep_membership(self) -> None:
@@ -203,7 +201,7 @@ class PlanFollower:
                 self._member, id=f"{self._member.id.split('+')[0]}+{secrets.token_hex(3)}", reload_term=None
             )
             self._log.warning("the ZooKeeper session expired: joining again", member=self._member.id)
-        self._coordination.join(ProcessRole.SERVER, self._member.id, self._member.to_json())
+        self._coordination.join(ProcessRole.SERVER, self._member)
         self._announced = self._member
         self._coordination.campaign(self._member.id)
         self._generation = generation
@@ -211,7 +209,7 @@ class PlanFollower:
     def _announce(self) -> None:
         self._member = replace(self._member, leaving=self._leaving)
         if self._member != self._announced:
-            self._coordination.update(ProcessRole.SERVER, self._member.id, self._member.to_json())
+            self._coordination.update(ProcessRole.SERVER, self._member)
             self._announced = self._member
 
     def _note(self, event_loop: EventLoop, report: ToPlanFollower) -> None:
@@ -230,8 +228,7 @@ class PlanFollower:
             case CannotServe():
                 self._ask_for_take_over(report.term, report.why)
             case Pinned() if self._plan is not None and report.term == self._plan.term:
-                text = json.dumps({"version": report.version})
-                self._coordination.arrive(report.cut.barrier, self._member.id, text)
+                self._coordination.arrive(report.cut.barrier, self._member.id, report.version)
             case Missed() if self._plan is not None and report.term == self._plan.term:
                 self._coordination.settle_barrier(report.cut.barrier, expired=True)
             case PeerGone() if self._plan is not None and report.term == self._plan.term:
@@ -364,15 +361,16 @@ class PlanFollower:
 
     # --- governing
 
-    def _govern(self, seen: Versioned | None, plan: Plan | None) -> bool:
+    def _govern(self, seen: StoredPlan | None) -> bool:
         """Controller only: make the plan fit the members; whether there was something to do.
 
         One action a turn; the plan's watch brings the next.
         """
+        plan = seen.plan if seen else None
         view = View(
             plan=plan,
-            servers=self._members(ProcessRole.SERVER),
-            workers=self._members(ProcessRole.WORKER),
+            servers=self._coordination.members(ProcessRole.SERVER, watch=True),
+            workers=self._coordination.members(ProcessRole.WORKER, watch=True),
             shard_sizes=tuple(shard.size_bytes for shard in self._layout.shards),
             ranks=self._config.ranks,
             stop_interval=self._config.commit_interval if self._config.ranks_stay else 0,
@@ -398,13 +396,9 @@ class PlanFollower:
                     self._events.took_over(action, plan, begun, time.monotonic() - begun_s, reached)
             case Publish():
                 self._log.info("new plan", why=action.reason, phase=action.plan.phase.value)
-                if self._coordination.write_plan(action.plan.to_json(), seen.version if seen else None) is not None:
+                if self._coordination.write_plan(action.plan, seen) is not None:
                     self._events.planned(plan, action.plan, action.reason)
             case None:
                 return False
         self._woken.set()
         return True
-
-    def _members(self, kind: ProcessRole) -> dict[str, Member]:
-        found = self._coordination.members(kind, watch=True)
-        return {name: member_from_json(text) for name, text in found.items()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from psa_store import logs
-from psa_store.cluster import Plan, TakeOver, newest_common, plan_from_json
-from psa_store.coordination import Coordination, Versioned
+from psa_store.cluster import Plan, TakeOver, newest_common
+from psa_store.coordination import Coordination, StoredPlan
 from psa_store.errors import DataIntegrity, Fenced, Rewound
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.storage import Head, RedisStore
@@ -21,7 +21,7 @@ _FROZEN_VERSION = 0
 
 def take_over(
     action: TakeOver,
-    seen: Versioned | None,
+    seen: StoredPlan | None,
     *,
     job: str,
     layout: Layout,
@@ -37,7 +37,7 @@ def take_over(
     """
     failpoint("takeover.elected")
     log = logs.get_logger()
-    before = plan_from_json(seen.text) if seen else None
+    before = seen.plan if seen else None
     every = [shard.index for shard in layout.shards]
     known = max((head.term for head in store.heads(job, every)), default=0)
 
@@ -69,7 +69,7 @@ def take_over(
         owners=action.owners,
         ranks=action.ranks,
     )
-    if coordination.write_plan(plan.to_json(), seen.version if seen else None) is None:
+    if coordination.write_plan(plan, seen) is None:
         return None
     journal.record("published", term=term, resume=resume, servers=[server.id for server in plan.servers])
     failpoint("takeover.published")

@@ -1,9 +1,10 @@
 """Versioned shards in Redis. The only room that knows redis-py."""
 
-from psa_store.storage.committing import ShardState
+from psa_store.storage.commit import ShardState
+from psa_store.storage.connection import known_redis
 from psa_store.storage.examination import PROBE_BYTES, RedisFacts, RedisRates, examine_redis, measure_redis
+from psa_store.storage.head import CHUNK_BYTES, Head, Manifest, Section
 from psa_store.storage.history import History
-from psa_store.storage.records import CHUNK_BYTES, Head, Manifest, Section
 from psa_store.storage.redis_store import RedisStore
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Section",
     "ShardState",
     "examine_redis",
+    "known_redis",
     "measure_redis",
 ]

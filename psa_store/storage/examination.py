@@ -1,4 +1,4 @@
-"""What a Redis is like: facts that it tells of itself, and how fast it moves values. For `psa doctor`.
+"""What a Redis is like: the facts that it reports, and how fast it moves values. For `psa doctor`.
 
 Nothing is changed but a few keys of our own, which expire by themselves if we die before they are removed. Our
 functions are not loaded: a job that runs may use those of another version of this package.
@@ -19,11 +19,11 @@ import redis
 
 from psa_store.errors import DependencyUnreachable
 from psa_store.storage import keys
-from psa_store.storage.calling import Caller
-from psa_store.storage.connecting import text, translated
-from psa_store.storage.reading import read_into
-from psa_store.storage.records import CHUNK_BYTES
-from psa_store.storage.writing import Command, Stream
+from psa_store.storage.caller import Caller
+from psa_store.storage.chunk_reader import read_into
+from psa_store.storage.connection import text, translated
+from psa_store.storage.head import CHUNK_BYTES
+from psa_store.storage.stream import Command, Stream
 
 PROBE_BYTES = 8 * CHUNK_BYTES
 _PROBE_S = 2.0
@@ -37,7 +37,7 @@ _CONNECTIONS_MAX = 2
 
 @dataclass(frozen=True, slots=True)
 class RedisFacts:
-    """What a Redis says of itself. What it does not tell (managed ones hide their configuration) is None."""
+    """What a Redis says of itself. What it does not report (managed ones hide their configuration) is None."""
 
     where: str
     product: str

@@ -16,8 +16,8 @@ local function seal(keys, args)
   return {'ok', redis.call('HGETALL', keys[1])}
 end
 
--- How the head stands towards the caller's term: nil if it is his.
-local function stranger(head, term)
+-- Why the caller may not change this head: its term is not the one that owns it. nil if it is.
+local function refusal_of(head, term)
   local now = redis.call('HGET', head, 'term')
   if not now or now < term then return {'rewound', now or ''} end
   if now > term then return {'fenced', now} end
@@ -38,7 +38,7 @@ local function unchanged(head, args, at)
 end
 
 -- psa_commit: write one field of a head (a version, or a pin, which needs no new chunks), and drop old ones, in one
--- step. Their chunks expire; whoever has the time removes them earlier with psa_sweep.
+-- step. Their chunks expire; a caller that has the time removes them earlier with psa_sweep.
 -- keys: head, then the new chunks, then the chunks to drop.
 -- args: term, field, manifest, field that must be there ('' for none), number of new chunks, their sizes (that many),
 --       the head as it was read (see unchanged), then the fields to drop.
@@ -46,7 +46,7 @@ end
 -- is not the one that the caller has read.
 local function commit(keys, args)
   local head, term, field, manifest, expect = keys[1], args[1], args[2], args[3], args[4]
-  local refusal = stranger(head, term)
+  local refusal = refusal_of(head, term)
   if refusal then return refusal end
   if expect ~= '' and redis.call('HEXISTS', head, expect) == 0 then return {'rewound', expect} end
   local count = tonumber(args[5])
@@ -76,7 +76,7 @@ end
 -- keys: head, then the chunks that only they name. args: term, the head as it was read (see unchanged), the fields.
 -- returns {'ok'}; refuses with {'fenced', term}, {'rewound', term}, or {'changed'}, also if it was done already.
 local function drop(keys, args)
-  local refusal = stranger(keys[1], args[1])
+  local refusal = refusal_of(keys[1], args[1])
   if refusal then return refusal end
   local gone = unchanged(keys[1], args, 2)
   if not gone then return {'changed'} end

@@ -14,8 +14,8 @@ from typing import Any
 
 from psa_store.errors import DataIntegrity
 from psa_store.storage import keys
-from psa_store.storage.calling import Caller
-from psa_store.storage.connecting import text
+from psa_store.storage.caller import Caller
+from psa_store.storage.connection import text
 
 EVENTS_MAX = 2000
 POINTS_MAX = 4096

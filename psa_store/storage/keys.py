@@ -45,6 +45,11 @@ def history(job: str) -> list[str]:
     return [heartbeats(job), events(job), curve(job), curve_interval(job)]
 
 
+def documents(job: str) -> list[str]:
+    """All that is stored of a job but its shards."""
+    return [config(job), layout(job), checkpoints(job), *history(job)]
+
+
 def head(job: str, shard: int) -> str:
     """A hash of small fields: `term` and `layout`, `v:<version>` for each stored version, `c:<name>` for each pin."""
     return f"psa:{{{job}:{shard}}}:head"

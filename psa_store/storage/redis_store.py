@@ -1,7 +1,7 @@
 """The only way to Redis: job documents, the fence, commits, and loads. Thread-safe.
 
 Every operation is idempotent, or made so (a commit carries a nonce), so that it may be tried again after an answer
-was lost; tenacity does that, in one place, until ``timeout_s`` is over.
+was lost (see ``retry.py``), until ``timeout_s`` is over.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
-from psa_store.errors import (
-    DataIntegrity,
-    DependencyUnfit,
-    Fenced,
-    JobMismatch,
-)
-from psa_store.storage import keys, pinning
-from psa_store.storage.calling import Caller
-from psa_store.storage.committing import Commit, Outcomes, ShardState
-from psa_store.storage.connecting import text, translated
+from psa_store.config import Settings
+from psa_store.errors import DataIntegrity, DependencyUnfit, Fenced, JobMismatch
+from psa_store.storage import keys, pins
+from psa_store.storage.caller import Caller
+from psa_store.storage.chunk_reader import read_into
+from psa_store.storage.commit import Commit, Outcomes, ShardState
+from psa_store.storage.connection import known_redis, text, translated
 from psa_store.storage.examination import RedisFacts, facts_of
-from psa_store.storage.reading import read_into
-from psa_store.storage.records import (
+from psa_store.storage.head import (
     Head,
     Manifest,
     head_from_fields,
@@ -52,13 +48,24 @@ class RedisStore:
         self._caller = Caller(url, timeout_s, connections_max)
         self._client = self._caller.client
 
+    @classmethod
+    def from_settings(cls, settings: Settings) -> RedisStore:
+        """For the Redis of the settings; raises UsageError if they do not say where it is."""
+        return cls(known_redis(settings), timeout_s=settings.connect_timeout_s)
+
     @property
     def where(self) -> str:
-        """Its address, without the password, for messages."""
+        """Its address, without the password."""
         return self._caller.where
 
     def close(self) -> None:
         self._caller.close()
+
+    def __enter__(self) -> RedisStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def check(self) -> None:
         """Make sure that Redis is there and safe to use, and that it has our functions.
@@ -108,22 +115,15 @@ class RedisStore:
     def jobs(self) -> list[str]:
         members: Iterable[Any] = self._caller.retrying(lambda: self._client.smembers(keys.JOBS))
         names = sorted(text(member) for member in members)
-        exist = self._caller.retrying(partial(self._exist, [keys.config(name) for name in names]))
+        exist = self._pipelined([("EXISTS", keys.config(name)) for name in names])
         return [name for name, there in zip(names, exist, strict=True) if there]
-
-    def _exist(self, its_keys: Sequence[str]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for key in its_keys:
-            pipeline.exists(key)
-        return list(pipeline.execute())
 
     def delete_job(self, job: str, n_shards: int) -> None:
         """Remove everything of a job. Nothing may be running on it."""
         for head in self.heads(job, range(n_shards)):
             gone = head.freed(job, list(head.entries()))
             self._caller.retrying(partial(self._client.unlink, keys.head(job, head.shard), *gone))
-        small = [keys.config(job), keys.layout(job), keys.checkpoints(job), *keys.history(job)]
-        self._caller.retrying(lambda: self._client.unlink(*small))
+        self._caller.retrying(lambda: self._client.unlink(*keys.documents(job)))
         self._caller.retrying(lambda: self._client.srem(keys.JOBS, job))
 
     # --- the fence
@@ -147,7 +147,7 @@ class RedisStore:
     def missing(self, job: str, shards: Iterable[int]) -> list[int]:
         """Those of which nothing is known, as after a wipe. Cheaper than reading their heads."""
         listed = list(shards)
-        exist = self._caller.retrying(partial(self._exist, [keys.head(job, shard) for shard in listed]))
+        exist = self._pipelined([("EXISTS", keys.head(job, shard)) for shard in listed])
         return [shard for shard, there in zip(listed, exist, strict=True) if not there]
 
     def heads(self, job: str, shards: Iterable[int]) -> list[Head]:
@@ -156,15 +156,9 @@ class RedisStore:
         found: list[Head] = []
         for start in range(0, len(listed), _PIPELINE_SHARDS):
             some = listed[start : start + _PIPELINE_SHARDS]
-            replies = self._caller.retrying(partial(self._hgetall, job, some))
+            replies = self._pipelined([("HGETALL", keys.head(job, shard)) for shard in some])
             found += [head_from_fields(job, shard, reply) for shard, reply in zip(some, replies, strict=True)]
         return found
-
-    def _hgetall(self, job: str, shards: Sequence[int]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for shard in shards:
-            pipeline.hgetall(keys.head(job, shard))
-        return list(pipeline.execute())
 
     # --- versions
 
@@ -185,7 +179,7 @@ class RedisStore:
         Args:
             arrays: section name -> (dtype, bytes); the memory must not change until this returns.
             keep: how many versions the head keeps; older ones are dropped in the same flip.
-            expect: the version that the caller committed last, None if he does not know of one.
+            expect: the version that the caller committed last, None if it knows of none.
 
         Raises:
             Fenced: a newer term owns the shard. Nothing was changed.
@@ -210,8 +204,8 @@ class RedisStore:
     ) -> Outcomes:
         """Commit one version of many shards in one stream; yields each shard when it is done or refused.
 
-        Every shard stands for itself, as with :meth:`commit`: a refusal is its outcome, and the others go on. Whoever
-        stops early closes the iterator; shards that were not yielded may be committed then, or not.
+        Every shard stands for itself, as with :meth:`commit`: a refusal is its outcome, and the others go on. A caller
+        that stops early closes the iterator; shards that were not yielded may be committed then, or not.
 
         Args:
             pause: called before every chunk but the first, with the seconds of work since it was called last; it may
@@ -226,11 +220,11 @@ class RedisStore:
 
     def trim(self, job: str, shards: Iterable[int], term: int, newest: int) -> None:
         """Drop versions newer than ``newest``; raises Fenced or Rewound if ``term`` does not own a shard."""
-        pinning.drop(self._caller, self.heads, job, shards, _versions(lambda version: version > newest), term)
+        pins.drop(self._caller, self.heads, job, shards, _versions(lambda version: version > newest), term)
 
     def mark_corrupt(self, job: str, shard: int, term: int, version: int) -> None:
         """Drop one version that was found damaged; raises Fenced or Rewound if ``term`` does not own the shard."""
-        pinning.drop(self._caller, self.heads, job, [shard], _versions(lambda each: each == version), term)
+        pins.drop(self._caller, self.heads, job, [shard], _versions(lambda each: each == version), term)
 
     # --- checkpoints
 
@@ -238,13 +232,13 @@ class RedisStore:
         """Keep ``version`` of these shards under a name, whatever is committed later. Replaces what the name kept.
 
         Args:
-            term: refuse unless it owns the shards; None: whoever owns them.
+            term: refuse unless it owns the shards; None: whatever term does.
 
         Raises:
             Fenced, Rewound: ``term`` does not own a shard, or the version is gone. Some others may be pinned.
         """
         wanted = version_field(version)
-        pinning.copy(self._caller, self.heads, job, shards, lambda _: (wanted, pin_field(name)), term)
+        pins.copy(self._caller, self.heads, job, shards, lambda _: (wanted, pin_field(name)), term)
 
     def share(self, job: str, nonces: Mapping[int, str], name: str) -> None:
         """Keep, under a name, those versions of these shards that have these nonces, wherever they are named now.
@@ -257,18 +251,18 @@ class RedisStore:
             named = [each for each, manifest in head.entries().items() if manifest.nonce == nonces[head.shard]]
             return named[0] if named else f"a version of nonce {nonces[head.shard]}", pin_field(name)
 
-        pinning.copy(self._caller, self.heads, job, nonces, fields, None)
+        pins.copy(self._caller, self.heads, job, nonces, fields, None)
 
     def unpin(self, job: str, shards: Iterable[int], names: Collection[str]) -> None:
         """Keep no longer what these names keep; what nothing else names is removed. Idempotent."""
         fields = [pin_field(name) for name in names]
-        pinning.drop(self._caller, self.heads, job, shards, lambda head: [f for f in fields if f in head.entries()])
+        pins.drop(self._caller, self.heads, job, shards, lambda head: [f for f in fields if f in head.entries()])
 
     def unwind(self, job: str, shards: Sequence[int], term: int, version: int, name: str | None) -> None:
         """Make ``version`` the newest of these shards, as ``name`` keeps it (None: as it is stored).
 
-        First it is put in its place everywhere, only then is what is newer dropped: whoever is cut off in between has
-        changed nothing, or is done in all that matters.
+        First it is put in its place everywhere, only then is what is newer dropped: a caller that is cut off in between
+        has changed nothing, or is done in all that matters.
 
         Raises:
             Fenced, Rewound: ``term`` does not own a shard, or it has not got this version.
@@ -276,7 +270,7 @@ class RedisStore:
         failpoint("rollback.begun")
         if name is not None:
             there = version_field(version)
-            pinning.copy(self._caller, self.heads, job, shards, lambda _: (pin_field(name), there), term)
+            pins.copy(self._caller, self.heads, job, shards, lambda _: (pin_field(name), there), term)
         failpoint("rollback.restored")
         self.trim(job, shards, term, version)
 
@@ -300,7 +294,7 @@ class RedisStore:
         Raises:
             Fenced, Rewound: ``term`` does not own the shard.
         """
-        pinning.write(self._caller, self.heads, job, shard, manifest.field, manifest, term)
+        pins.write(self._caller, self.heads, job, shard, manifest.field, manifest, term)
 
     def load(self, job: str, shard: int, manifest: Manifest, into: Mapping[str, memoryview]) -> None:
         """Read sections straight into the given memory and check their digests.
@@ -325,6 +319,17 @@ class RedisStore:
                 raise DataIntegrity(f"{where}: {problem}")
             if xxh3_128_hexdigest(part) != digest:
                 raise DataIntegrity(f"{where}: damaged, its digest does not match")
+
+    def _pipelined(self, commands: Sequence[tuple[str, str]]) -> list[Any]:
+        """Reads in one round trip: a command and its key each."""
+
+        def attempt() -> list[Any]:
+            pipeline: Any = self._client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            return list(pipeline.execute())
+
+        return self._caller.retrying(attempt)
 
     def _function(self, name: str, its_keys: list[str], args: Sequence[Any]) -> list[Any]:
         (reply,) = self._caller.functions([(name, its_keys, args)])

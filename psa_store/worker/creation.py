@@ -1,9 +1,7 @@
 """Joining a job, or creating it when it does not exist yet.
 
-The first worker brings the initial parameters as version 0 of every shard (see ``checkpoint.creating``).
-
-ZooKeeper remembers that a job exists. If Redis does not know it, Redis was wiped: servers that live write the job
-again, so we wait for them, and never start over from the beginning where somebody believes that he resumes.
+The first worker brings the initial parameters as version 0 of every shard (see ``checkpoint.creation``). A job that
+ZooKeeper knows and Redis does not is lost, and never begun again: see ``checkpoint.restore``.
 """
 
 from __future__ import annotations
@@ -13,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from psa_store import logs
-from psa_store.checkpoint.creating import write_new_job
-from psa_store.checkpoint.files.archive import Archive
-from psa_store.checkpoint.files.importing import import_export
-from psa_store.cluster import ProcessRole
+from psa_store.checkpoint.creation import write_new_job
+from psa_store.checkpoint.restore import await_servers, restore
 from psa_store.compression import NONE, parse_compression
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, Fenced, JobBusy, JobMismatch, PsaError, UsageError
+from psa_store.errors import Fenced, JobBusy, JobMismatch
 from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
 from psa_store.job.layout import Layout, describe_difference, layout_from_json
 from psa_store.job.mode import SYNC, Mode, parse_mode
@@ -67,10 +63,10 @@ def join_or_create(
         known = coordination.read_config() is not None  # before Redis is asked: its documents are written first
         stored = store.read_job(wanted.name)
         if stored is None and known and not settings.restore:
-            stored = _await_restoration(wanted.name, settings, store)
+            stored = await_servers(wanted.name, settings, store)
         if stored is not None:
             config = _agree(wanted, layout, settings, *stored)
-            coordination.create_config(stored[0])
+            coordination.create_config(config)
             return config
         holder = coordination.hold(CREATOR_NODE, member)
         if holder is None:
@@ -78,9 +74,9 @@ def join_or_create(
                 _create(wanted, model, layout, settings, store, coordination)
             except Fenced as error:
                 # We slept past our session, and another has taken our place: the job is there, or will be.
-                log.warning("somebody else creates the job", job=wanted.name, why=str(error))
+                log.warning("another process creates the job", job=wanted.name, why=str(error))
             except JobBusy as error:
-                log.info("somebody else restores the job", job=wanted.name, why=str(error))
+                log.info("another process restores the job", job=wanted.name, why=str(error))
                 time.sleep(_POLL_S)
             finally:
                 coordination.release(CREATOR_NODE)
@@ -103,65 +99,11 @@ def _create(
     known = coordination.read_config() is not None  # again, and before Redis: what was true before we held it is old
     if store.read_job(wanted.name) is not None:
         return
-    if settings.restore and _restore(wanted.name, known, settings, store, coordination):
+    if settings.restore and restore(wanted.name, known, settings, store, coordination):
         return
     states = [ShardState(s.index, {PARAM: (s.dtype, model.parameters(s))}, {}, expect=None) for s in layout.shards]
     write_new_job(new_config(wanted, settings), layout, 0, states, store, coordination)
     logs.get_logger().info("job created", job=wanted.name, shards=len(layout.shards))
-
-
-def _await_restoration(job: str, settings: Settings, store: RedisStore) -> tuple[str, str]:
-    """Wait until a server has written the job again that Redis lost; raises DataIntegrity if nobody does."""
-    logs.get_logger().warning("Redis has lost the job: waiting for its servers to write it again", job=job)
-    deadline_s = time.monotonic() + settings.session_timeout_s + _RUN_GRACE_S
-    while (stored := store.read_job(job)) is None:
-        if time.monotonic() > deadline_s:
-            raise DataIntegrity(
-                f"job {job!r} exists in ZooKeeper, but Redis at {store.where} has lost it. {_way_out(job, settings)}"
-            )
-        time.sleep(_POLL_S)
-    return stored
-
-
-def _way_out(job: str, settings: Settings) -> str:
-    if settings.checkpoint_files is not None:
-        try:
-            if (export := Archive(settings.checkpoint_files, job).last()) is not None:
-                return (
-                    "`psa run --restore` goes on from the newest whole export; the last one written is "
-                    f"of version {export.version}, {export.created}: {export.url}"
-                )
-        except PsaError as error:
-            logs.get_logger().warning("no export to restore from", why=str(error))
-    return "Restore Redis from its backup, or start over under another job name."
-
-
-def _restore(job: str, known: bool, settings: Settings, store: RedisStore, coordination: Coordination) -> bool:
-    """Write a job that Redis does not have again from files; False if it is a new one, of which there are none.
-
-    Raises:
-        UsageError: it is not said where files are.
-        JobBusy: servers live, and write it again from memory.
-        DataIntegrity: none is whole.
-    """
-    if settings.checkpoint_files is None:
-        raise UsageError("--restore: say where the files are, with PSA_CHECKPOINT_FILES or --checkpoint-files")
-    archive, log = Archive(settings.checkpoint_files, job), logs.get_logger()
-    if not known and archive.is_empty():
-        log.warning("there is nothing to restore: neither ZooKeeper nor files know this job", job=job)
-        return False
-    if known and coordination.members(ProcessRole.SERVER):
-        raise JobBusy(f"job {job!r}: servers live, and write it again from memory")
-    export = archive.newest()
-    log.warning("restoring from files", job=job, version=export.version, exported=export.created, folder=export.url)
-    try:
-        import_export(export, job, store, coordination, restore=True)
-    except UsageError as error:
-        # A server that lives after all, and whose lease we did not see, may have written the job from memory meanwhile.
-        if isinstance(error, JobMismatch | JobBusy) or not store.has_job(job):
-            raise
-        log.info("somebody else restored the job", job=job, why=str(error))
-    return True
 
 
 def new_config(wanted: Wanted, settings: Settings) -> JobConfig:
@@ -217,5 +159,5 @@ def _await_our_run(job: str, settings: Settings, coordination: Coordination) -> 
         if holder is not None and holder.startswith(settings.run):
             return
         if time.monotonic() > deadline_s:
-            raise JobBusy(f"job {job!r} is held by another run ({holder or 'nobody yet'})")
+            raise JobBusy(f"job {job!r} is held by another run ({holder or 'none yet'})")
         time.sleep(_POLL_S)

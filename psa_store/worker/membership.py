@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass, replace
 
 from psa_store import logs
-from psa_store.cluster import Member, Plan, ProcessRole, plan_from_json
+from psa_store.cluster import Member, Plan, ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import DependencyUnreachable, PsaError
@@ -91,9 +91,7 @@ class Membership:
         seen = self._coordination.read_plan(watch=True)
         if seen is None:
             return Standing(member)
-        plan = plan_from_json(seen.text)
-        return Standing(member, plan, plan.ranks_of(member))
+        return Standing(member, seen.plan, seen.plan.ranks_of(member))
 
     def _join(self, member: str) -> None:
-        text = Member(member, host_identity(), os.getpid()).to_json()
-        self._coordination.join(ProcessRole.WORKER, member, text)
+        self._coordination.join(ProcessRole.WORKER, Member(member, host_identity(), os.getpid()))

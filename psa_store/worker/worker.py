@@ -171,17 +171,7 @@ class Worker:
             self._mailbox = stack.enter_context(closing(Mailbox[None]()))
             woken = threading.Event()
             store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
-            coordination = stack.enter_context(
-                closing(
-                    Coordination(
-                        settings.zookeeper,
-                        name,
-                        session_timeout_s=settings.session_timeout_s,
-                        connect_timeout_s=settings.connect_timeout_s,
-                        wake=woken.set,
-                    )
-                )
-            )
+            coordination = stack.enter_context(closing(Coordination.from_settings(settings, name, wake=woken.set)))
             servers = stack.enter_context(closing(ServerConnections(self._layout, self._mailbox)))
             # Closed before the connections are: servers leave alone what a worker reads until it is gone.
             self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 
-from psa_store.cluster import Member, Plan, ProcessRole, member_from_json, plan_from_json
+from psa_store.cluster import Member, Plan, ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.job.config import job_config_from_json
 from psa_store.job.layout import Layout, Shard, TensorRole, layout_from_json
@@ -255,8 +255,8 @@ def look(site: Site, job: str, failpoints: Path | None = None) -> Scene:
         job,
         job_config_from_json(found[0]).ranks,
         layout_from_json(found[1]),
-        plan_from_json(plan.text),
-        *({name: member_from_json(text) for name, text in each.items()} for each in members),
+        plan.plan,
+        *members,
         failpoints,
     )
 

@@ -15,6 +15,7 @@ from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import Reason
 from psa_store.checkpoint.files.archive import Archive
 from psa_store.checkpoint.files.export import Export, open_export, verify_export
+from psa_store.checkpoint.take import take_at_rest
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.server.exporting import Exporter
 from psa_store.storage import RedisStore
@@ -35,7 +36,7 @@ def take(store: RedisStore, job: str, name: str) -> None:
     """Take a checkpoint of this name, in the place of one that has it."""
     stored = catalog.read_job(store, job)
     catalog.remove(store, job, stored.layout, [name])
-    catalog.save_at_rest(store, job, name, Reason.ASKED)
+    take_at_rest(store, job, name, Reason.ASKED)
 
 
 def test_a_name_that_is_used_again_is_written_again(store: RedisStore, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from kazoo.client import KazooClient
 
+from psa_store import cluster
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import Barrier, BarrierState, Coordination
 from psa_store.coordination.barrier import BARRIERS_KEPT
@@ -30,10 +31,10 @@ class Member:
 
     def start(self) -> None:
         self.door.start()
-        self.door.join(ProcessRole.SERVER, self.name, "{}")
+        self.door.join(ProcessRole.SERVER, cluster.Member(self.name, "", 4711))
 
-    def arrive(self, barrier: str, text: str = "") -> Barrier | None:
-        return self.door.arrive(barrier, self.name, text)
+    def arrive(self, barrier: str, version: int = 0) -> Barrier | None:
+        return self.door.arrive(barrier, self.name, version)
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +77,28 @@ def state(barrier: Barrier | None) -> BarrierState:
 def test_the_last_to_arrive_opens_the_way_for_all(members: list[Member]) -> None:
     first, last = members
     opened = first.door.open_barrier(1, ["a", "b"])
-    assert state(first.arrive(opened, "version 7")) is OPEN
+    assert state(first.arrive(opened, 7)) is OPEN
     first.news.clear()
     assert state(first.door.read_barrier(opened, watch=True)) is OPEN
-    found = last.arrive(opened, "version 8")
+    found = last.arrive(opened, 8)
     assert found is not None and found.state is DONE
-    assert found.brought == {"a": "version 7", "b": "version 8"}
+    assert found.versions == {"a": 7, "b": 8}
     assert first.news.wait(PATIENCE_S)
     assert first.door.read_barrier(opened) == found
 
 
 def test_a_person_can_read_it(members: list[Member], raw: KazooClient, job: str) -> None:
     opened = members[0].door.open_barrier(4, ["b", "a", "b"])
-    members[0].arrive(opened, "here")
+    members[0].arrive(opened, 7)
     data, stat = raw.get(f"/psa/{job}/barriers/{opened}")
-    assert json.loads(data) == {"state": "open", "term": 4, "members": ["a", "b"], "brought": {}, "reason": ""}
+    assert json.loads(data) == {
+        "format": 1,
+        "state": "open",
+        "term": 4,
+        "members": ["a", "b"],
+        "versions": {},
+        "reason": "",
+    }
     assert raw.get_children(f"/psa/{job}/barriers/{opened}") == ["a"] and stat.ephemeralOwner == 0
 
 
@@ -98,7 +106,7 @@ def test_arriving_twice_is_arriving_once_and_strangers_do_not_count(members: lis
     one, other = members
     opened = one.door.open_barrier(1, ["a", "b"])
     assert state(one.arrive(opened)) is OPEN and state(one.arrive(opened)) is OPEN
-    assert state(other.door.arrive(opened, "stranger", "")) is OPEN
+    assert state(other.door.arrive(opened, "stranger", 0)) is OPEN
     assert state(other.arrive(opened)) is DONE
 
 
@@ -131,7 +139,7 @@ def test_a_newer_term_aborts_it_even_if_all_arrive(members: list[Member]) -> Non
     assert found is not None and found.state is ABORTED and f"term {newer}" in found.reason
 
 
-def test_whoever_will_not_wait_aborts_it_for_all(members: list[Member]) -> None:
+def test_a_member_that_will_not_wait_aborts_it_for_all(members: list[Member]) -> None:
     one, other = members
     opened = one.door.open_barrier(1, ["a", "b"])
     one.arrive(opened)
@@ -177,7 +185,7 @@ def test_what_is_not_a_barrier_is_refused(members: list[Member], raw: KazooClien
         door.open_barrier(1, [])
     opened = door.open_barrier(1, ["a"])
     raw.set(f"/psa/{job}/barriers/{opened}", b"[]")
-    with pytest.raises(DataIntegrity, match="not a barrier"):
+    with pytest.raises(DataIntegrity, match=r"barrier .* cannot be read"):
         members[0].arrive(opened)
 
 

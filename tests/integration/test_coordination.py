@@ -18,9 +18,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from psa_store.cluster import ProcessRole
+from psa_store.cluster import Member, Plan, ProcessRole
 from psa_store.coordination import Coordination
+from psa_store.coordination.session import SessionState
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UsageError
+from psa_store.job.config import JobConfig
 from psa_store.launch import PrivateZooKeeper
 from tests.harness import stop_process
 
@@ -40,6 +42,18 @@ class Process:
 
 
 Enter = Callable[..., Process]
+
+
+def member(name: str, says: str = "one") -> Member:
+    return Member(name, says, 4711)
+
+
+def plan(says: str) -> Plan:
+    return Plan(1, 1, 0, (), (), (says,))
+
+
+def config(says: str) -> JobConfig:
+    return JobConfig("job", 2, 0, {"name": "SGD"}, says)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +100,7 @@ def eventually(holds: Callable[[], bool], news: threading.Event | None = None) -
 
 CHILD = """
 import sys
-from psa_store.cluster import ProcessRole
+from psa_store.cluster import Member, Plan, ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.errors import Disconnected
 door = Coordination(sys.argv[1], sys.argv[2], session_timeout_s=2, connect_timeout_s=5, wake=lambda: None)
@@ -217,35 +231,35 @@ def proxy(zookeeper: PrivateZooKeeper) -> Iterator[Proxy]:
 
 def test_a_job_is_created_once(door: Coordination, enter: Enter, job: str) -> None:
     assert door.read_config() is None
-    assert door.create_config("first")
-    assert not enter().door.create_config("second")
-    assert door.read_config() == "first"
+    assert door.create_config(config("first"))
+    assert not enter().door.create_config(config("second"))
+    assert door.read_config() == config("first")
     assert job in door.jobs()
 
 
 def test_of_two_writers_of_the_plan_the_slower_gets_none(door: Coordination, enter: Enter) -> None:
     other = enter().door
     assert door.read_plan() is None
-    created = door.write_plan("one", None)
+    created = door.write_plan(plan("one"), None)
     assert created is not None
-    assert other.write_plan("also one", None) is None
-    written = other.write_plan("two", created.version)
+    assert other.write_plan(plan("also one"), None) is None
+    written = other.write_plan(plan("two"), created)
     assert written is not None
-    assert door.write_plan("also two", created.version) is None
+    assert door.write_plan(plan("also two"), created) is None
     assert door.read_plan() == written
-    assert written.text == "two"
+    assert written.plan == plan("two")
 
 
 def test_a_plan_that_is_watched_wakes_when_it_comes_and_when_it_changes(enter: Enter, door: Coordination) -> None:
     reader = enter()
     assert reader.door.read_plan(watch=True) is None
     reader.news.clear()
-    created = door.write_plan("one", None)
+    created = door.write_plan(plan("one"), None)
     assert created is not None
     assert reader.news.wait(PATIENCE_S)
     assert reader.door.read_plan(watch=True) == created
     reader.news.clear()
-    door.write_plan("two", created.version)
+    door.write_plan(plan("two"), created)
     assert reader.news.wait(PATIENCE_S)
 
 
@@ -269,14 +283,14 @@ def test_terms_are_unique_under_contention(door: Coordination, enter: Enter) -> 
 
 def test_a_text_that_a_znode_cannot_hold_is_refused(door: Coordination) -> None:
     with pytest.raises(UsageError, match="900000"):
-        door.write_plan("x" * 900_001, None)
-    assert door.write_plan("x" * 900_000, None) is not None
+        door.hold("large", "x" * 900_001)
+    assert door.hold("large", "x" * 900_000) is None
 
 
 def test_a_deleted_job_is_gone(door: Coordination, job: str) -> None:
-    door.create_config("c")
+    door.create_config(config("c"))
     door.next_term()
-    door.join(SERVER, "s", "{}")
+    door.join(SERVER, member("s"))
     door.campaign("s")
     door.delete_job()
     door.delete_job()
@@ -287,7 +301,7 @@ def test_a_deleted_job_is_gone(door: Coordination, job: str) -> None:
 def test_a_chroot_is_created(enter: Enter, zookeeper: PrivateZooKeeper, job: str) -> None:
     below = enter(f"{zookeeper.hosts}/team/a").door
     assert below.jobs() == []
-    below.create_config("c")
+    below.create_config(config("c"))
     assert below.jobs() == [job]
     assert job not in enter().door.jobs()
 
@@ -304,34 +318,34 @@ def test_a_damaged_term_is_reported(door: Coordination) -> None:
 def test_members_come_change_and_go(enter: Enter, door: Coordination) -> None:
     watcher = enter()
 
-    def members() -> dict[str, str]:
+    def members() -> dict[str, Member]:
         return watcher.door.members(WORKER, watch=True)
 
     assert members() == {}
-    door.join(WORKER, "w", "one")
-    eventually(lambda: members() == {"w": "one"}, watcher.news)
-    door.update(WORKER, "w", "two")
-    eventually(lambda: members() == {"w": "two"}, watcher.news)
+    door.join(WORKER, member("w", "one"))
+    eventually(lambda: members() == {"w": member("w", "one")}, watcher.news)
+    door.update(WORKER, member("w", "two"))
+    eventually(lambda: members() == {"w": member("w", "two")}, watcher.news)
     door.leave(WORKER, "w")
     door.leave(WORKER, "w")
     eventually(lambda: members() == {}, watcher.news)
     with pytest.raises(Disconnected):
-        door.update(WORKER, "w", "three")
+        door.update(WORKER, member("w", "three"))
 
 
 @pytest.mark.parametrize("change", ["join", "update", "leave", "first worker"])
 def test_watched_members_wake(enter: Enter, door: Coordination, change: str) -> None:
-    door.join(SERVER, "s", "one")
+    door.join(SERVER, member("s", "one"))
     watcher = enter()
-    assert watcher.door.members(SERVER, watch=True) == {"s": "one"}
+    assert watcher.door.members(SERVER, watch=True) == {"s": member("s", "one")}
     assert watcher.door.members(WORKER, watch=True) == {}
     watcher.news.clear()
     if change == "join":
-        enter().door.join(SERVER, "t", "one")
+        enter().door.join(SERVER, member("t", "one"))
     elif change == "first worker":
-        door.join(WORKER, "w", "one")
+        door.join(WORKER, member("w", "one"))
     elif change == "update":
-        door.update(SERVER, "s", "two")
+        door.update(SERVER, member("s", "two"))
     else:
         door.leave(SERVER, "s")
     assert watcher.news.wait(PATIENCE_S)
@@ -339,7 +353,7 @@ def test_watched_members_wake(enter: Enter, door: Coordination, change: str) -> 
 
 def test_closing_ends_membership_at_once(enter: Enter, door: Coordination) -> None:
     leaving = enter().door
-    leaving.join(SERVER, "s", "{}")
+    leaving.join(SERVER, member("s"))
     leaving.close()
     leaving.close()
     assert door.members(SERVER) == {}
@@ -348,21 +362,21 @@ def test_closing_ends_membership_at_once(enter: Enter, door: Coordination) -> No
 
 
 def test_who_joins_under_another_id_leaves_no_ghost(door: Coordination) -> None:
-    door.join(SERVER, "old", "{}")
+    door.join(SERVER, member("old"))
     door.campaign("old")
-    door.join(SERVER, "new", "{}")
+    door.join(SERVER, member("new"))
     door.campaign("new")
-    assert door.members(SERVER) == {"new": "{}"}
+    assert door.members(SERVER) == {"new": member("new")}
     assert door.is_elected("new")
     assert not door.is_elected("old")
 
 
 def test_joining_replaces_what_a_former_session_left(door: Coordination, child: Child) -> None:
-    assert child.ask("door.join(ProcessRole.WORKER, 'w', 'old')") == "None"
+    assert child.ask("door.join(ProcessRole.WORKER, Member('w', 'old', 1))") == "None"
     child.end()
-    door.join(WORKER, "w", "new")
-    assert door.members(WORKER) == {"w": "new"}
-    door.update(WORKER, "w", "newer")
+    door.join(WORKER, member("w", "new"))
+    assert door.members(WORKER) == {"w": member("w", "new")}
+    door.update(WORKER, member("w", "newer"))
 
 
 # --- election
@@ -389,7 +403,7 @@ def test_the_next_candidate_takes_over_when_the_elected_one_is_killed(enter: Ent
 
 
 def test_a_candidate_that_is_reported_dead_goes_at_once(enter: Enter, child: Child) -> None:
-    child.ask("door.join(ProcessRole.SERVER, 'first', '{}')")
+    child.ask("door.join(ProcessRole.SERVER, Member('first', '', 1))")
     child.ask("door.campaign('first')")
     heir, supervisor = enter(), enter().door
     heir.door.campaign("heir")
@@ -401,7 +415,7 @@ def test_a_candidate_that_is_reported_dead_goes_at_once(enter: Enter, child: Chi
     assert heir.door.is_elected("heir")
     assert supervisor.members(SERVER) == {}
     assert child.ask("door.is_elected('first')") == "False"
-    assert child.ask("door.update(ProcessRole.SERVER, 'first', '{}')") == "Disconnected"
+    assert child.ask("door.update(ProcessRole.SERVER, Member('first', '', 1))") == "Disconnected"
 
 
 # --- a held name
@@ -453,7 +467,7 @@ def test_an_unusable_address_is_refused(hosts: str) -> None:
 
 def test_the_lease_runs_out_while_zookeeper_is_silent_and_comes_back(enter: Enter, zookeeper: PrivateZooKeeper) -> None:
     process = enter()
-    process.door.join(SERVER, "s", "{}")
+    process.door.join(SERVER, member("s"))
     assert SESSION_S / 3 < process.door.lease_left_s() <= SESSION_S * 2 / 3
     with paused(zookeeper):
         began_s = time.monotonic()
@@ -478,8 +492,8 @@ def test_a_call_during_an_outage_ends_in_time(enter: Enter, zookeeper: PrivateZo
 
 def test_a_session_survives_a_killed_zookeeper(enter: Enter, zookeeper: PrivateZooKeeper) -> None:
     process = enter()
-    process.door.join(WORKER, "w", "one")
-    process.door.create_config("c")
+    process.door.join(WORKER, member("w", "one"))
+    process.door.create_config(config("c"))
     assert process.door.read_plan(watch=True) is None
     zookeeper.kill()
     process.news.clear()
@@ -487,28 +501,28 @@ def test_a_session_survives_a_killed_zookeeper(enter: Enter, zookeeper: PrivateZ
     assert process.news.wait(PATIENCE_S), "told to read again after reconnecting"
     eventually(lambda: process.door.lease_left_s() > 0)
     assert process.door.session_generation() == 0
-    assert process.door.members(WORKER) == {"w": "one"}
-    process.door.update(WORKER, "w", "two")
-    assert process.door.read_config() == "c"
+    assert process.door.members(WORKER) == {"w": member("w", "one")}
+    process.door.update(WORKER, member("w", "two"))
+    assert process.door.read_config() == config("c")
     assert process.door.next_term() == 1
-    assert process.door.write_plan("p", None) is not None
+    assert process.door.write_plan(plan("p"), None) is not None
 
 
 def test_after_an_expiry_the_lease_waits_for_a_new_join(enter: Enter, child: Child) -> None:
     observer = enter().door
-    assert child.ask("door.join(ProcessRole.SERVER, 's', 'one')") == "None"
+    assert child.ask("door.join(ProcessRole.SERVER, Member('s', 'one', 1))") == "None"
     assert child.ask("door.lease_left_s() > 0") == "True"
     child.signal(signal.SIGSTOP)
     eventually(lambda: observer.members(SERVER) == {})
     child.signal(signal.SIGCONT)
     assert child.ask("door.lease_left_s() <= 0") == "True"
     eventually(lambda: child.ask("door.session_generation()") == "1")
-    assert child.ask("door.update(ProcessRole.SERVER, 's', 'two')") == "Disconnected"
+    assert child.ask("door.update(ProcessRole.SERVER, Member('s', 'two', 1))") == "Disconnected"
     time.sleep(0.5)  # long enough for a heartbeat: it alone must not bring the lease back
     assert child.ask("door.lease_left_s() <= 0") == "True"
-    assert child.ask("door.join(ProcessRole.SERVER, 's+1', 'three')") == "None"
+    assert child.ask("door.join(ProcessRole.SERVER, Member('s+1', 'three', 1))") == "None"
     eventually(lambda: child.ask("door.lease_left_s() > 0") == "True")
-    assert observer.members(SERVER) == {"s+1": "three"}
+    assert observer.members(SERVER) == {"s+1": Member("s+1", "three", 1)}
 
 
 # --- outcomes that nobody was told
@@ -516,10 +530,10 @@ def test_after_an_expiry_the_lease_waits_for_a_new_join(enter: Enter, child: Chi
 
 def test_a_plan_whose_answer_was_lost_counts_as_written(enter: Enter, proxy: Proxy) -> None:
     door = enter(proxy.hosts).door
-    created = door.write_plan("plan-one", None)
+    created = door.write_plan(plan("plan-one"), None)
     assert created is not None
     proxy.lose_answer_to = b"plan-two"
-    written = door.write_plan("plan-two", created.version)
+    written = door.write_plan(plan("plan-two"), created)
     assert proxy.fired == 1
     assert written is not None
     assert written.version == created.version + 1
@@ -527,13 +541,13 @@ def test_a_plan_whose_answer_was_lost_counts_as_written(enter: Enter, proxy: Pro
 
 
 def test_a_creation_whose_answer_was_lost_counts_as_done(enter: Enter, proxy: Proxy, door: Coordination) -> None:
-    door.join(SERVER, "other", "{}")
+    door.join(SERVER, member("other"))
     door.campaign("other")  # the folders exist now, so the request that is cut off is the creation itself
     distant = enter(proxy.hosts).door
     calls: list[tuple[bytes, Callable[[], object], object]] = [
-        (b"the-config", lambda: distant.create_config("the-config"), True),
-        (b"the-plan", lambda: distant.write_plan("the-plan", None) is not None, True),
-        (b"the-text", lambda: distant.join(SERVER, "s", "the-text"), None),
+        (b"the-config", lambda: distant.create_config(config("the-config")), True),
+        (b"the-plan", lambda: distant.write_plan(plan("the-plan"), None) is not None, True),
+        (b"the-text", lambda: distant.join(SERVER, member("s", "the-text")), None),
         (b"the-candidate", lambda: distant.campaign("the-candidate"), None),
         (b"the-holder", lambda: distant.hold("run", "the-holder"), None),
     ]
@@ -541,7 +555,7 @@ def test_a_creation_whose_answer_was_lost_counts_as_done(enter: Enter, proxy: Pr
         proxy.lose_answer_to = marker
         assert call() == expected, marker
         assert proxy.fired == number + 1
-    assert door.members(SERVER) == {"other": "{}", "s": "the-text"}
+    assert door.members(SERVER) == {"other": member("other"), "s": member("s", "the-text")}
     assert door.holder("run") == "the-holder"
     door.remove(SERVER, "other")
     assert distant.is_elected("the-candidate")
@@ -550,11 +564,11 @@ def test_a_creation_whose_answer_was_lost_counts_as_done(enter: Enter, proxy: Pr
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_unreadable_answer_does_not_end_the_client(enter: Enter, proxy: Proxy) -> None:
     process = enter(proxy.hosts)
-    process.door.create_config("c")
+    process.door.create_config(config("c"))
     proxy.garbage = b"\0\0\0\2xx"
     eventually(lambda: proxy.fired == 1)
     eventually(lambda: process.door.session_generation() == 1)
-    assert process.door.read_config() == "c"
+    assert process.door.read_config() == config("c")
 
 
 # --- resources
@@ -564,12 +578,12 @@ def test_nothing_is_left_after_close(zookeeper: PrivateZooKeeper, job: str) -> N
     def round_trip() -> None:
         process = Process(zookeeper.hosts, job)
         process.door.start()
-        process.door.join(WORKER, "w", "{}")
-        assert process.door.describe()["state"] == "connected"
-        assert process.door.describe()["server"] == zookeeper.hosts
-        assert process.door.describe()["session_timeout_s"] == SESSION_S
+        process.door.join(WORKER, member("w"))
+        assert process.door.session_state is SessionState.CONNECTED
+        assert process.door.peer == zookeeper.hosts
+        assert process.door.session_timeout_s == SESSION_S
         process.door.close()
-        assert process.door.describe()["state"] == "closed"
+        assert process.door.session_state is SessionState.CLOSED
 
     round_trip()
     threads, fds = threading.active_count(), psutil.Process().num_fds()
@@ -580,8 +594,7 @@ def test_nothing_is_left_after_close(zookeeper: PrivateZooKeeper, job: str) -> N
 
 def test_the_granted_timeout_counts_not_the_wanted_one(enter: Enter) -> None:
     door = enter(session_s=600.0).door
-    granted_s = door.describe()["session_timeout_s"]
-    assert isinstance(granted_s, float)
+    granted_s = door.session_timeout_s
     assert granted_s < 600.0
     assert door.lease_left_s() <= granted_s * 2 / 3
 
@@ -593,12 +606,12 @@ def test_an_ensemble_goes_on_when_its_leader_is_killed(tmp_path: Path, job: str)
         process = Process(ensemble.hosts, job, session_s=4.0)
         try:
             process.door.start()
-            process.door.join(SERVER, "s", "one")
+            process.door.join(SERVER, member("s", "one"))
             term = process.door.next_term()
             ensemble.kill(_leader(ensemble))
             assert process.door.next_term() == term + 1
             eventually(lambda: process.door.lease_left_s() > 0)
-            process.door.update(SERVER, "s", "two")
+            process.door.update(SERVER, member("s", "two"))
             assert process.door.session_generation() == 0
         finally:
             process.door.close()

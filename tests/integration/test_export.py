@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file
 
 import psa_store as psa
-from psa_store.checkpoint import creating
+from psa_store.checkpoint import creation
 from psa_store.checkpoint.files import importing
 from psa_store.checkpoint.files.export import export_version, newest_export, open_export, verify_export
 from psa_store.checkpoint.files.importing import import_export
-from psa_store.checkpoint.version import StoredVersion, stored_version
+from psa_store.checkpoint.reader import StoredVersion, open_version
 from psa_store.cli.transfer import export_files, import_files
-from psa_store.cluster import ProcessRole
+from psa_store.cluster import Member, ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UnknownJob, UsageError
 from psa_store.job.config import CREATOR_NODE, JobConfig, job_config_from_json
@@ -100,7 +100,7 @@ def commit(
         state = ShardState(shard.index, arrays, scalars, expect=None)
         list(store.commit_each(job, 1, 0 if frozen else version, [state], keep=3))
     store.create_job(job, config.to_json(), layout.to_json())
-    return stored_version(store, job)
+    return open_version(store, job)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -143,9 +143,9 @@ def test_another_shard_size_and_world_size_hold_the_same(
     export = export_version(commit(store, f"{job}-from"), str(tmp_path / "out"), 7000)
     with coordination(site, job) as ours:
         config = import_export(export, job, store, ours, ranks=5, shard_bytes=shard_bytes)
-        assert ours.read_config() == config.to_json()
+        assert ours.read_config() == config
     assert (config.ranks, config.seed) == (5, 3)
-    again = stored_version(store, job)
+    again = open_version(store, job)
     assert again.version == VERSION and again.layout.shard_bytes == shard_bytes and again.config == config
     export_version(again, str(tmp_path / "again"))
     before, after = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "again")
@@ -161,7 +161,7 @@ def test_clocks_move_to_another_number_of_ranks(store: RedisStore, site: Site, t
     for job, ranks, version, expected in (("kept", None, 6, [4, 2]), ("shared", 3, 9, [3, 3, 3])):
         with coordination(site, f"clocks-{job}") as ours:
             import_export(export, f"clocks-{job}", store, ours, ranks=ranks, shard_bytes=8192)
-        again = stored_version(store, f"clocks-{job}")
+        again = open_version(store, f"clocks-{job}")
         assert again.version == version
         for shard in again.layout.versioned:
             scalars = again.manifests[shard.index].scalars
@@ -352,7 +352,7 @@ def test_an_existing_job_is_not_touched(store: RedisStore, site: Site, tmp_path:
 def test_one_process_creates_a_job(
     store: RedisStore, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(creating, "_GRACE_S", 0.1)
+    monkeypatch.setattr(creation, "_GRACE_S", 0.1)
     export = export_version(commit(store, "held-from"), str(tmp_path))
     with coordination(site, "held") as ours, coordination(site, "held") as theirs:
         assert theirs.hold(CREATOR_NODE, "somebody") is None
@@ -372,7 +372,7 @@ def test_a_job_that_redis_lost_is_restored(
     before = site.digest("lost", VERSION)
     export = export_version(version, str(tmp_path))
     with coordination(site, "lost") as ours:
-        ours.create_config(version.config.to_json())
+        ours.create_config(version.config)
         lose(store, version)
         with pytest.raises(UsageError, match="exists in ZooKeeper, but Redis"):
             import_export(export, "lost", store, ours)
@@ -380,7 +380,7 @@ def test_a_job_that_redis_lost_is_restored(
             import_export(export, "lost", store, ours, ranks=3, restore=True)
         with pytest.raises(JobMismatch, match="shard size"):
             import_export(export, "lost", store, ours, shard_bytes=8192, restore=True)
-        ours.join(ProcessRole.SERVER, "server-1", "{}")
+        ours.join(ProcessRole.SERVER, Member("server-1", "node-a/boot", 4711))
         with pytest.raises(JobBusy, match="server-1"):
             import_export(export, "lost", store, ours, restore=True)
         ours.leave(ProcessRole.SERVER, "server-1")
@@ -397,7 +397,7 @@ def test_what_a_dead_importer_left_is_not_mixed_in(store: RedisStore, site: Site
     store._client.delete("psa:{clean}:config", "psa:{clean}:layout")
     with coordination(site, "clean") as ours:
         import_export(export, "clean", store, ours, shard_bytes=16384)
-    again = stored_version(store, "clean")
+    again = open_version(store, "clean")
     assert again.version == VERSION
     assert len(again.layout.shards) < len(left.layout.shards)
     assert not list(store._client.scan_iter(f"psa:{{clean:{len(left.layout.shards) - 1}}}:*"))
@@ -426,12 +426,12 @@ def test_an_importer_that_dies_leaves_no_job_and_may_be_run_again(
     assert subprocess.run(command, env=env, timeout=60, check=False).returncode == -signal.SIGKILL
     assert hit(points, where)
     with pytest.raises(UnknownJob):
-        stored_version(store, job)
+        open_version(store, job)
     subprocess.run(command, env=env, timeout=60, check=True)
-    export_version(stored_version(store, job), str(tmp_path / "again"))
+    export_version(open_version(store, job), str(tmp_path / "again"))
     found, expected = tensors_in(tmp_path / "again"), tensors_in(tmp_path / "out")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    assert stored_version(store, job).version == before.version
+    assert open_version(store, job).version == before.version
 
 
 # --- going on
@@ -477,7 +477,7 @@ def test_jobs_of_other_modes_go_on(store: RedisStore, site: Site, tmp_path: Path
     assert run.finish() == 0, run.output
     export_files(job, None, str(tmp_path / "out"), site.settings)
     import_files(str(tmp_path / "out"), f"{job}-same", site.settings, None, None)
-    version = stored_version(store, job).version
+    version = open_version(store, job).version
     assert site.digest(f"{job}-same", version) == site.digest(job, version)
     import_files(str(tmp_path / "out"), f"{job}-other", site.settings, 3, 16384)
     again = site.run(f"{job}-other", "--steps", "30", "--shard-bytes", "16384", *steps, workers=2, servers=1)

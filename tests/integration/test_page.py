@@ -59,7 +59,7 @@ class Job:
         )
         self._stack.callback(coordination.close)
         coordination.start()
-        coordination.join(kind, member.id, member.to_json())
+        coordination.join(kind, member)
         if kind is ProcessRole.SERVER:
             coordination.campaign(member.id)
         return coordination
@@ -124,7 +124,7 @@ def a_running_job(name: str, site: Site, stack: ExitStack) -> Job:
         (0,) * len(job.layout.shards),
         ("w-one", "w-two"),
     )
-    coordination.write_plan(plan.to_json(), None)
+    coordination.write_plan(plan, None)
     job.work(1.25)
     return job
 

@@ -29,8 +29,9 @@ from psa_store.errors import (
     UsageError,
 )
 from psa_store.launch import PrivateRedis
-from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore, ShardState, committing
-from psa_store.storage.writing import Command
+from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore, ShardState
+from psa_store.storage import commit as storage_commit
+from psa_store.storage.stream import Command
 
 JOB = "job"
 LAYOUT = "f" * 64
@@ -97,7 +98,7 @@ def state_of(shard: int, version: int, *, expect: int | None = None, size: int =
 
 
 def write_chunks(store: RedisStore, manifest: Manifest) -> None:
-    committing.write_chunks(store._caller, JOB, manifest, state_of(0, 1))
+    storage_commit.write_chunks(store._caller, JOB, manifest, state_of(0, 1))
 
 
 def assert_no_garbage(store: RedisStore, raw: redis.Redis) -> None:
@@ -192,7 +193,7 @@ def test_chunks_expire_until_a_commit_makes_them_permanent(
     with pytest.raises(DependencyUnreachable):
         commit(distant, 1)
     orphans = raw.keys("psa:{job:0}:1:*")
-    assert len(orphans) == 2 and all(0 < raw.ttl(key) <= committing.CHUNK_EXPIRY_S for key in orphans)
+    assert len(orphans) == 2 and all(0 < raw.ttl(key) <= storage_commit.CHUNK_EXPIRY_S for key in orphans)
     manifest = commit(store, 1)
     assert all(raw.ttl(key) == -1 for key in manifest.chunk_keys(JOB, 0))
 
@@ -212,7 +213,7 @@ def test_a_flip_that_arrives_late_does_not_undo_a_newer_one(store: RedisStore, r
     newer = commit(store, 1, expect=1)  # same version, so the same fields: only the nonce tells them apart
     late = replace(newer, nonce=secrets.token_hex(4))
     write_chunks(store, late)
-    assert store._caller.functions([committing.flip(JOB, seen, late, KEEP, 1)]) == [[b"changed"]]
+    assert store._caller.functions([storage_commit.flip(JOB, seen, late, KEEP, 1)]) == [[b"changed"]]
     assert store.heads(JOB, [0])[0].manifests == (newer,)
     assert_no_garbage(store, raw)
 
@@ -223,7 +224,7 @@ def test_a_flip_decided_on_an_older_head_is_refused(store: RedisStore, raw: redi
     first = commit(store, 1)  # not in `seen`: a flip that does not know it could not drop it when its turn comes
     late = replace(first, version=2, nonce=secrets.token_hex(4))
     write_chunks(store, late)
-    assert store._caller.functions([committing.flip(JOB, seen, late, KEEP, None)]) == [[b"changed"]]
+    assert store._caller.functions([storage_commit.flip(JOB, seen, late, KEEP, None)]) == [[b"changed"]]
     assert store.heads(JOB, [0])[0].manifests == (first,)
     assert_no_garbage(store, raw)
 
@@ -282,7 +283,7 @@ def test_a_flip_without_an_answer_in_time_is_looked_up(
 ) -> None:
     with closing(RedisStore(url, timeout_s=0.5)) as store:
         store.seal(JOB, [0], 1, LAYOUT)
-        flip, flips = committing.flip, []
+        flip, flips = storage_commit.flip, []
         wake = threading.Timer(0.7, os.kill, (server.pid, signal.SIGCONT))
 
         def into_a_pause(*arguments: Any) -> Any:
@@ -292,7 +293,7 @@ def test_a_flip_without_an_answer_in_time_is_looked_up(
                 wake.start()
             return flip(*arguments)
 
-        monkeypatch.setattr(committing, "flip", into_a_pause)
+        monkeypatch.setattr(storage_commit, "flip", into_a_pause)
         try:
             manifest = commit(store, 1)
         finally:
@@ -306,7 +307,7 @@ def test_a_commit_whose_chunks_keep_vanishing_gives_up(
     store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (sealed,) = store.seal(JOB, [0], 1, LAYOUT)
-    monkeypatch.setattr(committing, "_set", lambda key, part: Command(("ECHO", key)))
+    monkeypatch.setattr(storage_commit, "_set", lambda key, part: Command(("ECHO", key)))
     with pytest.raises(DependencyUnreachable, match="job 'job', shard 0: version 1"):
         commit(store, 1)
     assert store.heads(JOB, [0]) == [sealed]
@@ -560,7 +561,7 @@ def test_a_flip_without_its_chunks_writes_them_again(
     store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.seal(JOB, range(3), 1, LAYOUT)
-    flip, lost = committing.flip, []
+    flip, lost = storage_commit.flip, []
 
     def lose_a_chunk(job: str, head: Any, manifest: Manifest, *others: Any) -> Any:
         if head.shard == 1 and not lost:
@@ -569,7 +570,7 @@ def test_a_flip_without_its_chunks_writes_them_again(
                 pass
         return flip(job, head, manifest, *others)
 
-    monkeypatch.setattr(committing, "flip", lose_a_chunk)
+    monkeypatch.setattr(storage_commit, "flip", lose_a_chunk)
     assert_committed_once(store, raw, 1, 100, commit_all(store, 1))
     assert lost
 
@@ -608,7 +609,7 @@ def test_what_a_flip_dropped_expires_if_the_writer_dies(store: RedisStore, raw: 
     assert [raw.ttl(key) for key in oldest] == [-1, -1] and last
     with closing(store.commit_each(JOB, 1, 4, [state_of(s, 4, expect=3) for s in range(9)], keep=KEEP)) as outcomes:
         next(outcomes)
-    assert all(0 < raw.ttl(key) <= committing.CHUNK_EXPIRY_S for key in oldest)
+    assert all(0 < raw.ttl(key) <= storage_commit.CHUNK_EXPIRY_S for key in oldest)
 
 
 def test_a_sweep_spares_what_a_head_names(store: RedisStore, raw: redis.Redis) -> None:

@@ -50,7 +50,7 @@ def test_every_way_to_read_gives_the_same_values(site: Site) -> None:
                 assert np.array_equal(arrays[name], state[name].float().numpy())
                 assert bool((arrays[name] == version).all())
         assert state["narrow"].dtype is torch.bfloat16 and state["matrix"].shape == (100, 7)
-        with pytest.raises(psa.errors.UsageError, match=r"no version 3; stored versions: \[10, 11, 12\]"):
+        with pytest.raises(psa.errors.UsageError, match=r"version 3\..*versions: 10, 11, 12"):
             store.state_dict(3)
         with pytest.raises(psa.errors.UsageError, match="no parameter 'absent'"):
             store.get("absent")

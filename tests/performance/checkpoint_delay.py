@@ -20,7 +20,7 @@ from torch import nn
 
 import psa_store as psa
 from psa_store.checkpoint.catalog import read_job, remove
-from psa_store.checkpoint.saving import save
+from psa_store.checkpoint.take import take
 from psa_store.coordination import Coordination
 from tests.performance.common import Servers, StepTimes, private_servers
 
@@ -81,7 +81,7 @@ def _take(servers: Servers, steps: StepTimes, count: int) -> list[tuple[float, f
         for number in range(count):
             steps.wait(_BETWEEN_STEPS)
             begun_s = time.monotonic()
-            done = save(store, coordination, woken, JOB, f"c{number}", 300.0)
+            done = take(store, coordination, woken, JOB, f"c{number}", 300.0)
             spans.append((begun_s, time.monotonic()))
             steps.wait(1)
             remove(store, JOB, read_job(store, JOB).layout, [done.name])

@@ -20,7 +20,7 @@ import numpy as np
 
 import psa_store as psa
 from psa_store.checkpoint.files.export import export_version
-from psa_store.checkpoint.version import StoredVersion, stored_version
+from psa_store.checkpoint.reader import StoredVersion, open_version
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.launch import PrivateRedis
@@ -55,7 +55,7 @@ def commit_state(store: RedisStore, megabytes: int) -> StoredVersion:
         (outcome,) = store.commit_each(JOB, 1, 1, [ShardState(shard.index, arrays, {"opt_step": 1}, None)], keep=1)
         assert isinstance(outcome[1], Manifest), outcome
     store.create_job(JOB, config.to_json(), layout.to_json())
-    return stored_version(store, JOB)
+    return open_version(store, JOB)
 
 
 def write_plainly(path: Path, size_bytes: int, block: bytes) -> None:

@@ -96,19 +96,19 @@ def make_job(stack: ExitStack, settings: Settings, addresses: list[str], workers
         owners=tuple(shard * len(servers) // shards for shard in range(shards)),
         ranks=tuple(names),
     )
-    members = [(ProcessRole.SERVER, each.id, each.to_json()) for each in servers]
-    members += [(ProcessRole.WORKER, each, Member(each, host_identity(), os.getpid()).to_json()) for each in names]
-    for kind, member, text in members:
+    members = [(ProcessRole.SERVER, each) for each in servers]
+    members += [(ProcessRole.WORKER, Member(each, host_identity(), os.getpid())) for each in names]
+    for kind, member in members:
         coordination = Coordination(
             settings.zookeeper, JOB, session_timeout_s=60.0, connect_timeout_s=_TIMEOUT_S, wake=lambda: None
         )
         stack.callback(coordination.close)
         coordination.start()
-        coordination.join(kind, member, text)
+        coordination.join(kind, member)
         if kind is ProcessRole.SERVER:
-            coordination.campaign(member)
-    coordination.create_config(config.to_json())
-    coordination.write_plan(plan.to_json(), None)
+            coordination.campaign(member.id)
+    coordination.create_config(config)
+    coordination.write_plan(plan, None)
 
 
 def beat(settings: Settings, servers: int, workers: int) -> None:

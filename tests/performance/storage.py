@@ -24,7 +24,7 @@ import numpy as np
 
 from psa_store.launch import PrivateRedis
 from psa_store.storage import CHUNK_BYTES, Manifest, RedisStore, ShardState
-from psa_store.storage.calling import Caller
+from psa_store.storage.caller import Caller
 
 JOB = "bench"
 TERM = 1

@@ -22,7 +22,7 @@ from psa_store.checkpoint.files.export import (
     origin_of,
 )
 from psa_store.checkpoint.files.folder import Folder
-from psa_store.checkpoint.version import stored_version
+from psa_store.checkpoint.reader import open_version
 from psa_store.errors import DataIntegrity, PsaError
 from psa_store.storage import RedisStore
 
@@ -44,7 +44,7 @@ class Archive:
         A name may have been used before: what is there of another checkpoint, damaged or not finished goes first, and
         so does what a failure leaves. Other exports stay meanwhile.
         """
-        version = stored_version(store, self.job, name)
+        version = open_version(store, self.job, name)
         folder = Folder(f"{self.folder}/{name}")
         if MANIFEST in folder.names():
             with suppress(DataIntegrity):

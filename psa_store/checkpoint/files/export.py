@@ -4,7 +4,7 @@
 is no export; one whose files are not as it says is damaged. It carries the digest of itself.
 
 A folder is written once. All files are whole and on the disk under temporary names before the first gets its own, so
-whoever dies in between leaves what the next one recognises and removes.
+an exporter that dies in between leaves what the next one recognises and removes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from xxhash import xxh3_128_hexdigest
 
@@ -29,16 +29,16 @@ from psa_store.checkpoint.files.tensor_files import (
     slots_of,
     split_into_files,
 )
-from psa_store.checkpoint.version import StoredVersion
+from psa_store.checkpoint.reader import StoredVersion
 from psa_store.errors import DataIntegrity, PsaError, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.document import from_fields, to_fields
 from psa_store.job.layout import Layout, layout_from_json
 from psa_store.storage import Manifest
 from psa_store.storage.sections import CLOCK
 
 MANIFEST = "psa.json"
 MAX_FILE_BYTES = 5_000_000_000
-_FORMAT = 1
 _READERS = 2
 """Threads that read from Redis while what was read before is written: two, so that one checks digests meanwhile."""
 
@@ -69,45 +69,71 @@ class Export:
         return self.version // self.config.updates_per_step
 
     def to_json(self) -> str:
-        manifest = {
-            "format": _FORMAT,
-            "created": self.created,
-            "job": self.config.facts(),
-            "layout": json.loads(self.layout.to_json()),
-            "origin": self.origin,
-            "version": self.version,
-            "step": self.step,
-            "clocks": self.clocks,
-            "scalars": self.scalars,
-            "slots": self.slots,
-            "files": [{"name": f.name, "size_bytes": f.size_bytes, "xxh3_128": f.digest} for f in self.files],
-        }
+        manifest = to_fields(
+            _Manifest(
+                created=self.created,
+                job=self.config.facts(),
+                layout=json.loads(self.layout.to_json()),
+                origin=self.origin,
+                version=self.version,
+                step=self.step,
+                clocks=self.clocks,
+                scalars=self.scalars,
+                slots=self.slots,
+                files=tuple(_File(each.name, each.size_bytes, each.digest) for each in self.files),
+            )
+        )
         return json.dumps({"digest": _digest(manifest), "manifest": manifest}, indent=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    size_bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """``psa.json``, but for its digest."""
+
+    FORMAT: ClassVar[int] = 1
+
+    created: str
+    job: dict[str, Any]
+    layout: dict[str, Any]
+    version: int
+    step: int
+    clocks: tuple[int, ...]
+    scalars: tuple[Mapping[str, float | int], ...]
+    slots: tuple[str, ...]
+    files: tuple[_File, ...]
+    origin: str = ""
 
 
 def export_from_json(url: str, text: bytes) -> Export:
     """Read ``psa.json``; raises DataIntegrity if it is damaged or of another format."""
+    what = f"{url}: {MANIFEST}"
     try:
         document = json.loads(text)
-        manifest = document["manifest"]
-        if document["digest"] != _digest(manifest):
-            raise DataIntegrity(f"{url}: {MANIFEST} is damaged, its digest does not match")
-        if manifest["format"] != _FORMAT:
-            raise DataIntegrity(f"{url}: {MANIFEST} has format {manifest['format']}, this psa reads {_FORMAT}")
-        return Export(
-            url,
-            manifest["created"],
-            job_config_from_json(json.dumps(manifest["job"])),
-            layout_from_json(json.dumps(manifest["layout"])),
-            manifest["version"],
-            tuple(manifest["clocks"]),
-            tuple(manifest["scalars"]),
-            tuple(manifest["slots"]),
-            tuple(FileFacts(each["name"], each["size_bytes"], each["xxh3_128"]) for each in manifest["files"]),
-            manifest.get("origin", ""),
-        )
+        digest, fields = document["digest"], document["manifest"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataIntegrity(f"{url}: {MANIFEST} cannot be read: {error!r}") from error
+        raise DataIntegrity(f"{what} cannot be read: {error!r}") from error
+    if digest != _digest(fields):
+        raise DataIntegrity(f"{what} is damaged, its digest does not match")
+    manifest = from_fields(_Manifest, fields, what)
+    return Export(
+        url=url,
+        created=manifest.created,
+        config=job_config_from_json(json.dumps(manifest.job)),
+        layout=layout_from_json(json.dumps(manifest.layout)),
+        version=manifest.version,
+        clocks=manifest.clocks,
+        scalars=manifest.scalars,
+        slots=manifest.slots,
+        files=tuple(FileFacts(each.name, each.size_bytes, each.xxh3_128) for each in manifest.files),
+        origin=manifest.origin,
+    )
 
 
 def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_FILE_BYTES) -> Export:
@@ -158,7 +184,7 @@ def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
         last = stack.enter_context(folder.draft(MANIFEST))
         last.write(export.to_json().encode())
         last.finish()
-        # The folder is synced in between: psa.json must not be there without what it speaks of.
+        # The folder is synced in between: psa.json must not be there without what it names.
         folder.publish(drafts)
         folder.publish([last])
     return export
@@ -233,8 +259,8 @@ def list_exports(url: str, job: str | None = None) -> tuple[list[Export], list[t
 def newest_export(url: str, job: str | None = None) -> tuple[Export | None, list[tuple[str, str]]]:
     """The undamaged export that was written last, all its files read; None if there is none.
 
-    Not the highest version: who went back to an older one and went on from there has a new history, which counts.
-    Arguments and what was passed over: see :func:`list_exports`.
+    Not the highest version: a job that went back to an older one and went on from there has a new history, and that
+    counts. Arguments and what was passed over: see :func:`list_exports`.
     """
     found, passed = list_exports(url, job)
     for export in found:

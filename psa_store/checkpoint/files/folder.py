@@ -183,7 +183,7 @@ class Draft:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether this is a file that somebody writes, or that he left when he died."""
+    """Whether this is a file that is being written, or what a writer left that died."""
     return _TEMPORARY in name
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from psa_store.checkpoint.creating import right_to_create, write_new_job
+from psa_store.checkpoint.creation import right_to_create, write_new_job
 from psa_store.checkpoint.files.export import Export, verify_export
 from psa_store.checkpoint.files.folder import Folder
 from psa_store.checkpoint.files.tensor_files import (
@@ -26,7 +26,7 @@ from psa_store.checkpoint.files.tensor_files import (
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
-from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, Shard, TensorRole, make_layout
 from psa_store.storage import RedisStore, ShardState
@@ -46,11 +46,11 @@ def import_export(
     """Create ``job`` with the state of an export; returns its facts.
 
     With the same shard size and ranks it goes on with the bits of the job that was exported; with another shard size,
-    too, unless it clips by the global norm, which is summed shard by shard. What ranks carry (in rounds, and with top-k
+    too, unless it clips by the global norm, which is summed shard by shard. Rank state (in rounds, and with top-k
     compression) is kept with the same shard size and ranks only, else they begin anew. Where pushes are applied on
     arrival, all of another number of ranks begin at the mean step of the old ones.
 
-    Whoever dies meanwhile leaves no job behind, and may simply be run again.
+    An importer that dies meanwhile leaves no job behind, and may simply be run again.
 
     Args:
         coordination: of ``job``, started.
@@ -79,7 +79,7 @@ def import_export(
     with nullcontext() if restore else right_to_create(job, "import", coordination):
         _refuse_known(config, store, coordination, restore=restore)
         write_new_job(config, layout, source.version, source.states(), store, coordination)
-    coordination.create_config(config.to_json())
+    coordination.create_config(config)
     return config
 
 
@@ -95,9 +95,8 @@ def _refuse_known(config: JobConfig, store: RedisStore, coordination: Coordinati
             f"job {job!r} exists in ZooKeeper, but Redis at {store.where} has lost it: restore it with "
             "`psa run --restore`, or import under another name"
         )
-    stored = job_config_from_json(known)
-    if stored != config:
-        config.must_agree_with(stored)
+    if known != config:
+        config.must_agree_with(known)
         raise JobMismatch(f"job {job!r} has another model or shard size in ZooKeeper than in the export")
     servers = coordination.members(ProcessRole.SERVER)
     if servers:
@@ -171,7 +170,7 @@ class Source:
         return sections
 
     def _ranks(self, shard: Shard) -> Mapping[str, tuple[str, memoryview]]:
-        """What ranks carry, where that still has a meaning."""
+        """Rank state, where that still has a meaning."""
         if not self._as_it_was or not self._config.keeps_rank_state:
             return {}
         found = {f"{RANK}{rank}": rank_key(f"{RANK}{rank}", shard.index) for rank in range(self._config.ranks)}

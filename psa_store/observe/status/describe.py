@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
-from psa_store.cluster import Member, ProcessRole, member_from_json, newest_common, plan_from_json
+from psa_store.cluster import Member, ProcessRole, newest_common
 from psa_store.config import Settings
 from psa_store.coordination import Coordination, probe_zookeeper
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UnknownJob
@@ -48,22 +48,14 @@ def known_jobs(settings: Settings, store: RedisStore) -> list[str]:
         return sorted(store.jobs())
     except DependencyUnreachable as away:
         try:
-            with closing(_coordination("", settings)) as coordination:
-                coordination.start()
+            with _coordination("", settings) as coordination:
                 return sorted(coordination.jobs())
         except DependencyUnreachable as error:
             raise DependencyUnreachable(f"{away} And: {error}") from error
 
 
 def _coordination(job: str, settings: Settings) -> Coordination:
-    assert settings.zookeeper is not None
-    return Coordination(
-        settings.zookeeper,
-        job,
-        session_timeout_s=settings.session_timeout_s,
-        connect_timeout_s=min(settings.connect_timeout_s, PATIENCE_S_MAX),
-        wake=lambda: None,
-    )
+    return Coordination.from_settings(settings, job, connect_timeout_s=min(settings.connect_timeout_s, PATIENCE_S_MAX))
 
 
 class Observer:
@@ -139,17 +131,15 @@ class Observer:
         view = ZooKeeperView(hosts=self._hosts, session_timeout_s=self._settings.session_timeout_s)
         try:
             coordination = self._connected()
-            config = coordination.read_config()
             seen = coordination.read_plan()
             servers, workers = (
-                [member_from_json(text) for text in coordination.members(kind).values()]
-                for kind in (ProcessRole.SERVER, ProcessRole.WORKER)
+                list(coordination.members(role).values()) for role in (ProcessRole.SERVER, ProcessRole.WORKER)
             )
             view = replace(
                 view,
                 server=coordination.peer,
-                config=job_config_from_json(config) if config else None,
-                plan=plan_from_json(seen.text) if seen else None,
+                config=coordination.read_config(),
+                plan=seen.plan if seen else None,
                 plan_time_s=seen.modified_s if seen else None,
                 servers=servers,
                 workers=workers,

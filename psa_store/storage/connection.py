@@ -14,6 +14,7 @@ from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 from redis.utils import str_if_bytes
 
+from psa_store.config import Settings
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
 from psa_store.logs import printable
 
@@ -26,6 +27,13 @@ _UNFIT: tuple[tuple[type[Exception], str], ...] = (
 )
 _CANNOT_PERSIST = "MISCONF"
 _PIPELINE_PREFIX = re.compile(r"^Command # \d+ \(.*?\) of pipeline caused error: ", re.DOTALL)
+
+
+def known_redis(settings: Settings) -> str:
+    """The URL of the settings; raises UsageError if they say none."""
+    if settings.redis is None:
+        raise UsageError("Redis is not known: pass redis='redis://host:port' or set PSA_REDIS")
+    return settings.redis
 
 
 def make_pool(url: str, timeout_s: float, connections_max: int) -> redis.BlockingConnectionPool:

@@ -13,9 +13,9 @@ from typing import Any
 
 from psa_store.errors import DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import keys
-from psa_store.storage.calling import Caller, FunctionCall
-from psa_store.storage.committing import TRIES_MAX, put, unsettled
-from psa_store.storage.records import Head, Manifest, identity, term_text
+from psa_store.storage.caller import Caller, FunctionCall
+from psa_store.storage.commit import TRIES_MAX, put, unsettled
+from psa_store.storage.head import Head, Manifest, identity, term_text
 
 Heads = Callable[[str, Iterable[int]], list[Head]]
 """Reads heads of a job."""
@@ -60,7 +60,7 @@ def drop(
     unwanted: Callable[[Head], Sequence[str]],
     term: int | None = None,
 ) -> None:
-    """Take fields out of heads; raises Fenced or Rewound if ``term`` (None: anybody) does not own a shard."""
+    """Take fields out of heads; raises Fenced or Rewound if ``term`` (None: any) does not own a shard."""
 
     def change(head: Head) -> FunctionCall | None:
         gone = unwanted(head)

@@ -1,7 +1,7 @@
 """GET straight into memory: two to three times faster than through a client that builds bytes objects first.
 
 A connection whose replies were not read to their end is thrown away, whatever ended the reading: its next reply
-would belong to somebody else's command.
+would belong to another command.
 """
 
 from __future__ import annotations

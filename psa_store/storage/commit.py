@@ -1,7 +1,7 @@
 """Making one version of many shards durable: chunks and flips in one stream, and one old chunk freed for each new one.
 
 Per shard the order is: write the new chunks, flip the head, free the chunks that the flip dropped. The flip checks
-that its chunks are whole, so nobody waits for their replies before it is sent.
+that its chunks are whole, so their replies are not waited for before it is sent.
 
 Freed and written memory keep pace because Redis' allocator soon gives what is free back to the kernel, and fetching
 it again page by page costs Redis more than receiving the data (with shards of 48 MiB: half of the speed). The flip
@@ -23,9 +23,9 @@ from xxhash import xxh3_128_hexdigest
 
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import keys
-from psa_store.storage.calling import Caller, FunctionCall
-from psa_store.storage.connecting import text
-from psa_store.storage.records import (
+from psa_store.storage.caller import Caller, FunctionCall
+from psa_store.storage.connection import text
+from psa_store.storage.head import (
     Head,
     Manifest,
     Section,
@@ -35,7 +35,7 @@ from psa_store.storage.records import (
     term_text,
     version_field,
 )
-from psa_store.storage.writing import Command, Stream
+from psa_store.storage.stream import Command, Stream
 from psa_store.testing.failpoints import failpoint
 
 CHUNK_EXPIRY_S = 300
@@ -57,7 +57,7 @@ class ShardState:
     """Section name -> (dtype, bytes). The memory must not change until the commit is over."""
     scalars: Mapping[str, float | int]
     expect: int | None
-    """The version that the caller committed last, None if he does not know of one."""
+    """The version that the caller committed last, None if it knows of none."""
     extra: bool = False
     """Whether other shards may not commit this version."""
 
@@ -92,7 +92,7 @@ class Commit:
         self._keep = keep
         self._pause = pause
         self._in_doubt: dict[int, Manifest] = {}
-        """Shards whose flip may be under way, or was answered with a head that somebody has changed."""
+        """Shards whose flip may be under way, or was answered with a head that has changed meanwhile."""
         self._unflipped: set[str] = set()
         """Chunks that were written and that no head is known to name."""
         self._dropped: deque[str] = deque()
@@ -268,7 +268,7 @@ def _old(head: Head, manifest: Manifest, keep: int) -> list[str]:
 def unsettled(caller: Caller, job: str, shard: int, what: str) -> str:
     return (
         f"Redis at {caller.where}: job {job!r}, shard {shard}: {what} in {TRIES_MAX} tries, because "
-        "its head or its chunks changed every time. Try again, and see who else writes to the keys of this job."
+        "its head or its chunks changed every time. Try again, and see what else writes to the keys of this job."
     )
 
 

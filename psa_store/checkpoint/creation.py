@@ -1,6 +1,6 @@
 """Writing a job that does not exist yet: at version 0, or at the version that was exported from another.
 
-Whoever creates proceeds like a controller that takes over: hold the right to create, take a term, seal, write one
+A creator proceeds like a controller that takes over: hold the right to create, take a term, seal, write one
 version of every shard, and last of all store the job's documents. That last write is the moment at which the job
 exists; a creator that dies before leaves nothing that the next one does not replace, and one that was only asleep finds
 its writes fenced.

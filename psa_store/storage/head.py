@@ -1,12 +1,17 @@
-"""What Redis knows about a shard, as plain data, and its readable JSON form."""
+"""The head of a shard: which versions Redis has, which of them are pinned, and which term owns the shard.
+
+A field of the head is a manifest, a small JSON document that a person can read. Of these the Lua functions look at the
+nonce alone.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from psa_store.errors import DataIntegrity
+from psa_store.job.document import from_text, to_text
 from psa_store.storage import keys
 
 CHUNK_BYTES = 4 << 20
@@ -29,6 +34,8 @@ class Section:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """One committed version of one shard."""
+
+    FORMAT: ClassVar[int] = 1
 
     version: int
     term: int
@@ -56,7 +63,7 @@ class Manifest:
         ]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return to_text(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,10 @@ class Head:
 
     def manifest(self, version: int) -> Manifest | None:
         return next((each for each in self.manifests if each.version == version), None)
+
+    def names(self, manifest: Manifest) -> bool:
+        """Whether a version or a pin of this head is that very commit."""
+        return any(each.nonce == manifest.nonce for each in self.entries().values())
 
     def entries(self) -> dict[str, Manifest]:
         """All that the head names, by field."""
@@ -122,28 +133,17 @@ def split_chunks(data: memoryview) -> list[memoryview]:
 
 def head_from_fields(job: str, shard: int, fields: Mapping[bytes, bytes]) -> Head:
     """Decode a head; raises DataIntegrity naming job and shard if it cannot be read."""
+    what = f"job {job!r}, shard {shard}: the head in Redis"
+    entries = {name.decode(): value for name, value in fields.items()}
+    manifests = [from_text(Manifest, text, what) for name, text in entries.items() if name.startswith(VERSION_PREFIX)]
+    pins = {
+        name.removeprefix(PIN_PREFIX): from_text(Manifest, text, what)
+        for name, text in entries.items()
+        if name.startswith(PIN_PREFIX)
+    }
     try:
-        manifests = [_manifest(value) for name, value in fields.items() if name.startswith(VERSION_PREFIX.encode())]
-        pins = {
-            name.decode().removeprefix(PIN_PREFIX): _manifest(value)
-            for name, value in fields.items()
-            if name.startswith(PIN_PREFIX.encode())
-        }
-        return Head(
-            shard,
-            int(fields.get(b"term", b"0"), 16),
-            fields.get(b"layout", b"").decode(),
-            tuple(sorted(manifests, key=lambda manifest: manifest.version)),
-            pins,
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataIntegrity(f"job {job!r}, shard {shard}: the head in Redis cannot be read: {error}") from error
-
-
-def _manifest(text: bytes) -> Manifest:
-    document = json.loads(text)
-    document["sections"] = tuple(
-        Section(each["name"], each["dtype"], each["size_bytes"], tuple(each["digests"]))
-        for each in document["sections"]
-    )
-    return Manifest(**document)
+        term = int(entries.get("term", b"0"), 16)
+    except ValueError as error:
+        raise DataIntegrity(f"{what} cannot be read: {error}") from error
+    ascending = tuple(sorted(manifests, key=lambda manifest: manifest.version))
+    return Head(shard, term, entries.get("layout", b"").decode(), ascending, pins)

@@ -1,7 +1,7 @@
 """Commands in a stream, a few under way at once: large values go out while earlier ones are being stored.
 
 A connection whose replies were not read to their end is thrown away, whatever ended the exchange: its next reply
-would belong to somebody else's command.
+would belong to another command.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Command:
 
     words: tuple[Any, ...]
     awaited: int | None = None
-    """By what the sender knows the answer; None if he is content when Redis does not refuse."""
+    """By what the sender knows the answer; None if it is enough that Redis does not refuse."""
 
 
 class Stream:

@@ -1,6 +1,6 @@
 """Calls to one Redis: tried again while it is away, its errors translated, our functions loaded when they are missing.
 
-Whatever is called here must be idempotent, because an answer may get lost: each caller says why his call is.
+What is called here must be idempotent, see ``retry.py``.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 import redis
-import tenacity
 
 from psa_store.errors import DependencyUnfit
 from psa_store.logs import printable
-from psa_store.storage.connecting import make_pool, translated
+from psa_store.storage.connection import make_pool, translated
+from psa_store.storage.retry import retried
 
 FunctionCall = tuple[str, list[str], Sequence[Any]]
 """Name, keys, arguments."""
 
-_RETRY_PAUSE_S = 0.05
 T = TypeVar("T")
 
 
 class Caller:
-    """The pool of connections to one Redis, and the one place of retries. Thread-safe."""
+    """The pool of connections to one Redis. Thread-safe."""
 
     def __init__(self, url: str, timeout_s: float, connections_max: int) -> None:
         self.where = printable(url)
@@ -49,7 +48,7 @@ class Caller:
             return self._retried(operation)
 
     def with_functions(self, operation: Callable[[], T]) -> T:
-        """The same for an operation that calls our functions; loads them first if somebody flushed them."""
+        """The same for an operation that calls our functions; loads them first if they were flushed."""
         with translated(self._url):
             try:
                 return self._retried(operation)
@@ -86,16 +85,7 @@ class Caller:
                 ) from error
 
     def _retried(self, operation: Callable[[], T]) -> T:
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_delay(self._timeout_s),
-            wait=tenacity.wait_fixed(_RETRY_PAUSE_S),
-            retry=tenacity.retry_if_exception_type(
-                (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError)
-            )
-            & tenacity.retry_if_not_exception_type(redis.exceptions.AuthenticationError),
-            reraise=True,
-        )
-        return retrying(operation)
+        return retried(operation, self._timeout_s)
 
 
 def _flatten(reply: Any) -> list[Any]:

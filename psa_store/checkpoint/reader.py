@@ -1,0 +1,126 @@
+"""The one way to read what Redis has stored of a job: open a version, then read tensors, parts of them, or sections.
+
+Example::
+
+    version = open_version(store, "shakespeare", "before-lr-change")    # or a number; None: the newest
+    tensors = version.tensors([0, 3])                                   # by their index in the layout
+
+The digest of every byte is checked before it is handed on. ``psa.Store``, torch's distributed checkpoints, exports, and
+`psa checkpoint verify` and `diff` all read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psa_store.checkpoint.catalog import StoredJob, read_job
+from psa_store.errors import DataIntegrity, UsageError
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout, Shard
+from psa_store.optim.tensors import as_bytes, to_torch
+from psa_store.storage import Manifest, RedisStore
+from psa_store.storage.sections import PARAM
+
+
+class Replaced(UsageError):
+    """The version was dropped while it was read, as versions are that no checkpoint pins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The elements of a tensor from ``start`` on, and flat memory for them."""
+
+    tensor: int
+    """Its index in the layout."""
+    start: int
+    flat: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """One version of all shards of a job. Thread-safe. The store stays the caller's.
+
+    Methods that read raise Replaced if newer versions have replaced this one meanwhile, and DataIntegrity if the stored
+    bytes are damaged or missing.
+    """
+
+    store: RedisStore
+    config: JobConfig
+    layout: Layout
+    version: int
+    manifests: Mapping[int, Manifest]
+    """Of every shard, at ``version``; of frozen ones, at version 0."""
+    pinned: bool = False
+    """Whether a checkpoint keeps it; else it is dropped sooner or later while training goes on."""
+
+    def read(self, shard: int, into: Mapping[str, memoryview]) -> None:
+        """Read sections of a shard into memory of their size."""
+        manifest = self.manifests[shard]
+        try:
+            self.store.load(self.config.name, shard, manifest, into)
+        except DataIntegrity as error:
+            (head,) = self.store.heads(self.config.name, [shard])
+            if self.pinned or not head.term or head.names(manifest):
+                raise
+            raise Replaced(
+                f"job {self.config.name!r}: version {self.version} was replaced by newer ones while it was read. "
+                "Try again, or read a version that a checkpoint pins."
+            ) from error
+
+    def sections(self, shard: int) -> dict[str, memoryview]:
+        """All sections of a shard, by name."""
+        found = {each.name: memoryview(bytearray(each.size_bytes)) for each in self.manifests[shard].sections}
+        self.read(shard, found)
+        return found
+
+    def parameters(self, shard: Shard) -> Tensor:
+        """All elements of a shard, with the padding between its tensors."""
+        whole = torch.empty(shard.numel, dtype=to_torch(shard.dtype))
+        self.read(shard.index, {PARAM: as_bytes(whole)})
+        return whole
+
+    def fill(self, regions: Iterable[Region]) -> None:
+        """Read what these regions want, shard by shard: each is read once, and only if it holds a part of one."""
+        wanted: dict[int, list[Region]] = {}
+        for region in regions:
+            wanted.setdefault(region.tensor, []).append(region)
+        for shard in self.layout.shards:
+            parts = [
+                (region, low, high, piece.shard_start - piece.tensor_start)
+                for piece in shard.pieces
+                for region in wanted.get(piece.tensor, ())
+                if (low := max(piece.tensor_start, region.start))
+                < (high := min(piece.tensor_start + piece.length, region.start + len(region.flat)))
+            ]
+            whole = self.parameters(shard) if parts else None
+            for region, low, high, shift in parts:
+                assert whole is not None
+                region.flat[low - region.start : high - region.start] = whole[low + shift : high + shift]
+
+    def tensors(self, wanted: Iterable[int]) -> dict[int, Tensor]:
+        """Whole tensors, by their index in the layout."""
+        specs = self.layout.tensors
+        regions = [Region(i, 0, torch.empty(specs[i].numel, dtype=to_torch(specs[i].dtype))) for i in wanted]
+        self.fill(regions)
+        return {region.tensor: region.flat.view(specs[region.tensor].shape) for region in regions}
+
+
+def open_version(store: RedisStore, job: str, what: str | int | None = None) -> StoredVersion:
+    """A checkpoint by its name, or a version that all shards have; None takes the newest.
+
+    Raises:
+        UnknownJob: there is no such job.
+        UsageError: it has neither such a checkpoint nor such a version; the message lists those that it has.
+        DataIntegrity: no version is common to all shards, or a shard lacks this one.
+    """
+    return version_of(store, read_job(store, job), what)
+
+
+def version_of(store: RedisStore, job: StoredJob, what: str | int | None = None) -> StoredVersion:
+    """The same for a job that was looked up already."""
+    pinned = what in job.checkpoints
+    return StoredVersion(store, job.config, job.layout, job.version_of(what), job.manifests(what), pinned)

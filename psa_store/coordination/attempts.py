@@ -1,0 +1,68 @@
+"""What the calls of ``coordination.py`` do in one attempt: idempotent, so that one that was cut off is made again.
+
+How each is idempotent stands beside it. Only ``coordination.py`` may use this.
+"""
+
+from __future__ import annotations
+
+from psa_store.coordination.znodes import Znode, Znodes
+
+
+def create_document(znodes: Znodes, path: str, text: str) -> bool:
+    """After an attempt that was cut off, the same text counts as ours."""
+    if znodes.create(path, text) is not None:
+        return True
+    node = znodes.get(path) if znodes.repeated else None
+    return node is not None and node.text == text
+
+
+def compare_and_set(znodes: Znodes, path: str, text: str, expected: int | None) -> Znode | None:
+    """After an attempt that was cut off, our text at the version that we wanted to write is our own success."""
+    if expected is None:
+        node, wanted = znodes.create(path, text), 0
+    else:
+        node, wanted = znodes.set(path, text, expected), expected + 1
+    if node is None and znodes.repeated:
+        stored = znodes.get(path)
+        if stored is not None and (stored.text, stored.version) == (text, wanted):
+            node = stored
+    return node
+
+
+def join(znodes: Znodes, path: str, text: str, earlier: list[str]) -> int:
+    """Returns the session that owns the node: ours. Ids are never reused, so any other owner is a former session."""
+    znodes.delete(*earlier)
+    while True:
+        created = znodes.create(path, text, ephemeral=True)
+        if created is not None:
+            return created.owner
+        node = znodes.get(path)
+        if node is not None and node.owner == znodes.session_id and znodes.set(path, text) is not None:
+            return node.owner
+        znodes.delete(path)
+
+
+def hold(znodes: Znodes, path: str, text: str) -> str | None:
+    """The owner of the node shows whether an attempt that was cut off succeeded."""
+    while znodes.create(path, text, ephemeral=True) is None:
+        node = znodes.get(path, watch=True)
+        if node is not None:
+            return None if node.owner == znodes.session_id else node.text
+    return None
+
+
+def release(znodes: Znodes, path: str) -> None:
+    node = znodes.get(path)
+    if node is not None and node.owner == znodes.session_id:
+        znodes.delete(path)
+
+
+def delete_tree(znodes: Znodes, path: str) -> None:
+    """Repeats while members that do not know of it yet put something back."""
+    while names := znodes.children(path):
+        children = [f"{path}/{name}" for name in names]
+        znodes.delete(*children)
+        for child in children:
+            if znodes.get(child) is not None:
+                delete_tree(znodes, child)
+    znodes.delete(path)
