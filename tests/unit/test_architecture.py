@@ -106,7 +106,6 @@ def test_thought_is_pure(name: str) -> None:
 MODE_ROOMS = ("job", "consistency", "worker/strategy", "server/aggregator")
 """The rooms in which a mode makes a difference. The others ask ``JobConfig`` what that means for them."""
 CONDITIONS_LEFT = {
-    "server/checkpoints.py",
     "server/committer.py",
     "server/event_loop.py",
     "server/plan_follower.py",
