@@ -20,6 +20,7 @@ from psa_store.errors import DataIntegrity
 from psa_store.job.config import JobConfig
 from psa_store.job.document import from_text, to_fields, to_text
 from psa_store.job.mode import parse_mode
+from psa_store.observe.doctor.check import Check
 
 PACKAGE = Path(psa_store.__file__).parent
 EXAMPLES = {
@@ -28,7 +29,8 @@ EXAMPLES = {
         "ranks": 2,
         "mode": parse_mode("local:steps=4,overlap"),
         "compression": parse_compression("topk:0.01"),
-    }
+    },
+    Check: {"fix": ""},
 }
 """Values of documents that do not take any of the right type."""
 
