@@ -14,10 +14,10 @@ from tests.harness import LIVE, Site
 
 
 def pytest_configure() -> None:
-    """What surrounds us is not to be seen, by us nor by what tests start.
+    """Make the tests, and what they start, independent of the environment.
 
-    A shell that runs us in the background has Ctrl-C ignored; a checkout may hold the psa.toml of whoever works there;
-    and how long an example takes says how busy the machine is.
+    A shell that runs pytest in the background has Ctrl-C ignored; a checkout may hold a psa.toml; and how long a
+    hypothesis example takes depends on how busy the machine is.
     """
     hypothesis.settings.register_profile("psa", deadline=None)
     hypothesis.settings.load_profile("psa")
@@ -30,8 +30,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
     redis, zookeeper = PrivateRedis(folder / "redis"), PrivateZooKeeper(folder / "zookeeper")
     try:
-        redis.start(10)
-        zookeeper.start(30)
+        redis.start(120)
+        zookeeper.start(120)
         yield Site(redis.url, zookeeper.hosts, folder)
     finally:
         redis.stop()

@@ -24,6 +24,8 @@ from psa_store.storage import RedisStore
 TRAIN = Path(__file__).parents[1] / "chaos" / "train.py"
 PSA = [sys.executable, "-m", "psa_store.cli"]
 _STEP = re.compile(r"^step (\d+)")
+PATIENCE_S = 240.0
+"""How long a test waits for an event that must come. It bounds hangs only: a busy machine must not reach it."""
 
 
 LIVE: list[Run] = []
@@ -59,7 +61,7 @@ class Run:
             self._queue.put(line.rstrip("\n"))
         self._queue.put(None)
 
-    def wait_for_line(self, wanted: Callable[[str], bool], timeout_s: float = 60.0) -> str:
+    def wait_for_line(self, wanted: Callable[[str], bool], timeout_s: float = PATIENCE_S) -> str:
         """Read on until a line fits; fails with everything that was printed if none comes in time."""
         deadline_s = time.monotonic() + timeout_s
         while (left_s := deadline_s - time.monotonic()) > 0:
@@ -74,14 +76,14 @@ class Run:
                 return line
         raise AssertionError("the awaited line did not come; output:\n" + "\n".join(self.lines[-80:]))
 
-    def wait_for_step(self, step: int, timeout_s: float = 60.0) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = PATIENCE_S) -> None:
         def reached(line: str) -> bool:
             found = _STEP.match(line)
             return found is not None and int(found[1]) >= step
 
         self.wait_for_line(reached, timeout_s)
 
-    def finish(self, timeout_s: float = 120.0) -> int:
+    def finish(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for the end; returns the exit code."""
         deadline_s = time.monotonic() + timeout_s
         while (left_s := deadline_s - time.monotonic()) > 0:

@@ -1,7 +1,7 @@
-"""The processes of a benchmark: forked with everything imported, ordered about through pipes, and ended for certain.
+"""The processes of a benchmark: forked with everything imported, commanded through pipes, and ended for certain.
 
-A child waits on its pipe for an :class:`Order`, carries it out and answers. It ends when the pipe does, that is, with
-the benchmark, however that ends; the kernel kills it then, should it be waiting for somebody else.
+A child waits on its pipe for an :class:`Command`, carries it out and answers. It ends when the pipe does, that is, with
+the benchmark, however that ends; if it waits for something else then, the kernel kills it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CLOSE_S = 10.0
 _PRELOAD = ["psa_store.launch.forkserver_guard", "psa_store.bench.preload"]
 
 
-class Order(Enum):
+class Command(Enum):
     """What a child is told, besides a number of steps to do."""
 
     CHECK = auto()
@@ -67,42 +67,42 @@ class Stepper:
         """After a block, untimed: wait for the end of what would disturb those that are measured next."""
 
     def check(self, steps: int) -> None:
-        """Prove, by raising if it is not so, that the parameters are what ``steps`` steps give."""
+        """Raise unless the parameters are what ``steps`` steps give."""
 
 
-class Orders:
+class CommandPipe:
     """A child's end of its pipe."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
     def ready(self) -> None:
-        """Say that this process is set up."""
+        """Report that this process is set up."""
         self._pipe.send(Done())
 
-    def obey(self, stepper: Stepper) -> None:
-        """Carry out orders until told to leave. A block begins with one step that is not timed: it brings all
+    def handle(self, stepper: Stepper) -> None:
+        """Carry out commands until told to leave. A block begins with one step that is not timed: it brings all
         members into step, and what the others have pushed out of the caches back in."""
         steps = 0
         while True:
             try:
-                order: int | Order = self._pipe.recv()
+                command: int | Command = self._pipe.recv()
             except EOFError:
                 return
-            if order is Order.LEAVE:
+            if command is Command.LEAVE:
                 return
-            if order is Order.CHECK:
+            if command is Command.CHECK:
                 stepper.check(steps)
                 self._pipe.send(Done())
                 continue
-            assert isinstance(order, int)
+            assert isinstance(command, int)
             stepper.prepare()
             stepper.step()
             begin_s = time.monotonic()
-            for _ in range(order):
+            for _ in range(command):
                 stepper.step()
             end_s = time.monotonic()
-            steps += 1 + order
+            steps += 1 + command
             stepper.settle()
             self._pipe.send(Done(begin_s, end_s))
 
@@ -125,9 +125,9 @@ class Child:
         finally:
             theirs.close()
 
-    def tell(self, order: int | Order) -> None:
+    def tell(self, command: int | Command) -> None:
         """Give an order; a number is steps to do."""
-        self._pipe.send(order)
+        self._pipe.send(command)
 
     def answer(self, timeout_s: float = ANSWER_S) -> Done:
         """Wait for the answer to the last order; raises UserCodeFailed if there will be none."""
@@ -164,7 +164,7 @@ class Child:
         self._process.close()
 
 
-class Nursery:
+class ChildProcesses:
     """Starts children, and ends those that are left when it is closed."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class Nursery:
     def spawn(
         self, name: str, target: Callable[..., None], *arguments: Any, env: Mapping[str, str] | None = None
     ) -> Child:
-        """Start a process that runs ``target(orders, *arguments)``, with ``env`` added to our environment."""
+        """Start a process that runs ``target(commands, *arguments)``, with ``env`` added to our environment."""
         child = Child(self._context, name, env or {}, target, *arguments)
         self._children.append(child)
         return child
@@ -201,12 +201,12 @@ def _main(pipe: Connection, env: Mapping[str, str], target: Callable[..., None],
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # see forkserver_guard
     os.environ.update(env)
     torch.set_num_threads(1)
-    orders = Orders(pipe)
+    commands = CommandPipe(pipe)
     try:
-        target(orders, *arguments)
+        target(commands, *arguments)
     except PsaError as error:
-        orders.fail(str(error))
+        commands.fail(str(error))
         sys.exit(1)
     except Exception:
-        orders.fail(traceback.format_exc())
+        commands.fail(traceback.format_exc())
         sys.exit(1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from psa_store.bench.children import Child, Order
+from psa_store.bench.children import Child, Command
 from psa_store.errors import UserCodeFailed
 
 
 class Contender:
-    """Processes that are set up and wait for orders.
+    """Processes that are set up and wait for commands.
 
     Args:
         name: as it stands in the tables.
@@ -32,7 +32,7 @@ class Contender:
     def check(self) -> None:
         """Have every worker prove its parameters; raises UserCodeFailed if they are wrong."""
         for worker in self._workers:
-            worker.tell(Order.CHECK)
+            worker.tell(Command.CHECK)
         for worker in self._workers:
             try:
                 worker.answer()
@@ -42,7 +42,7 @@ class Contender:
     def leave(self) -> None:
         """End in order, workers first."""
         for worker in self._workers:
-            worker.tell(Order.LEAVE)
+            worker.tell(Command.LEAVE)
         for worker in self._workers:
             worker.join()
         for server in self._servers:

@@ -1,4 +1,4 @@
-"""The run: starts everybody who takes part, lets them work in turns, has them prove their results, and ends them."""
+"""The run: starts all contenders, lets them work in turns, checks their results, and ends them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from psa_store.bench.children import Nursery
+from psa_store.bench.children import ChildProcesses
 from psa_store.bench.contender import Contender
 from psa_store.bench.contenders import floor, gloo, memory, psa, ray, redis_values, rpc, stream
 from psa_store.bench.names import GLOO, PSA, PSA_TCP, RAY, RAY_FLAT, RPC, RPC_PIECES
@@ -17,7 +17,7 @@ from psa_store.bench.workload import Workload
 from psa_store.launch import PrivateRedis, PrivateServers
 
 _START_S = 60.0
-_PEERS: dict[str, tuple[Callable[[], str], Callable[[Workload, Nursery, Path], Contender]]] = {
+_PEERS: dict[str, tuple[Callable[[], str], Callable[[Workload, ChildProcesses, Path], Contender]]] = {
     GLOO: (gloo.why_not, gloo.start),
     RPC: (rpc.why_not, rpc.start_flat),
     RPC_PIECES: (rpc.why_not, rpc.start_pieces),
@@ -50,7 +50,7 @@ def _match(bench: Bench, workload: Workload, say: Callable[[str], None]) -> Matc
         servers = stack.enter_context(closing(PrivateServers(folder / "psa")))
         redis = PrivateRedis(folder / "redis", {"appendonly": "no"})
         stack.callback(redis.stop)
-        nursery = stack.enter_context(closing(Nursery()))  # ends before the servers that its children use
+        processes = stack.enter_context(closing(ChildProcesses()))  # ends before the servers that its children use
 
         def started(those: Iterator[Contender]) -> list[Contender]:
             ready = []
@@ -60,8 +60,8 @@ def _match(bench: Bench, workload: Workload, say: Callable[[str], None]) -> Matc
                 ready.append(each)
             return ready
 
-        contenders = started(_contenders(bench, workload, folder, servers, nursery))
-        limits = started(_limits(workload, redis, nursery)) if bench.limits else []
+        contenders = started(_contenders(bench, workload, folder, servers, processes))
+        limits = started(_limits(workload, redis, processes)) if bench.limits else []
         turns = [*contenders, *limits]
         times_s: dict[str, list[float]] = {each.name: [] for each in turns}
         for index in range(bench.rounds):
@@ -81,27 +81,27 @@ def _match(bench: Bench, workload: Workload, say: Callable[[str], None]) -> Matc
 
 
 def _contenders(
-    bench: Bench, workload: Workload, folder: Path, servers: PrivateServers, nursery: Nursery
+    bench: Bench, workload: Workload, folder: Path, servers: PrivateServers, processes: ChildProcesses
 ) -> Iterator[Contender]:
     """Start those that take steps."""
     servers.start()
     if bench.carrier is not Carrier.TCP:
-        yield psa.start(workload, nursery, servers.addresses, PSA, "bench-shared", "auto")
+        yield psa.start(workload, processes, servers.addresses, PSA, "bench-shared", "auto")
     if bench.carrier is not Carrier.SHARED:
-        yield psa.start(workload, nursery, servers.addresses, PSA_TCP, "bench-tcp", "tcp")
+        yield psa.start(workload, processes, servers.addresses, PSA_TCP, "bench-tcp", "tcp")
     if bench.peers:
         for why_not, start in _PEERS.values():
             if not why_not():
-                yield start(workload, nursery, folder)
+                yield start(workload, processes, folder)
     if bench.limits:
-        yield floor.start(workload, nursery)
+        yield floor.start(workload, processes)
 
 
-def _limits(workload: Workload, redis: PrivateRedis, nursery: Nursery) -> Iterator[Contender]:
+def _limits(workload: Workload, redis: PrivateRedis, processes: ChildProcesses) -> Iterator[Contender]:
     """Start those that show what the machine can do."""
-    yield memory.start(workload, nursery)
-    yield stream.start_one_way(workload, nursery)
-    yield stream.start_both_ways(workload, nursery)
+    yield memory.start(workload, processes)
+    yield stream.start_one_way(workload, processes)
+    yield stream.start_both_ways(workload, processes)
     redis.start(_START_S)
-    yield redis_values.start_set(workload, nursery, redis.url)
-    yield redis_values.start_get(workload, nursery, redis.url)
+    yield redis_values.start_set(workload, processes, redis.url)
+    yield redis_values.start_get(workload, processes, redis.url)

@@ -17,7 +17,7 @@ from psa_store.launch import PrivateZooKeeper
 @pytest.fixture(scope="module")
 def zookeeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateZooKeeper]:
     private = PrivateZooKeeper(tmp_path_factory.mktemp("zookeeper"))
-    private.start(30.0)
+    private.start(120)
     yield private
     private.stop()
 

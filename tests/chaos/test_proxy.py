@@ -13,7 +13,7 @@ import pytest
 
 from chaos.proxy import Proxy
 
-PATIENCE_S = 5.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_delay_and_throttle_take_their_time_and_lose_nothing(proxy: Proxy) -> No
         assert exchange(client, b"y") == b"y"
 
 
-def test_silence_tells_nobody_and_ends(proxy: Proxy) -> None:
+def test_a_stall_ends_no_connection(proxy: Proxy) -> None:
     with connect(proxy) as client:
         proxy.stall()
         client.sendall(b"held")

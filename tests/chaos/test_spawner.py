@@ -17,7 +17,7 @@ import pytest
 from chaos.cluster.network import Network, namespaces_available
 from chaos.cluster.spawner import Process, Spawner, SpawnerDied
 
-_SOON_S = 20.0
+_SOON_S = 120.0
 _POLL_S = 0.01
 _FOREVER = ["import time; print('here', flush=True); time.sleep(600)"]
 

@@ -27,7 +27,7 @@ from psa_store.wire import PROTOCOL, Header, Kind, Reason, SharedMemory, connect
 from psa_store.wire.frames import HEADER_BYTES, unpack
 from tests.harness import Site
 
-PATIENCE_S = 15.0
+PATIENCE_S = 120.0
 """How long a peer waits for an answer: a server that does not give it by then never will."""
 NUMBERS = itertools.count()
 
@@ -78,7 +78,7 @@ class Peer:
         self.throw(Header(kind, **fields).pack() + payload, fds)
 
     def hello(self, member: str | None = None, **changes: Any) -> None:
-        """Introduce the peer under a name that nobody has had, if none is given."""
+        """Introduce the peer, by default under a new name."""
         member = f"worker-stranger-{next(NUMBERS)}" if member is None else member
         hello = {"protocol": PROTOCOL, "job": self.job, "layout": self.layout.fingerprint, "by_reference": True}
         self.say(Kind.HELLO, encode_text({**hello, "member": member, **changes}))
@@ -285,7 +285,7 @@ def holdings(pid: int) -> Holdings:
 
 
 def descriptors(pid: int) -> dict[str, str]:
-    """What each descriptor of a process stands for, by its path in /proc; nothing of somebody else's process."""
+    """Return the target of each descriptor of a process, by its path in /proc; nothing of another user's process."""
     found = {}
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for path in Path(f"/proc/{pid}/fd").iterdir():
@@ -298,7 +298,7 @@ def memfd_mappings(pid: int) -> list[str]:
     """The lines of /proc/PID/maps that are memory of psa_store."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         return [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/memfd:psa-" in line]
-    return []  # it has ended, or is somebody else's
+    return []  # it has ended, or belongs to another user
 
 
 def resident_bytes(pid: int) -> int:

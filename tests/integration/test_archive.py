@@ -22,7 +22,7 @@ from psa_store.storage import RedisStore
 from tests.harness import Site
 from tests.integration.test_export import VERSION, commit, damaged
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture

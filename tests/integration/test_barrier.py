@@ -19,7 +19,7 @@ from psa_store.errors import DataIntegrity, UsageError
 from psa_store.launch import PrivateZooKeeper
 
 OPEN, DONE, ABORTED = BarrierState
-PATIENCE_S = 15.0
+PATIENCE_S = 120.0
 
 
 class Member:
@@ -40,7 +40,7 @@ class Member:
 @pytest.fixture(scope="module")
 def zookeeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateZooKeeper]:
     private = PrivateZooKeeper(tmp_path_factory.mktemp("zookeeper"))
-    private.start(30.0)
+    private.start(120)
     yield private
     private.stop()
 

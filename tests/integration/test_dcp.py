@@ -104,7 +104,7 @@ def test_two_processes_read_and_write_in_shards(site: Site, tmp_path: Path) -> N
     ]
     try:
         for peer in peers:
-            output, _ = peer.communicate(timeout=120)
+            output, _ = peer.communicate(timeout=300)
             assert peer.returncode == 0, output
     finally:
         for peer in peers:

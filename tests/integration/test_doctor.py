@@ -73,7 +73,7 @@ def verdicts(checks: Checks, names: list[str]) -> set[str]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
     """A Redis that may be spoiled."""
     private = PrivateRedis(tmp_path_factory.mktemp("redis"))
-    private.start(10)
+    private.start(120)
     yield private
     private.stop()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from psa_store.testing.failpoints import FailpointAction, arm, hit
 from tests.harness import TRAIN, Run, Site
 
 STEPS = 150
@@ -20,7 +21,7 @@ def start(site: Site, job: str, *arguments: str, carrier: str = "auto", **option
 
 
 def join(site: Site, *arguments: str, carrier: str = "auto") -> Run:
-    """`psa worker` or `psa server`, as somebody on another machine would start it."""
+    """`psa worker` or `psa server`, as started on another machine."""
     return Run([*arguments], {**site.env, "PSA_CARRIER": carrier})
 
 
@@ -77,7 +78,7 @@ def test_a_server_joins_takes_shards_and_hands_them_back_without_a_lost_step(
     hurry.touch()
     assert run.finish() == 0, run.output
     steps = [int(line.split()[1]) for line in run.lines if line.startswith("step ")]
-    assert steps == sorted(set(steps)), "a step was computed twice, although nobody died"
+    assert steps == sorted(set(steps)), "a step was computed twice, although no process died"
     assert site.digest("elastic-server", STEPS) == undisturbed
 
 
@@ -94,25 +95,29 @@ def test_sigterm_ends_a_run_cleanly_and_loses_no_step(site: Site, undisturbed: s
     assert site.digest("elastic-sigterm", STEPS) == undisturbed
 
 
-def test_a_server_that_slept_past_its_session_is_refused(site: Site) -> None:
-    """It commits all the time, so it falls asleep in a commit; woken, it must find its term over."""
-    arguments = ["--steps", "60", "--width", "700"]
+def test_a_server_that_slept_past_its_session_is_refused(site: Site, tmp_path: Path) -> None:
+    """It is stopped in a commit, before the flip; woken, it must find its term over."""
+    arguments = ["--steps", "60"]
     options = {"workers": 1, "servers": 2, "ranks": 1, "commit_every": 1}
     calm = site.run("elastic-awake", *arguments, **options)
     assert calm.finish() == 0, calm.output
-    run = site.run("elastic-asleep", *arguments, **options)
-    run.wait_for_step(10)
+    hurry = tmp_path / "hurry"
+    slowly = ["--pace-s", "0.2", "--paced-until", str(hurry)]  # until the second server has joined
+    run = site.run("elastic-asleep", *arguments, *slowly, env={"PSA_FAILPOINTS": str(tmp_path)}, **options)
+    site.wait_until_serving(run, "elastic-asleep", 2)
     described = site.describe("elastic-asleep")
-    term = described.term
-    victim = next(each for each in described.servers if each.id != described.controller)
-    os.kill(victim.pid, signal.SIGSTOP)
+    arm(tmp_path, "commit.before_flip", FailpointAction.STOP)
+    gone = run.wait_for_line(lambda line: "server" in line and "is gone" in line)
+    (pid,) = hit(tmp_path, "commit.before_flip")
     try:
-        run.wait_for_line(lambda line: f"server {victim.id} is gone" in line)
-        run.wait_for_step(12)
-        assert site.describe("elastic-asleep").term > term
+        (victim,) = [each for each in described.servers if each.pid == pid]
+        assert victim.id in gone
+        run.wait_for_line(lambda line: line.startswith("step "))
+        assert (site.describe("elastic-asleep").term or 0) > (described.term or 0)
     finally:
-        os.kill(victim.pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
     refusal = run.wait_for_line(lambda line: "refused" in line and "owns the shard" in line)
-    assert f"ours is {term}" in refusal
+    assert f"ours is {described.term}" in refusal
+    hurry.touch()
     assert run.finish() == 0, run.output
     assert site.digest("elastic-asleep", 60) == site.digest("elastic-awake", 60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import select
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ import pytest
 from psa_store.errors import DependencyUnreachable
 from psa_store.observe import Endpoint, endpoint
 
-PATIENCE_S = 10.0
+PATIENCE_S = 120.0
 
 
 def get(address: str, path: str, method: str = "GET") -> tuple[int, str, bytes]:
@@ -104,7 +105,7 @@ def test_a_client_that_drips_does_not_last_longer(monkeypatch: pytest.MonkeyPatc
                 while time.monotonic() - begun_s < PATIENCE_S:
                     client.sendall(b"A")
                     pause.wait(0.05)
-            assert time.monotonic() - begun_s < 5.0
+            assert time.monotonic() - begun_s < PATIENCE_S / 2
 
 
 def test_a_storm_is_turned_away_and_passes(server: Endpoint) -> None:
@@ -114,14 +115,12 @@ def test_a_storm_is_turned_away_and_passes(server: Endpoint) -> None:
             stack.enter_context(closing(socket.create_connection((host, int(port)), timeout=PATIENCE_S)))
             for _ in range(endpoint._CONNECTIONS_MAX + 8)
         ]
-        turned_away = 0
-        for client in clients:
-            client.settimeout(0.05)
-            try:
-                turned_away += client.recv(1) == b""
-            except TimeoutError:
-                pass
-        assert turned_away == 8
+        kept = set(clients)
+        while len(kept) > endpoint._CONNECTIONS_MAX:
+            turned_away, _, _ = select.select(kept, [], [], PATIENCE_S)
+            assert turned_away and all(client.recv(1) == b"" for client in turned_away)
+            kept.difference_update(turned_away)
+        assert not select.select(kept, [], [], 0.05)[0], "more were turned away than had to be"
         threads = [each for each in threading.enumerate() if each.name.startswith("psa-http")]
         assert len(threads) == 1 + endpoint._THREADS
     over_s = time.monotonic() + PATIENCE_S
@@ -170,7 +169,7 @@ def test_out_of_descriptors_it_rests_and_answers_afterwards() -> None:
     assert child.exitcode == 0
 
 
-def test_who_comes_second_takes_the_next_port() -> None:
+def test_the_second_process_takes_the_next_port() -> None:
     with closing(Endpoint("127.0.0.1", 0, ROUTES)) as first:
         port = int(first.address.rpartition(":")[2])
         with closing(Endpoint("127.0.0.1", port, ROUTES)) as second:

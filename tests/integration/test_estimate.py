@@ -17,7 +17,7 @@ from psa_store.optim import AdamW
 from psa_store.worker.flat_model import describe_model
 from tests.harness import PSA, Site
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 GPT = (str(Path(gpt.__file__)), "--width=32", "--layers=1")
 TERMS = {"gradients travel", "servers: reduce, update", "parameters travel", "messages", "copies for commits"}
 

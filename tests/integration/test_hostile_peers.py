@@ -172,7 +172,7 @@ def hello_twice(scene: Scene, carrier: str) -> None:
 def hello_of_a_name_that_cannot_be_printed(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
     peer.hello("\ud800\x1b[31m\n" + "x" * 10_000)
-    peer.is_thrown_out("HELLO from nobody")
+    peer.is_thrown_out("HELLO from no member")
 
 
 @deed
@@ -219,7 +219,7 @@ def a_push_for_a_rank_of_another(scene: Scene, carrier: str) -> None:
 
 
 @deed
-def a_push_to_a_server_that_does_not_lead_the_shard(scene: Scene, carrier: str) -> None:
+def a_push_to_a_server_that_does_not_own_the_shard(scene: Scene, carrier: str) -> None:
     elsewhere = scene.shard_led_elsewhere(0)
     peer = scene.peer(carrier, 0)
     peer.hello()
@@ -357,7 +357,7 @@ def norms_that_are_none(scene: Scene, carrier: str) -> None:
 def norms_of_a_peer_that_is_no_server(scene: Scene, carrier: str) -> None:
     """They would spoil the clipping, or end a step before another server has all of it."""
     norms = np.array([[shard.index, 1e6] for shard in scene.layout.versioned]).tobytes()
-    with scene.in_the_name_of_the_holder() as pose:  # who is no server either; and the step lasts until we have done
+    with scene.in_the_name_of_the_holder() as pose:  # it is no server either; and the step lasts until this is done
         for server in set(scene.plan.owners):
             shard = scene.plan.owners.index(server)
             for peer, step in (pose(carrier, shard), (scene.peer(carrier, shard), 0)):
@@ -385,7 +385,7 @@ def a_second_connection_of_a_living_worker_that_reads_on(scene: Scene, carrier: 
 
 @deed
 def a_reader_that_never_stops_reading(scene: Scene, carrier: str) -> None:
-    """It holds no rank and shows a version for as long as it likes: nobody may have to wait for it."""
+    """It holds no rank and shows a version for as long as it likes: no process may have to wait for it."""
     peer = scene.peer(carrier)
     peer.hello()
     peer.see_version(0)
@@ -465,7 +465,7 @@ def a_push_of_what_never_changes(scene: Scene, carrier: str) -> None:
 
 
 @deed
-def what_ranks_carry_in_a_job_where_they_carry_nothing(scene: Scene, carrier: str) -> None:
+def rank_state_in_a_job_without_rank_state(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
     peer.hello()
     for rank in (0, scene.ranks, (1 << 32) - 1):
@@ -500,7 +500,7 @@ def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(site: Site, failpoints: Path) -> Iterator[Run]:
-    """One worker that shares memory with two servers, until somebody stops it."""
+    """One worker that shares memory with two servers, until it is stopped."""
     run = start(site, JOB, "--steps", "1000000", "--pace-s", "0.01", failpoints=failpoints, servers=2)
     LIVE.remove(run)  # it outlives the test that started it; we end it
     try:

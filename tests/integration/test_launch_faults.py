@@ -39,7 +39,7 @@ from psa_store.launch import (
 from psa_store.launch.supervisor import reported_code
 from psa_store.wire import announce
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 GONE_S = 2.0
 ROOT = Path(__file__).parents[2]
 
@@ -167,7 +167,7 @@ class TestRedis:
     def test_it_dies_with_its_owner(self, tmp_path: Path) -> None:
         owner = python(
             "import sys, pathlib, signal; from psa_store.launch import PrivateRedis\n"
-            "server = PrivateRedis(pathlib.Path(sys.argv[1])); server.start(30); print(server.pid, flush=True)\n"
+            "server = PrivateRedis(pathlib.Path(sys.argv[1])); server.start(120); print(server.pid, flush=True)\n"
             "signal.pause()",
             tmp_path,
         )
@@ -276,7 +276,7 @@ class TestUpAndDown:
         with ends_within(GONE_S, *self.pids(home)):
             down(home)
 
-    def test_a_glance_at_the_lock_does_not_keep_anyone_from_holding_it(self, home: Path) -> None:
+    def test_a_glance_at_the_lock_does_not_keep_others_from_holding_it(self, home: Path) -> None:
         home.mkdir()
         glance = os.open(home / "up.pid", os.O_RDONLY | os.O_CREAT, 0o600)
         fcntl.flock(glance, fcntl.LOCK_SH)
@@ -370,7 +370,7 @@ def leave_cleanly() -> None:
     """Take a while to leave, as a worker does that finishes its step."""
 
     def leave(_number: int, _frame: object) -> None:
-        time.sleep(0.3)  # the work that is left when the signal comes, not a wait for anybody
+        time.sleep(0.3)  # the work that is left when the signal comes, not a wait for an event
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, leave)
@@ -417,7 +417,7 @@ class Watch:
         )
 
     def run(self, messages: int = 1 << 30) -> int:
-        """Run until so many messages came, or nobody is left."""
+        """Run until so many messages came, or no child is left."""
         end_s = time.monotonic() + PATIENCE_S
 
         def enough() -> bool:
@@ -459,7 +459,7 @@ class TestSupervisor:
         assert (message["mark"], message["stdin"], message["sigterm"]) == ("42", "", True)
         assert watch.deaths == [(child.member, 0)]
 
-    def test_a_killed_child_is_noticed_at_once_and_comes_back_as_somebody_else(
+    def test_a_killed_child_is_noticed_at_once_and_comes_back_under_another_name(
         self, watch: Watch, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(supervisor, "_TICK_S", 10.0)  # nothing below may depend on polling
@@ -501,7 +501,7 @@ class TestSupervisor:
         assert watch.run() == 1
         assert len(watch.deaths) == 1
 
-    def test_stop_waits_for_those_who_leave(self, watch: Watch) -> None:
+    def test_stop_waits_for_children_that_leave(self, watch: Watch) -> None:
         watch.supervisor.spawn(ProcessRole.WORKER, leave_cleanly)
         watch.supervisor.spawn(ProcessRole.WORKER, wait_for_the_end)
         watch.supervisor.spawn(ProcessRole.SERVER, wait_for_the_end)
@@ -510,7 +510,7 @@ class TestSupervisor:
         assert sorted(code for _, code in watch.deaths) == [-signal.SIGTERM, 0]
         assert len(watch.supervisor.alive(ProcessRole.SERVER)) == 1
 
-    def test_stop_kills_those_who_do_not_leave(self, watch: Watch) -> None:
+    def test_stop_kills_children_that_do_not_leave(self, watch: Watch) -> None:
         watch.supervisor.spawn(ProcessRole.WORKER, refuse_to_leave)
         watch.run(messages=1)
         assert watch.supervisor.stop(ProcessRole.WORKER, 0.3) == 1

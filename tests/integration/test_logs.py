@@ -1,4 +1,4 @@
-"""The log of real processes as JSON, with a Redis whose password nobody may see."""
+"""The log of real processes as JSON, with a Redis whose password must not appear."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import pytest
 from psa_store.launch import PrivateRedis
 from tests.harness import PSA, TRAIN, Run, Site
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0
 PASSWORD = "Kdj4Qx@x9"
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = PrivateRedis(tmp_path_factory.mktemp("redis"), {"requirepass": PASSWORD})
-    server.start(10)
+    server.start(120)
     host, port = server.address
     yield f"redis://:{PASSWORD}@{host}:{port}"
     server.stop()

@@ -30,7 +30,7 @@ from psa_store.storage import History, keys
 from tests.harness import Run, Site
 from tests.integration.test_endpoint import get, held
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 T = TypeVar("T")
 
 
@@ -46,7 +46,7 @@ def eventually(look: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[PrivateRedis]:
     server = PrivateRedis(tmp_path / "redis")
-    server.start(10)
+    server.start(120)
     yield server
     server.stop()
 
@@ -54,7 +54,7 @@ def redis(tmp_path: Path) -> Iterator[PrivateRedis]:
 @pytest.fixture
 def zookeeper(tmp_path: Path) -> Iterator[PrivateZooKeeper]:
     server = PrivateZooKeeper(tmp_path / "zookeeper")
-    server.start(30)
+    server.start(120)
     yield server
     server.stop()
 
@@ -161,7 +161,7 @@ def test_a_job_publishes_what_happens_to_it(own: Site, redis: PrivateRedis) -> N
 
         redis.kill()
         back = time.time()
-        redis.start(10)
+        redis.start(120)
         eventually(lambda: all_there(history, 2, since=back))
         points = len(history.curve())
         eventually(lambda: len(history.curve()) > points)
@@ -301,7 +301,7 @@ class TestMonitor:
             redis.kill()
             for number in range(3):
                 events.note(EventKind.MEMBERS, str(number))
-            redis.start(10)
+            redis.start(120)
             eventually(lambda: len(history.events()) == 3)
             assert [event.text for event in history.events()] == ["0", "1", "2"]
             redis.kill()

@@ -30,7 +30,7 @@ from psa_store.observe.heartbeat import Heartbeat
 from psa_store.storage import RedisStore
 from tests.harness import Site
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 EVIL = "<img src=x onerror=document.title='evil'>"
 
 needs_chromium = pytest.mark.skipif(

@@ -110,7 +110,7 @@ class TestOwnRedis:
     @pytest.fixture
     def own(self, site: Site, tmp_path: Path) -> Iterator[Site]:
         server = PrivateRedis(tmp_path / "redis", {"maxmemory": "200mb", "maxmemory-policy": "allkeys-lru"})
-        server.start(10)
+        server.start(120)
         yield Site(server.url, site.zookeeper, tmp_path)
         server.stop()
 
@@ -122,7 +122,7 @@ class TestOwnRedis:
 
 class TestDamage:
     def damage(self, site: Site, job: str, shard: int, versions: list[int]) -> None:
-        """Flip one byte in the parameters of some versions of a shard, behind everybody's back."""
+        """Flip one byte in the parameters of some versions of a shard, unnoticed by the job."""
         with closing(site.store()) as store, redis.Redis.from_url(site.redis) as raw:
             (head,) = store.heads(job, [shard])
             for manifest in head.manifests:

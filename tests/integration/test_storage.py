@@ -41,7 +41,7 @@ KEEP = 3
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
     private = PrivateRedis(tmp_path_factory.mktemp("redis"), {"requirepass": "sesame"})
-    private.start(10)
+    private.start(120)
     yield private
     private.stop()
 
@@ -414,7 +414,7 @@ def test_no_message_shows_a_password(url: str) -> None:
 
 def test_a_redis_without_functions_is_unfit(tmp_path: Path) -> None:
     private = PrivateRedis(tmp_path, {"rename-command": 'FUNCTION ""'})
-    private.start(10)
+    private.start(120)
     try:
         with (
             closing(RedisStore(private.url, timeout_s=5.0)) as store,
@@ -430,7 +430,7 @@ def test_a_restarted_redis_is_found_again(server: PrivateRedis, store: RedisStor
     commit(store, 1)
     before = store.server_run_id()
     server.kill()
-    server.start(10)
+    server.start(120)
     assert commit(store, 2, expect=1).version == 2
     assert store.server_run_id() != before
 
@@ -445,7 +445,7 @@ def test_an_unreachable_redis_is_named_in_time_and_without_its_password() -> Non
 
 def test_an_evicting_redis_is_unfit(tmp_path: Path) -> None:
     private = PrivateRedis(tmp_path, {"maxmemory": "100mb", "maxmemory-policy": "volatile-lru"})
-    private.start(10)
+    private.start(120)
     try:
         with (
             closing(RedisStore(private.url, timeout_s=5.0)) as store,
@@ -458,7 +458,7 @@ def test_an_evicting_redis_is_unfit(tmp_path: Path) -> None:
 
 def test_a_full_redis_refuses_with_a_reason_and_keeps_what_it_has(tmp_path: Path) -> None:
     private = PrivateRedis(tmp_path, {"maxmemory": "24mb"})
-    private.start(10)
+    private.start(120)
     try:
         with closing(RedisStore(private.url, timeout_s=5.0)) as store:
             store.check()
@@ -586,7 +586,7 @@ def test_functions_that_are_flushed_in_the_middle_of_a_commit_are_loaded_again(
     assert sorted(done) == list(range(8)) and all(head.manifest(1) for head in store.heads(JOB, range(8)))
 
 
-def test_whoever_stops_a_commit_leaves_connections_that_can_be_used(url: str, raw: redis.Redis) -> None:
+def test_an_interrupted_commit_leaves_connections_that_can_be_used(url: str, raw: redis.Redis) -> None:
     with closing(RedisStore(url, timeout_s=1.0, connections_max=2)) as store:
         store.seal(JOB, range(9), 1, LAYOUT)
         for version in range(1, 6):
@@ -672,7 +672,7 @@ def test_a_redis_that_begins_to_refuse_in_the_middle_of_a_commit_is_unfit(
 
 def test_a_redis_that_runs_full_in_the_middle_of_a_commit_keeps_no_rest_of_it(tmp_path: Path) -> None:
     private = PrivateRedis(tmp_path, {"maxmemory": "60mb"})
-    private.start(10)
+    private.start(120)
     try:
         with closing(RedisStore(private.url, timeout_s=5.0)) as store, redis.Redis.from_url(private.url) as raw:
             store.check()
@@ -735,7 +735,7 @@ def test_a_pin_may_be_moved_to_another_version(store: RedisStore, raw: redis.Red
     assert all(raw.ttl(key) >= 0 or not raw.exists(key) for key in first.chunk_keys(JOB, 0))
 
 
-def test_nobody_pins_under_an_term_that_is_over(store: RedisStore) -> None:
+def test_nothing_is_pinned_under_a_term_that_is_over(store: RedisStore) -> None:
     store.seal(JOB, [0, 1], 1, LAYOUT)
     for shard in (0, 1):
         commit(store, 1, shard=shard)

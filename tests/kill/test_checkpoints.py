@@ -1,4 +1,4 @@
-"""Checkpoints of jobs that run: what they hold is what training goes on from, whoever dies while they are taken."""
+"""Checkpoints of running jobs: training goes on from what they hold, whichever process dies while they are taken."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_server_that_dies_while_a_checkpoint_is_taken(
     arm(tmp_path, place, FailpointAction.KILL)
     taken = checkpoint(site, "save", job, "--name", "kept")
     assert taken.returncode == 0, taken.stdout
-    assert list(tmp_path.glob(f"{place}.hit.*")), "nobody was killed"
+    assert list(tmp_path.glob(f"{place}.hit.*")), "no process was killed"
     (tmp_path / "hurry").touch()
     assert run.finish() == 0, run.output
     found = stored(site, job)
@@ -219,10 +219,10 @@ def test_by_interval_and_when_told_to_leave(site: Site, undisturbed: dict[str, s
     assert len(stored(site, job).checkpoints) == 2, "older ones were kept"
 
 
-def test_who_waits_no_longer_leaves_nothing(site: Site, tmp_path: Path) -> None:
+def test_a_request_that_is_given_up_leaves_nothing(site: Site, tmp_path: Path) -> None:
     """Workers are paused, so the cut is not reached in time; when they go on, it is given up."""
     job = "impatient"
-    # Paused for less than their session: who is gone is not waited for.
+    # Paused for less than their session: a member that is gone is not waited for.
     run = start(site, job, slow_until=tmp_path / "hurry", PSA_SESSION_TIMEOUT_S="60")
     run.wait_for_step(3)
     workers = site.pids(job, "workers")

@@ -1,4 +1,4 @@
-"""Connections break while everybody lives: nobody is replaced, no term ends, and the result stays."""
+"""Connections break while all processes live: none is replaced, no term ends, and the result stays."""
 
 from __future__ import annotations
 

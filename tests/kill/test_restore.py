@@ -18,8 +18,8 @@ def own(tmp_path: Path) -> Iterator[tuple[Site, PrivateRedis]]:
     """A Redis that may be lost."""
     redis, zookeeper = PrivateRedis(tmp_path / "redis"), PrivateZooKeeper(tmp_path / "zookeeper")
     try:
-        redis.start(10)
-        zookeeper.start(30)
+        redis.start(120)
+        zookeeper.start(120)
         yield Site(redis.url, zookeeper.hosts, tmp_path), redis
     finally:
         redis.stop()
@@ -33,7 +33,7 @@ def lose(redis: PrivateRedis, folder: Path) -> None:
             shutil.rmtree(each)
         elif each.name != "port":
             each.unlink()
-    redis.start(10)
+    redis.start(120)
 
 
 def test_all_of_redis_is_lost(own: tuple[Site, PrivateRedis], tmp_path: Path) -> None:
@@ -64,7 +64,9 @@ def test_all_of_redis_is_lost(own: tuple[Site, PrivateRedis], tmp_path: Path) ->
     assert str(folders[-2]) in line
     assert any("passed over" in line and folders[-1].name in line for line in restored.lines)
     assert restored.finish() == 0, restored.output
-    assert restored.output.count("restoring from files") == 1, "only who holds the right to create reads files"
+    assert restored.output.count("restoring from files") == 1, (
+        "only the process that holds the right to create reads files"
+    )
     assert site.digest("lost", STEPS) == bits
     assert stored(site, "lost").checkpoints, "none was taken since"
 
@@ -77,7 +79,7 @@ def test_restoring_says_what_it_lacks(own: tuple[Site, PrivateRedis], tmp_path: 
     empty = {"PSA_RESTORE": "1", "PSA_CHECKPOINT_FILES": str(tmp_path / "empty"), "PSA_CHECKPOINT_EVERY_S": "3600"}
     run = start(site, "nothing", **empty)
     assert run.finish() == 0, run.output
-    assert run.output.count("there is nothing to restore") == 1, "only who creates the job looks at files"
+    assert run.output.count("there is nothing to restore") == 1, "only the process that creates the job looks at files"
     shutil.rmtree(tmp_path / "empty", ignore_errors=True)
     lose(redis, tmp_path / "redis")
     run = start(site, "nothing", **empty)

@@ -1,4 +1,4 @@
-"""Kill processes while ranks make steps of their own: the bits stay, those of what ranks carry included."""
+"""Kill processes while ranks make steps of their own: the bits stay, those of rank state included."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def final(mode: str) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """By variant, the digest of the run that nobody disturbed: one worker, one server."""
+    """By variant, the digest of the undisturbed run: one worker, one server."""
     known: dict[str, str] = {}
 
     def of(variant: str) -> str:
@@ -127,7 +127,7 @@ def test_everything_is_killed_and_the_same_command_resumes(
 def test_workers_and_servers_come_and_go_without_a_lost_round(
     site: Site, undisturbed: Callable[[str], str], tmp_path: Path
 ) -> None:
-    """Who comes waits for a version at which the ranks' state is with the servers; nobody goes back for it.
+    """A joining worker waits for a version at which the servers have the rank state; no process goes back for it.
 
     Only the round that is under way when a term begins is computed again.
     """
@@ -152,7 +152,7 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
     assert {step for (step, _), count in times.items() if count > 1} <= resumed, "a round was lost"
 
 
-def test_what_ranks_carry_lies_with_their_commits(site: Site, tmp_path: Path) -> None:
+def test_rank_state_lies_with_its_commits(site: Site, tmp_path: Path) -> None:
     for forget in (False, True):
         job, mode = f"rounds-forget-{forget}", PLAIN + (",forget" if forget else "")
         run = site.run(
@@ -175,7 +175,7 @@ def test_what_ranks_carry_lies_with_their_commits(site: Site, tmp_path: Path) ->
 def test_a_job_that_goes_on_beyond_its_end_has_the_bits_of_one_that_did_not_stop(
     site: Site, mode: str, compress: str
 ) -> None:
-    """It ended between two commits of what ranks carry, which the last pushes bring all the same."""
+    """It ended between two commits of rank state, which the last pushes bring all the same."""
     total = "120"
     how: dict[str, object] = {"workers": 1, "servers": 1, "ranks": RANKS, "commit_every": 7}
     name = f"beyond-{mode.partition(':')[0]}"

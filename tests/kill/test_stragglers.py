@@ -1,4 +1,4 @@
-"""A worker that does not move holds nobody up, where the mode says so; with speculation the bits stay."""
+"""A worker that stands still delays no other, where the mode says so; with speculation the bits stay."""
 
 from __future__ import annotations
 

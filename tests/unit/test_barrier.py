@@ -40,7 +40,7 @@ def test_it_is_decided_once(barrier: Barrier, looks: list[tuple[dict[str, int], 
     assert all((each.term, each.members) == (barrier.term, barrier.members) for each in seen)
 
 
-def test_a_reason_names_who_is_missing_or_gone() -> None:
+def test_a_reason_names_the_members_that_are_missing_or_gone() -> None:
     barrier = Barrier(1, ("a", "b"))
     assert "missing: b" in barrier.decided({"a": 1}, term=1, expired=True).reason
     assert "b" in barrier.decided({"a": 1}, term=1, gone=["b", "a"]).reason

@@ -187,7 +187,7 @@ def test_an_term_that_begins_before_the_one_before_it_is_seen() -> None:
 
 
 @pytest.mark.parametrize("role", ["train", "reader"])
-def test_a_mixture_that_somebody_saw_is_seen(builder: HistoryBuilder, role: str) -> None:
+def test_a_mixture_that_was_read_is_found(builder: HistoryBuilder, role: str) -> None:
     builder.record(role, "0", "batch" if role == "train" else "read", version=20, digest="mixed")
     assert builder.broken() == {"bits"}
 

@@ -13,7 +13,7 @@ from chaos.tail import Tail
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
-def test_the_controller_is_who_was_elected_last_in_whatever_order_journals_are_read(
+def test_the_controller_is_the_server_elected_last_in_whatever_order_journals_are_read(
     tmp_path: Path, names: tuple[str, str]
 ) -> None:
     """Found by soak, seed 7: two elections between two looks, and the dead controller's was read after the other."""

@@ -235,7 +235,7 @@ def test_whatever_a_file_system_raises_is_one_line_without_passwords(
 def test_a_draft_translates_its_own_failures_only(broken: None) -> None:
     folder = Folder("psabroken://x")
     with pytest.raises(KeyError), folder.draft("a"):
-        raise KeyError("a fault of whoever writes")
+        raise KeyError("a fault of the writer")
     with pytest.raises(DependencyUnreachable, match="NoCredentials"), folder.draft("a") as draft:
         Broken.failing = True
         draft.write(b"x")

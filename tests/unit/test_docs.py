@@ -38,7 +38,7 @@ def test_the_reference_has_no_other_pages() -> None:
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=names)
-def test_a_link_leads_to_a_file_that_exists(path: Path) -> None:
+def test_a_link_names_a_file_that_exists(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
         if "://" not in target:
             assert (path.parent / target).exists(), target

@@ -87,7 +87,7 @@ class TestBytesOfAStep:
         found = traffic(job(), shared=True)
         assert up(found) == [BUFFER_BYTES, 0] and down(found) == [BUFFER_BYTES] * 2
 
-    def test_who_holds_no_rank_gets_nothing(self) -> None:
+    def test_a_worker_without_rank_gets_nothing(self) -> None:
         found = traffic(job(ranks=1))
         assert found.ranks == ((0,), ()) and up(found)[1] == down(found)[1] == 0
 
@@ -99,7 +99,7 @@ class TestBytesOfAStep:
         assert first.up_bytes + second.up_bytes == TRAINED_BYTES + BUFFER_BYTES
         assert first.up_bytes == owned_shards[0], "the first server owns trained shards only"
 
-    def test_a_server_beyond_the_shards_leads_nothing(self) -> None:
+    def test_a_server_beyond_the_shards_owns_nothing(self) -> None:
         found = traffic(job(), servers=9)
         assert len(found.servers) == 9 and any(server.shards == 0 for server in found.servers)
         assert sum(server.shards for server in found.servers) == len(LAYOUT.shards)
@@ -125,7 +125,7 @@ class TestBytesOfAStep:
         assert down(found) == [2 * (TRAINED_BYTES + BUFFER_BYTES), TRAINED_BYTES + BUFFER_BYTES]
         assert up(traffic(job("ssp:staleness=2")))[1] == TRAINED_BYTES + BUFFER_BYTES
 
-    def test_with_backup_ranks_everybody_sends_buffers(self) -> None:
+    def test_with_backup_ranks_every_rank_sends_buffers(self) -> None:
         assert up(traffic(job("sync:backup=1")))[1] == TRAINED_BYTES + BUFFER_BYTES
 
     @pytest.mark.parametrize("mode", ["local:steps=8,forget", "local:steps=8,fragments=2,forget"])

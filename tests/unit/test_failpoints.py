@@ -19,7 +19,12 @@ PASSING = (
 
 def pass_it(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PASSING], env={ENV: str(folder)}, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PASSING],
+        env={ENV: str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -63,7 +68,7 @@ for _ in range(5): failpoint("commit.chunk")
 print(reads)
 """
     done = subprocess.run(
-        [sys.executable, "-c", counting], env={}, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", counting], env={}, capture_output=True, text=True, timeout=300, check=True
     )
     assert done.stdout == f"['{ENV}']\n"
 
@@ -80,7 +85,7 @@ if (pid := os.fork()) == 0:
 sys.exit(-os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     arm(tmp_path, NAME, FailpointAction.KILL)
-    done = subprocess.run([sys.executable, "-c", forking], env={}, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", forking], env={}, timeout=300)
     assert done.returncode == signal.SIGKILL
 
 

@@ -22,7 +22,7 @@ def test_what_was_recorded_survives_the_process(tmp_path: Path) -> None:
         "journal.record('pushed', step=3)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", script], timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL
     begin, pushed = [json.loads(line) for line in (tmp_path / "worker-w.jsonl").read_text().splitlines()]
     assert begin["role"] == "worker" and begin["name"] == "w" and begin["pid"] != os.getpid()

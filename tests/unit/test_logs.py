@@ -48,7 +48,7 @@ def document(act: Callable[[], object]) -> dict[str, Any]:
 
 
 class TestForPrograms:
-    def test_a_line_says_when_what_and_who(self) -> None:
+    def test_a_line_has_time_event_and_process(self) -> None:
         found = document(lambda: logs.get_logger().warning("a process died", died="worker-1", code=-9))
         assert list(found) == ["time", "level", "event", "role", "pid", "died", "code"]
         assert (found["level"], found["event"], found["code"]) == ("warning", "a process died", -9)
@@ -60,7 +60,7 @@ class TestForPrograms:
             log = logs.get_logger()
             logs.identify(job="demo", member="worker-1")
             log.info("hello")
-            log.info("who else", member="worker-2", job="demo")
+            log.info("another", member="worker-2", job="demo")
 
         first, second = (json.loads(line) for line in written(act, as_json=True))
         assert (first["job"], first["member"]) == ("demo", "worker-1")
@@ -89,7 +89,7 @@ class TestForPrograms:
 
 
 class TestForPeople:
-    def test_a_line_shows_role_and_pid_and_not_what_everybody_knows(self) -> None:
+    def test_a_line_shows_role_and_pid_and_not_job_and_member(self) -> None:
         def act() -> None:
             logs.identify(job="demo", member="worker-1")
             logs.get_logger().info("job created", shards=3)

@@ -52,7 +52,7 @@ def gradients(owned: OwnedShard, ranks: int, seed: int) -> list[torch.Tensor]:
     seed=st.integers(0, 99),
     dtype=st.sampled_from(["float64", "float32", "bfloat16", "float16"]),
 )
-def test_gradients_are_added_in_the_order_of_ranks_whoever_came_first(ranks: int, seed: int, dtype: str) -> None:
+def test_gradients_are_added_in_the_order_of_ranks_not_of_arrival(ranks: int, seed: int, dtype: str) -> None:
     owned, _ = make(dtype)
     parts = gradients(owned, ranks, seed)
     arrival = list(range(ranks))

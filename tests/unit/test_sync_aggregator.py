@@ -1,4 +1,4 @@
-"""The server's synchronous course: what may be kept of it when the term ends in the middle of a step."""
+"""The synchronous aggregator of a server: what may be kept of it when the term ends in the middle of a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Lazy:
         self.asked += 1
 
 
-def course_of_nothing(arithmetic: Lazy) -> SyncAggregator:
+def aggregator_of_nothing(arithmetic: Lazy) -> SyncAggregator:
     nothing = SimpleNamespace(
         answer=lambda now: None,
         finish_is_due=lambda version: False,
@@ -56,19 +56,19 @@ def course_of_nothing(arithmetic: Lazy) -> SyncAggregator:
 def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
     """Found by reading: released then, they were kept as the version before, if that had been committed meanwhile."""
     arithmetic = Lazy()
-    aggregator = course_of_nothing(arithmetic)
+    aggregator = aggregator_of_nothing(arithmetic)
     assert aggregator.stands_at == 7
-    aggregator.advance()  # nobody is waited for: there are no shards
+    aggregator.advance()  # there is no wait: there are no shards
     assert arithmetic.asked == 1 and aggregator.stands_at is None
     aggregator.handle(Applied(1))
     assert aggregator.stands_at == 8
 
 
-def test_a_course_that_is_over_is_gone_at_once() -> None:
+def test_an_aggregator_that_is_over_is_gone_at_once() -> None:
     """Its shards may be gigabytes, and nothing calls the garbage collector in a server that goes on."""
     gc.disable()
     try:
-        aggregator = weakref.ref(course_of_nothing(Lazy()))
+        aggregator = weakref.ref(aggregator_of_nothing(Lazy()))
         assert aggregator() is None
     finally:
         gc.enable()

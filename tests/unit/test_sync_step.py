@@ -133,7 +133,7 @@ def test_without_clipping_a_shard_is_complete_with_its_last_gradient() -> None:
 
 
 @given(st.randoms(use_true_random=False), st.integers(0, RANKS - 1))
-def test_with_backup_ranks_the_first_to_come_count_and_nobody_else(rng: random.Random, backup: int) -> None:
+def test_with_backup_ranks_the_first_to_come_count_and_no_others(rng: random.Random, backup: int) -> None:
     step = SyncStep(
         version=0, ranks=RANKS, trained=(0, 1), buffers=(2,), all_shards=(0, 1, 2), needs_norms=True, backup=backup
     )

@@ -1,6 +1,6 @@
 """The floor: the same reduction and update in one process and one thread, block by block, in shared memory.
 
-Nobody is waited for and nothing is sent; a block of the sum never leaves the cache (except for a clipped update, which
+There is no waiting and nothing is sent; a block of the sum never leaves the cache (except for a clipped update, which
 needs the norm of the whole sum first).
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.names import FLOOR
 from psa_store.bench.update import Update, mean_scale
@@ -22,16 +22,16 @@ from psa_store.bench.workload import Workload
 _BLOCK_ELEMENTS = 256 << 10
 
 
-def start(workload: Workload, nursery: Nursery) -> Contender:
-    worker = nursery.spawn("floor", _worker, workload)
+def start(workload: Workload, processes: ChildProcesses) -> Contender:
+    worker = processes.spawn("floor", _worker, workload)
     worker.answer()
     return Contender(FLOOR, [worker])
 
 
-def _worker(orders: Orders, workload: Workload) -> None:
+def _worker(commands: CommandPipe, workload: Workload) -> None:
     steps = _Steps(workload)
-    orders.ready()
-    orders.obey(steps)
+    commands.ready()
+    commands.handle(steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.names import GLOO
 from psa_store.bench.request import Rule
@@ -23,11 +23,11 @@ def why_not() -> str:
     return "" if dist.is_available() and dist.is_gloo_available() else "this torch is built without gloo"
 
 
-def start(workload: Workload, nursery: Nursery, folder: Path) -> Contender:
+def start(workload: Workload, processes: ChildProcesses, folder: Path) -> Contender:
     """A process a rank, which meet in a file of ``folder``."""
     meeting = folder / "gloo"
     workers = [
-        nursery.spawn(f"gloo, worker {rank}", _worker, workload, rank, str(meeting), env=_LOOPBACK)
+        processes.spawn(f"gloo, worker {rank}", _worker, workload, rank, str(meeting), env=_LOOPBACK)
         for rank in range(workload.workers)
     ]
     for worker in workers:
@@ -35,13 +35,13 @@ def start(workload: Workload, nursery: Nursery, folder: Path) -> Contender:
     return Contender(GLOO, workers)
 
 
-def _worker(orders: Orders, workload: Workload, rank: int, meeting: str) -> None:
+def _worker(commands: CommandPipe, workload: Workload, rank: int, meeting: str) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workload.workers)
     try:
-        orders.ready()
-        orders.obey(_Steps(workload, rank))
+        commands.ready()
+        commands.handle(_Steps(workload, rank))
     finally:
         dist.destroy_process_group()
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.names import COPY
 from psa_store.bench.workload import Workload
 
 
-def start(workload: Workload, nursery: Nursery) -> Contender:
-    child = nursery.spawn(COPY, _copy, workload.elements)
+def start(workload: Workload, processes: ChildProcesses) -> Contender:
+    child = processes.spawn(COPY, _copy, workload.elements)
     child.answer()
     return Contender(COPY, [child])
 
 
-def _copy(orders: Orders, elements: int) -> None:
+def _copy(commands: CommandPipe, elements: int) -> None:
     copy = _Copy(elements)
-    orders.ready()
-    orders.obey(copy)
+    commands.ready()
+    commands.handle(copy)
 
 
 class _Copy(Stepper):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import psa_store as psa
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.request import Rule
 from psa_store.bench.workload import BETAS, EPS, WEIGHT_DECAY, Workload
@@ -23,7 +23,9 @@ _COMMIT_S = 60.0
 _POLL_S = 0.01
 
 
-def start(workload: Workload, nursery: Nursery, addresses: Addresses, name: str, job: str, carrier: str) -> Contender:
+def start(
+    workload: Workload, processes: ChildProcesses, addresses: Addresses, name: str, job: str, carrier: str
+) -> Contender:
     """A new job with one worker a rank, and one server. ``carrier``: as in PSA_CARRIER."""
     env = {
         "PSA_REDIS": addresses.redis,
@@ -33,22 +35,22 @@ def start(workload: Workload, nursery: Nursery, addresses: Addresses, name: str,
         "PSA_LOG_LEVEL": "warning",
     }
     workers = [
-        nursery.spawn(f"{name}, worker {index}", _worker, workload, job, env=env) for index in range(workload.workers)
+        processes.spawn(f"{name}, worker {index}", _worker, workload, job, env=env) for index in range(workload.workers)
     ]
     for worker in workers:
         worker.answer()
     # All workers have joined, so the first plan gives each of them one rank.
-    server = nursery.spawn(f"{name}, server", _server, job, env=env)
+    server = processes.spawn(f"{name}, server", _server, job, env=env)
     return Contender(name, workers, [server])
 
 
-def _server(_orders: Orders, job: str) -> None:
+def _server(_orders: CommandPipe, job: str) -> None:
     settings = load_settings()
     configure(settings.log_level, "server")
     serve(job, settings)
 
 
-def _worker(orders: Orders, workload: Workload, job: str) -> None:
+def _worker(commands: CommandPipe, workload: Workload, job: str) -> None:
     configure(load_settings().log_level, "worker")
     model = _Model(workload)
     if workload.rule is Rule.SGD:
@@ -58,8 +60,8 @@ def _worker(orders: Orders, workload: Workload, job: str) -> None:
             lr=workload.lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, clip_grad_norm=workload.clip
         )
     with psa.Worker(job, model, optimizer=optimizer, ranks=workload.workers) as worker:
-        orders.ready()
-        orders.obey(_Steps(worker, model, workload, job))
+        commands.ready()
+        commands.handle(_Steps(worker, model, workload, job))
 
 
 class _Model(nn.Module):
@@ -101,7 +103,7 @@ class _Steps(Stepper):
         self._gradients = [weight.grad for weight in self._model.weights]
 
     def settle(self) -> None:
-        """Wait for the end of a commit that the block has begun: it is our cost, not that of whoever is next."""
+        """Wait for the end of a commit that the block has begun: it counts here, not in the next contender."""
         if not self._worker.is_main:
             return
         end_s = time.monotonic() + _COMMIT_S

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.names import RAY, RAY_FLAT
 from psa_store.bench.update import Update, mean_scale
@@ -26,7 +26,7 @@ from psa_store.bench.workload import Workload
 _STORE_BYTES_MIN = 200 << 20
 _SERVER_THREADS = 2
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
-"""Nothing is reported to anybody; and no actor is killed because other programs use much memory."""
+"""No usage is reported; and no actor is killed because other programs use much memory."""
 _Array = npt.NDArray[np.float32]
 
 
@@ -35,23 +35,25 @@ def why_not() -> str:
     return "" if importlib.util.find_spec("ray") else "not installed: pip install ray"
 
 
-def start(workload: Workload, nursery: Nursery, folder: Path) -> Contender:
+def start(workload: Workload, processes: ChildProcesses, folder: Path) -> Contender:
     """The documented one. Ray's own processes live below one of ours, which drives the actors."""
-    return _start(RAY, nursery, _drive, workload, str(folder / "ray"), _DocumentedServer, _DocumentedWorker)
+    return _start(RAY, processes, _drive, workload, str(folder / "ray"), _DocumentedServer, _DocumentedWorker)
 
 
-def start_flat(workload: Workload, nursery: Nursery, folder: Path) -> Contender:
+def start_flat(workload: Workload, processes: ChildProcesses, folder: Path) -> Contender:
     """The best one, in the same Ray: it must leave before the documented one does."""
-    return _start(RAY_FLAT, nursery, _join, workload, str(folder / "ray"), _FlatServer, _FlatWorker)
+    return _start(RAY_FLAT, processes, _join, workload, str(folder / "ray"), _FlatServer, _FlatWorker)
 
 
-def _start(name: str, nursery: Nursery, target: Callable[..., None], *arguments: Any) -> Contender:
-    driver = nursery.spawn(name, target, *arguments, env=_ENVIRONMENT)
+def _start(name: str, processes: ChildProcesses, target: Callable[..., None], *arguments: Any) -> Contender:
+    driver = processes.spawn(name, target, *arguments, env=_ENVIRONMENT)
     driver.answer()
     return Contender(name, [driver])
 
 
-def _drive(orders: Orders, workload: Workload, folder: str, server: type[_Server], worker: type[_Worker]) -> None:
+def _drive(
+    commands: CommandPipe, workload: Workload, folder: str, server: type[_Server], worker: type[_Worker]
+) -> None:
     import ray
 
     ray.init(
@@ -62,20 +64,20 @@ def _drive(orders: Orders, workload: Workload, folder: str, server: type[_Server
         logging_level="error",
         _temp_dir=folder,
     )
-    _obey(orders, _Steps(workload, ray, server, worker))
+    _handle(commands, _Steps(workload, ray, server, worker))
 
 
-def _join(orders: Orders, workload: Workload, folder: str, server: type[_Server], worker: type[_Worker]) -> None:
+def _join(commands: CommandPipe, workload: Workload, folder: str, server: type[_Server], worker: type[_Worker]) -> None:
     import ray
 
     ray.init(address="auto", log_to_driver=False, logging_level="error", _temp_dir=folder)
-    _obey(orders, _Steps(workload, ray, server, worker))
+    _handle(commands, _Steps(workload, ray, server, worker))
 
 
-def _obey(orders: Orders, steps: _Steps) -> None:
+def _handle(commands: CommandPipe, steps: _Steps) -> None:
     try:
-        orders.ready()
-        orders.obey(steps)
+        commands.ready()
+        commands.handle(steps)
     finally:
         steps.close()
 

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.names import REDIS_GET, REDIS_SET
 from psa_store.bench.workload import Workload
@@ -17,31 +17,31 @@ _VALUE_BYTES = 4 << 20
 _TIMEOUT_S = 60.0
 
 
-def start_set(workload: Workload, nursery: Nursery, url: str) -> Contender:
+def start_set(workload: Workload, processes: ChildProcesses, url: str) -> Contender:
     """``url``: of a Redis that keeps values in memory only."""
-    return _start(REDIS_SET, workload, nursery, url, reads=False)
+    return _start(REDIS_SET, workload, processes, url, reads=False)
 
 
-def start_get(workload: Workload, nursery: Nursery, url: str) -> Contender:
+def start_get(workload: Workload, processes: ChildProcesses, url: str) -> Contender:
     """As :func:`start_set`."""
-    return _start(REDIS_GET, workload, nursery, url, reads=True)
+    return _start(REDIS_GET, workload, processes, url, reads=True)
 
 
-def _start(name: str, workload: Workload, nursery: Nursery, url: str, reads: bool) -> Contender:
-    child = nursery.spawn(name, _talk, workload.size_bytes, url, reads)
+def _start(name: str, workload: Workload, processes: ChildProcesses, url: str, reads: bool) -> Contender:
+    child = processes.spawn(name, _talk, workload.size_bytes, url, reads)
     child.answer()
     return Contender(name, [child])
 
 
-def _talk(orders: Orders, size_bytes: int, url: str, reads: bool) -> None:
+def _talk(commands: CommandPipe, size_bytes: int, url: str, reads: bool) -> None:
     with _connect(url) as sock:
         writes = _Writes(size_bytes, sock)
         stepper: Stepper = writes
         if reads:
             writes.step()
             stepper = _Reads(size_bytes, sock)
-        orders.ready()
-        orders.obey(stepper)
+        commands.ready()
+        commands.handle(stepper)
 
 
 def _connect(url: str) -> socket.socket:

@@ -6,8 +6,8 @@ they are sent). The latter is faster where page faults are dear, because the all
 next message comes, whereas memory for one large tensor is asked of the kernel each time.
 
 TensorPipe may move the bytes as it likes (it reads them from the other process's memory where the kernel lets it), but
-is told to signal over sockets: its shared memory transport spins in a thread of every process, also when there is
-nothing to do, which is slower on machines with few cores, and would slow down everybody else who is measured.
+must signal over sockets: otherwise, over shared memory, it spins in a thread of every process, also when there is
+nothing to do, which is slower on machines with few cores and would slow down all other contenders.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.names import RPC, RPC_PIECES
 from psa_store.bench.workload import Pieces, Workload
@@ -39,20 +39,20 @@ def why_not() -> str:
     return "" if rpc.is_available() else "this torch is built without torch.distributed.rpc"
 
 
-def start_flat(workload: Workload, nursery: Nursery, folder: Path) -> Contender:
+def start_flat(workload: Workload, processes: ChildProcesses, folder: Path) -> Contender:
     """A server, and a process a rank; they meet in a file of ``folder``."""
-    return _start(RPC, workload, [(0, workload.elements)], nursery, str(folder / "rpc"))
+    return _start(RPC, workload, [(0, workload.elements)], processes, str(folder / "rpc"))
 
 
-def start_pieces(workload: Workload, nursery: Nursery, folder: Path) -> Contender:
+def start_pieces(workload: Workload, processes: ChildProcesses, folder: Path) -> Contender:
     """As :func:`start_flat`, with a tensor for each of the model's."""
-    return _start(RPC_PIECES, workload, workload.pieces(), nursery, str(folder / "rpc-pieces"))
+    return _start(RPC_PIECES, workload, workload.pieces(), processes, str(folder / "rpc-pieces"))
 
 
-def _start(name: str, workload: Workload, pieces: Pieces, nursery: Nursery, meeting: str) -> Contender:
-    server = nursery.spawn(f"{name}, server", _serve, workload, pieces, meeting, env=_LOOPBACK)
+def _start(name: str, workload: Workload, pieces: Pieces, processes: ChildProcesses, meeting: str) -> Contender:
+    server = processes.spawn(f"{name}, server", _serve, workload, pieces, meeting, env=_LOOPBACK)
     workers = [
-        nursery.spawn(f"{name}, worker {rank}", _worker, workload, pieces, rank, meeting, env=_LOOPBACK)
+        processes.spawn(f"{name}, worker {rank}", _worker, workload, pieces, rank, meeting, env=_LOOPBACK)
         for rank in range(workload.workers)
     ]
     for worker in workers:
@@ -77,7 +77,7 @@ def _join(name: str, member: int, workload: Workload, meeting: str) -> None:
     )
 
 
-def _serve(_orders: Orders, workload: Workload, pieces: Pieces, meeting: str) -> None:
+def _serve(_orders: CommandPipe, workload: Workload, pieces: Pieces, meeting: str) -> None:
     import torch.distributed.rpc as rpc
 
     from psa_store.bench.contenders.rpc_server import set_up
@@ -88,13 +88,13 @@ def _serve(_orders: Orders, workload: Workload, pieces: Pieces, meeting: str) ->
     rpc.shutdown()
 
 
-def _worker(orders: Orders, workload: Workload, pieces: Pieces, rank: int, meeting: str) -> None:
+def _worker(commands: CommandPipe, workload: Workload, pieces: Pieces, rank: int, meeting: str) -> None:
     import torch.distributed.rpc as rpc
 
     _join(f"worker{rank}", rank, workload, meeting)
     steps = _Steps(workload, pieces, rank)
-    orders.ready()
-    orders.obey(steps)
+    commands.ready()
+    commands.handle(steps)
     rpc.shutdown()
 
 

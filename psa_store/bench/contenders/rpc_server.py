@@ -25,7 +25,7 @@ class _Server:
         self._next: Future[list[Tensor]] = Future()
 
     def push(self, gradient: Sequence[Tensor]) -> Future[list[Tensor]]:
-        """Add a gradient; with the last one, make the next version and answer everybody."""
+        """Add a gradient; with the last one, make the next version and answer all workers."""
         with self._lock:
             answer = self._next
             for total, piece in zip(self._totals, gradient, strict=True):

@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from psa_store.bench.children import Nursery, Orders, Stepper
+from psa_store.bench.children import ChildProcesses, CommandPipe, Stepper
 from psa_store.bench.contender import Contender
 from psa_store.bench.names import STREAM, STREAM_BOTH_WAYS
 from psa_store.bench.workload import Workload
@@ -17,23 +17,23 @@ _TIMEOUT_S = 60.0
 _CALL_BYTES = 4 << 20
 
 
-def start_one_way(workload: Workload, nursery: Nursery) -> Contender:
+def start_one_way(workload: Workload, processes: ChildProcesses) -> Contender:
     """A process that sends and one that receives."""
-    return _start(STREAM, workload, nursery, ((True, False), (False, True)))
+    return _start(STREAM, workload, processes, ((True, False), (False, True)))
 
 
-def start_both_ways(workload: Workload, nursery: Nursery) -> Contender:
+def start_both_ways(workload: Workload, processes: ChildProcesses) -> Contender:
     """Two processes, each of which sends and receives."""
-    return _start(STREAM_BOTH_WAYS, workload, nursery, ((True, True), (True, True)))
+    return _start(STREAM_BOTH_WAYS, workload, processes, ((True, True), (True, True)))
 
 
-def _start(name: str, workload: Workload, nursery: Nursery, parts: tuple[tuple[bool, bool], ...]) -> Contender:
+def _start(name: str, workload: Workload, processes: ChildProcesses, parts: tuple[tuple[bool, bool], ...]) -> Contender:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         one = socket.create_connection(listener.getsockname(), timeout=_TIMEOUT_S)
         other, _ = listener.accept()
     with one, other:
         children = [
-            nursery.spawn(name, _stream, workload.size_bytes, end, sends, receives)
+            processes.spawn(name, _stream, workload.size_bytes, end, sends, receives)
             for end, (sends, receives) in zip((one, other), parts, strict=True)
         ]
         for child in children:
@@ -41,12 +41,12 @@ def _start(name: str, workload: Workload, nursery: Nursery, parts: tuple[tuple[b
     return Contender(name, children)
 
 
-def _stream(orders: Orders, size_bytes: int, end: socket.socket, sends: bool, receives: bool) -> None:
+def _stream(commands: CommandPipe, size_bytes: int, end: socket.socket, sends: bool, receives: bool) -> None:
     with end:
         end.settimeout(_TIMEOUT_S)
         stream = _Stream(size_bytes, end, sends, receives)
-        orders.ready()
-        orders.obey(stream)
+        commands.ready()
+        commands.handle(stream)
 
 
 class _Stream(Stepper):
