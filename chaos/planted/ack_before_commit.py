@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from psa_store.server.committer import Committer, Work
+from psa_store.server.committer import Committer
 from psa_store.server.messages import Committed
+from psa_store.server.work import Work
 
 _LATER_S = 0.05
 """The acknowledgement leaves before the first chunk is written, whichever thread is faster."""

@@ -19,10 +19,10 @@ def plant() -> None:
         again = found is Offer.DUPLICATE and step == self.version and shard in self._trained
         return Offer.NEW if again else found
 
-    def accept_again(self: SyncStep, shard: int, rank: int, *, finite: bool = True) -> bool:
-        if shard in self._trained and rank in self._arrived[shard]:
-            return False
-        return accept(self, shard, rank, finite=finite)
+    def accept_again(self: SyncStep, step: int, shard: int, rank: int, *, finite: bool = True) -> bool:
+        if step == self.version and shard in self._trained and rank in self._arrived[shard]:
+            return True
+        return accept(self, step, shard, rank, finite=finite)
 
     fresh: set[tuple[int, int]] = set()
 

@@ -64,7 +64,7 @@ class Mode:
         return self.name is ModeName.ASYNC or self.staleness > 0
 
     @property
-    def lead_max(self) -> int | None:
+    def ahead_max(self) -> int | None:
         """By how many steps a rank may be ahead of the slowest; None for any number."""
         return None if self.name is ModeName.ASYNC else self.staleness
 

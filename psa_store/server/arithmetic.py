@@ -1,10 +1,10 @@
 """The threads of a server that measure gradients and update shards.
 
 torch runs single-threaded in each of them and the parallelism is over shards, so that no bit depends on their number.
-What they have done arrives at the event loop as a message; what went wrong, as :class:`Lost`.
+What they have done arrives at the event loop as :class:`Done`; what went wrong, as :class:`Lost`.
 
-A server that owns little does its arithmetic in the thread that asks for it: below :data:`INLINE_BYTES` waking other
-threads takes longer than the work.
+A server that owns little calls the inline methods, which work in the thread that asks: below :data:`INLINE_BYTES`
+waking other threads takes longer than the work.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from psa_store.consistency.instructions import Measured
 from psa_store.optim.kernels import make_scratch
-from psa_store.server.messages import Lost, Measured, ToEventLoop
+from psa_store.server.messages import Done, Lost, ToEventLoop
 from psa_store.server.shard import OwnedShard
 
 ShardWork = Callable[[OwnedShard, Tensor], None]
@@ -39,15 +40,29 @@ class Arithmetic:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="psa-math")
         self._futures: set[Future[None]] = set()
 
-    def measure(self, term: int, owned_shards: Sequence[OwnedShard], *, inline: bool) -> None:
+    def measure(self, term: int, owned_shards: Sequence[OwnedShard]) -> None:
         """Compute the norms of the shards' gradients, then post Measured, in several messages perhaps."""
 
-        def measure(part: Sequence[OwnedShard]) -> None:
-            norms = {owned.shard.index: owned.squared_norm(self._scratch()) for owned in part}
-            self._post(Measured(term, norms))
+        def run(part: Sequence[OwnedShard]) -> None:
+            self._post(Done(term, Measured(self.measure_inline(part))))
 
-        for part in self._shares(owned_shards, inline):
-            self._do(term, partial(measure, part), inline)
+        for part in self._shares(owned_shards):
+            self._submit(term, partial(run, part))
+
+    def measure_inline(self, owned_shards: Sequence[OwnedShard]) -> dict[int, float]:
+        """Compute the norms of the shards' gradients in the calling thread."""
+        scratch = self._scratch()
+        return {owned.shard.index: owned.squared_norm(scratch) for owned in owned_shards}
+
+    def do_inline(
+        self, owned_shards: Sequence[OwnedShard], work: ShardWork, each: Callable[[OwnedShard], None] | None
+    ) -> None:
+        """Do ``work(owned, scratch)`` on every shard in the calling thread; after each, call ``each`` with it."""
+        scratch = self._scratch()
+        for owned in owned_shards:
+            work(owned, scratch)
+            if each is not None:
+                each(owned)
 
     def on_all(
         self,
@@ -56,22 +71,18 @@ class Arithmetic:
         work: ShardWork,
         done: ToEventLoop,
         *,
-        inline: bool,
         each: Callable[[OwnedShard], None] | None = None,
     ) -> None:
-        """Do ``work(owned, scratch)`` on every shard, then post ``done``; ``each`` is called after every single one."""
+        """Do the same in the threads, and then post ``done``."""
 
         def run(part: Sequence[OwnedShard]) -> None:
-            for owned in part:
-                work(owned, self._scratch())
-                if each is not None:
-                    each(owned)
+            self.do_inline(part, work, each)
             latch.release()
 
-        shares = self._shares(owned_shards, inline)
+        shares = self._shares(owned_shards)
         latch = _Latch(len(shares), lambda: self._post(done))
         for part in shares:
-            self._do(term, partial(run, part), inline)
+            self._submit(term, partial(run, part))
 
     def settle(self) -> None:
         """Wait until no thread touches the memory of any shard."""
@@ -81,15 +92,12 @@ class Arithmetic:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def _shares(self, owned_shards: Sequence[OwnedShard], inline: bool) -> list[Sequence[OwnedShard]]:
+    def _shares(self, owned_shards: Sequence[OwnedShard]) -> list[Sequence[OwnedShard]]:
         """The shards that each thread does, all from front to back; one share, perhaps empty, at least."""
-        threads = 1 if inline else max(1, min(self._threads, len(owned_shards)))
+        threads = max(1, min(self._threads, len(owned_shards)))
         return [owned_shards[start::threads] for start in range(threads)]
 
-    def _do(self, term: int, function: Callable[[], None], inline: bool) -> None:
-        if inline:
-            function()
-            return
+    def _submit(self, term: int, function: Callable[[], None]) -> None:
         if len(self._futures) >= _FORGET_DONE_AT:
             self._futures = {each for each in self._futures if not each.done()}
         future = self._pool.submit(function)

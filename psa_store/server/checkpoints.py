@@ -149,10 +149,10 @@ class Checkpoints:
         except Disconnected as error:
             self._log.info("where training is, is not known", why=str(error))
             return None
-        if report["version"] is None or report["term"] != plan.term:
+        if report.version is None or report.term != plan.term:
             self._log.info("where training is, is not known", why=f"server {server.id} does not serve the term yet")
             return None
-        return int(report["version"])
+        return report.version
 
     def _open(self, seen: StoredPlan, cut: Cut) -> None:
         """In this order: what is announced is not removed by others, and only what the plan names is pinned."""

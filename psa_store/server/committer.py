@@ -1,12 +1,9 @@
 """Makes versions durable in the background: one thread, one commit of this server at a time.
 
-Redis may be away: the committer tries again until it succeeds, is abandoned (the term is over) or is fenced. Redis
-may come back older than it was (a lost tail of the log, a replica that was behind), or empty (wiped): then the seal is
-renewed and the newest committed version is written again from the snapshot that is still in memory, or the one at which
-the term began, so that the loss heals within about a second and not with the next commit. What never changes (the
-documents of the job, its frozen shards) is written again as well where it is missing.
+Redis may be away: the committer tries again until it succeeds, is abandoned (the term is over) or is fenced. That Redis
+went back in time or lost everything is the matter of :mod:`psa_store.server.healing`, which works in the same thread.
 
-The snapshot belongs to whoever holds the *reservation*: the event loop from :meth:`Committer.reserve` to
+The snapshot belongs to the holder of the *reservation*: the event loop from :meth:`Committer.reserve` to
 :meth:`Committer.submit` or :meth:`Committer.cancel`, the committer from there until it has posted the outcome.
 """
 
@@ -14,9 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
 
 from psa_store import logs
 from psa_store.cluster import Cut
@@ -24,37 +20,24 @@ from psa_store.errors import DependencyUnreachable, Fenced, PsaError, Rewound
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.observe.metrics import Metrics
+from psa_store.server.healing import Healing
 from psa_store.server.messages import Committed, Lost
-from psa_store.server.shard import OwnedShard
+from psa_store.server.work import Work
 from psa_store.storage import Manifest, RedisStore, ShardState
 from psa_store.testing.failpoints import failpoint
 
 _RETRY_PAUSE_S = 0.2
 _REST = 11.0
-"""A checkpoint that nobody waits for is written in a twelfth of the time: steps feel what is written beside them."""
+"""A checkpoint that is not waited for is written in a twelfth of the time: steps feel what is written beside them."""
 _WATCH_S = 1.0
 """How often an idle committer asks whether Redis is still the one it wrote to."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The snapshots of ``owned_shards`` are version ``version``; write them under ``term``.
-
-    ``frozen`` is what this server owns besides, which was committed when the job was created. ``pin``: the checkpoint
-    for which this version is to be kept. It is pinned before the next commit, which might drop it. ``extra``: not all
-    servers may commit it.
-    """
-
-    term: int
-    version: int
-    owned_shards: Mapping[int, OwnedShard]
-    frozen: Mapping[int, OwnedShard]
-    pin: Cut | None = None
-    extra: bool = False
-
-
 class Committer:
-    """Owns the thread ``psa-commit``. Other methods than :meth:`close` are called by the event loop's thread."""
+    """Owns the thread ``psa-commit``. Other methods than :meth:`close` are called by the event loop's thread.
+
+    ``rests``: whether the commit of a checkpoint takes its time, if it is not waited for.
+    """
 
     def __init__(
         self,
@@ -63,15 +46,16 @@ class Committer:
         layout: Layout,
         post: Callable[[Committed | Lost], None],
         metrics: Metrics,
+        *,
+        rests: bool,
     ) -> None:
         self._metrics = metrics
         self._reserved_at_s = 0.0
         self._store = store
         self._job = config.name
-        self._documents = config.to_json(), layout.to_json()
-        self._layout = layout.fingerprint
+        self._healing = Healing(store, config, layout)
         self._keep = config.versions_kept
-        self._on_arrival = config.mode.on_arrival
+        self._rests = rests
         self._post = post
         self._log = logs.get_logger()
         self._changed = threading.Condition()
@@ -81,10 +65,9 @@ class Committer:
         self._begun_with: Work | None = None
         self._reserved = False
         self._hurried = False
-        """Whether somebody waits for the present commit."""
+        """Whether the present commit is waited for."""
         self._term = 0
         self._closing = False
-        self._run_id = ""
         self._thread = threading.Thread(target=self._run, name="psa-commit")
         self._thread.start()
 
@@ -100,7 +83,7 @@ class Committer:
             return True
 
     def hurry(self) -> None:
-        """Somebody waits for what is being committed."""
+        """What is being committed is waited for."""
         with self._changed:
             self._hurry()
 
@@ -167,7 +150,10 @@ class Committer:
                 if outcome is not None:
                     self._post(outcome)
             elif watched is not None:
-                self._heal(watched)
+                try:
+                    self._healing.heal(watched, lambda lost: self._write(lost, {}))
+                except PsaError as error:
+                    self._post(Lost(watched.term, str(error)))
                 with self._changed:
                     self._reserved = False
                     self._changed.notify_all()
@@ -179,7 +165,7 @@ class Committer:
     def _commit(self, work: Work) -> Committed | Lost | None:
         """Write all shards of ``work``; None if the term ended meanwhile."""
         manifests: dict[int, Manifest] = {}
-        run_id = self._redis_run_id()  # before the first shard: a restart in mid-commit must be noticed afterwards
+        run_id = self._healing.read_run_id()  # before the first shard: a restart in mid-commit must be noticed
         pinned = None
         while True:
             if not self._wanted(work):
@@ -200,7 +186,7 @@ class Committer:
             except Exception as error:
                 # Fenced, mostly. Whatever it is, this term cannot be committed: a take-over starts from Redis.
                 return Lost(work.term, str(error) if isinstance(error, PsaError) else repr(error))
-        self._run_id = run_id
+        self._healing.committed_to(run_id)
         return Committed(work.term, work.version, manifests, pinned)
 
     def _pin(self, work: Work, cut: Cut) -> Cut | None:
@@ -222,8 +208,7 @@ class Committer:
                 expect = owned.committed.version if owned.committed else None
                 states.append(ShardState(index, *owned.snapshot(), expect, work.extra))
         keep = self._keep
-        # Where pushes are applied on arrival, ranks keep what is not durable, and soon wait for it.
-        paced = work.pin is not None and not self._on_arrival
+        paced = work.pin is not None and self._rests
 
         def rest(worked_s: float) -> None:
             with self._changed:
@@ -238,69 +223,9 @@ class Committer:
             for index, outcome in outcomes:
                 owned = work.owned_shards[index]
                 if isinstance(outcome, Rewound):
-                    outcome = self._write_over(work, index, owned, outcome)
+                    outcome = self._healing.write_over(work, index, outcome)
                 if isinstance(outcome, Fenced):
                     raise outcome
                 owned.committed = manifests[index] = outcome
                 if not self._wanted(work):
                     return
-
-    def _write_over(self, work: Work, index: int, owned: OwnedShard, error: Rewound) -> Manifest:
-        """Commit to a Redis that went back in time: under a new seal, and whatever it holds."""
-        self._log.warning("Redis went back in time: writing again from memory", error=str(error))
-        self._restore_what_never_changes(work)
-        self._store.seal(self._job, [index], work.term, self._layout)
-        return self._store.commit(
-            self._job, index, work.term, work.version, *owned.snapshot(), keep=self._keep, expect=None
-        )
-
-    def _restore_what_never_changes(self, work: Work) -> None:
-        """After Redis was wiped, write the documents and the frozen shards again, which no later commit contains."""
-        lost = self._lost_frozen(work)
-        self._store.seal(self._job, lost, work.term, self._layout)
-        for index in lost:
-            owned = work.frozen[index]
-            owned.take_snapshot()
-            arrays, _ = owned.snapshot()  # without scalars, as its creator wrote it
-            owned.committed = self._store.commit(
-                self._job, index, work.term, 0, arrays, {}, keep=self._keep, expect=None
-            )
-        if not self._store.has_job(self._job):
-            self._log.warning("Redis lost the job: writing it again from memory", job=self._job)
-            self._store.create_job(self._job, *self._documents)
-
-    def _lost_frozen(self, work: Work) -> list[int]:
-        return [head.shard for head in self._store.heads(self._job, work.frozen) if head.manifest(0) is None]
-
-    def _redis_run_id(self) -> str:
-        """Empty, which no Redis has, if it does not answer."""
-        try:
-            return self._store.server_run_id()
-        except DependencyUnreachable:
-            return ""
-
-    def _heal(self, last: Work) -> None:
-        """If Redis was restarted, failed over or wiped and lost the last commit, write it again.
-
-        Another server may have noticed a wipe before us, and written the documents: our own shards tell.
-        """
-        try:
-            run_id = self._store.server_run_id()
-            whole = self._store.has_job(self._job) and not self._store.missing(
-                self._job, [*last.owned_shards, *last.frozen]
-            )
-            if run_id == self._run_id and whole:
-                return
-            self._restore_what_never_changes(last)
-            heads = self._store.seal(self._job, last.owned_shards, last.term, self._layout)
-            lost = {head.shard: last.owned_shards[head.shard] for head in heads if head.manifest(last.version) is None}
-            if lost:
-                self._log.warning("Redis lost a committed version: writing it again", shards=list(lost))
-            for owned in lost.values():
-                owned.committed = None
-            self._write(replace(last, owned_shards=lost), {})
-            self._run_id = run_id
-        except DependencyUnreachable:
-            return
-        except PsaError as error:
-            self._post(Lost(last.term, str(error)))

@@ -57,7 +57,7 @@ class Connections:
         return iter(list(self._connections))
 
     def wait(self, timeout_s: float) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait until a connection can go on, somebody connects, or a message comes."""
+        """Wait until a connection can go on, a process connects, or a message comes."""
         return self._selector.select(timeout_s)
 
     def serve(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
@@ -67,7 +67,8 @@ class Connections:
                 self._serve(key.data, mask)
             elif isinstance(key.data, socket.socket):
                 self._accept(key.data)
-        self._close_dead_parked()
+        if self._parked:
+            self._close_dead_parked()
 
     def send(
         self,
@@ -118,6 +119,7 @@ class Connections:
         """A new plan: ask again about the frames that had to wait for one."""
         for connection in self:
             if connection.parked and connection in self._connections:
+                self._parked.discard(connection)
                 try:
                     connection.resume()
                 except Refused as error:
@@ -129,7 +131,7 @@ class Connections:
         try:
             sock, address = listener.accept()
         except OSError:
-            return  # the client is gone again, or we are out of descriptors: it will retry
+            return  # the client is gone again, or there are no descriptors left: it will retry
         if len(self._connections) < _CONNECTIONS_MAX:
             self.add(sock, str(address or "local client"))
         else:
@@ -142,7 +144,8 @@ class Connections:
             if mask & selectors.EVENT_READ:
                 for header, payload in connection.receive():
                     self._host.on_frame(connection, header, payload)
-            connection.flush()
+            if connection.sending:
+                connection.flush()
             self._watch(connection)
         except Disconnected as error:
             self._log.debug("connection ended", member=connection.member, why=str(error))
@@ -160,17 +163,16 @@ class Connections:
 
         Nothing is read while it is parked, until a plan wakes it, nor while its peer does not read what it asked for.
         """
-        if connection not in self._connections:
+        mask = 0 if connection.parked or connection.congested else selectors.EVENT_READ
+        if connection.sending:
+            mask |= selectors.EVENT_WRITE
+        before = self._watched.get(connection, 0)
+        if mask == before or connection not in self._connections:
             return
         if connection.parked:
             self._parked.add(connection)
         else:
             self._parked.discard(connection)
-        mask = 0 if connection.parked or connection.congested else selectors.EVENT_READ
-        mask |= selectors.EVENT_WRITE if connection.sending else 0
-        before = self._watched.get(connection, 0)
-        if mask == before:
-            return
         if not before:
             self._selector.register(connection, mask, connection)
         elif not mask:
@@ -181,8 +183,6 @@ class Connections:
 
     def _close_dead_parked(self) -> None:
         """Nothing is read from a connection that is parked, so its end is looked for."""
-        if not self._parked:
-            return
         poller = select.poll()
         by_fileno = {connection.fileno(): connection for connection in self._parked}
         for fileno in by_fileno:

@@ -56,5 +56,5 @@ class ServerHealth:
         if not self._event_loop.alive:
             return "the event loop has ended"
         if self._lease_left_s() <= 0:
-            return "ZooKeeper is silent: this server does not serve until it is heard"
+            return "ZooKeeper is silent: this server does not serve until it answers"
         return "" if self._event_loop.stage != EventLoop.IDLE else "there is no term to serve"

@@ -24,10 +24,14 @@ from psa_store.job.layout import Layout, layout_from_json
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Events, Monitor, Page
 from psa_store.observe.metrics import Metrics
+from psa_store.server.aggregator import rules_of
+from psa_store.server.checkpoints import Checkpoints
 from psa_store.server.committer import Committer
+from psa_store.server.controller import Controller
 from psa_store.server.event_loop import EventLoop
 from psa_store.server.health import ServerHealth
 from psa_store.server.plan_follower import PlanFollower
+from psa_store.server.shard_loading import ShardLoader
 from psa_store.storage import RedisStore
 from psa_store.testing.journal import Journal
 from psa_store.wire import host_identity, listen_local, listen_tcp
@@ -38,7 +42,7 @@ _SIGNAL_CHECK_S = 0.5
 
 
 class _Leave:
-    """Signal handler: remembers that we were asked to leave, and wakes control."""
+    """Signal handler: remembers that this process was asked to leave, and wakes the plan follower."""
 
     def __init__(self, woken: threading.Event) -> None:
         self.asked = False
@@ -56,7 +60,7 @@ def serve(job: str, settings: Settings) -> None:
 
     Raises:
         DependencyUnreachable: Redis or ZooKeeper does not answer at the start. Later outages are waited for.
-        DataIntegrity: the stored state of the job cannot be served by anyone.
+        DataIntegrity: the stored state of the job cannot be served.
     """
     check_job_name(job)
     if settings.redis is None or settings.zookeeper is None:
@@ -71,7 +75,7 @@ def serve(job: str, settings: Settings) -> None:
         store.check()
         coordination = stack.enter_context(Coordination.from_settings(settings, job, wake=woken.set))
         for number in (signal.SIGTERM, signal.SIGINT):
-            # Who started us may have decided that Ctrl-C is not our business: `psa run`, nohup, a shell's `&`.
+            # The parent may have decided that Ctrl-C does not concern this process: `psa run`, nohup, a shell's `&`.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, leave)
         found = _wait_for_job(job, store, leave)
@@ -91,32 +95,41 @@ def serve(job: str, settings: Settings) -> None:
             local=local_name if local is not None else "",
         )
         policy = CheckpointPolicy.from_settings(settings)
+        wire = WireLayout(layout, config.compression)
+        rests = not rules_of(config).on_arrival  # there ranks keep what is not durable, and wait for it
         metrics, events = Metrics(ProcessRole.SERVER, member_id), Events()
-        plan_follower = PlanFollower(
-            member=member,
+        controller = Controller(
             config=config,
             layout=layout,
-            wire=WireLayout(layout, config.compression),
-            optimizer=optimizer,
             store=store,
             coordination=coordination,
-            woken=woken,
-            leaving=lambda: leave.asked,
-            leave_timeout_s=settings.leave_timeout_s,
-            policy=policy,
+            checkpoints=Checkpoints(config, layout, store, coordination, policy, metrics, events),
             journal=journal,
             metrics=metrics,
             events=events,
+            wake=woken.set,
+        )
+        loader = ShardLoader(config, layout, wire, optimizer, store, journal)
+        plan_follower = PlanFollower(
+            member=member,
+            coordination=coordination,
+            loader=loader,
+            controller=controller,
+            memory_bytes=layout.arena_bytes,
+            woken=woken,
+            leaving=lambda: leave.asked,
+            leave_timeout_s=settings.leave_timeout_s,
         )
         event_loop = EventLoop(
             member=member_id,
             config=config,
             layout=layout,
+            wire=wire,
             optimizer=optimizer,
             threads=settings.server_threads,
             listeners=[tcp] if local is None else [tcp, local],
             lease_left_s=coordination.lease_left_s,
-            make_committer=lambda post: Committer(store, config, layout, post, metrics),
+            make_committer=lambda post: Committer(store, config, layout, post, metrics, rests=rests),
             report=plan_follower.report,
             journal=journal,
             metrics=metrics,
@@ -131,14 +144,14 @@ def serve(job: str, settings: Settings) -> None:
                     monitor = Monitor(job, metrics, health, settings, events=events, pages=page.routes())
                     watched.enter_context(closing(monitor))
                 # Not in this thread: a signal handler here must never meet the lock of an event that it sets.
-                runner = watched.enter_context(ThreadPoolExecutor(1, thread_name_prefix="psa-control"))
+                runner = watched.enter_context(ThreadPoolExecutor(1, thread_name_prefix="psa-plan"))
                 governing = runner.submit(plan_follower.run, event_loop)
                 while not governing.done():
                     wait([governing], timeout=_SIGNAL_CHECK_S)
                 governing.result()
         finally:
             event_loop.close()
-            # Before files are finished: whoever is controller now has work to do.
+            # Before files are finished: the next controller has work to do.
             with suppress(DependencyUnreachable):
                 coordination.remove(ProcessRole.SERVER, plan_follower.member)
             plan_follower.close()
@@ -147,7 +160,7 @@ def serve(job: str, settings: Settings) -> None:
 
 
 def _wait_for_job(job: str, store: RedisStore, leave: _Leave) -> tuple[JobConfig, Layout] | None:
-    """Wait until a worker has created the job; None if we are told to stop before."""
+    """Wait until a worker has created the job; None if this process is told to stop before."""
     log = logs.get_logger()
     say_at_s = time.monotonic() + _SAY_WAITING_S
     while not leave.asked:

@@ -1,5 +1,5 @@
-"""What the parts of a server tell each other: control and committer write to the event loop, the event loop to
-control."""
+"""What the threads of a server tell each other: the plan follower, the committer and the threads of arithmetic write to
+the event loop, the event loop to the plan follower."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from psa_store.cluster import Cut, Plan
+from psa_store.consistency.instructions import Applied, Copied, Measured, Moved, Report
 from psa_store.server.shard import OwnedShard
 from psa_store.storage import Manifest
 from psa_store.wire import SharedMemory
@@ -17,7 +18,7 @@ from psa_store.wire import SharedMemory
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The term is over: let go of all shards. ``held`` is answered with the owns, for reuse in the next term."""
+    """The term is over: let go of all shards, and answer :class:`Released`."""
 
     term: int
 
@@ -28,7 +29,7 @@ class Serve:
     the other servers of the plan."""
 
     member: str
-    """Our name in this plan: it is another after our session has expired."""
+    """The name of this server in the plan: it is another after its session has expired."""
     plan: Plan
     owned_shards: Mapping[int, OwnedShard]
     memory: SharedMemory
@@ -51,14 +52,6 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """The squared norms of some shards' mean gradients."""
-
-    term: int
-    squared_norms: Mapping[int, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Updated:
     """One shard stands at ``version``; not all may."""
 
@@ -68,25 +61,11 @@ class Updated:
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
-    """The pool has made all updates that it was asked for."""
+class Done:
+    """The threads of arithmetic have done what they were asked for."""
 
     term: int
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """The pool has copied all parameters to other memory."""
-
-    term: int
-
-
-@dataclass(frozen=True, slots=True)
-class Snapped:
-    """The pool has copied the state of ``version`` of some shards, or all, for the committer."""
-
-    term: int
-    version: int
+    event: Measured | Applied | Moved | Copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +80,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """This server may or can not own any more: a commit was fenced, or a pool thread failed."""
+    """This server may or can not own any more: a commit was fenced, or a thread of arithmetic failed."""
 
     term: int
     why: str
@@ -112,34 +91,20 @@ class Quit:
     """End the event loop."""
 
 
-ToEventLoop = Release | Serve | Revise | Join | Measured | Updated | Applied | Moved | Snapped | Committed | Lost | Quit
+ToEventLoop = Release | Serve | Revise | Join | Done | Updated | Committed | Lost | Quit
 
-# --- to control
+# --- to the plan follower
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The event loop holds nothing of an old term any more. ``owned_shards`` stand at ``version`` and are control's
-    now."""
+    """The event loop holds nothing of an old term any more.
 
-    version: int
+    ``owned_shards`` stand at ``version``, and the plan follower may use them again; None: there are none.
+    """
+
+    version: int | None
     owned_shards: Mapping[int, OwnedShard]
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """Standing still at ``version``, for the FREEZE of this revision; some shards may be at ``newest`` already."""
-
-    revision: int
-    version: int
-    newest: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """Standing still at ``version``, which is committed."""
-
-    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,27 +117,10 @@ class CannotServe:
 
 @dataclass(frozen=True, slots=True)
 class PeerGone:
-    """The connection to a peer broke; control makes a new one while the plan still names it."""
+    """The connection to another server broke; a new one is made while the plan still names it."""
 
     term: int
     server: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pinned:
-    """What this server owns is kept at ``version`` for a checkpoint."""
-
-    term: int
-    cut: Cut
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Missed:
-    """This server is beyond the version of a checkpoint: it was told too late."""
-
-    term: int
-    cut: Cut
-
-
-ToPlanFollower = Released | Frozen | Stopped | CannotServe | PeerGone | Pinned | Missed
+ToPlanFollower = Released | CannotServe | PeerGone | Report

@@ -88,7 +88,7 @@ class OwnedShard:
         self._own_places: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
         self.rank_states: dict[int, Tensor] = {}
-        """By rank, what it carries at the present version, as bytes; empty if that was not pushed with it."""
+        """By rank, its state at the present version, as bytes; empty if that was not pushed with it."""
         self._coming_states: dict[int, Tensor] = {}
         """The same for the version that is being collected."""
         self._snapshot: dict[str, Tensor] = {}
@@ -138,7 +138,7 @@ class OwnedShard:
     # --- one step
 
     def own_place(self, rank: int) -> Tensor:
-        """Memory of our own for the gradient (or, for buffers, the value) of a rank that sends it by value."""
+        """Own memory for the gradient (or, for buffers, the value) of a rank that sends it by value."""
         if rank not in self._own_places:
             self._own_places[rank] = torch.empty_like(self.published)
         return self._own_places[rank]
@@ -148,7 +148,7 @@ class OwnedShard:
         self._gradients[rank] = gradient
 
     def take_state(self, rank: int, state: Tensor) -> None:
-        """What a rank will carry at the version that is being collected has arrived."""
+        """The state of a rank at the version that is being collected has arrived."""
         self._coming_states[rank] = state
 
     def turn_states(self) -> None:

@@ -1,6 +1,6 @@
 """Starting a term: take its number, seal, only then read, only then publish. Run by the controller.
 
-Whoever is killed between two of these lines leaves nothing that the next controller cannot start from.
+A controller that is killed between two of these lines leaves nothing that the next controller cannot start from.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def take_over(
     every = [shard.index for shard in layout.shards]
     known = max((head.term for head in store.heads(job, every)), default=0)
 
-    # 1. A number that nobody had before. Redis may know higher ones than ZooKeeper, if ZooKeeper was wiped.
+    # 1. A number that no term had before. Redis may know higher ones than ZooKeeper, if ZooKeeper was wiped.
     term = coordination.next_term(at_least=max(known, before.term if before else 0))
     failpoint("takeover.term")
     # 2. From here on, commits of all older terms are refused: what is read next is final.

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 from psa_store.cluster import Plan
 from psa_store.job.layout import TensorRole
-from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.tensors import as_bytes
-from psa_store.server.client import Client
+from psa_store.server.clients import Client, SharedParameters
 from psa_store.server.connections import Connections
 from psa_store.server.shard import OwnedShard
-from psa_store.server.shared_parameters import SharedParameters
 from psa_store.testing.journal import Journal
 from psa_store.wire import Connection, Flag, Header, Kind
+
+_BUFFERS = frozenset({TensorRole.BUFFER})
+_CHANGING = frozenset({TensorRole.TRAINED, TensorRole.BUFFER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,73 +27,87 @@ class Now:
     committed: int
     owned_shards: Mapping[int, OwnedShard]
     changed: Sequence[OwnedShard]
-    """What the newest version changed: more than that is of no use to whoever has the one before."""
-    shared_parameters: SharedParameters
+    """What the newest version changed: all that a worker needs that has the one before."""
     answer_to: Callable[[Header], int | None]
     """The version with which an AWAIT can be answered; None: not yet."""
-    by_value: bool = False
-    """Show nobody our memory, which changes while they compute."""
 
 
 class Waiters:
-    """Requests that are answered as soon as they can be."""
+    """Requests that are answered as soon as they can be.
 
-    def __init__(self, connections: Connections, wire: WireLayout, journal: Journal) -> None:
+    Args:
+        shows_parameters: whether workers of this host read parameters in the memory of this server.
+    """
+
+    def __init__(
+        self, connections: Connections, parameters: SharedParameters, journal: Journal, *, shows_parameters: bool
+    ) -> None:
         self._connections = connections
-        self._wire = wire
+        self._parameters = parameters
         self._journal = journal
+        self._shows_parameters = shows_parameters
         self._pulls: list[tuple[Connection, Header]] = []
         self._awaits: dict[Client, Header] = {}
         self._finishes: list[tuple[Connection, Header]] = []
-        self.finished: int | None = None
-        """The newest version of which somebody was told that it is durable, as workers ask at the end of a job."""
         self._streaming: set[Client] = set()
         """Workers that get the shards of the next version by value, one by one, while it is being made."""
+        self.stale = False
+        """Whether an answer may be possible that was not before: something was asked, or has changed."""
+        self.awaited: frozenset[int] = frozenset()
+        """The versions that workers wait for to become durable."""
+        self.finished: int | None = None
+        """The newest version that a worker was told to be durable, as workers ask at the end of a job."""
 
     def pull(self, connection: Connection, header: Header) -> None:
         """PULL: one shard by value, at ``header.step`` or later."""
         self._pulls.append((connection, header))
+        self.stale = True
 
     def wait(self, client: Client, header: Header) -> None:
-        """AWAIT: everything, at ``header.step`` or later."""
+        """AWAIT: everything, at ``header.step`` or later. The worker reads no version before that any more."""
+        if client.reading is not None and client.reading < header.step:
+            client.reading = None
         self._awaits[client] = header
+        self.stale = True
 
     def finish(self, connection: Connection, header: Header) -> None:
         """FINISH: tell when ``header.step`` is durable."""
-        self._finishes.append((connection, header))
-
-    def finish_is_due(self, version: int) -> bool:
-        """Whether somebody waits for this version or an older one to become durable."""
-        return any(header.step <= version for _, header in self._finishes)
-
-    def finishes(self) -> set[int]:
-        """The versions of which somebody waits for that they become durable."""
-        return {header.step for _, header in self._finishes}
+        self._set_finishes([*self._finishes, (connection, header)])
+        self.stale = True
 
     def clear(self) -> None:
         self._pulls.clear()
         self._awaits.clear()
-        self._finishes.clear()
+        self._set_finishes([])
         self._streaming.clear()
 
     def forget(self, connection: Connection) -> None:
-        """Nobody waits at this connection any more."""
+        """Nothing waits at this connection any more."""
         self._pulls = [each for each in self._pulls if each[0] is not connection]
-        self._finishes = [each for each in self._finishes if each[0] is not connection]
+        self._set_finishes([each for each in self._finishes if each[0] is not connection])
         for client in [each for each in self._awaits if each.connection is connection]:
             del self._awaits[client]
             self._streaming.discard(client)
 
+    def _set_finishes(self, finishes: list[tuple[Connection, Header]]) -> None:
+        self._finishes = finishes
+        self.awaited = frozenset(header.step for _, header in finishes)
+
     def answer(self, now: Now) -> None:
         """Answer what can be answered."""
-        self._answer_pulls(now)
-        self._answer_awaits(now)
-        self._answer_finishes(now)
+        self.stale = False
+        if self._pulls:
+            self._answer_pulls(now)
+        if self._awaits:
+            self._answer_awaits(now)
+        self._streaming.clear()
+        if self._finishes:
+            self._answer_finishes(now)
 
     # --- a version that is being made
 
     def begin_streaming(self, version: int) -> bool:
-        """A version is about to be made; True if somebody wants its shards by value, one by one."""
+        """A version is about to be made; True if a worker wants its shards by value, one by one."""
         self._streaming = {
             client for client, header in self._awaits.items() if header.step <= version and not client.by_reference
         }
@@ -124,22 +139,20 @@ class Waiters:
             version = now.answer_to(header)
             if version is not None:
                 del self._awaits[client]
-                one_ahead = version == header.step
-                self._bring(now, client, version, header.rank, one_ahead=one_ahead)
-        self._streaming.clear()
+                self._bring(now, client, version, header.rank, one_ahead=version == header.step)
 
     def _bring(self, now: Now, client: Client, version: int, rank: int, *, one_ahead: bool) -> None:
         """By value or by reference, and then VERSION; buffers always go by value."""
-        by_reference = client.by_reference and not now.by_value
+        by_reference = client.by_reference and self._shows_parameters
         if client not in self._streaming:
-            by_value = [TensorRole.BUFFER] if by_reference else [TensorRole.TRAINED, TensorRole.BUFFER]
+            by_value = _BUFFERS if by_reference else _CHANGING
             for owned in now.changed if one_ahead else now.owned_shards.values():
                 if owned.shard.role in by_value:
                     self._send(now.plan, client.connection, owned, version, one_ahead=one_ahead)
-        flags, memory, generation = Flag.NONE, None, now.shared_parameters.generation
+        flags, memory, generation = Flag.NONE, None, self._parameters.generation
         if by_reference:
             flags = Flag.BY_REFERENCE
-            memory = now.shared_parameters.memory if client.generation != generation else None
+            memory = self._parameters.memory if client.generation != generation else None
             client.reading = version
             client.generation = generation
         plan = now.plan
@@ -147,18 +160,19 @@ class Waiters:
         self._connections.send(client.connection, header, memory=memory)
 
     def _answer_finishes(self, now: Now) -> None:
-        waiting, self._finishes = self._finishes, []
-        for connection, header in waiting:
+        waiting = []
+        for connection, header in self._finishes:
             if now.committed >= header.step:
                 durable = Header(Kind.DURABLE, now.plan.term, now.plan.revision, now.committed)
                 self._journal.record("durable", term=now.plan.term, version=now.committed)
                 self._connections.send(connection, durable)
                 self.finished = now.committed
             else:
-                self._finishes.append((connection, header))
+                waiting.append((connection, header))
+        self._set_finishes(waiting)
 
     def _send_state(self, now: Now, connection: Connection, header: Header) -> None:
-        """STATE: what a rank carries in a shard; of no length where it carries nothing yet."""
+        """STATE: what a rank keeps in a shard; of no length where it keeps nothing yet."""
         state = now.owned_shards[header.shard].rank_states.get(header.rank)
         payload = memoryview(b"") if state is None else as_bytes(state)
         plan = now.plan
@@ -168,7 +182,7 @@ class Waiters:
     def _send(
         self, plan: Plan, connection: Connection, owned: OwnedShard, version: int, *, one_ahead: bool = False
     ) -> None:
-        """A shard; to who has the version before it, the movement will do."""
+        """A shard; for a worker that has the version before it, the movement will do."""
         moved = owned.movement if one_ahead else None
         data = as_bytes(owned.published if moved is None else moved)
         flags = Flag.NONE if moved is None else Flag.MOVEMENT

@@ -3,7 +3,8 @@
 from psa_store.wire.address import connect, host_identity, listen_local, listen_tcp
 from psa_store.wire.announce import announce
 from psa_store.wire.connection import PARK, Admit, Connection, Park, Traffic
-from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason, decode_text, encode_text
+from psa_store.wire.documents import Hello, Refusal, Report, Welcome, decode, encode
+from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason
 from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
 from psa_store.wire.mailbox import Mailbox
@@ -16,18 +17,22 @@ __all__ = [
     "Connection",
     "Flag",
     "Header",
+    "Hello",
     "Kind",
     "Mailbox",
     "Park",
     "Reason",
+    "Refusal",
+    "Report",
     "SharedMemory",
     "Traffic",
+    "Welcome",
     "Window",
     "announce",
     "can_show",
     "connect",
-    "decode_text",
-    "encode_text",
+    "decode",
+    "encode",
     "host_identity",
     "inspect",
     "listen_local",

@@ -50,7 +50,7 @@ def _first_free(bind: str, family: int, ports: list[int]) -> socket.socket:
 
 
 def listen_local(name: str) -> socket.socket | None:
-    """Listen on an abstract Unix socket, which leaves nothing behind however we die; None where there are none."""
+    """Listen on an abstract Unix socket, which leaves nothing behind when the process dies; None without them."""
     if sys.platform != "linux":
         return None
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -10,6 +10,6 @@ from typing import Any
 
 
 def announce(supervisor: Path, document: dict[str, Any]) -> None:
-    """Tell the supervisor something, as JSON. A supervisor that is gone is not our problem: nothing happens."""
+    """Tell the supervisor something, as JSON. If it is gone, nothing happens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
         sock.sendto(json.dumps(document).encode(), str(supervisor))

@@ -56,7 +56,7 @@ Admit = Callable[["Connection", Header], memoryview | Park]
 
 
 class Connection:
-    """A framed, non-blocking connection. ``peer`` is for messages; ``member`` is set by whoever checks HELLO.
+    """A framed, non-blocking connection. ``peer`` is for messages; ``member`` is set when HELLO was checked.
 
     ``traffic``: where its bytes are counted.
     """
@@ -93,7 +93,7 @@ class Connection:
             self._descriptor = None
         self._sock.close()
 
-    def be_patient(self) -> None:
+    def wait_for_slow_reader(self) -> None:
         """Wait without limit for a peer that lives and does not read. One that is cut off makes a new connection."""
         if not self.is_local and hasattr(socket, "TCP_USER_TIMEOUT"):
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
@@ -107,7 +107,7 @@ class Connection:
 
     @property
     def congested(self) -> bool:
-        """True while so much waits for a peer that does not read that nothing more should be asked of us by it."""
+        """True while so much waits for a peer that does not read that no more of its requests should be read."""
         return len(self._outgoing) > _OUTGOING_MAX
 
     def send(self, header: Header, payload: memoryview | bytes = b"", memory: SharedMemory | None = None) -> None:
@@ -261,10 +261,10 @@ class Connection:
 
 
 def _keep_alive(sock: socket.socket) -> None:
-    """Notice a peer that the network has cut off within about 5 s, without a frame of our own.
+    """Notice a peer that the network has cut off within about 5 s, without sending a frame.
 
     Sooner than TCP would find out that the network is back: it tries again after twice the time each time, so a cut of
-    7 s would last for 13. Whoever loses a connection makes a new one.
+    7 s would last for 13. The process that loses a connection makes a new one.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):

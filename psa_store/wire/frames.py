@@ -1,7 +1,7 @@
 """The frames of the protocol: a fixed header of 64 bytes, then ``length`` raw bytes.
 
     worker -> server            server -> worker            server -> server
-    HELLO   who I am            WELCOME  who you reached    HELLO, WELCOME
+    HELLO   the worker's name   WELCOME  the server's name  HELLO, WELCOME
     SHARE   memory for gradients, its descriptor passed     NORM  squared norms of reduced shards
     PUSH    gradient of (step, rank, shards)
     PULL    shard at >= step    PARAMS   shard at step, or STATE of a rank there
@@ -9,7 +9,7 @@
     FINISH  make step durable   DURABLE  step is durable
     CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
     CUT     a checkpoint ends with the first pushes of a rank: so many (on arrival)
-    INSPECT                     REPORT   what the server does, as JSON
+    INSPECT                     REPORT   what the server does
                                 REFUSED  which frame, and why
 
 PUSH is answered only if it is refused: VERSION of a later step is its acknowledgement.
@@ -22,29 +22,27 @@ parameters are visible, and passes the descriptor when it is new to the connecti
 In a job whose pushes are applied on arrival AWAIT names a step of a rank, which VERSION repeats, and CLOCKS is the
 acknowledgement of PUSH: a server says it when asked, and after each commit.
 
-AWAIT also says: I have done with all versions below ``step``. Until then a server leaves the memory that it has shown
-to a worker as it is.
+AWAIT also says that the worker reads no version below ``step`` any more. Until then a server leaves the memory that it
+has shown to a worker as it is.
 
 Pure: no socket. :mod:`psa_store.wire.connection` moves the bytes.
 """
 
 from __future__ import annotations
 
-import json
 import struct
-from dataclasses import dataclass
 from enum import STRICT, IntEnum, IntFlag
-from typing import Any
+from typing import NamedTuple
 
 from psa_store.errors import Refused
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAGIC = b"PSA\x02"
 _HEADER = struct.Struct("<4sBBHIIQQqQIII4x")
 HEADER_BYTES = _HEADER.size
 PAYLOAD_BYTES_MAX = 1 << 32
 TEXT_BYTES_MAX = 1 << 20
-"""Limit for payloads that are JSON, so that a lying length cannot make a peer allocate gigabytes."""
+"""Limit for numbers and documents (see ``wire.documents``): a lying length must not make a peer allocate gigabytes."""
 
 
 class Kind(IntEnum):
@@ -79,7 +77,7 @@ class Flag(IntFlag, boundary=STRICT):
     NONFINITE = 2
     """The gradient holds NaN or Inf; the job skips such steps."""
     STATE = 4
-    """PULL: not the parameters, but what a rank carries. PUSH: that comes behind the gradient, though none is due."""
+    """PULL: not the parameters, but the state of a rank. PUSH: that comes behind the gradient, though none is due."""
     MOVEMENT = 8
     """PARAMS: what the version adds to the one before, encoded as the job's gradients are."""
 
@@ -94,12 +92,11 @@ class Reason(IntEnum):
     WRONG = 4  # the frame contradicts the layout or the protocol: a bug or a stranger
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """``step``: the step of a gradient, or the version of parameters. ``reason`` is set in REFUSED only.
 
-    ``count``: how many shards a PUSH by reference is about, ``shard`` being the first. ``memory``: the number of shared
-    memory, in SHARE, PUSH and VERSION. ``barrier``: that of the checkpoint, in CUT.
+    ``shards``: how many shards a PUSH by reference is about, ``shard`` being the first. ``memory``: the number of
+    shared memory, in SHARE, PUSH and VERSION. ``barrier``: that of the checkpoint, in CUT.
     """
 
     kind: Kind
@@ -112,24 +109,14 @@ class Header:
     reason: Reason = Reason.NONE
     flags: Flag = Flag.NONE
     memory: int = 0
-    count: int = 1
+    shards: int = 1
     barrier: int = 0
 
     def pack(self) -> bytes:
+        """Encode: the fields in the order in which machines of any byte order read them."""
+        kind, term, revision, step, rank, shard, length, reason, flags, memory, shards, barrier = self
         return _HEADER.pack(
-            MAGIC,
-            self.kind,
-            self.flags,
-            self.reason,
-            self.rank,
-            self.shard,
-            self.term,
-            self.revision,
-            self.step,
-            self.length,
-            self.memory,
-            self.count,
-            self.barrier,
+            MAGIC, kind, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier
         )
 
 
@@ -139,33 +126,27 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         Refused: wrong magic, unknown kind, or a length beyond the limits; the connection cannot be used further.
     """
-    magic, kind, flags, reason, rank, shard, term, revision, step, length, memory, count, barrier = _HEADER.unpack(data)
+    magic, number, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier = _HEADER.unpack(
+        data
+    )
     if magic != MAGIC:
         raise Refused(f"not a psa frame: starts with {bytes(magic)!r}")
     try:
-        header = Header(
-            Kind(kind), term, revision, step, rank, shard, length, Reason(reason), Flag(flags), memory, count, barrier
-        )
-    except ValueError as error:
-        raise Refused(f"frame of another protocol version: {error}") from error
-    limit = PAYLOAD_BYTES_MAX if header.kind in (Kind.PUSH, Kind.PARAMS, Kind.STATE) else TEXT_BYTES_MAX
-    if header.flags & Flag.BY_REFERENCE or header.kind in _BARE:
-        limit = 0
-    if length > limit:
-        raise Refused(f"{header.kind.name} announces {length} bytes; at most {limit} are possible")
-    return header
+        kind, flag, why = _KINDS[number], _FLAGS[flags], _REASONS[reason]
+    except KeyError as error:
+        raise Refused(f"frame of another protocol version: {error} is not known here") from error
+    if length:
+        limit = 0 if flag & Flag.BY_REFERENCE else _LENGTH_MAX[kind]
+        if length > limit:
+            raise Refused(f"{kind.name} announces {length} bytes; at most {limit} are possible")
+    return Header(kind, term, revision, step, rank, shard, length, why, flag, memory, shards, barrier)
 
 
-def encode_text(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":")).encode()
-
-
-def decode_text(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """Decode a JSON payload; raises Refused if it is not an object."""
-    try:
-        document = json.loads(bytes(payload))
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"unreadable text frame: {error}") from error
-    if not isinstance(document, dict):
-        raise Refused("unreadable text frame: not an object")
-    return document
+# Each frame is decoded while a step waits for it, and a table is faster than the call of an enum.
+_KINDS = {each.value: each for each in Kind}
+_REASONS = {each.value: each for each in Reason}
+_FLAGS = {value: Flag(value) for value in range(1 << len(Flag))}
+_LENGTH_MAX = {
+    kind: 0 if kind in _BARE else PAYLOAD_BYTES_MAX if kind in (Kind.PUSH, Kind.PARAMS, Kind.STATE) else TEXT_BYTES_MAX
+    for kind in Kind
+}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import Any
 
 from psa_store.errors import Disconnected, Refused
 from psa_store.wire.address import connect
-from psa_store.wire.frames import HEADER_BYTES, Header, Kind, decode_text, unpack
+from psa_store.wire.documents import Report, decode
+from psa_store.wire.frames import HEADER_BYTES, Header, Kind, unpack
 
 _BLOCKS_S = 0.001
 """Not 0: that would mean not to wait, and another kind of error."""
 
 
-def inspect(address: str, local: str, host: str, timeout_s: float) -> dict[str, Any]:
+def inspect(address: str, local: str, host: str, timeout_s: float) -> Report:
     """Ask the server at this address.
 
     Raises:
@@ -27,11 +27,11 @@ def inspect(address: str, local: str, host: str, timeout_s: float) -> dict[str, 
             sock.sendall(Header(Kind.INSPECT).pack())
             header = unpack(_exactly(sock, HEADER_BYTES, end_s))
             payload = _exactly(sock, header.length, end_s)
+            if header.kind is Kind.REPORT:
+                return decode(Report, payload)
         except (OSError, Refused) as error:
             raise Disconnected(f"the server at {address} does not answer: {error}") from error
-    if header.kind is not Kind.REPORT:
-        raise Disconnected(f"the server at {address} answered {header.kind.name}")
-    return decode_text(payload)
+    raise Disconnected(f"the server at {address} answered {header.kind.name}")
 
 
 def _exactly(sock: socket.socket, count: int, end_s: float) -> bytes:

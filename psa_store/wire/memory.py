@@ -2,9 +2,9 @@
 
 Two kinds, both of the kernel's making and freed with the last process that has them, however it dies:
 
-* :class:`SharedMemory`, a memfd. Whoever fills it makes it, sealed against shrinking, and passes its descriptor once
-  over a Unix socket; whoever reads it attaches to it copy-on-write, so a reader cannot change what it reads.
-* :class:`Window`, one range of addresses whose parts show other processes' memory or memory of our own. What a part
+* :class:`SharedMemory`, a memfd. The process that fills it makes it, sealed against shrinking, and passes its
+  descriptor once over a Unix socket; a reader attaches to it copy-on-write, so it cannot change what it reads.
+* :class:`Window`, one range of addresses whose parts show other processes' memory or own memory. What a part
   shows can change at any time; the addresses stay, so tensors that lie in it never have to be moved.
 
 The only file that knows mmap's flags. Linux only where it says so; not thread-safe.
@@ -35,7 +35,7 @@ _OF_FILE = 1 << 61
 
 
 class SharedMemory:
-    """``size_bytes`` of zeros that can be passed to other processes of this host, or memory that was passed to us."""
+    """``size_bytes`` of zeros that can be passed to other processes of this host, or what one of them passed."""
 
     def __init__(self, fd: int | None, mapping: mmap.mmap) -> None:
         self._fd = fd
@@ -43,7 +43,7 @@ class SharedMemory:
 
     @classmethod
     def create(cls, name: str, size_bytes: int) -> SharedMemory:
-        """Memory of our own. Where there is no memfd (not Linux) it works, but cannot be passed."""
+        """Own memory. Where there is no memfd (not Linux) it works, but cannot be passed."""
         size_bytes = max(PAGE_BYTES, size_bytes)
         if sys.platform != "linux":
             return cls(None, mmap.mmap(-1, size_bytes))
@@ -61,7 +61,7 @@ class SharedMemory:
         """Map what a peer passed, for reading; takes over ``fd``.
 
         Raises:
-            Refused: it is smaller than ``size_bytes``, or could shrink under us.
+            Refused: it is smaller than ``size_bytes``, or could shrink while it is mapped.
         """
         try:
             size_bytes = max(PAGE_BYTES, size_bytes)
@@ -133,7 +133,7 @@ class Window:
         ``name``: whose memory it is; what was shown of the same before is closed, and must have had the same ranges.
 
         Raises:
-            Refused: the descriptor's memory ends too early, or could shrink under us.
+            Refused: the descriptor's memory ends too early, or could shrink while it is mapped.
         """
         try:
             _check_passed(fd, max((high for _, high in ranges), default=0))

@@ -19,19 +19,20 @@ from psa_store.cluster import Cut, Plan, Server
 from psa_store.errors import Disconnected, Refused
 from psa_store.job.layout import Layout
 from psa_store.wire import (
-    PROTOCOL,
     Connection,
     Flag,
     Header,
+    Hello,
     Kind,
     Mailbox,
     Park,
     Reason,
+    Refusal,
     SharedMemory,
     Traffic,
     can_show,
-    decode_text,
-    encode_text,
+    decode,
+    encode,
 )
 from psa_store.wire import connect as wire_connect
 from psa_store.worker.gradients import GradientMemory
@@ -101,15 +102,7 @@ class ServerConnections:
 
     def connect(self, job: str, member: str) -> bool:
         """Connect to every server of the plan that is not connected yet. False: one cannot be reached now."""
-        hello = encode_text(
-            {
-                "protocol": PROTOCOL,
-                "job": job,
-                "layout": self._layout.fingerprint,
-                "member": member,
-                "by_reference": self._share,
-            }
-        )
+        hello = encode(Hello(job, self._layout.fingerprint, member, by_reference=self._share))
         for server in self._plan.servers:
             if server.id in self._connections:
                 continue
@@ -155,7 +148,7 @@ class ServerConnections:
                     first,
                     flags=flags,
                     memory=number,
-                    count=end - start,
+                    shards=end - start,
                 )
                 self._send(server, header)
             start = end
@@ -252,7 +245,7 @@ class ServerConnections:
         if header.kind is Kind.WELCOME:
             return []
         if header.kind is Kind.REFUSED:
-            return [Answer(header, server, str(decode_text(payload).get("why", "")))]
+            return [Answer(header, server, decode(Refusal, payload).why)]
         if header.kind is Kind.STATE:
             return [Answer(header, server, payload=payload)]
         if header.kind is Kind.CLOCKS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import itertools
+import json
 import os
 import socket
 import threading
@@ -23,7 +24,7 @@ from psa_store.coordination import Coordination
 from psa_store.job.config import job_config_from_json
 from psa_store.job.layout import Layout, Shard, TensorRole, layout_from_json
 from psa_store.testing.failpoints import FailpointAction, arm
-from psa_store.wire import PROTOCOL, Header, Kind, Reason, SharedMemory, connect, decode_text, encode_text
+from psa_store.wire import PROTOCOL, Header, Kind, Reason, SharedMemory, connect
 from psa_store.wire.frames import HEADER_BYTES, unpack
 from tests.harness import Site
 
@@ -39,7 +40,8 @@ class Frame:
 
     @property
     def text(self) -> dict[str, Any]:
-        return decode_text(self.payload)
+        document: dict[str, Any] = json.loads(self.payload)
+        return document
 
 
 @dataclass
@@ -80,8 +82,8 @@ class Peer:
     def hello(self, member: str | None = None, **changes: Any) -> None:
         """Introduce the peer, by default under a new name."""
         member = f"worker-stranger-{next(NUMBERS)}" if member is None else member
-        hello = {"protocol": PROTOCOL, "job": self.job, "layout": self.layout.fingerprint, "by_reference": True}
-        self.say(Kind.HELLO, encode_text({**hello, "member": member, **changes}))
+        hello = {"format": PROTOCOL, "job": self.job, "layout": self.layout.fingerprint, "by_reference": True}
+        self.say(Kind.HELLO, json.dumps({**hello, "member": member, **changes}).encode())
 
     # --- listening
 

@@ -17,7 +17,7 @@ import pytest
 
 from psa_store.compression import parse_compression
 from psa_store.job.layout import TensorRole
-from psa_store.wire import Flag, Header, Kind, Reason
+from psa_store.wire import PROTOCOL, Flag, Header, Kind, Reason
 from psa_store.wire.frames import HEADER_BYTES
 from tests.harness import LIVE, Run, Site
 from tests.integration.peers import NUMBERS, Holdings, Scene, holdings, look, resident_bytes
@@ -136,10 +136,16 @@ def a_push_of_another_length_than_the_shard(scene: Scene, carrier: str) -> None:
 
 @deed
 def hello_from_elsewhere(scene: Scene, carrier: str) -> None:
-    for what, said in (("job", "another"), ("job", ["a"]), ("layout", "0" * 64), ("layout", None), ("protocol", 1)):
+    for what, said, why in (
+        ("job", "another", "job is "),
+        ("job", ["a"], "HELLO cannot be read: job"),
+        ("layout", "0" * 64, "layout is "),
+        ("layout", None, "HELLO cannot be read: layout"),
+        ("format", 1, f"HELLO has format 1, and this release of psa_store reads format {PROTOCOL}"),
+    ):
         peer = scene.peer(carrier)
         peer.hello(**{what: said})
-        peer.is_thrown_out(f"{what} is ")
+        peer.is_thrown_out(why)
 
 
 @deed
@@ -172,7 +178,7 @@ def hello_twice(scene: Scene, carrier: str) -> None:
 def hello_of_a_name_that_cannot_be_printed(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
     peer.hello("\ud800\x1b[31m\n" + "x" * 10_000)
-    peer.is_thrown_out("HELLO from no member")
+    peer.is_thrown_out("HELLO without a name")
 
 
 @deed
@@ -225,7 +231,7 @@ def a_push_to_a_server_that_does_not_own_the_shard(scene: Scene, carrier: str) -
     peer.hello()
     peer.say(Kind.PUSH, bytes(elsewhere.size_bytes), shard=elsewhere.index)
     peer.is_refused(Reason.NOT_OWNER)
-    peer.say(Kind.PUSH, shard=0, count=len(scene.layout.shards), flags=Flag.BY_REFERENCE)
+    peer.say(Kind.PUSH, shard=0, shards=len(scene.layout.shards), flags=Flag.BY_REFERENCE)
     peer.is_refused(Reason.NOT_OWNER)
 
 
@@ -277,7 +283,7 @@ def a_push_of_shards_that_do_not_exist(scene: Scene, carrier: str) -> None:
     for shard, count in ((0, shards + 1), (0, 2**32 - 1), (0, 0), (shards, 1), (2**32 - 1, 2**32 - 1)):
         peer = scene.peer(carrier)
         peer.hello()
-        peer.say(Kind.PUSH, shard=shard, count=count, flags=Flag.BY_REFERENCE)
+        peer.say(Kind.PUSH, shard=shard, shards=count, flags=Flag.BY_REFERENCE)
         peer.is_thrown_out(f"PUSH of {count} shards")
 
 
@@ -287,7 +293,7 @@ def a_push_by_value_of_no_shard(scene: Scene, carrier: str) -> None:
     with scene.in_the_name_of_the_holder() as pose:
         for shard in (len(scene.layout.shards), scene.shard_led_elsewhere(0).index):
             peer, step = pose(carrier)
-            peer.say(Kind.PUSH, bytes(4), step=step, rank=scene.ranks - 1, shard=shard, count=0)
+            peer.say(Kind.PUSH, bytes(4), step=step, rank=scene.ranks - 1, shard=shard, shards=0)
             assert peer.next_of(Kind.REFUSED)
 
 

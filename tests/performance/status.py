@@ -32,7 +32,7 @@ from psa_store.observe import JobHistory
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.status import Observer, describe
 from psa_store.storage import Manifest, RedisStore, ShardState
-from psa_store.wire import Connection, Header, Kind, encode_text, host_identity, listen_tcp
+from psa_store.wire import Connection, Header, Kind, Report, encode, host_identity, listen_tcp
 from tests.performance.common import private_servers
 
 JOB = "bench"
@@ -61,7 +61,7 @@ def answer_for(servers: int, pipe: Pipe) -> None:
                     continue
                 try:
                     for _ in key.data.receive():
-                        text = encode_text({"stage": "collecting", "version": 152, "committed": 150})
+                        text = encode(Report("server", 1, "collecting", 152, 150, 1))
                         key.data.send(Header(Kind.REPORT, length=len(text)), text)
                     key.data.flush()
                 except PsaError:

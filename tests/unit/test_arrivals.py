@@ -10,7 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from psa_store.consistency import Arrivals, Offer
+from psa_store.cluster import Cut, Phase, Plan
+from psa_store.consistency import Arrivals, Offer, Push
+from psa_store.consistency.instructions import (
+    Applied,
+    ApplyPushes,
+    Commit,
+    Committed,
+    Copied,
+    Copy,
+    CopyDelayed,
+    Frozen,
+    Instruction,
+    Missed,
+    Pinned,
+    RankCut,
+    Revised,
+    Stopped,
+)
 
 RANKS, STEPS, INTERVAL, STALENESS = 3, 6, 4, 2
 LEADS = {"a": (0, 1), "b": (2,)}
@@ -20,26 +37,42 @@ History = dict[int, list[tuple[int, int]]]
 """By shard, the pushes (rank, step) that are in it, in order."""
 
 
-def one(clocks: list[int] | None = None, committed: int = 0, lead_max: int | None = None) -> Arrivals:
+def one(clocks: list[int] | None = None, committed: int = 0, ahead_max: int | None = None) -> Arrivals:
     """One server with one shard."""
-    return Arrivals({0: clocks or [0] * RANKS}, lead_max=lead_max, commit_interval=INTERVAL, committed=committed)
+    return Arrivals({0: clocks or [0] * RANKS}, ahead_max=ahead_max, commit_interval=INTERVAL, committed=committed)
 
 
 def apply_all(arrivals: Arrivals) -> list[tuple[int, int]]:
+    """Do what can be done without copies; returns what was applied."""
     done = []
-    while updates := arrivals.due():
-        for update in updates:
-            arrivals.applied(update)
-            done.append((update.rank, update.step))
+    while todo := arrivals.ready(may_copy=False):
+        for instruction in todo:
+            if isinstance(instruction, ApplyPushes):
+                arrivals.handle(Applied())
+                done += [(each.rank, each.step) for each in instruction.pushes]
     return done
+
+
+def copy(arrivals: Arrivals) -> Copy:
+    """Copy what waits for it."""
+    (instruction,) = arrivals.ready()
+    assert isinstance(instruction, Copy)
+    arrivals.handle(Copied())
+    return instruction
+
+
+def plan(**changes: object) -> Plan:
+    fields = {"term": 3, "revision": 1, "resume": 0, "servers": (), "owners": (), "ranks": ("w",) * RANKS, **changes}
+    return Plan(**fields)  # type: ignore[arg-type]
 
 
 def test_pushes_of_a_rank_are_taken_once_and_in_order() -> None:
     arrivals = one()
     assert arrivals.offer(1, 0, 0) is Offer.AHEAD
     assert arrivals.offer(0, 0, 0) is Offer.NEW
-    arrivals.accept(0, 0, 0)
+    assert arrivals.accept(0, 0, 0)
     assert arrivals.offer(0, 0, 0) is Offer.DUPLICATE, "it waits already"
+    assert not arrivals.accept(0, 0, 0)
     assert arrivals.offer(1, 0, 0) is Offer.AHEAD, "the one before it is not applied yet"
     assert apply_all(arrivals) == [(0, 0)]
     assert arrivals.offer(0, 0, 0) is Offer.DUPLICATE
@@ -51,35 +84,65 @@ def test_a_shard_stands_still_at_a_commit_until_it_is_copied() -> None:
     for rank in range(RANKS):
         arrivals.accept(1, 0, rank)
     assert apply_all(arrivals) == [(0, 1)], "version 4 is to be committed"
-    assert arrivals.to_copy() == [0] and arrivals.commits_next == 4
-    assert arrivals.copied([0])
-    assert apply_all(arrivals) == [(1, 1), (2, 1)]
+    assert copy(arrivals) == Copy(4, [0])
+    assert arrivals.ready(may_copy=False)[0] == Commit(4, None)
+    arrivals.handle(Applied())
+    assert apply_all(arrivals) == [(2, 1)] and arrivals.version_of(0) == 6
     assert arrivals.commits_next == 8
 
 
 def test_a_limit_stops_even_what_is_copied() -> None:
     arrivals = one([1, 1, 1])
-    arrivals.limit = 3
-    arrivals.commit_at(3)
+    arrivals.handle(Revised(plan(phase=Phase.STOP, stop_version=3)))
     arrivals.accept(1, 0, 0)
     assert apply_all(arrivals) == []
-    assert arrivals.copied(arrivals.to_copy())
+    assert copy(arrivals) == Copy(3, [0])
     assert apply_all(arrivals) == []
-    arrivals.limit = None
+    arrivals.handle(Committed(3))
+    assert arrivals.ready() == [Stopped(3)]
+    assert arrivals.ready() == [], "once is enough"
+    arrivals.handle(Revised(plan(revision=2)))
     assert apply_all(arrivals) == [(0, 1)]
 
 
 def test_a_commit_that_is_asked_for_too_late_holds_nobody_up() -> None:
     arrivals = one([2, 1, 0])
-    arrivals.commit_at(2)
-    assert arrivals.commits_next == INTERVAL
-    arrivals.commit_at(3)
-    assert arrivals.commits_next == 3 and arrivals.to_copy() == [0]
+    assert arrivals.ready(awaited={2}) == [] and arrivals.commits_next == INTERVAL
+    assert arrivals.ready(awaited={3}) == [Copy(3, [0])]
 
 
-@pytest.mark.parametrize(("lead_max", "may"), [(None, True), (2, True), (1, False)])
-def test_a_rank_may_be_ahead_by_the_bound_and_no_more(lead_max: int | None, may: bool) -> None:
-    arrivals = one([2, 0, 1], lead_max=lead_max)
+def test_while_copies_are_written_other_shards_go_on() -> None:
+    arrivals = Arrivals({0: [1, 1, 1], 1: [1, 0, 0]}, ahead_max=None, commit_interval=3, committed=0)
+    arrivals.accept(0, 1, 1)
+    assert arrivals.ready() == [Copy(3, [0])]
+    assert arrivals.ready() == [], "one thing at a time"
+    arrivals.handle(CopyDelayed())
+    assert arrivals.ready(may_copy=False) == [ApplyPushes([Push(1, 1, 0)])]
+    assert arrivals.stands_at is None
+    arrivals.handle(Applied())
+    assert arrivals.ready() == [Copy(3, [0])]
+
+
+def test_a_frozen_server_says_how_far_its_shards_are_and_applies_nothing() -> None:
+    arrivals = Arrivals({0: [1, 1, 1], 1: [1, 0, 0]}, ahead_max=None, commit_interval=9, committed=0)
+    arrivals.handle(Revised(plan(phase=Phase.FREEZE, freeze_revision=5)))
+    arrivals.accept(0, 1, 1)
+    assert arrivals.ready() == [Frozen(5, 1, 3)]
+    assert arrivals.ready() == []
+
+
+def test_a_server_whose_shards_never_change_is_where_the_plan_wants_it() -> None:
+    arrivals = Arrivals({}, ahead_max=None, commit_interval=INTERVAL, committed=8)
+    cut = Cut("c", "1")
+    arrivals.handle(Revised(plan(resume=8, cut=cut)))
+    assert arrivals.ready() == [Pinned(3, cut, 8)]
+    arrivals.handle(Revised(plan(revision=2, phase=Phase.STOP, stop_version=11)))
+    assert arrivals.ready() == [Stopped(11)] and arrivals.may_start(5, 0)
+
+
+@pytest.mark.parametrize(("ahead_max", "may"), [(None, True), (2, True), (1, False)])
+def test_a_rank_may_be_ahead_by_the_bound_and_no_more(ahead_max: int | None, may: bool) -> None:
+    arrivals = one([2, 0, 1], ahead_max=ahead_max)
     assert arrivals.may_start(2, 0) is may
     assert arrivals.may_start(0, 1), "the slowest may always start"
     assert not arrivals.may_start(3, 0), "its own push is not in yet"
@@ -95,7 +158,8 @@ def test_what_is_applied_is_what_the_clocks_say(actions: list[tuple[int, bool]])
             arrivals.accept(step, 0, rank)
         if works:
             history += apply_all(arrivals)
-            arrivals.copied(arrivals.to_copy())
+            if arrivals.version == arrivals.commits_next:
+                assert copy(arrivals) == Copy(arrivals.version, [0])
         assert arrivals.version == len(history)
         assert arrivals.clocks() == [sum(1 for r, _ in history if r == each) for each in range(RANKS)]
 
@@ -140,6 +204,7 @@ class Job(RuleBasedStateMachine):
         }
         self.cut: dict[str, History] | None = None
         """By server, what it has copied for the checkpoint that is being taken; None: none is."""
+        self.barriers = 0
         self.checkpoints = 0
         self.begin(0)
 
@@ -152,21 +217,19 @@ class Job(RuleBasedStateMachine):
         self.arrivals = {
             server: Arrivals(
                 {shard: [self.count(shard, rank) for rank in range(RANKS)] for shard in shards},
-                lead_max=STALENESS,
+                ahead_max=STALENESS,
                 commit_interval=INTERVAL,
                 committed=version,
             )
             for server, shards in LEADS.items()
         }
-        for each in self.arrivals.values():
-            each.commit_at(STEPS * RANKS)
         self.cut_ends()
 
     def cut_ends(self) -> None:
         """It is taken, or aborted: all servers are told, and all workers."""
         self.cut = None
         for each in self.arrivals.values():
-            each.forget_cut()
+            each.handle(Revised(plan()))
         for worker in self.ranks:
             worker.cut = None
             for server, queue in worker.on_its_way.items():
@@ -206,10 +269,17 @@ class Job(RuleBasedStateMachine):
         step, shard = queue[0]
         if shard == MARK:
             queue.popleft()
-            if self.cut is not None and server not in self.cut and not arrivals.cut_rank(rank, step):
-                assert step < self.ranks[rank].inherited, "a mark came later than a push behind it"
-                self.cut_ends()  # missed, so it is aborted, and tried again
-                self.cut = {}
+            if self.cut is not None:
+                arrivals.handle(RankCut(self.barriers, rank, step))
+            if self.cut is not None and server not in self.cut:
+                missed = any(self.count(shard, rank) > step for shard in LEADS[server])
+                assert not missed or step < self.ranks[rank].inherited, "a mark came later than a push behind it"
+                if missed:
+                    todo = arrivals.ready(may_copy=False)
+                    assert isinstance(todo.pop(0), Missed)
+                    self.cut_ends()  # it is aborted, and tried again
+                    self.a_checkpoint_begins()
+                    self.carry_out(server, todo)
             return
         offer = arrivals.offer(step, shard, rank)
         if offer is Offer.AHEAD:
@@ -220,25 +290,39 @@ class Job(RuleBasedStateMachine):
 
     @rule(server=st.sampled_from(sorted(LEADS)))
     def a_server_applies(self, server: str) -> None:
-        arrivals = self.arrivals[server]
-        for update in arrivals.due():
-            arrivals.applied(update)
-            self.history[update.shard].append((update.rank, update.step))
+        self.carry_out(server, self.arrivals[server].ready(awaited={STEPS * RANKS}, may_copy=False))
 
     @rule(server=st.sampled_from(sorted(LEADS)))
-    def a_server_copies(self, server: str) -> None:
+    def a_server_goes_on(self, server: str) -> None:
+        self.carry_out(server, self.arrivals[server].ready(awaited={STEPS * RANKS}))
+
+    def carry_out(self, server: str, todo: list[Instruction]) -> None:
         arrivals = self.arrivals[server]
-        shards, version = arrivals.to_copy(), arrivals.commits_next
-        copy = self.copies[server].setdefault(version, {})
-        copy.update({shard: list(self.history[shard]) for shard in shards})
-        assert all(len(pushes) == version for pushes in copy.values())
-        if arrivals.copied(shards):
-            self.committed[server][version] = copy
-            self.drop_durable()
-            if self.cut is not None and server not in self.cut and version == arrivals.cut:
-                self.cut[server] = copy
-                arrivals.forget_cut()
-                self.see_whether_the_cut_is_whole()
+        for instruction in todo:
+            match instruction:
+                case ApplyPushes():
+                    for push in instruction.pushes:
+                        self.history[push.shard].append((push.rank, push.step))
+                    arrivals.handle(Applied())
+                case Copy():
+                    copies = self.copies[server].setdefault(instruction.version, {})
+                    copies.update({shard: list(self.history[shard]) for shard in instruction.shards})
+                    arrivals.handle(Copied())
+                case Commit():
+                    self.commit(server, instruction)
+                case _:
+                    raise AssertionError(instruction)
+
+    def commit(self, server: str, commit: Commit) -> None:
+        copies = self.copies[server][commit.version]
+        assert copies.keys() == set(LEADS[server])
+        assert all(len(pushes) == commit.version for pushes in copies.values())
+        self.committed[server][commit.version] = copies
+        self.arrivals[server].handle(Committed(commit.version))
+        self.drop_durable()
+        if commit.pin is not None and self.cut is not None and int(commit.pin.barrier) == self.barriers:
+            self.cut[server] = copies
+            self.see_whether_the_cut_is_whole()
 
     def see_whether_the_cut_is_whole(self) -> None:
         assert self.cut is not None
@@ -256,6 +340,9 @@ class Job(RuleBasedStateMachine):
     def a_checkpoint_begins(self) -> None:
         if self.cut is None:
             self.cut = {}
+            self.barriers += 1
+            for each in self.arrivals.values():
+                each.handle(Revised(plan(cut=Cut("c", str(self.barriers)))))
 
     @rule(rank=st.integers(0, RANKS - 1))
     def a_rank_marks(self, rank: int) -> None:
@@ -336,7 +423,7 @@ class Job(RuleBasedStateMachine):
             work += [lambda rank=rank, server=server: self.something_arrives(server, rank) for server in LEADS] * 3
         for server in LEADS:
             work.append(lambda server=server: self.a_server_applies(server))
-            work.append(lambda server=server: self.a_server_copies(server))
+            work.append(lambda server=server: self.a_server_goes_on(server))
         for _ in range(40 * STEPS):
             for each in work:
                 each()

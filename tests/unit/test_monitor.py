@@ -92,7 +92,7 @@ class TestTakeOvers:
         assert [kind for kind, _ in kinds(self.taken(at_rest, "the shards have no owner", 50))] == ["term"]
 
     def test_a_hand_over_is_no_recovery(self) -> None:
-        assert [kind for kind, _ in kinds(self.taken(PLAN, "hand-over at step 50", 50))] == ["hand-over"]
+        assert [kind for kind, _ in kinds(self.taken(PLAN, "hand-over at version 50", 50))] == ["hand-over"]
 
     def test_a_recovery_says_what_it_cost(self) -> None:
         (note,) = self.taken(PLAN, "server s1 is gone", 1200, reached=1207).drain()

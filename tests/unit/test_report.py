@@ -144,7 +144,7 @@ class TestFailures:
             calm(0, 10, 0) + calm(16, 40, 85, term=2),
             event(14.0, "server-gone", "server a is gone", member="a"),
             recovered(15.0, "a", 75, 30),
-            event(20.0, "hand-over", "hand-over at step 120", 120),
+            event(20.0, "hand-over", "hand-over at version 120", 120),
         )
         (failure,) = run.failures
         assert (failure.what, failure.servers, failure.version, failure.computed_again) == (

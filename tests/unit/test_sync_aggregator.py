@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from psa_store.cluster import Plan, ProcessRole
+from psa_store.consistency.instructions import Applied
 from psa_store.job.mode import SYNC
 from psa_store.observe.metrics import Metrics
 from psa_store.server.aggregator.base import Tools
 from psa_store.server.aggregator.sync import SyncAggregator
-from psa_store.server.messages import Applied
+from psa_store.server.messages import Done
 from psa_store.testing.journal import Journal
 
 
@@ -29,20 +30,21 @@ class Lazy:
 def aggregator_of_nothing(arithmetic: Lazy) -> SyncAggregator:
     nothing = SimpleNamespace(
         answer=lambda now: None,
-        finish_is_due=lambda version: False,
+        stale=False,
+        awaited=(),
         begin_streaming=lambda version: False,
-        readers=list,
+        clients={},
         detach_all=lambda: None,
         adopt=lambda work: None,
     )
     tools = SimpleNamespace(
-        config=SimpleNamespace(ranks=2, commit_every=0, mode=SYNC),
+        config=SimpleNamespace(ranks=2, commit_every=0, commit_interval=0, mode=SYNC),
         layout=SimpleNamespace(versioned=()),
         optimizer=SimpleNamespace(clip_grad_norm=None),
         arithmetic=arithmetic,
         committer=nothing,
         shared_parameters=nothing,
-        pending=nothing,
+        waiters=nothing,
         connections=nothing,
         peers={},
         journal=Journal(None, "server", "s"),
@@ -60,7 +62,7 @@ def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
     assert aggregator.stands_at == 7
     aggregator.advance()  # there is no wait: there are no shards
     assert arithmetic.asked == 1 and aggregator.stands_at is None
-    aggregator.handle(Applied(1))
+    aggregator.on_message(Done(1, Applied()))
     assert aggregator.stands_at == 8
 
 

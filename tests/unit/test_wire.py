@@ -34,7 +34,9 @@ numbers = st.integers(0, 2**32 - 1)
         reason=st.sampled_from(Reason),
         flags=st.sampled_from(Flag),
         memory=numbers,
-        count=numbers,
+        shards=numbers,
+        length=st.just(0),
+        barrier=numbers,
     )
 )
 def test_headers_survive(header: Header) -> None:
@@ -148,7 +150,7 @@ def test_only_the_patient_wait_for_a_peer_that_lives_and_does_not_read(patient: 
     connection = Connection(near, "peer", lambda _connection, header: memoryview(bytearray(header.length)))
     try:
         if patient:
-            connection.be_patient()
+            connection.wait_for_slow_reader()
         payload = bytes(64 << 20)  # more than all buffers on the way
         connection.send(Header(Kind.PARAMS, length=len(payload)), payload)
         connection.flush()

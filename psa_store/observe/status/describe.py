@@ -181,4 +181,4 @@ def _ask(member: Member) -> ServerAnswer:
         found = inspect(member.address, member.local, member.host, _ANSWER_S)
     except Disconnected as error:
         return ServerAnswer(problem=str(error))
-    return ServerAnswer(found["version"], found["committed"], found["stage"])
+    return ServerAnswer(found.version, found.committed, found.stage)

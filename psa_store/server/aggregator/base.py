@@ -1,51 +1,59 @@
-"""What the event loop asks of a job's mode: the course that the shards of one term take, from the first push to the
+"""What a server asks of a job's mode: what becomes of gradients in the shards of one term, from the first push to the
 last.
 
-A course lives as long as a term is served, in the event loop's thread, which tells it of everything that happens and
-calls :meth:`Aggregator.advance` at the end of every turn. ``sync_course`` and ``arrival_course`` are the two.
+An aggregator lives as long as a term is served, in the event loop's thread, which tells it of everything that happens
+and calls :meth:`Aggregator.advance` at the end of every turn. What is to be done is decided by a machine of
+:mod:`psa_store.consistency`; an aggregator carries it out. ``sync`` and ``async_`` are the two.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from psa_store.cluster import Cut, Phase, Plan
-from psa_store.consistency import Offer
+from psa_store.cluster import Cut, Plan
+from psa_store.consistency import Arrivals, Offer, Stage, SyncStep
+from psa_store.consistency.instructions import (
+    Applied,
+    Commit,
+    Copied,
+    Copy,
+    CopyDelayed,
+    Event,
+    Frozen,
+    Hurry,
+    Instruction,
+    Missed,
+    Moved,
+    NormsTold,
+    Pinned,
+    RankCut,
+    Revised,
+    Stopped,
+)
+from psa_store.consistency.instructions import Committed as VersionCommitted
 from psa_store.errors import Refused
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
-from psa_store.server.arithmetic import INLINE_BYTES, Arithmetic
-from psa_store.server.committer import Committer, Work
+from psa_store.server.arithmetic import INLINE_BYTES, Arithmetic, ShardWork
+from psa_store.server.clients import SharedParameters
+from psa_store.server.committer import Committer
 from psa_store.server.connections import Connections
-from psa_store.server.messages import (
-    Applied,
-    Committed,
-    Frozen,
-    Measured,
-    Missed,
-    Moved,
-    Pinned,
-    Snapped,
-    Stopped,
-    ToEventLoop,
-    ToPlanFollower,
-    Updated,
-)
+from psa_store.server.messages import Committed, Done, ToEventLoop, ToPlanFollower, Updated
 from psa_store.server.shard import OwnedShard
-from psa_store.server.shared_parameters import SharedParameters
-from psa_store.server.waiters import Waiters
+from psa_store.server.waiters import Now, Waiters
+from psa_store.server.work import Work
 from psa_store.testing.journal import Journal
 from psa_store.wire import Connection, Header
 
-Done = Measured | Updated | Applied | Moved | Snapped
-"""What the threads of arithmetic tell of."""
+_ROUNDS_MAX = 16
+"""Rounds of instructions in one turn of the event loop, so that frames and messages are not kept waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +66,7 @@ class Tools:
     arithmetic: Arithmetic
     committer: Committer
     shared_parameters: SharedParameters
-    pending: Waiters
+    waiters: Waiters
     connections: Connections
     peers: Mapping[str, Connection]
     """The other servers of the plan, by name."""
@@ -71,60 +79,83 @@ class Tools:
 class Aggregator(ABC):
     """The shards of one term. Everything is called by the event loop's thread."""
 
-    def __init__(self, tools: Tools, plan: Plan, owned_shards: Mapping[int, OwnedShard]) -> None:
+    def __init__(
+        self, tools: Tools, plan: Plan, owned_shards: Mapping[int, OwnedShard], machine: SyncStep | Arrivals
+    ) -> None:
         self.plan = plan
         self.owned_shards = owned_shards
-        self.committed = plan.resume
-        """The newest version that this server has made durable."""
         self.versioned = {i: owned for i, owned in owned_shards.items() if owned.shard.role is not TensorRole.FROZEN}
         self.trained = [owned for owned in owned_shards.values() if owned.shard.role is TensorRole.TRAINED]
         self._tools = tools
-        self._inline = sum(owned.shard.size_bytes for owned in owned_shards.values()) < INLINE_BYTES
-        self._reported: ToPlanFollower | None = None
-        self._cut: Cut | None = None
-        """The checkpoint that this term is asked for and that is not committed here yet."""
+        self._machine = machine
+        self._may_copy = True
+        self._reserved = False
+        """Whether the memory of snapshots is held here, from the first copy to the commit."""
+        self._inline = 0 < sum(owned.shard.size_bytes for owned in self.versioned.values()) < INLINE_BYTES
         for owned in self.versioned.values():
-            owned.take_snapshot()  # if Redis is wiped before our first commit, nobody else has it
+            owned.take_snapshot()  # if Redis is wiped before the first commit of this server, no other process has it
         tools.committer.adopt(self._work(plan.resume))
         tools.metrics.set("version", plan.resume)
         tools.metrics.set("committed_version", plan.resume)
+        machine.handle(Revised(plan))
 
     # --- what the event loop tells
 
-    @abstractmethod
     def offer(self, header: Header, shard: int) -> Offer:
         """Judge a push before its bytes are read."""
+        return self._machine.offer(header.step, shard, header.rank)
 
     @abstractmethod
     def accept(self, header: Header, shard: int, gradient: Tensor | None, state: Tensor | None = None) -> None:
-        """A push is here, whole, and was offered as NEW.
+        """A push is here, whole; whether it is still wanted is seen now.
 
         ``gradient``: None if this step only brings the ``state`` of the rank (see :mod:`psa_store.optim.rank_state`).
         """
 
-    @abstractmethod
-    def handle(self, message: Done) -> None:
-        """The threads of arithmetic have done something."""
+    def on_message(self, message: Done | Updated | Committed) -> None:
+        """Another thread has done something for this term."""
+        match message:
+            case Done():
+                self.handle(message.event)
+            case Updated():
+                self._tools.waiters.stream(self.plan, self.owned_shards[message.shard], message.version)
+            case Committed():
+                self.on_committed(message)
 
     @abstractmethod
-    def advance(self) -> None:
-        """Do what can be done now."""
+    def handle(self, event: Event) -> None:
+        """Something has happened to the shards."""
+
+    def advance(self) -> bool:
+        """Do what can be done now, in the order in which the machine says it; True if there may be more to do."""
+        self._may_copy = True
+        for _ in range(_ROUNDS_MAX):
+            if self._tools.waiters.stale and self._machine.stage is Stage.COLLECTING:
+                self._tools.waiters.answer(self._now())
+            instructions = self._ready()
+            if not instructions:
+                return False
+            for instruction in instructions:
+                self._execute(instruction)
+        return True
+
+    @abstractmethod
+    def _now(self) -> Now:
+        """What there is to answer workers with."""
+
+    @abstractmethod
+    def _ready(self) -> list[Instruction]:
+        """What the machine says is to be done."""
 
     def revise(self, plan: Plan) -> None:
         """The same term, but other ranks or another phase."""
-        if plan.cut != self.plan.cut:
-            self._cut = plan.cut
         self.plan = plan
-        self._reported = None
-        if self._cut is not None and not self.versioned:
-            self._tools.report(
-                Pinned(plan.term, self._cut, plan.resume if self._cut.version is None else self._cut.version)
-            )  # nothing here changes
-            self._cut = None
+        self._machine.handle(Revised(plan))
 
     def on_committed(self, message: Committed) -> None:
         """A version of all shards here is durable."""
-        self.committed = message.version
+        self._machine.handle(VersionCommitted(message.version))
+        self._tools.waiters.stale = True
         self._tools.metrics.set("committed_version", message.version)
         self._tools.metrics.set("committed_time_seconds", time.time())
         self._tools.metrics.add("commits")
@@ -132,11 +163,11 @@ class Aggregator(ABC):
         if message.pinned is not None:
             self._tools.report(Pinned(message.term, message.pinned, message.version))
 
-    def cut_rank(self, barrier: int, rank: int, clock: int) -> None:
+    def on_rank_cut(self, cut: RankCut) -> None:
         """A worker says with which push of a rank a checkpoint ends."""
         raise Refused("CUT in a synchronous job")
 
-    def on_norms(self, step: int, norms: Mapping[int, float]) -> None:
+    def on_norms(self, told: NormsTold) -> None:
         """Another server tells the norms of its shards."""
         raise Refused("NORM in a job whose pushes are applied on arrival")
 
@@ -148,63 +179,75 @@ class Aggregator(ABC):
         """Tell a worker that asks where its ranks stand."""
         raise Refused("CLOCKS in a synchronous job")
 
-    @abstractmethod
     def end(self) -> None:
         """The term is over, and no thread of arithmetic is at work any more."""
+        if self._reserved:
+            self._tools.committer.cancel()
 
     # --- what the event loop asks
 
     @property
-    @abstractmethod
     def version(self) -> int:
         """The version that all shards here have reached."""
+        return self._machine.version
 
     @property
-    @abstractmethod
+    def committed(self) -> int:
+        """The newest version that this server has made durable."""
+        return self._machine.committed
+
+    @property
     def stage(self) -> str:
         """What is going on, for people."""
+        return self._machine.stage.name.lower()
 
     @property
-    @abstractmethod
     def stands_at(self) -> int | None:
         """The version at which all shards here stand still and whole; None if there is none."""
+        return self._machine.stands_at
 
-    # --- for the courses
+    # --- instructions that both machines give
+
+    def _execute(self, instruction: Instruction) -> None:
+        match instruction:
+            case Copy():
+                self._copy(instruction)
+            case Commit():
+                self._reserved = False
+                self._tools.committer.submit(self._work(instruction.version, instruction.pin))
+            case Hurry():
+                self._tools.committer.hurry()
+            case Frozen() | Stopped() | Pinned() | Missed():
+                self._tools.report(instruction)
+            case _:
+                raise AssertionError(f"{instruction} in this mode")
+
+    def _copy(self, copy: Copy) -> None:
+        """Copy, unless a commit still reads the memory of snapshots: if storage is slower, training waits."""
+        self._reserved = self._may_copy = self._reserved or self._tools.committer.reserve()
+        if self._reserved:
+            owned_shards = [self.owned_shards[shard] for shard in copy.shards]
+            self._on_all(owned_shards, lambda owned, _: owned.take_snapshot(), Copied())
+        else:
+            self._machine.handle(CopyDelayed())
+
+    def _on_all(
+        self,
+        owned_shards: Sequence[OwnedShard],
+        work: ShardWork,
+        done: Applied | Moved | Copied,
+        each: Callable[[OwnedShard], None] | None = None,
+    ) -> None:
+        """Do this to the shards, by the threads of arithmetic or, where there is little to do, at once."""
+        if self._inline:
+            self._tools.arithmetic.do_inline(owned_shards, work, each)
+            self.handle(done)
+        else:
+            self._tools.arithmetic.on_all(self.plan.term, owned_shards, work, Done(self.plan.term, done), each=each)
 
     def _work(self, version: int, pin: Cut | None = None) -> Work:
         """The snapshots are this version."""
-        frozen = {i: owned for i, owned in self.owned_shards.items() if i not in self.versioned}
-        extra = pin is not None and not self._is_regular(version)
-        return Work(self.plan.term, version, self.versioned, frozen, pin, extra)
-
-    def _is_regular(self, version: int) -> bool:
-        """Whether every server commits this version in any case."""
         interval = self._tools.config.commit_interval
-        return interval > 0 and version % interval == 0
-
-    def _miss(self) -> None:
-        """The checkpoint cannot be taken here any more."""
-        assert self._cut is not None
-        self._tools.report(Missed(self.plan.term, self._cut))
-        self._cut = None
-
-    def _held(self, version: int, newest: int) -> bool:
-        """Whether the plan's phase forbids to go on; tells control once we stand where it wants us.
-
-        Args:
-            version: what all shards here have reached; ``newest``: what some have.
-        """
-        if self.plan.phase is Phase.FREEZE:
-            assert self.plan.freeze_revision is not None
-            self._report_once(Frozen(self.plan.freeze_revision, version, newest))
-            return True
-        if self.plan.stop_version is not None and version >= self.plan.stop_version:
-            if self.committed == version:
-                self._report_once(Stopped(version))
-            return True
-        return False
-
-    def _report_once(self, report: ToPlanFollower) -> None:
-        if report != self._reported:
-            self._reported = report
-            self._tools.report(report)
+        regular = interval > 0 and version % interval == 0
+        frozen = {i: owned for i, owned in self.owned_shards.items() if i not in self.versioned}
+        return Work(self.plan.term, version, self.versioned, frozen, pin, extra=pin is not None and not regular)

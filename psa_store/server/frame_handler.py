@@ -1,0 +1,188 @@
+"""What a server does with the frames of its connections: where a payload goes, and which part of it is concerned.
+
+Used by the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+
+from psa_store.cluster import Plan
+from psa_store.errors import Refused
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout
+from psa_store.job.wire_layout import WireLayout
+from psa_store.server.aggregator import Aggregator, rules_of
+from psa_store.server.clients import SharedParameters
+from psa_store.server.connections import Connections, HasFileno
+from psa_store.server.introductions import Introductions
+from psa_store.server.messages import PeerGone
+from psa_store.server.push_admission import PushAdmission
+from psa_store.server.requests import Requests, Unfit
+from psa_store.server.waiters import Waiters
+from psa_store.testing.journal import Journal
+from psa_store.wire import (
+    PARK,
+    Connection,
+    Header,
+    Kind,
+    Park,
+    Reason,
+    Refusal,
+    Report,
+    SharedMemory,
+    decode,
+    encode,
+)
+
+_NOTHING = memoryview(b"")
+_OUTSIDE_TERMS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.INSPECT, Kind.REFUSED})
+_REQUESTS = frozenset({Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT})
+_MEMBERS = _REQUESTS | {Kind.SHARE, Kind.PUSH}
+"""Frames that only a process that said HELLO may send; all but SHARE belong to a term."""
+
+
+class FrameHandler:
+    """The host of the connections. ``aggregator`` is None while no term is served: what belongs to one is parked."""
+
+    def __init__(
+        self,
+        *,
+        member: str,
+        config: JobConfig,
+        layout: Layout,
+        wire: WireLayout,
+        listeners: Sequence[socket.socket],
+        wake: HasFileno,
+        journal: Journal,
+        peer_gone: Callable[[PeerGone], None],
+    ) -> None:
+        self.aggregator: Aggregator | None = None
+        self.peers: dict[str, Connection] = {}
+        """The other servers of the plan, by name."""
+        self.connections = Connections(self, listeners, wake)
+        self.parameters = SharedParameters(SharedMemory.create("parameters", 0))
+        self.waiters = Waiters(
+            self.connections,
+            self.parameters,
+            journal,
+            shows_parameters=config.shares_parameters,
+        )
+        self._layout = layout
+        self._wire = wire
+        self._gradients_max = config.ranks * config.window
+        self._peer_gone = peer_gone
+        self._admission = PushAdmission(config, layout, wire, rules_of(config))
+        self._introductions = Introductions(member, config, layout.fingerprint, self.connections, self.parameters)
+        self._requests = Requests(config.ranks, self.waiters)
+
+    @property
+    def member(self) -> str:
+        """The present name of this server."""
+        return self._introductions.member
+
+    # --- terms
+
+    def begin(self, member: str, memory: SharedMemory, aggregator: Aggregator) -> None:
+        """Serve this term. ``memory``: where its parameters are published."""
+        self._introductions.member = member
+        self.parameters.move_to(memory)
+        self.aggregator = aggregator
+
+    def revise(self, plan: Plan) -> None:
+        """The same term, but other ranks or another phase."""
+        self._admission.revise(plan)
+        self.connections.wake_parked()
+
+    def end(self) -> None:
+        """Serve nothing; afterwards no connection touches the memory of the old term."""
+        self._admission.end()
+        self.connections.detach_all()
+        for peer in list(self.peers.values()):
+            self.connections.close(peer)
+        self.waiters.clear()
+        self.aggregator = None
+
+    def add_peer(self, server: str, sock: socket.socket) -> None:
+        """Take over a socket that leads to another server of the plan."""
+        if self.aggregator is None:
+            sock.close()
+            return
+        peer = self.peers[server] = self._introductions.introduce(sock, server)
+        self.aggregator.send_state(peer)
+
+    # --- frames, as the connections ask
+
+    def admit(self, connection: Connection, header: Header) -> memoryview | Park:
+        """Name the place of a payload. What belongs to a term or a plan that is yet to come has to wait for it."""
+        kind, aggregator = header.kind, self.aggregator
+        if kind in _OUTSIDE_TERMS:
+            return memoryview(bytearray(header.length))
+        if kind not in _MEMBERS:
+            raise Refused(f"a server takes no {kind.name}")
+        if not connection.member:
+            raise Refused(f"{kind.name} before HELLO")
+        if kind is Kind.SHARE:
+            return _NOTHING
+        if aggregator is None or (header.term, header.revision) > (aggregator.plan.term, aggregator.plan.revision):
+            return PARK
+        if kind is Kind.PUSH:
+            return self._admission.admit(aggregator, connection, self.parameters.clients.get(connection), header)
+        return memoryview(bytearray(header.length)) if header.length else _NOTHING
+
+    def on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:
+        kind, aggregator = header.kind, self.aggregator
+        client = self.parameters.clients.get(connection)
+        if kind is Kind.PUSH:
+            reason = self._admission.finish(aggregator, connection, header)
+            if reason is not Reason.NONE:
+                self._refuse(connection, header, reason, f"push refused: {reason.name}")
+        elif kind in _REQUESTS:
+            if aggregator is not None:
+                try:
+                    self._requests.on_request(aggregator, connection, client, header, payload)
+                except Unfit as why:
+                    self._refuse(connection, header, why.reason, str(why))
+        elif kind is Kind.HELLO:
+            self._introductions.on_hello(connection, payload)
+        elif kind is Kind.SHARE:
+            if client is None:
+                raise Refused("only a worker that said HELLO may do that")
+            client.share(header.memory, self._layout, self._wire, self._gradients_max)
+        elif kind is Kind.INSPECT:
+            text = encode(self._report())
+            self.connections.send(connection, Header(Kind.REPORT, length=len(text)), text)
+        elif kind is Kind.REFUSED:
+            raise Refused(f"a peer refused: {decode(Refusal, payload).why}")
+
+    def on_stranger(self, connection: Connection, why: str) -> None:
+        self._refuse(connection, Header(Kind.HELLO), Reason.WRONG, why)
+
+    def on_gone(self, connection: Connection) -> None:
+        self._admission.forget(connection)
+        self.waiters.forget(connection)
+        self.parameters.clients.pop(connection, None)
+        if connection.member and self.peers.get(connection.member) is connection:
+            del self.peers[connection.member]
+            if self.aggregator is not None:
+                self._peer_gone(PeerGone(self.aggregator.plan.term, connection.member))
+
+    def _refuse(self, connection: Connection, header: Header, reason: Reason, why: str) -> None:
+        text = encode(Refusal(header.kind.name, why))
+        term, revision = (self.aggregator.plan.term, self.aggregator.plan.revision) if self.aggregator else (0, 0)
+        answer = Header(Kind.REFUSED, term, revision, header.step, header.rank, header.shard, len(text), reason)
+        self.connections.send(connection, answer, text)
+
+    def _report(self) -> Report:
+        aggregator = self.aggregator
+        if aggregator is None:
+            return Report(self.member, None, "idle", None, None, 0)
+        return Report(
+            self.member,
+            aggregator.plan.term,
+            aggregator.stage,
+            aggregator.version,
+            aggregator.committed,
+            len(aggregator.owned_shards),
+        )

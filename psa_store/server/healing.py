@@ -1,0 +1,95 @@
+"""When Redis is restarted, fails over or is wiped, and has lost what this server made durable: it is written again.
+
+Redis may come back older than it was (a lost tail of the log, a replica that was behind), or empty. Then the seal is
+renewed and the newest committed version is written again from the snapshot that is still in memory, or the one at which
+the term began, so that the loss heals within about a second and not with the next commit. What never changes (the
+documents of the job, its frozen shards) is written again as well where it is missing.
+
+Used by the committer's thread, which holds the snapshots meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from psa_store import logs
+from psa_store.errors import DependencyUnreachable, Rewound
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout
+from psa_store.server.work import Work
+from psa_store.storage import Manifest, RedisStore
+
+
+class Healing:
+    """Remembers to which Redis, by its run id, the newest version was written."""
+
+    def __init__(self, store: RedisStore, config: JobConfig, layout: Layout) -> None:
+        self._store = store
+        self._job = config.name
+        self._documents = config.to_json(), layout.to_json()
+        self._layout = layout.fingerprint
+        self._keep = config.versions_kept
+        self._log = logs.get_logger()
+        self._run_id: str | None = None
+
+    def read_run_id(self) -> str | None:
+        """Ask Redis which one it is; None if it does not answer."""
+        try:
+            return self._store.server_run_id()
+        except DependencyUnreachable:
+            return None
+
+    def committed_to(self, run_id: str | None) -> None:
+        """A version is durable in the Redis that had this run id before its first shard was written."""
+        self._run_id = run_id
+
+    def heal(self, last: Work, write: Callable[[Work], None]) -> None:
+        """If Redis lost the last commit, ``write`` again what is missing of it. Without an answer nothing happens.
+
+        Another server may have noticed a wipe before this one, and written the documents: the own shards tell.
+
+        Raises:
+            PsaError: this term cannot be committed any more.
+        """
+        try:
+            run_id = self._store.server_run_id()
+            if run_id == self._run_id and self._has_all(last):
+                return
+            self._restore_what_never_changes(last)
+            heads = self._store.seal(self._job, last.owned_shards, last.term, self._layout)
+            lost = {head.shard: last.owned_shards[head.shard] for head in heads if head.manifest(last.version) is None}
+            if lost:
+                self._log.warning("Redis lost a committed version: writing it again", shards=list(lost))
+            for owned in lost.values():
+                owned.committed = None
+            write(replace(last, owned_shards=lost))
+            self._run_id = run_id
+        except DependencyUnreachable:
+            return
+
+    def write_over(self, work: Work, index: int, error: Rewound) -> Manifest:
+        """Commit one shard to a Redis that went back in time: under a new seal, and whatever it holds."""
+        self._log.warning("Redis went back in time: writing again from memory", error=str(error))
+        self._restore_what_never_changes(work)
+        self._store.seal(self._job, [index], work.term, self._layout)
+        snapshot = work.owned_shards[index].snapshot()
+        return self._store.commit(self._job, index, work.term, work.version, *snapshot, keep=self._keep, expect=None)
+
+    def _has_all(self, work: Work) -> bool:
+        return self._store.has_job(self._job) and not self._store.missing(self._job, [*work.owned_shards, *work.frozen])
+
+    def _restore_what_never_changes(self, work: Work) -> None:
+        """Write the documents and the frozen shards again if Redis was wiped: no later commit contains them."""
+        lost = [head.shard for head in self._store.heads(self._job, work.frozen) if head.manifest(0) is None]
+        self._store.seal(self._job, lost, work.term, self._layout)
+        for index in lost:
+            owned = work.frozen[index]
+            owned.take_snapshot()
+            arrays, _ = owned.snapshot()  # without scalars, as its creator wrote it
+            owned.committed = self._store.commit(
+                self._job, index, work.term, 0, arrays, {}, keep=self._keep, expect=None
+            )
+        if not self._store.has_job(self._job):
+            self._log.warning("Redis lost the job: writing it again from memory", job=self._job)
+            self._store.create_job(self._job, *self._documents)

@@ -1,0 +1,250 @@
+"""What becomes of a gradient that a worker offers: judged once, with its header in hand and before its bytes are read.
+
+    PARK           its turn has not come: nothing more is read from that worker until it has
+    Take           it is wanted: here is where its bytes go
+    TakeReference  it is wanted, and lies in memory that the worker shares
+    Drop           it is not wanted, or not allowed: its bytes go to scratch memory
+
+The decision is kept until the last byte is here, and is carried out then. Meanwhile it can become Drop: the term ends,
+the rank goes to another worker, or the same gradient comes over another connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psa_store.cluster import Plan
+from psa_store.compression.codec import decode
+from psa_store.consistency import Offer
+from psa_store.errors import Refused
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout, Shard, TensorRole
+from psa_store.job.wire_layout import WireLayout
+from psa_store.optim.rank_state import rank_state_of
+from psa_store.optim.tensors import as_bytes
+from psa_store.server.aggregator import Aggregator, Rules
+from psa_store.server.clients import Client
+from psa_store.wire import PARK, Connection, Flag, Header, Park, Reason
+
+_NOTHING = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Receive one shard into ``memory``.
+
+    ``place``: the memory of the gradient; None if the push brings only state. Without ``encoded`` it is ``memory``.
+    ``encoded``: what arrives is no gradient as it is, and has ``state_bytes`` of its rank's state at its end.
+    """
+
+    shard: int
+    rank: int
+    memory: memoryview
+    place: Tensor | None
+    encoded: Tensor | None
+    state_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakeReference:
+    """Nothing comes: the gradients of these shards lie in shared memory."""
+
+    gradients: Sequence[tuple[int, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """``reason``: what to tell the worker; NONE for nothing, since the gradient is here already."""
+
+    reason: Reason
+
+
+class _Form:
+    """In which form pushes of one shard come, computed once."""
+
+    def __init__(self, config: JobConfig, layout: Layout, wire: WireLayout, shard: Shard) -> None:
+        trained = shard.role is TensorRole.TRAINED
+        state = rank_state_of(config, shard)
+        self.trained = trained
+        self.compressed = trained and config.compression.applies_to(shard.dtype)
+        self.gradient_bytes = (
+            config.compression.payload_bytes(shard.numel) if self.compressed else wire.size_bytes(shard)
+        )
+        self.state_bytes = state.size_bytes if state is not None else 0
+        self.bytes_max = max(shard.size_bytes, self.gradient_bytes) + self.state_bytes
+        self.why_no_reference = ""
+        if self.compressed:
+            self.why_no_reference = "this job compresses its gradients"
+        elif not trained:
+            self.why_no_reference = "only gradients are pushed so"
+
+
+class PushAdmission:
+    """Judges pushes, and keeps each decision until it is carried out. Used by the event loop's thread only."""
+
+    def __init__(self, config: JobConfig, layout: Layout, wire: WireLayout, rules: Rules) -> None:
+        self._config = config
+        self._compression = config.compression
+        self._ranks = config.ranks
+        self._rules = rules
+        self._frozen = frozenset(shard.index for shard in layout.shards_of(TensorRole.FROZEN))
+        self._forms = [_Form(config, layout, wire, shard) for shard in layout.shards]
+        self._scratch = memoryview(bytearray(max(form.bytes_max for form in self._forms)))
+        self._decided: dict[Connection, Take | TakeReference | Drop] = {}
+
+    def admit(
+        self, aggregator: Aggregator, connection: Connection, client: Client | None, header: Header
+    ) -> memoryview | Park:
+        """Judge a push; returns where its bytes go.
+
+        Raises:
+            Refused: no correct worker sends this.
+        """
+        decision = self._judge(aggregator, connection, client, header)
+        match decision:
+            case Park():
+                return decision
+            case Take():
+                self._divert_former(decision.shard, header.rank, connection)
+                memory = decision.memory
+            case TakeReference():
+                for shard, _ in decision.gradients:
+                    self._divert_former(shard, header.rank, connection)
+                memory = _NOTHING
+            case Drop():
+                if header.length > len(self._scratch):
+                    raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {len(self._scratch)}")
+                memory = self._scratch[: header.length]
+        self._decided[connection] = decision
+        return memory
+
+    def finish(self, aggregator: Aggregator | None, connection: Connection, header: Header) -> Reason:
+        """Carry out what was decided, now that all bytes are here; returns what to tell the worker."""
+        decision = self._decided.pop(connection)
+        if isinstance(decision, Drop):
+            return decision.reason
+        assert aggregator is not None
+        if isinstance(decision, TakeReference):
+            for shard, gradient in decision.gradients:
+                aggregator.accept(header, shard, gradient)
+            return Reason.NONE
+        place, encoded, state = decision.place, decision.encoded, None
+        if encoded is not None:
+            gradient_bytes = len(encoded) - decision.state_bytes
+            if place is not None and self._forms[decision.shard].compressed:
+                decode(self._compression, encoded[:gradient_bytes], place)
+            elif place is not None:
+                place.view(torch.uint8).copy_(encoded[:gradient_bytes])
+            state = encoded[gradient_bytes:].clone() if decision.state_bytes else None
+        aggregator.accept(header, decision.shard, place, state)
+        return Reason.NONE
+
+    # --- while bytes come
+
+    def revise(self, plan: Plan) -> None:
+        """Ranks may have gone to other workers: what is still to come of their gradients is not wanted."""
+        for connection, decision in self._decided.items():
+            if isinstance(decision, Take) and not self._may_push(plan, decision.rank, connection):
+                self._divert(connection, Reason.NOT_HOLDER)
+
+    def end(self) -> None:
+        """The term is over, and the places of its shards are not to be touched any more."""
+        for connection, decision in self._decided.items():
+            if isinstance(decision, Take):
+                self._divert(connection, Reason.STALE)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
+        self._decided.pop(connection, None)
+
+    def _divert_former(self, shard: int, rank: int, connection: Connection) -> None:
+        """The same gradient is being received already: what is still to come of it is not wanted.
+
+        Where workers race with it, it is received once from each of them.
+        """
+        for former, decision in self._decided.items():
+            same = isinstance(decision, Take) and (decision.shard, decision.rank) == (shard, rank)
+            if same and not (self._rules.workers_race and former.member != connection.member):
+                self._divert(former, Reason.NONE)
+
+    def _divert(self, connection: Connection, reason: Reason) -> None:
+        connection.divert(self._scratch)
+        self._decided[connection] = Drop(reason)
+
+    # --- judging
+
+    def _judge(
+        self, aggregator: Aggregator, connection: Connection, client: Client | None, header: Header
+    ) -> Take | TakeReference | Drop | Park:
+        by_reference = header.flags & Flag.BY_REFERENCE
+        shards = range(header.shard, header.shard + (header.shards if by_reference else 1))
+        if by_reference and not 0 < header.shards <= len(self._forms) - header.shard:
+            raise Refused(f"PUSH of {header.shards} shards from shard {header.shard}: there are not so many")
+        if header.flags & Flag.NONFINITE and not self._rules.skips_nonfinite:
+            raise Refused("PUSH of a gradient with NaN or Inf, which this job does not skip")
+        reason = self._reason_against(aggregator, connection, header, shards)
+        if reason is not None:
+            return Drop(reason)
+        offers = {shard: aggregator.offer(header, shard) for shard in shards}
+        if Offer.AHEAD in offers.values():
+            if not self._rules.on_arrival:
+                raise Refused(f"PUSH for step {header.step} while version {aggregator.version} is the newest")
+            return PARK
+        wanted = [shard for shard, offer in offers.items() if offer is Offer.NEW]
+        if by_reference:
+            return self._referred(client, header, shards, wanted)
+        gradient_bytes, state_bytes = self._bytes_due(header)
+        if header.length != gradient_bytes + state_bytes:
+            raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {gradient_bytes + state_bytes}")
+        return self._received(aggregator, header, gradient_bytes, state_bytes) if wanted else Drop(Reason.NONE)
+
+    def _reason_against(
+        self, aggregator: Aggregator, connection: Connection, header: Header, shards: range
+    ) -> Reason | None:
+        if header.term < aggregator.plan.term:
+            return Reason.STALE
+        if any(shard not in aggregator.owned_shards for shard in shards):
+            return Reason.NOT_OWNER
+        if header.rank >= self._ranks or not self._may_push(aggregator.plan, header.rank, connection):
+            return Reason.NOT_HOLDER
+        if not self._frozen.isdisjoint(shards):
+            raise Refused(f"PUSH of shards {sorted(self._frozen.intersection(shards))}, which never change")
+        return None
+
+    def _may_push(self, plan: Plan, rank: int, connection: Connection) -> bool:
+        """Whether the plan gives this rank to this worker, or allows it to be faster."""
+        return plan.ranks[rank] == connection.member or (self._rules.workers_race and connection.member in plan.ranks)
+
+    def _bytes_due(self, header: Header) -> tuple[int, int]:
+        """What a push of this shard has to bring: bytes of gradient (or buffers), bytes of a rank's state."""
+        form = self._forms[header.shard]
+        due = form.state_bytes and (header.flags & Flag.STATE or self._config.rank_state_is_due(header.step + 1))
+        exchanged = not form.trained or self._config.mode.exchanges(header.shard, header.step)
+        return form.gradient_bytes if exchanged else 0, form.state_bytes if due else 0
+
+    def _received(self, aggregator: Aggregator, header: Header, gradient_bytes: int, state_bytes: int) -> Take:
+        place = aggregator.owned_shards[header.shard].own_place(header.rank) if gradient_bytes else None
+        as_it_is = place is not None and not state_bytes and not self._forms[header.shard].compressed
+        if place is not None and as_it_is and not self._rules.workers_race:
+            return Take(header.shard, header.rank, as_bytes(place), place, None, 0)
+        encoded = torch.empty(header.length, dtype=torch.uint8)
+        return Take(header.shard, header.rank, as_bytes(encoded), place, encoded, state_bytes)
+
+    def _referred(
+        self, client: Client | None, header: Header, shards: Iterable[int], wanted: Iterable[int]
+    ) -> TakeReference:
+        if not self._config.shares_memory:
+            raise Refused("PUSH by reference: in this job's mode no memory is shared")
+        if client is None:
+            raise Refused("only a worker that said HELLO may do that")
+        for shard in shards:
+            if self._forms[shard].why_no_reference:
+                raise Refused(f"PUSH of shard {shard} by reference: {self._forms[shard].why_no_reference}")
+        gradients = client.gradients.get(header.memory)
+        if gradients is None:
+            raise Refused(f"PUSH from memory {header.memory}, which was not shared")
+        return TakeReference([(shard, gradients[shard]) for shard in wanted])
