@@ -119,7 +119,6 @@ class Connections:
         """A new plan: ask again about the frames that had to wait for one."""
         for connection in self:
             if connection.parked and connection in self._connections:
-                self._parked.discard(connection)
                 try:
                     connection.resume()
                 except Refused as error:
@@ -167,12 +166,14 @@ class Connections:
         if connection.sending:
             mask |= selectors.EVENT_WRITE
         before = self._watched.get(connection, 0)
-        if mask == before or connection not in self._connections:
+        if connection not in self._connections:
             return
         if connection.parked:
             self._parked.add(connection)
-        else:
+        elif self._parked:
             self._parked.discard(connection)
+        if mask == before:
+            return
         if not before:
             self._selector.register(connection, mask, connection)
         elif not mask:
