@@ -197,7 +197,7 @@ class PushAdmission:
         wanted = [shard for shard, offer in offers.items() if offer is Offer.NEW]
         if by_reference:
             return self._referred(client, header, shards, wanted)
-        gradient_bytes, state_bytes = self._bytes_due(header)
+        gradient_bytes, state_bytes = self._bytes_due(aggregator, header)
         if header.length != gradient_bytes + state_bytes:
             raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {gradient_bytes + state_bytes}")
         return self._received(aggregator, header, gradient_bytes, state_bytes) if wanted else Drop(Reason.NONE)
@@ -219,11 +219,11 @@ class PushAdmission:
         """Whether the plan gives this rank to this worker, or allows it to be faster."""
         return plan.ranks[rank] == connection.member or (self._rules.workers_race and connection.member in plan.ranks)
 
-    def _bytes_due(self, header: Header) -> tuple[int, int]:
+    def _bytes_due(self, aggregator: Aggregator, header: Header) -> tuple[int, int]:
         """What a push of this shard has to bring: bytes of gradient (or buffers), bytes of a rank's state."""
         form = self._forms[header.shard]
         due = form.state_bytes and (header.flags & Flag.STATE or self._config.rank_state_is_due(header.step + 1))
-        exchanged = not form.trained or self._config.mode.exchanges(header.shard, header.step)
+        exchanged = not form.trained or aggregator.exchanges(header.shard, header.step)
         return form.gradient_bytes if exchanged else 0, form.state_bytes if due else 0
 
     def _received(self, aggregator: Aggregator, header: Header, gradient_bytes: int, state_bytes: int) -> Take:

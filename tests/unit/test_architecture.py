@@ -105,12 +105,6 @@ def test_thought_is_pure(name: str) -> None:
 
 MODE_ROOMS = ("job", "consistency", "worker/strategy", "server/aggregator")
 """The rooms in which a mode makes a difference. The others ask ``JobConfig`` what that means for them."""
-CONDITIONS_LEFT = {
-    "server/committer.py",
-    "server/event_loop.py",
-    "server/plan_follower.py",
-}
-"""Files that still have a condition on the mode. This list may only become shorter."""
 MODE_FACTS = {field.name for field in fields(Mode)} | {
     name for name, value in vars(Mode).items() if isinstance(value, property) or inspect.isfunction(value)
 }
@@ -134,8 +128,7 @@ def test_the_mode_makes_a_difference_in_its_rooms_only() -> None:
         for path in modules()
         if not (where := str(path.relative_to(PACKAGE))).startswith(MODE_ROOMS) and asks_the_mode(path)
     }
-    assert elsewhere - CONDITIONS_LEFT == set(), "ask JobConfig, or decide in consistency"
-    assert CONDITIONS_LEFT - elsewhere == set(), "take these from the list: they have no condition any more"
+    assert elsewhere == set(), "ask JobConfig, or decide in consistency"
 
 
 def test_public_names() -> None:

@@ -186,6 +186,10 @@ class Aggregator(ABC):
 
     # --- what the event loop asks
 
+    def exchanges(self, shard: int, step: int) -> bool:
+        """Whether pushes for this step bring the gradient of this trained shard."""
+        return self._tools.config.mode.exchanges(shard, step)
+
     @property
     def version(self) -> int:
         """The version that all shards here have reached."""
