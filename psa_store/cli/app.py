@@ -186,7 +186,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="look again every second, until Ctrl-C")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="for programs; with --watch, one document a line")] = False,
 ) -> None:
-    """Show what is sick, who owns what, who computes what, which versions are stored, and how Redis and ZooKeeper are.
+    """Show how a job is: its members, what they own and compute, stored versions, Redis and ZooKeeper.
 
     What is sick comes first, each with the command that looks further. Exits with 3 if Redis or ZooKeeper is away, and
     then shows what the other one knows; with 4 if stored data are damaged.
@@ -463,7 +463,7 @@ app.add_typer(chaos_app, name="chaos")
 @chaos_app.command("run")
 def chaos_run(
     scenario: Annotated[str, typer.Option(help="NAME, or several separated by commas, all, or soak")] = "soak",
-    seed: Annotated[int, typer.Option(help="the same seed gives the same plan of faults")] = 0,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same fault schedule")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="play each scenario with so many seeds, from --seed on")] = 1,
     duration: Annotated[
         str | None, typer.Option(help="train so long with a fault every --every: 90s, 10m, 1h [default: short runs]")

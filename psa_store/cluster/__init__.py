@@ -2,10 +2,10 @@
 
 from psa_store.cluster.controller import Publish, TakeOver, View, assign_ranks, assign_shards, decide
 from psa_store.cluster.members import Member, ProcessRole, member_from_json
-from psa_store.cluster.plan import NOBODY, Cut, Phase, Plan, Server, newest_common, plan_from_json
+from psa_store.cluster.plan import NO_WORKER, Cut, Phase, Plan, Server, newest_common, plan_from_json
 
 __all__ = [
-    "NOBODY",
+    "NO_WORKER",
     "Cut",
     "Member",
     "Phase",

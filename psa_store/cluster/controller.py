@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from psa_store.cluster.members import Member
-from psa_store.cluster.plan import NOBODY, Phase, Plan, Server
+from psa_store.cluster.plan import NO_WORKER, Phase, Plan, Server
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Publish:
 def decide(view: View) -> TakeOver | Publish | None:
     """The next action of the controller, or None if the plan fits the members."""
     plan = view.plan
-    ranks = assign_ranks(plan.ranks if plan else (NOBODY,) * view.ranks, view.workers)
+    ranks = assign_ranks(plan.ranks if plan else (NO_WORKER,) * view.ranks, view.workers)
     staying = [member for member in view.servers.values() if not member.leaving]
     previous = [server.id for server in plan.servers] if plan else []
     servers, owners = assign_shards(view.shard_sizes, _in_order(staying, previous))
@@ -180,10 +180,10 @@ def assign_ranks(current: Sequence[str], workers: Iterable[str]) -> tuple[str, .
     """Share the ranks out evenly (counts differ by one at most) and move as few as possible."""
     alive = sorted(workers)
     if not alive:
-        return (NOBODY,) * len(current)
+        return (NO_WORKER,) * len(current)
     share, extras = divmod(len(current), len(alive))
     counts = dict.fromkeys(alive, 0)
-    ranks = [NOBODY] * len(current)
+    ranks = [NO_WORKER] * len(current)
     for rank, holder in enumerate(current):
         if holder not in counts:
             continue
@@ -193,7 +193,7 @@ def assign_ranks(current: Sequence[str], workers: Iterable[str]) -> tuple[str, .
             counts[holder] += 1
             ranks[rank] = holder
     for rank, holder in enumerate(ranks):
-        if holder == NOBODY:
+        if holder == NO_WORKER:
             ranks[rank] = min(alive, key=lambda worker: (counts[worker], worker))
             counts[ranks[rank]] += 1
     return tuple(ranks)

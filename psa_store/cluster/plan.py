@@ -16,7 +16,7 @@ from typing import ClassVar
 from psa_store.errors import DataIntegrity
 from psa_store.job.document import from_fields, to_fields
 
-NOBODY = ""
+NO_WORKER = ""
 """Holder of a rank that no living worker computes."""
 
 
@@ -75,7 +75,7 @@ class Plan:
     @property
     def attended(self) -> bool:
         """Whether a worker holds a rank."""
-        return any(holder != NOBODY for holder in self.ranks)
+        return any(holder != NO_WORKER for holder in self.ranks)
 
     def owner_of(self, shard: int) -> Server:
         return self.servers[self.owners[shard]]

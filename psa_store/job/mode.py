@@ -2,18 +2,18 @@
 
 * ``sync``: a step is applied when the gradients of all ranks are in, so the result has the same bits whatever happens.
   ``backup=b`` applies it when those of all ranks but b are in, and drops the others (Chen et al., arXiv 1604.00981):
-  which ranks count depends on who is fast, so the bits do, too. ``speculate`` lets a worker that waits compute the
+  which ranks count depends on which are fast, so the bits do, too. ``speculate`` lets a worker that waits compute the
   rank that is waited for; the first push counts, and both are equal, so the bits stay.
-* ``async``: each push is applied when it arrives, and nobody waits for anybody.
+* ``async``: each push is applied when it arrives, and no rank waits for another.
 * ``ssp:staleness=s``: the same, but no rank starts a step while another is more than ``s`` steps behind it (stale
-  synchronous parallel; Ho et al., NIPS 2013). With ``s=0`` nobody could be ahead: that *is* ``sync``.
+  synchronous parallel; Ho et al., NIPS 2013). With ``s=0`` no rank could be ahead: that *is* ``sync``.
 * ``local:steps=H``: each rank makes H steps of its own, with the job's optimizer, and pushes by how much it has moved
   away; the servers apply the mean of that with SGD and Nesterov momentum (DiLoCo; Douillard et al., arXiv 2311.08105),
   whose numbers are ``lr`` and ``momentum``. A version is such a *round*. ``fragments=F`` exchanges the shards in F
   parts, each after H steps but on different ones, so a round has H/F steps (streaming DiLoCo; arXiv 2501.18512). With
   ``overlap`` a rank goes on at once while the round is exchanged, from the global parameters of a round ago and its own
   last movement. The optimizer's state of a rank is kept with commits, so the bits are those of an undisturbed run;
-  ``forget`` does not send and keep it: whoever gets a rank begins with new state, and a result cannot be repeated
+  ``forget`` does not send and keep it: the next worker of a rank begins with new state, and a result cannot be repeated
   after a death.
 
 Pure: no I/O, no threads, no torch.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar
 
-from psa_store.cluster import NOBODY, Plan, TakeOver, View
+from psa_store.cluster import NO_WORKER, Plan, TakeOver, View
 from psa_store.logs import hide_passwords
 from psa_store.observe.heartbeat import Heartbeat
 
@@ -160,7 +160,7 @@ class Events:
         """Note a change of the plan within its term, if the members are others now."""
         if before is not None and (before.ranks, before.servers) == (plan.ranks, plan.servers):
             return
-        workers = len(set(plan.ranks) - {NOBODY})
+        workers = len(set(plan.ranks) - {NO_WORKER})
         text = f"{reason}: {workers} workers hold the {len(plan.ranks)} ranks, {len(plan.servers)} servers the shards"
         self.note(EventKind.MEMBERS, text, term=plan.term)
 
@@ -168,4 +168,4 @@ class Events:
 def _named(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
     if plan is None:
         return frozenset(), frozenset()
-    return frozenset(server.id for server in plan.servers), frozenset(plan.ranks) - {NOBODY}
+    return frozenset(server.id for server in plan.servers), frozenset(plan.ranks) - {NO_WORKER}

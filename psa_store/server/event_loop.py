@@ -43,7 +43,7 @@ _LAPSED_PAUSE_S = 0.02
 
 
 class EventLoop:
-    """Owns the thread ``psa-event loop``. Other threads talk to it through :meth:`post`."""
+    """Owns the thread ``psa-event-loop``. Other threads talk to it through :meth:`post`."""
 
     IDLE = "idle"
 
@@ -96,7 +96,7 @@ class EventLoop:
             report=report,
             post=self._mailbox.post,
         )
-        self._thread = threading.Thread(target=self._run, name="psa-event loop")
+        self._thread = threading.Thread(target=self._run, name="psa-event-loop")
 
     # --- the loop
 

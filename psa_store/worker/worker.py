@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from psa_store import logs
-from psa_store.cluster import NOBODY, ProcessRole
+from psa_store.cluster import NO_WORKER, ProcessRole
 from psa_store.config import load_settings
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
@@ -146,7 +146,7 @@ class Worker:
     def members(self) -> int:
         """Workers that hold a rank."""
         plan = self._membership.standing.plan
-        return len(set(plan.ranks) - {NOBODY}) if plan else 0
+        return len(set(plan.ranks) - {NO_WORKER}) if plan else 0
 
     @property
     def is_main(self) -> bool:

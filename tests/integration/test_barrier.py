@@ -189,7 +189,7 @@ def test_what_is_not_a_barrier_is_refused(members: list[Member], raw: KazooClien
         members[0].arrive(opened)
 
 
-def test_an_term_that_begins_in_the_moment_of_the_decision_aborts(
+def test_a_term_that_begins_in_the_moment_of_the_decision_aborts(
     members: list[Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last to arrive has read the old term and is about to write DONE when a controller takes the next one."""

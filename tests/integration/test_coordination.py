@@ -361,7 +361,7 @@ def test_closing_ends_membership_at_once(enter: Enter, door: Coordination) -> No
         leaving.read_plan()
 
 
-def test_who_joins_under_another_id_leaves_no_ghost(door: Coordination) -> None:
+def test_a_process_that_joins_under_another_id_leaves_no_ghost(door: Coordination) -> None:
     door.join(SERVER, member("old"))
     door.campaign("old")
     door.join(SERVER, member("new"))

@@ -93,7 +93,7 @@ def own(site: Site, server: PrivateRedis, tmp_path: Path) -> Site:
     return Site(server.url, site.zookeeper, tmp_path)
 
 
-def test_sound_servers_are_fit_and_nothing_of_the_visit_stays(own: Site, raw: redis.Redis) -> None:
+def test_sound_servers_are_fit_and_nothing_of_the_checks_stays(own: Site, raw: redis.Redis) -> None:
     checks = doctor_command(own, 0)
     assert list(checks) == [*MACHINE, *REDIS, *ZOOKEEPER]
     assert verdicts(checks, list(checks)) <= {"pass", "warn"}

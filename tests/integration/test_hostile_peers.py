@@ -236,7 +236,7 @@ def a_push_to_a_server_that_does_not_own_the_shard(scene: Scene, carrier: str) -
 
 
 @deed
-def a_push_of_an_term_that_is_over(scene: Scene, carrier: str) -> None:
+def a_push_of_a_term_that_is_over(scene: Scene, carrier: str) -> None:
     shard, term = scene.shard(), scene.plan.term - 1
     with scene.in_the_name_of_the_holder() as pose:
         peer, step = pose(carrier)
@@ -329,7 +329,7 @@ def waiting_for_what_never_comes(scene: Scene, carrier: str) -> None:
 
 
 @deed
-def a_frame_of_an_term_to_come(scene: Scene, carrier: str) -> None:
+def a_frame_of_a_term_to_come(scene: Scene, carrier: str) -> None:
     """The server waits for the plan that the peer seems to know; and it must notice if the peer ends before."""
     for kind in (Kind.PULL, Kind.PUSH, Kind.NORM):
         peer = scene.peer(carrier)

@@ -30,7 +30,7 @@ from psa_store.consistency.instructions import (
 )
 
 RANKS, STEPS, INTERVAL, STALENESS = 3, 6, 4, 2
-LEADS = {"a": (0, 1), "b": (2,)}
+OWNED = {"a": (0, 1), "b": (2,)}
 """Shards by server."""
 MARK = -1
 History = dict[int, list[tuple[int, int]]]
@@ -105,7 +105,7 @@ def test_a_limit_stops_even_what_is_copied() -> None:
     assert apply_all(arrivals) == [(0, 1)]
 
 
-def test_a_commit_that_is_asked_for_too_late_holds_nobody_up() -> None:
+def test_a_commit_that_is_asked_for_too_late_holds_no_rank_up() -> None:
     arrivals = one([2, 1, 0])
     assert arrivals.ready(awaited={2}) == [] and arrivals.commits_next == INTERVAL
     assert arrivals.ready(awaited={3}) == [Copy(3, [0])]
@@ -165,19 +165,19 @@ def test_what_is_applied_is_what_the_clocks_say(actions: list[tuple[int, bool]])
 
 
 class Rank:
-    """Who computes it now, what it keeps, and what is on its way to each server."""
+    """Which worker computes it now, what it keeps, and what is on its way to each server."""
 
     def __init__(self, inherited: int = 0) -> None:
         self.next = 0
         self.inherited = inherited
         """So many pushes others may have made of it, of which the servers may have some: they are computed again."""
         self.kept: deque[int] = deque()
-        self.on_its_way: dict[str, deque[tuple[int, int]]] = {server: deque() for server in LEADS}
+        self.on_its_way: dict[str, deque[tuple[int, int]]] = {server: deque() for server in OWNED}
         """Step and shard of pushes; MARK instead of a shard: the cut ends with so many."""
         self.cut: int | None = None
 
     def push(self, step: int) -> None:
-        for server, shards in LEADS.items():
+        for server, shards in OWNED.items():
             self.on_its_way[server].extend((step, shard) for shard in shards)
 
     def mark(self) -> None:
@@ -197,10 +197,10 @@ class Job(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ranks = [Rank() for _ in range(RANKS)]
-        self.history: History = {shard: [] for shards in LEADS.values() for shard in shards}
-        self.copies: dict[str, dict[int, History]] = {server: {} for server in LEADS}
+        self.history: History = {shard: [] for shards in OWNED.values() for shard in shards}
+        self.copies: dict[str, dict[int, History]] = {server: {} for server in OWNED}
         self.committed: dict[str, dict[int, History]] = {
-            server: {0: {shard: [] for shard in shards}} for server, shards in LEADS.items()
+            server: {0: {shard: [] for shard in shards}} for server, shards in OWNED.items()
         }
         self.cut: dict[str, History] | None = None
         """By server, what it has copied for the checkpoint that is being taken; None: none is."""
@@ -210,7 +210,7 @@ class Job(RuleBasedStateMachine):
 
     def begin(self, version: int) -> None:
         """A term begins with what all shards have committed."""
-        for server in LEADS:
+        for server in OWNED:
             self.history.update({s: list(pushes) for s, pushes in self.committed[server][version].items()})
             self.committed[server] = {v: c for v, c in self.committed[server].items() if v <= version}
             self.copies[server] = {}
@@ -221,7 +221,7 @@ class Job(RuleBasedStateMachine):
                 commit_interval=INTERVAL,
                 committed=version,
             )
-            for server, shards in LEADS.items()
+            for server, shards in OWNED.items()
         }
         self.cut_ends()
 
@@ -261,7 +261,7 @@ class Job(RuleBasedStateMachine):
         worker.push(step)
         worker.next += 1
 
-    @rule(server=st.sampled_from(sorted(LEADS)), rank=st.integers(0, RANKS - 1))
+    @rule(server=st.sampled_from(sorted(OWNED)), rank=st.integers(0, RANKS - 1))
     def something_arrives(self, server: str, rank: int) -> None:
         queue, arrivals = self.ranks[rank].on_its_way[server], self.arrivals[server]
         if not queue:
@@ -272,7 +272,7 @@ class Job(RuleBasedStateMachine):
             if self.cut is not None:
                 arrivals.handle(RankCut(self.barriers, rank, step))
             if self.cut is not None and server not in self.cut:
-                missed = any(self.count(shard, rank) > step for shard in LEADS[server])
+                missed = any(self.count(shard, rank) > step for shard in OWNED[server])
                 assert not missed or step < self.ranks[rank].inherited, "a mark came later than a push behind it"
                 if missed:
                     todo = arrivals.ready(may_copy=False)
@@ -288,11 +288,11 @@ class Job(RuleBasedStateMachine):
         if offer is Offer.NEW:
             arrivals.accept(step, shard, rank)
 
-    @rule(server=st.sampled_from(sorted(LEADS)))
+    @rule(server=st.sampled_from(sorted(OWNED)))
     def a_server_applies(self, server: str) -> None:
         self.carry_out(server, self.arrivals[server].ready(awaited={STEPS * RANKS}, may_copy=False))
 
-    @rule(server=st.sampled_from(sorted(LEADS)))
+    @rule(server=st.sampled_from(sorted(OWNED)))
     def a_server_goes_on(self, server: str) -> None:
         self.carry_out(server, self.arrivals[server].ready(awaited={STEPS * RANKS}))
 
@@ -315,7 +315,7 @@ class Job(RuleBasedStateMachine):
 
     def commit(self, server: str, commit: Commit) -> None:
         copies = self.copies[server][commit.version]
-        assert copies.keys() == set(LEADS[server])
+        assert copies.keys() == set(OWNED[server])
         assert all(len(pushes) == commit.version for pushes in copies.values())
         self.committed[server][commit.version] = copies
         self.arrivals[server].handle(Committed(commit.version))
@@ -326,7 +326,7 @@ class Job(RuleBasedStateMachine):
 
     def see_whether_the_cut_is_whole(self) -> None:
         assert self.cut is not None
-        if len(self.cut) == len(LEADS):
+        if len(self.cut) == len(OWNED):
             in_it = {
                 tuple(self.count_in(pushes, rank) for rank in range(RANKS))
                 for copy in self.cut.values()
@@ -420,8 +420,8 @@ class Job(RuleBasedStateMachine):
         for rank in range(RANKS):
             work.append(lambda rank=rank: self.a_rank_marks(rank))
             work.append(lambda rank=rank: self.a_rank_computes(rank))
-            work += [lambda rank=rank, server=server: self.something_arrives(server, rank) for server in LEADS] * 3
-        for server in LEADS:
+            work += [lambda rank=rank, server=server: self.something_arrives(server, rank) for server in OWNED] * 3
+        for server in OWNED:
             work.append(lambda server=server: self.a_server_applies(server))
             work.append(lambda server=server: self.a_server_goes_on(server))
         for _ in range(40 * STEPS):

@@ -133,7 +133,7 @@ def test_a_version_that_a_server_applied_twice_is_seen(builder: HistoryBuilder) 
     assert builder.broken() == {"exactly_once"}
 
 
-def test_what_was_applied_in_an_term_that_was_rolled_back_may_be_anything(builder: HistoryBuilder) -> None:
+def test_what_was_applied_in_a_term_that_was_rolled_back_may_be_anything(builder: HistoryBuilder) -> None:
     lost = [i for i, each in enumerate(e for e in builder.events if e.event == "applied") if each["version"] == 25]
     builder.change("applied", lost[0], sums={"0": "1", "1": "2"})
     assert builder.broken() == set()
@@ -174,7 +174,7 @@ def test_a_damaged_value_that_the_reader_met_is_seen(builder: HistoryBuilder, lo
     assert builder.broken() == broken
 
 
-def test_an_term_that_begins_before_the_one_before_it_is_seen() -> None:
+def test_a_term_that_begins_before_the_one_before_it_is_seen() -> None:
     """A term that resumed at 20 has read it from every shard, even if no server lived to record the commit."""
     builder = HistoryBuilder()
     builder.term(1, 0, 27)

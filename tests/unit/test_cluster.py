@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_store.cluster import (
-    NOBODY,
+    NO_WORKER,
     Member,
     Phase,
     Plan,
@@ -34,12 +34,12 @@ def members(*listed: str) -> dict[str, Member]:
     return {name: member(name) for name in listed}
 
 
-@given(current=st.lists(names | st.just(NOBODY), min_size=1, max_size=20), alive=st.sets(names))
+@given(current=st.lists(names | st.just(NO_WORKER), min_size=1, max_size=20), alive=st.sets(names))
 def test_ranks_are_shared_evenly_among_the_living(current: list[str], alive: set[str]) -> None:
     ranks = assign_ranks(current, alive)
     assert len(ranks) == len(current)
     if not alive:
-        assert set(ranks) == {NOBODY}
+        assert set(ranks) == {NO_WORKER}
         return
     counts = [ranks.count(name) for name in alive]
     assert sum(counts) == len(current)
@@ -48,7 +48,7 @@ def test_ranks_are_shared_evenly_among_the_living(current: list[str], alive: set
 
 @given(ranks=st.integers(1, 20), alive=st.sets(names, min_size=1), dead=names)
 def test_a_death_moves_only_what_must_move(ranks: int, alive: set[str], dead: str) -> None:
-    before = assign_ranks([NOBODY] * ranks, alive | {dead})
+    before = assign_ranks([NO_WORKER] * ranks, alive | {dead})
     after = assign_ranks(before, alive - {dead} or {"z"})
     if alive - {dead}:
         assert all(b == a for b, a in zip(before, after, strict=True) if b != dead)
@@ -71,7 +71,7 @@ def test_equal_shards_are_balanced(count: int) -> None:
 
 def test_plans_and_members_survive_json() -> None:
     servers, owners = assign_shards([1] * 7, [member("a"), member("b")])
-    plan = Plan(3, 9, 40, servers, owners, ("w", NOBODY), Phase.STOP, 41)
+    plan = Plan(3, 9, 40, servers, owners, ("w", NO_WORKER), Phase.STOP, 41)
     assert plan_from_json(plan.to_json()) == plan
     assert member_from_json(member("a", leaving=True).to_json()) == member("a", leaving=True)
 
@@ -193,7 +193,7 @@ def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[s
         assert owners <= staying and len(owners) == min(len(staying), 6)
         assert len(cluster.plan.owners) == 6
         assert cluster.plan.phase is Phase.RUN
-        assert set(cluster.plan.ranks) <= (set(cluster.workers) or {NOBODY})
+        assert set(cluster.plan.ranks) <= (set(cluster.workers) or {NO_WORKER})
 
 
 def test_a_joining_server_is_given_shards_without_a_lost_step() -> None:

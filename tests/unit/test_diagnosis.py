@@ -268,7 +268,7 @@ def test_commits_that_do_not_keep_up() -> None:
     assert findings(zookeeper=replace(ZOOKEEPER, answers={"s0": ANSWER, "s1": just})) == []
 
 
-def test_a_hand_over_that_takes_long_names_for_whom_it_waits() -> None:
+def test_a_hand_over_that_takes_long_names_what_it_waits_for() -> None:
     frozen = replace(SERVERS[0], frozen_revision=8, frozen_newest=120)
     plan = replace(PLAN, phase=Phase.FREEZE, freeze_revision=8, revision=8)
     waits = replace(ZOOKEEPER, plan=plan, servers=(frozen, SERVERS[1]), plan_time_s=NOW_S - 12.0)

@@ -109,7 +109,7 @@ class TestRedis:
         assert check.verdict is verdict and fix in check.fix
         assert {each.verdict for each in checks if each is not check} == {PASS}, "one fault, one check"
 
-    def test_who_takes_no_snapshots_may_be_set_to_compress_them(self) -> None:
+    def test_a_redis_that_takes_no_snapshots_may_be_set_to_compress_them(self) -> None:
         idle = replace(REDIS, compresses=True, appends=False)
         assert named(redis.judge_redis(idle), "Redis compression").verdict is PASS
         assert named(redis.judge_redis(replace(idle, save="3600 1")), "Redis compression").verdict is WARN
@@ -226,7 +226,7 @@ class TestFootprint:
             (AdamW(), "local:steps=4", 2 * 4096 + (2048 + 2 * 4096) + 64 + 2 * (2 * 4096 + 2 * 4096 + 16), 3),
         ],
     )
-    def test_a_version_is_parameters_slots_and_what_ranks_carry(
+    def test_a_version_is_parameters_slots_and_rank_state(
         self, optimizer: Optimizer, mode: str, version: int, versions: int
     ) -> None:
         footprint = self.footprint(optimizer, mode)

@@ -44,7 +44,7 @@ def worker(time: float, *ranks: int, **metrics: float) -> Heartbeat:
 
 
 class TestMembers:
-    def test_a_new_controller_tells_who_of_the_plan_is_gone(self) -> None:
+    def test_a_new_controller_tells_which_members_of_the_plan_are_gone(self) -> None:
         events = Events()
         events.see(view("s2", "w1 w2 w3"))
         assert kinds(events) == [("server-gone", "s1"), ("worker-joined", "w3")]
@@ -59,7 +59,7 @@ class TestMembers:
         events.see(view("s1", "w2"))
         assert kinds(events) == [("server-gone", "s2"), ("worker-gone", "w1")]
 
-    def test_who_withdrew_its_heartbeat_has_left_and_who_did_not_is_gone(self) -> None:
+    def test_a_member_that_withdrew_its_heartbeat_has_left_and_one_that_did_not_is_gone(self) -> None:
         events = Events()
         events.see(view("s1", "w2"))
         found = [note.complete({"s2": server(0.0, 0), "w2": None}) for note in events.drain()]
@@ -71,7 +71,7 @@ class TestMembers:
         events.see(view("s1", "w1", plan=None))
         assert kinds(events) == [("server-joined", "s1"), ("worker-joined", "w1")]
 
-    def test_who_is_no_longer_controller_knows_no_members(self) -> None:
+    def test_a_server_that_is_no_longer_controller_knows_no_members(self) -> None:
         events = Events()
         events.see(view("s1", "w1"))
         events.resign()

@@ -123,7 +123,7 @@ class TestGoodput:
         assert [(each.version, each.lost) for each in run.rollbacks] == [(100, 400)]
         assert run.failures == ()
 
-    def test_what_was_left_behind_took_the_time_of_those_who_made_it(self) -> None:
+    def test_what_was_left_behind_took_the_time_of_those_that_made_it(self) -> None:
         small = [point(second, 600 + 4 * (second - 60), workers=1) for second in range(61, 86)]
         run = describe(calm(0, 60, 0) + small + calm(86, 135, 510, term=2), event(85.5, "rollback", version=500))
         assert run.goodput == pytest.approx((50 + 50) / 135, abs=0.02)
@@ -193,8 +193,8 @@ class TestFailures:
         assert run.failures[0].pause_s == pytest.approx(6 - (85 - 100 + 33) / RATE, abs=2.0)
         assert (run.failures[0].pause_s or 0.0) > 3.0
 
-    def test_who_leaves_in_order_has_not_failed(self) -> None:
-        left = [event(20.0, f"{who}-left", f"{who} a has left", member="a") for who in ("server", "worker")]
+    def test_a_process_that_leaves_in_order_has_not_failed(self) -> None:
+        left = [event(20.0, f"{role}-left", f"{role} a has left", member="a") for role in ("server", "worker")]
         assert describe(calm(0, 60, 0), *left).failures == ()
 
     def test_one_after_which_nothing_came_has_no_pause(self) -> None:

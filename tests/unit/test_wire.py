@@ -141,22 +141,22 @@ def test_a_peer_that_dies_in_the_middle_of_a_frame_is_noticed(pair: tuple[Connec
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on unread bytes is Linux's")
-@pytest.mark.parametrize("patient", [False, True])
-def test_only_the_patient_wait_for_a_peer_that_lives_and_does_not_read(patient: bool) -> None:
-    """A worker reads between its steps only; elsewhere nobody may hold a connection up for longer than 5 s."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_only_a_connection_that_is_told_to_waits_for_a_peer_that_lives_and_does_not_read(waits: bool) -> None:
+    """A worker reads between its steps only; elsewhere no peer may hold a connection up for longer than 5 s."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
     connection = Connection(near, "peer", lambda _connection, header: memoryview(bytearray(header.length)))
     try:
-        if patient:
+        if waits:
             connection.wait_for_slow_reader()
         payload = bytes(64 << 20)  # more than all buffers on the way
         connection.send(Header(Kind.PARAMS, length=len(payload)), payload)
         connection.flush()
         poll = select.poll()
         poll.register(connection.fileno(), select.POLLERR)
-        assert bool(poll.poll(8_000)) is not patient
+        assert bool(poll.poll(8_000)) is not waits
     finally:
         connection.close()
         far.close()
@@ -249,7 +249,7 @@ class TestDescriptors:
         raw.sendall(Header(Kind.SHARE).pack())
         assert take_all(receiver) == [(Header(Kind.SHARE), b"", None)]
 
-    def test_one_that_nobody_took_is_closed_with_the_connection(self, ends: tuple[socket.socket, Connection]) -> None:
+    def test_one_that_was_not_taken_is_closed_with_the_connection(self, ends: tuple[socket.socket, Connection]) -> None:
         raw, receiver = ends
         memory = SharedMemory.create("test", 1)
         before = descriptors()

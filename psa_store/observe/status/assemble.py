@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from psa_store.cluster import NOBODY, Member, Phase, Plan, ProcessRole
+from psa_store.cluster import NO_WORKER, Member, Phase, Plan, ProcessRole
 from psa_store.coordination import ZooKeeperMember
 from psa_store.job.config import JobConfig
 from psa_store.observe.events import Event
@@ -314,7 +314,7 @@ def _gone(plan: Plan, living: set[str]) -> tuple[GoneMember, ...]:
     ]
     workers = [
         GoneMember(each, ProcessRole.WORKER, "", 0, plan.ranks_of(each))
-        for each in sorted(set(plan.ranks) - living - {NOBODY})
+        for each in sorted(set(plan.ranks) - living - {NO_WORKER})
     ]
     return (*servers, *workers)
 
