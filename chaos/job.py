@@ -216,8 +216,8 @@ def start_role(site: Site, spec: JobSpec, name: str, env: Mapping[str, str], nam
 
 def _entry(spec: JobSpec, name: str) -> tuple[str, Sequence[object]]:
     if name.startswith("server"):
-        return "psa_store.cli.run:server_main", [spec.name]
-    return "psa_store.cli.run:worker_main", [str(TRAIN), spec.script_arguments]
+        return "psa_store.launch.processes:server_main", [spec.name]
+    return "psa_store.launch.processes:worker_main", [str(TRAIN), spec.script_arguments]
 
 
 def session_of(leader: int) -> list[int]:

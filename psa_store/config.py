@@ -196,6 +196,11 @@ def load_settings() -> Settings:
         raise UsageError(f"{origin}{value}: {why}. Correct or unset it.") from error
 
 
+def with_flags(settings: Settings, **flags: object) -> Settings:
+    """Settings in which the flags of a command win; None stands for a flag that was not given."""
+    return settings.model_copy(update={name: value for name, value in flags.items() if value is not None})
+
+
 def check_environment() -> None:
     """Raise UsageError if a ``PSA_*`` variable is one that is never read: most likely it is misspelt."""
     known = _OTHER_VARIABLES | {variable_of(name) for name in Settings.model_fields}

@@ -17,12 +17,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from typer import Typer
 from typer.models import ArgumentInfo, OptionInfo
 
 import psa_store
 from psa_store import config, errors, optim
-from psa_store.cli.app import EXIT_CODES, app
+from psa_store.cli.app import COMMANDS, EXIT_CODES, typer_of
 from psa_store.coordination import coordination
 from psa_store.integrations import dcp
 from psa_store.observe.metrics import METRICS, Kind
@@ -77,7 +76,7 @@ def _integrations() -> Iterator[str]:
 def _command_line() -> str:
     text = "# Command line\n\nEach command ends with one of the documented [exit codes](exit-codes.md).\n\n"
     text += "`psa --install-completion` lets the shell complete commands and options.\n\n"
-    return text + "\n\n".join(_commands(app, "psa"))
+    return text + "\n\n".join(part for name in COMMANDS for part in _commands(name))
 
 
 def _settings() -> str:
@@ -293,15 +292,21 @@ def _value(kind: Any) -> str:
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
-def _commands(group: Typer, path: str) -> Iterator[str]:
+def _commands(name: str) -> Iterator[str]:
+    """A command, or a group with all of its commands."""
+    group = typer_of(name)
+    texts = {}
     for command in group.registered_commands:
         assert command.callback is not None
-        name = f"{path} {command.name or command.callback.__name__}"
-        yield _command(name, command.callback, bool((command.context_settings or {}).get("allow_extra_args")))
-    for each in group.registered_groups:
-        assert each.typer_instance is not None
-        yield f"## {path} {each.name}\n\n{each.typer_instance.info.help}"
-        yield from _commands(each.typer_instance, f"{path} {each.name}")
+        own = command.name or command.callback.__name__
+        path = f"psa {name}" if own == name else f"psa {name} {own}"
+        runs_script = bool((command.context_settings or {}).get("allow_extra_args"))
+        texts[own] = _command(path, command.callback, runs_script)
+    if name in texts:
+        yield texts[name]
+    else:
+        yield f"## psa {name}\n\n{group.info.help}"
+        yield from texts.values()
 
 
 def _command(path: str, callback: Callable[..., Any], runs_script: bool) -> str:

@@ -31,7 +31,7 @@ from chaos.cluster.network import enter
 from psa_store.launch.guard import die_with_parent
 
 _ROOT = Path(__file__).parents[2]
-_PRELOAD = "psa_store.cli.preload"
+_PRELOAD = "psa_store.launch.preload"
 _REQUEST_BYTES_MAX = 1 << 17
 _REPLY_BYTES_MAX = 64
 _REPORT_BYTES_MAX = 16

@@ -9,12 +9,50 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 import psa_store
+from psa_store.cli.options import begin
 from psa_store.errors import UsageError
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h)")
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+app = typer.Typer(
+    name="chaos", help="Prove the promises: train while nodes are killed, paused and cut off. From a checkout only."
+)
+
+
+@app.command("run")
+def chaos_run(
+    scenario: Annotated[str, typer.Option(help="NAME, or several separated by commas, all, or soak")] = "soak",
+    seed: Annotated[int, typer.Option(help="the same seed gives the same faults")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="play each scenario with so many seeds, from --seed on")] = 1,
+    duration: Annotated[
+        str | None, typer.Option(help="train so long with a fault every --every: 90s, 10m, 1h [default: short runs]")
+    ] = None,
+    every: Annotated[str, typer.Option(help="time between faults of a long run")] = "10s",
+    out: Annotated[Path | None, typer.Option(help="folder for journals and report [default: a new one]")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the journals of runs in which nothing was wrong")] = False,
+) -> None:
+    """Train on a private cluster while faults happen as planned by a seed, then check every promise from outside.
+
+    Starts three ZooKeeper nodes, Redis, and a job of three workers; leaves nothing behind but report.html and
+    report.png. Exits with 1 if a promise was broken or a fault did not happen. `psa chaos list` names the scenarios.
+
+    Example: psa chaos run --scenario soak --duration 10m --every 10s --seed 7
+    Example: psa chaos run --scenario all --seeds 20
+    """
+    begin("chaos")
+    run_chaos(Options(scenario, range(seed, seed + seeds), duration, every, out, keep))
+
+
+@app.command("list")
+def chaos_list() -> None:
+    """Name every scenario and its faults."""
+    list_scenarios()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import closing, suppress
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +16,6 @@ from rich.table import Table
 
 from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import Checkpoint, StoredJob, read_job
-from psa_store.checkpoint.comparison import compare
 from psa_store.checkpoint.fork import fork as make_fork
 from psa_store.checkpoint.policy import superfluous
 from psa_store.checkpoint.rollback import RolledBack
@@ -27,6 +27,140 @@ from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job.config import check_job_name
 from psa_store.storage import RedisStore
+
+app = typer.Typer(
+    name="checkpoint",
+    help="Versions that are kept: take, compare, check, go back to, fork, remove, move to files. "
+    "WHAT is the name of a checkpoint, or the number of a version that is still stored.",
+)
+
+What = Annotated[str, typer.Argument(help="a checkpoint, or the number of a version")]
+Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
+
+
+@app.command("save")
+def checkpoint_save(
+    job: Job,
+    name: Annotated[
+        str | None, typer.Option(help="keep it under this name until it is pruned [default: the time, and retention]")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1.0, help="seconds that it may take")] = 600.0,
+) -> None:
+    """Take a checkpoint now, while the job goes on; of a job that rests, keep its newest version.
+
+    Example: psa checkpoint save shakespeare --name before-lr-change
+    """
+    save(job, name, timeout, begin("checkpoint"))
+
+
+@app.command("ls")
+def checkpoint_ls(job: Job, as_json: Json = False) -> None:
+    """List checkpoints, oldest version first, and the versions that training keeps.
+
+    Example: psa checkpoint ls shakespeare
+    """
+    ls(job, as_json, begin("checkpoint"))
+
+
+@app.command("show")
+def checkpoint_show(job: Job, what: What, as_json: Json = False) -> None:
+    """Tell all about a checkpoint: when and why it was taken, how large its parts are, what the job is.
+
+    Example: psa checkpoint show shakespeare before-lr-change
+    """
+    show(job, what, as_json, begin("checkpoint"))
+
+
+@app.command("verify")
+def checkpoint_verify(
+    job: Job,
+    what: Annotated[str | None, typer.Argument(help="a checkpoint, or a version [default: all of both]")] = None,
+) -> None:
+    """Read every byte and compare digests; exits with 4 if anything is damaged.
+
+    Example: psa checkpoint verify shakespeare
+    """
+    verify(job, what, begin("checkpoint"))
+
+
+@app.command("diff")
+def checkpoint_diff(
+    job: Job,
+    a: What,
+    b: What,
+    of: Annotated[str | None, typer.Option(help="the job whose B is meant, such as a fork [default: JOB]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far each parameter moved from A to B: norm, largest element, cosine.
+
+    Example: psa checkpoint diff shakespeare before-lr-change 2000
+    """
+    diff(job, a, b, of, as_json, begin("checkpoint"))
+
+
+@app.command("rollback")
+def checkpoint_rollback(job: Job, what: What, yes: Yes = False) -> None:
+    """Return to a checkpoint or an older version. A job that runs goes on from there; checkpoints stay.
+
+    Example: psa checkpoint rollback shakespeare before-lr-change --yes
+    """
+    rollback(job, what, yes, begin("checkpoint"))
+
+
+@app.command("fork")
+def checkpoint_fork(
+    job: Job, what: What, new: Annotated[str, typer.Option("--as", help="name of the new job")]
+) -> None:
+    """Begin another job with a checkpoint of this one. Nothing is copied: both share what is stored.
+
+    Example: psa checkpoint fork shakespeare before-lr-change --as hamlet
+    """
+    fork(job, what, new, begin("checkpoint"))
+
+
+@app.command("export")
+def checkpoint_export(
+    job: Job,
+    url: Annotated[str, typer.Argument(help="new folder: a path, or file://, s3://, hdfs://, … as fsspec knows them")],
+    what: Annotated[str | None, typer.Argument(help="a checkpoint, or a version [default: the newest version]")] = None,
+    max_file_gb: Annotated[float, typer.Option(min=0.001, help="size beyond which a file is split (10^9 bytes)")] = 5.0,
+) -> None:
+    """Write a checkpoint to files: safetensors with the names of state_dict, and all that a job needs to go on.
+
+    Example: psa checkpoint export shakespeare s3://models/shakespeare-1 before-lr-change
+    """
+    export_files(job, what, url, begin("checkpoint"), int(max_file_gb * 1e9))
+
+
+@app.command("import")
+def checkpoint_import(
+    url: Annotated[str, typer.Argument(help="folder that `psa checkpoint export` wrote")],
+    job: Annotated[str, typer.Option("--as", help="name of the new job")],
+    ranks: Annotated[int | None, typer.Option(min=1, help="another world size [default: as exported]")] = None,
+    shard_bytes: Annotated[
+        int | None, typer.Option(min=4096, help="another shard size, that of the script [default: as exported]")
+    ] = None,
+) -> None:
+    """Begin a job with an export. Its files are checked first; run the same script with this job name.
+
+    Example: psa checkpoint import s3://models/shakespeare-1 --as hamlet --ranks 8
+    """
+    import_files(url, job, begin("checkpoint"), ranks, shard_bytes)
+
+
+@app.command("prune")
+def checkpoint_prune(
+    job: Job,
+    names: Annotated[list[str] | None, typer.Argument(help="checkpoints to remove")] = None,
+    keep: Annotated[int | None, typer.Option(min=0, help="of those without a name, keep the newest so many")] = None,
+    older_than: Annotated[float | None, typer.Option(min=0.0, help="of those, remove what is older (seconds)")] = None,
+    yes: Yes = False,
+) -> None:
+    """Remove checkpoints, and free what nothing else needs. Those with a name go only when they are named here.
+
+    Example: psa checkpoint prune shakespeare --keep 2 --yes
+    """
+    prune(job, names or [], keep, older_than, yes, begin("checkpoint"))
 
 
 def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> None:

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from psa_store.cli.options import Json, begin
 from psa_store.config import FOR_PEOPLE, Settings, origins
 from psa_store.logs import hide_passwords, printable
+
+app = typer.Typer(name="config", help="Settings: from flags, else PSA_* variables, else psa.toml, else defaults.")
+
+
+@app.callback()
+def _settings() -> None:
+    """There may be more to do with settings than to show them."""
+
+
+@app.command("show")
+def config_show(
+    origin: Annotated[bool, typer.Option("--origin", help="also where each value comes from")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show each setting, its value and its meaning. Passwords are hidden.
+
+    psa.toml is the one in the current directory, or the file that PSA_CONFIG names. Its keys are the names shown here.
+
+    Example: psa config show --origin
+    """
+    show(origin, as_json, begin("config"))
 
 
 def show(with_origin: bool, as_json: bool, settings: Settings) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from psa_store.cli.options import Json, begin
 from psa_store.config import Settings
 from psa_store.job.document import to_text
 from psa_store.launch import fill_addresses
@@ -16,6 +19,23 @@ from psa_store.observe.doctor import Check, Verdict
 
 _UNFIT = 3
 _STYLES = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
+
+app = typer.Typer()
+
+
+@app.command("doctor")
+def doctor_command(
+    job: Annotated[str | None, typer.Argument(help="job whose versions must fit into Redis [default: none]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine, Redis and ZooKeeper: versions, durability, memory, quorum, speed; and say how to mend them.
+
+    Takes seconds, changes nothing, and may be run beside a job: it moves 32 MiB through Redis where there is room, in
+    keys of its own that it removes. Exits with 3 if anything is unfit.
+
+    Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181,zk3:2181 psa doctor shakespeare
+    """
+    raise typer.Exit(examine(job, as_json, begin("doctor")))
 
 
 def examine(job: str | None, as_json: bool, settings: Settings) -> int:

@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from psa_store.cli.options import SCRIPT, Json, Script, begin, check_script
 from psa_store.cli.signals import sigterm_interrupts
 from psa_store.config import Settings, as_environment
 from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
@@ -25,6 +27,33 @@ from psa_store.storage import examine_redis, measure_redis
 
 _SCRIPT_S = 600.0
 _ROWS_MAX = 16
+
+app = typer.Typer()
+
+
+@app.command(context_settings=SCRIPT)
+def estimate(
+    context: typer.Context,
+    script: Script,
+    workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
+    servers: Annotated[int, typer.Option(min=1, help="server processes")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="world size [default: --workers]")] = None,
+    compute_ms: Annotated[
+        float | None, typer.Option(min=0, help="forward and backward of a step, to add [default: unknown]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a job would take: shards, bytes a step sends, memory of Redis, and time, from speeds measured here.
+
+    Runs the script up to its psa.Worker and stops it there; nothing is trained or stored, and neither Redis nor
+    ZooKeeper is needed. Where Redis is known, 32 MiB are moved through it in keys of their own, as `psa doctor` does.
+    Mode, compression and the like are those of the script, of PSA_MODE, PSA_COMPRESS, … and of psa.toml, as for
+    `psa run`.
+
+    Example: psa estimate --workers 8 --servers 2 train.py --layers 12
+    """
+    options = Options(check_script(script), tuple(context.args), workers, servers, ranks, compute_ms, as_json)
+    show_estimate(options, begin("estimate"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +20,26 @@ from psa_store.observe.report import check_matplotlib, describe_run, facts, paus
 from psa_store.storage import RedisStore
 
 _FAILURES_SHOWN = 20
+
+app = typer.Typer()
+
+
+@app.command("report")
+def report_command(
+    job: Job,
+    out: Annotated[Path, typer.Option(help="folder for report-JOB.html and report-JOB.png")] = Path("."),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="for programs: the numbers, and the paths of the files")
+    ] = False,
+) -> None:
+    """Tell what became of a job, running or ended: loss, throughput, members, each failure and its cost, goodput.
+
+    Prints the numbers, and writes a page that needs no network and a picture. All of it comes from the history that
+    the job keeps in Redis. Needs matplotlib, which the extra `report` of this package brings.
+
+    Example: psa report shakespeare --out reports
+    """
+    report(job, out, as_json, begin("report"))
 
 
 def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:

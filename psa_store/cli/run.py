@@ -1,4 +1,4 @@
-"""`psa run`: everything of one job on one machine, from private servers to the last commit."""
+"""`psa run`: everything of one job on one machine."""
 
 from __future__ import annotations
 
@@ -12,47 +12,58 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from psa_store import logs
-from psa_store.cluster import ProcessRole
-from psa_store.compression import Compression
-from psa_store.config import Settings, as_environment, load_settings
-from psa_store.coordination import Coordination
-from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
-from psa_store.job.config import RUN_NODE
-from psa_store.job.mode import Mode
-from psa_store.launch import Addresses, Child, PrivateServers, Supervisor, hold_home, publish, running
-from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
-from psa_store.storage import RedisStore
+import typer
 
-_LEAVE_S = 60.0
-_HOLD_POLL_S = 0.1
-_HOLD_GRACE_S = 2.0
+from psa_store.cli.options import SCRIPT, LogJson, Script, begin, check_script
+from psa_store.compression import parse_compression
+from psa_store.config import with_flags
+from psa_store.job.mode import parse_mode
+
+app = typer.Typer()
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What the user asked for."""
+@app.command(context_settings=SCRIPT)
+def run(
+    context: typer.Context,
+    script: Script,
+    workers: Annotated[int, typer.Option(min=1, help="worker processes on this machine")] = 2,
+    servers: Annotated[int, typer.Option(min=1, help="server processes on this machine")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="world size of a new job [default: --workers]")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="restarts of dead processes before giving up")] = 100,
+    commit_every: Annotated[int | None, typer.Option(min=0, help="steps between commits of a new job")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="new job: sync, async, ssp:staleness=N, or local:steps=H; see the README [default: sync]"),
+    ] = None,
+    compress: Annotated[
+        str | None,
+        typer.Option(help="new job: send gradients as bf16, fp16, int8, int4 or topk:0.01; bf16:both: parameters too"),
+    ] = None,
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="new job: skip steps with NaN or Inf gradients")
+    ] = False,
+    checkpoint_every: Annotated[
+        float | None, typer.Option(min=1.0, help="seconds between checkpoints; with it also one at the end")
+    ] = None,
+    checkpoint_files: Annotated[
+        str | None, typer.Option(help="folder, or URL of fsspec, to which checkpoints go as well")
+    ] = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="if Redis has lost the job, go on from the newest of these files")
+    ] = False,
+    log_json: LogJson = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="folder for TensorBoard: loss, learning rate, norm, speed, recoveries")
+    ] = None,
+) -> None:
+    """Train: start workers and servers on this machine, watch them, restart what dies. Running it again resumes.
 
-    script: Path
-    arguments: tuple[str, ...]
-    workers: int
-    servers: int
-    ranks: int | None
-    restarts_max: int
-    commit_every: int | None
-    mode: Mode | None
-    compression: Compression | None
-    skip_nonfinite: bool
+    Uses the Redis and ZooKeeper of PSA_REDIS and PSA_ZOOKEEPER (or of psa.toml, see `psa config show`); where these
+    are unset, the ones of `psa up` or private ones that end with the run. Their data stay in PSA_HOME.
 
-
-def run_job(options: RunOptions, settings: Settings) -> int:
-    """Run a script's job to its end, or until SIGTERM or SIGINT; returns the exit code of the command.
-
-    Raises:
-        DependencyUnreachable: Redis or ZooKeeper does not answer, or cannot be started.
-        JobBusy: the job runs already.
+    Example: psa run --workers 2 --servers 1 train.py --steps 2000
     """
     with ExitStack() as stack:
         private = _private_servers(settings, stack)

@@ -9,10 +9,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from typing import Annotated
 
+import typer
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from psa_store.cli.options import read_settings
 from psa_store.cli.status_view import finding_view, job_view, overview
 from psa_store.config import Settings
 from psa_store.errors import DataIntegrity, DependencyUnreachable
@@ -23,6 +26,25 @@ from psa_store.storage import RedisStore
 
 _LOOK_EVERY_S = 1.0
 _LOOKS_AT_ONCE = 8
+
+app = typer.Typer()
+
+
+@app.command()
+def status(
+    job: Annotated[str | None, typer.Argument(help="name of the job [default: all jobs, one line each]")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="look again every second, until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs; with --watch, one document a line")] = False,
+) -> None:
+    """Show what is sick, what each process owns or computes, which versions are stored, how Redis and ZooKeeper are.
+
+    What is sick comes first, each with the command that looks further. Exits with 3 if Redis or ZooKeeper is away, and
+    then shows what the other one knows; with 4 if stored data are damaged.
+
+    Example: psa status shakespeare --watch
+    """
+    settings = read_settings()
+    raise typer.Exit(watch_job(job, as_json, settings) if watch else show(job, as_json, settings))
 
 
 def show(job: str | None, as_json: bool, settings: Settings) -> int:

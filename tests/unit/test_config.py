@@ -11,12 +11,19 @@ import pytest
 
 from psa_store import config
 from psa_store.cli.config import show
-from psa_store.cli.run import RunOptions, environment_of
-from psa_store.compression import parse_compression
-from psa_store.config import DEFAULT, FOR_PEOPLE, Settings, as_environment, check_environment, load_settings, origins
+from psa_store.config import (
+    DEFAULT,
+    FOR_PEOPLE,
+    Settings,
+    as_environment,
+    check_environment,
+    load_settings,
+    origins,
+    with_flags,
+)
 from psa_store.errors import UsageError
-from psa_store.job.mode import parse_mode
 from psa_store.launch import Addresses
+from psa_store.launch.run import environment_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,19 +55,8 @@ class TestOrder:
     def test_flags_win_over_all(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (here / "psa.toml").write_text('commit_every = 5\nmode = "async"\ncompress = "none"\nranks = 3\njob = "mine"\n')
         monkeypatch.setenv("PSA_MODE", "ssp:staleness=2")
-        given = RunOptions(
-            script=Path("train.py"),
-            arguments=(),
-            workers=2,
-            servers=1,
-            ranks=8,
-            restarts_max=0,
-            commit_every=7,
-            mode=parse_mode("sync"),
-            compression=parse_compression("bf16:both"),
-            skip_nonfinite=False,
-        )
-        env = environment_of(given, load_settings(), Addresses("redis://a", "b:1"), "run")
+        given = with_flags(load_settings(), ranks=8, commit_every=7, mode="sync", compress="bf16:both", restore=None)
+        env = environment_of(given, Addresses("redis://a", "b:1"), "run", workers=2)
         flags = {"PSA_COMMIT_EVERY": "7", "PSA_MODE": "sync", "PSA_COMPRESS": "bf16:both", "PSA_RANKS": "8"}
         assert {name: env[name] for name in flags} == flags
         assert env["PSA_JOB"] == "mine", "what no flag says, the file says"

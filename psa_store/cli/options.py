@@ -1,0 +1,43 @@
+"""What commands have in common: options, and how a command begins. Imports nothing heavy: `psa --help` waits for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psa_store import logs
+from psa_store.config import Settings, check_environment, load_settings
+from psa_store.errors import UsageError
+
+Script = Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")]
+Job = Annotated[str, typer.Argument(help="name of the job")]
+Json = Annotated[bool, typer.Option("--json", help="for programs")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, for programs")]
+
+SCRIPT = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+"""Context of a command whose arguments after the script are the script's."""
+
+
+def begin(role: str, *, log_json: bool = False) -> Settings:
+    """Read the settings, and log as they say."""
+    settings = read_settings()
+    if log_json:
+        settings = settings.model_copy(update={"log_json": True})
+    logs.configure(settings.log_level, role, as_json=settings.log_json)
+    return settings
+
+
+def read_settings() -> Settings:
+    """For commands that log nothing: structlog takes as long to import as all the rest."""
+    check_environment()
+    return load_settings()
+
+
+def check_script(script: Path) -> Path:
+    """Return the path of a script; raises UsageError if there is no such file."""
+    if not script.is_file():
+        unknown = f"there is no option {script}, and" if str(script).startswith("-") else "there is"
+        raise UsageError(f"{unknown} no script {script}")
+    return script

@@ -1,0 +1,197 @@
+"""One job on one machine, from private servers to the last commit: `psa run`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from psa_store import logs
+from psa_store.cluster import ProcessRole
+from psa_store.config import Settings, as_environment
+from psa_store.coordination import Coordination
+from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
+from psa_store.job.config import RUN_NODE
+from psa_store.launch.processes import server_main, worker_main
+from psa_store.launch.supervisor import Child, Supervisor
+from psa_store.launch.up import Addresses, PrivateServers, hold_home, publish, running
+from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
+from psa_store.storage import RedisStore
+
+_LEAVE_S = 60.0
+_HOLD_POLL_S = 0.1
+_HOLD_GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The processes that are wanted: a script with its arguments in so many workers, and servers beside them."""
+
+    script: Path
+    arguments: tuple[str, ...]
+    workers: int
+    servers: int
+    restarts_max: int
+
+
+def run_job(run: Run, settings: Settings) -> int:
+    """Run a script's job to its end, or until SIGTERM or SIGINT; returns the exit code of the command.
+
+    Raises:
+        DependencyUnreachable: Redis or ZooKeeper does not answer, or cannot be started.
+        JobBusy: the job runs already.
+    """
+    with ExitStack() as stack:
+        private = _private_servers(settings, stack)
+        addresses = private.addresses if private else _known_addresses(settings)
+        _check(addresses, settings)
+        job = stack.enter_context(closing(_RunningJob(addresses, settings)))
+        if settings.tensorboard is not None:
+            check_tensorboard()
+        supervisor = Supervisor(
+            preload=["psa_store.launch.preload"],
+            restarts_max=run.restarts_max,
+            env=environment_of(settings, addresses, job.run_id, run.workers),
+            on_exit=job.report_death,
+            on_message=lambda message: start_servers(message["job"]),
+        )
+        stack.callback(supervisor.close)
+
+        def start_servers(name: str) -> None:
+            if job.take(name):
+                if settings.tensorboard is not None:
+                    board = BoardWriter(name, settings.tensorboard, addresses.redis, settings.connect_timeout_s)
+                    stack.enter_context(closing(board))
+                for _ in range(run.servers):
+                    supervisor.spawn(ProcessRole.SERVER, server_main, name)
+
+        def finished() -> bool:
+            if private is not None and not private.running:
+                logs.get_logger().warning("a private server died: starting it again")
+                private.start()
+            return not supervisor.alive(ProcessRole.WORKER)
+
+        for _ in range(run.workers):
+            supervisor.spawn(ProcessRole.WORKER, worker_main, str(run.script), run.arguments)
+        code = supervisor.run(until=finished)
+        # Workers first: they finish the step that they are in, which needs the servers.
+        left = [supervisor.stop(role, _LEAVE_S) for role in (ProcessRole.WORKER, ProcessRole.SERVER)]
+        if code == 128 + signal.SIGTERM:
+            return max(left)
+        return code if code != 128 + signal.SIGINT else 130
+
+
+class _RunningJob:
+    """Our hold on the job in ZooKeeper: one run at a time, and deaths are reported the moment they are seen."""
+
+    def __init__(self, addresses: Addresses, settings: Settings) -> None:
+        self.run_id = secrets.token_hex(8)
+        self._addresses = addresses
+        self._settings = settings
+        self._name: str | None = None
+        self._coordination: Coordination | None = None
+        self._generation = 0
+        self._log = logs.get_logger()
+
+    def close(self) -> None:
+        if self._coordination is not None:
+            self._coordination.close()
+
+    def take(self, name: str) -> bool:
+        """Hold the job that the first worker announced. False: we hold it already."""
+        if self._name is not None:
+            if name != self._name:
+                raise UsageError(f"one `psa run` trains one job, but its workers named {self._name!r} and {name!r}")
+            return False
+        self._name = name
+        logs.identify(job=name)
+        self._coordination = Coordination(
+            self._addresses.zookeeper,
+            name,
+            session_timeout_s=self._settings.session_timeout_s,
+            connect_timeout_s=self._settings.connect_timeout_s,
+            wake=threading.Event().set,
+        )
+        self._coordination.start()
+        self._hold(self._coordination)
+        return True
+
+    def report_death(self, child: Child) -> None:
+        """Tell ZooKeeper now what it would find out only when the session of the dead process ends."""
+        if self._coordination is None:
+            return
+        try:
+            self._coordination.remove(child.role, child.member)
+            if self._coordination.session_generation() != self._generation:
+                self._hold(self._coordination)
+        except DependencyUnreachable as error:
+            self._log.warning("could not report a death, its session will end by itself", error=str(error))
+
+    def _hold(self, coordination: Coordination) -> None:
+        # A run that was killed with everything holds the job until its session ends.
+        end_s = time.monotonic() + 2 * self._settings.session_timeout_s + _HOLD_GRACE_S
+        self._generation = coordination.session_generation()
+        while (holder := coordination.hold(RUN_NODE, f"{self.run_id} pid {os.getpid()}")) is not None:
+            if time.monotonic() > end_s:
+                raise JobBusy(
+                    f"job {self._name!r} is running already ({holder.partition(' ')[2]}). "
+                    "Add to it with `psa worker` or `psa server`, or use another job name."
+                )
+            time.sleep(_HOLD_POLL_S)
+
+
+def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | None:
+    """Start private servers for this run, if no others are known."""
+    if (settings.redis is not None and settings.zookeeper is not None) or running(settings.home) is not None:
+        return None
+    if settings.redis is not None or settings.zookeeper is not None:
+        raise UsageError("set both PSA_REDIS and PSA_ZOOKEEPER (in psa.toml: redis, zookeeper), or none of them")
+    let_go = hold_home(settings.home)
+    if let_go is None:
+        raise DependencyUnreachable(f"another process is starting private servers in {settings.home}: try again")
+    stack.callback(let_go)
+    servers = stack.enter_context(closing(PrivateServers(settings.home)))
+    servers.start()
+    publish(settings.home, servers.addresses)
+    logs.get_logger().info("private Redis and ZooKeeper", home=str(settings.home))
+    return servers
+
+
+def _check(addresses: Addresses, settings: Settings) -> None:
+    """Fail now, with one error, and not later in every process."""
+    with closing(RedisStore(addresses.redis, timeout_s=settings.connect_timeout_s)) as store:
+        store.check()
+    with closing(
+        Coordination(
+            addresses.zookeeper,
+            "check",
+            session_timeout_s=settings.session_timeout_s,
+            connect_timeout_s=settings.connect_timeout_s,
+            wake=threading.Event().set,
+        )
+    ) as coordination:
+        coordination.start()
+
+
+def _known_addresses(settings: Settings) -> Addresses:
+    found = running(settings.home)
+    redis = settings.redis or (found.redis if found else None)
+    zookeeper = settings.zookeeper or (found.zookeeper if found else None)
+    assert redis is not None and zookeeper is not None
+    return Addresses(redis, zookeeper)
+
+
+def environment_of(settings: Settings, addresses: Addresses, run_id: str, workers: int) -> dict[str, str]:
+    """What processes get: our settings, flags included, so that no file decides for them again."""
+    return {
+        **as_environment(settings),
+        "PSA_REDIS": addresses.redis,
+        "PSA_ZOOKEEPER": addresses.zookeeper,
+        "PSA_RUN": run_id,
+        "PSA_DEFAULT_RANKS": str(workers),
+    }

@@ -1,0 +1,42 @@
+"""The commands of `psa`: each is found under its name, and none is imported before it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from psa_store.cli.app import COMMANDS, app
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_tells_what_it_does(name: str) -> None:
+    shown = CliRunner().invoke(app, [name, "--help"])
+    assert shown.exit_code == 0 and f" {name} " in shown.output
+    assert get_command(app).commands[name].name == name  # type: ignore[attr-defined]
+
+
+def test_the_list_of_commands_imports_none_of_them() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from psa_store.cli.app import COMMANDS, app\n"
+        "shown = CliRunner().invoke(app, ['--help']).output\n"
+        "assert all(f' {name} ' in shown for name in COMMANDS) and '--install-completion' in shown, shown\n"
+        "print([m for m in sys.modules if m.startswith('psa_store.cli.') or m in ('torch', 'numpy', 'structlog')])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "['psa_store.cli.app']"
+
+
+@pytest.mark.parametrize("name", ["run", "doctor", "status", "checkpoint", "report", "up"])
+def test_a_command_tells_its_options_without_loading_torch(name: str) -> None:
+    code = f"import sys, psa_store.cli.app as psa; psa.typer_of({name!r}); print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "False"
+
+
+def test_an_unknown_option_is_not_taken_for_the_script() -> None:
+    refused = CliRunner().invoke(app, ["run", "--servrs", "2", "train.py"])
+    assert "there is no option --servrs" in str(refused.exception)
