@@ -38,6 +38,6 @@ def read_settings() -> Settings:
 def check_script(script: Path) -> Path:
     """Return the path of a script; raises UsageError if there is no such file."""
     if not script.is_file():
-        unknown = f"there is no option {script}, and" if str(script).startswith("-") else "there is"
-        raise UsageError(f"{unknown} no script {script}")
+        meant = "; nor is there an option of that name" if str(script).startswith("-") else ""
+        raise UsageError(f"no script {script}{meant}")
     return script
