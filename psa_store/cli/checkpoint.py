@@ -22,6 +22,8 @@ from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
 from psa_store.checkpoint.take import take
 from psa_store.checkpoint.verification import verify as find_damage
+from psa_store.cli.options import Job, Json, reach
+from psa_store.cli.transfer import export_files, import_files
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
@@ -50,7 +52,7 @@ def checkpoint_save(
 
     Example: psa checkpoint save shakespeare --name before-lr-change
     """
-    save(job, name, timeout, begin("checkpoint"))
+    save(job, name, timeout, reach("checkpoint"))
 
 
 @app.command("ls")
@@ -59,7 +61,7 @@ def checkpoint_ls(job: Job, as_json: Json = False) -> None:
 
     Example: psa checkpoint ls shakespeare
     """
-    ls(job, as_json, begin("checkpoint"))
+    ls(job, as_json, reach("checkpoint"))
 
 
 @app.command("show")
@@ -68,7 +70,7 @@ def checkpoint_show(job: Job, what: What, as_json: Json = False) -> None:
 
     Example: psa checkpoint show shakespeare before-lr-change
     """
-    show(job, what, as_json, begin("checkpoint"))
+    show(job, what, as_json, reach("checkpoint"))
 
 
 @app.command("verify")
@@ -80,7 +82,7 @@ def checkpoint_verify(
 
     Example: psa checkpoint verify shakespeare
     """
-    verify(job, what, begin("checkpoint"))
+    verify(job, what, reach("checkpoint"))
 
 
 @app.command("diff")
@@ -95,7 +97,7 @@ def checkpoint_diff(
 
     Example: psa checkpoint diff shakespeare before-lr-change 2000
     """
-    diff(job, a, b, of, as_json, begin("checkpoint"))
+    diff(job, a, b, of, as_json, reach("checkpoint"))
 
 
 @app.command("rollback")
@@ -104,7 +106,7 @@ def checkpoint_rollback(job: Job, what: What, yes: Yes = False) -> None:
 
     Example: psa checkpoint rollback shakespeare before-lr-change --yes
     """
-    rollback(job, what, yes, begin("checkpoint"))
+    rollback(job, what, yes, reach("checkpoint"))
 
 
 @app.command("fork")
@@ -115,7 +117,7 @@ def checkpoint_fork(
 
     Example: psa checkpoint fork shakespeare before-lr-change --as hamlet
     """
-    fork(job, what, new, begin("checkpoint"))
+    fork(job, what, new, reach("checkpoint"))
 
 
 @app.command("export")
@@ -129,7 +131,7 @@ def checkpoint_export(
 
     Example: psa checkpoint export shakespeare s3://models/shakespeare-1 before-lr-change
     """
-    export_files(job, what, url, begin("checkpoint"), int(max_file_gb * 1e9))
+    export_files(job, what, url, reach("checkpoint"), int(max_file_gb * 1e9))
 
 
 @app.command("import")
@@ -145,7 +147,7 @@ def checkpoint_import(
 
     Example: psa checkpoint import s3://models/shakespeare-1 --as hamlet --ranks 8
     """
-    import_files(url, job, begin("checkpoint"), ranks, shard_bytes)
+    import_files(url, job, reach("checkpoint"), ranks, shard_bytes)
 
 
 @app.command("prune")
@@ -160,7 +162,7 @@ def checkpoint_prune(
 
     Example: psa checkpoint prune shakespeare --keep 2 --yes
     """
-    prune(job, names or [], keep, older_than, yes, begin("checkpoint"))
+    prune(job, names or [], keep, older_than, yes, reach("checkpoint"))
 
 
 def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> None:
@@ -252,6 +254,8 @@ def _damage(store: RedisStore, job: str, what: str) -> list[str]:
 
 def diff(job: str, a: str, b: str, other: str | None, as_json: bool, settings: Settings) -> None:
     """How far every parameter is from A to B."""
+    from psa_store.checkpoint.comparison import compare  # which loads torch
+
     with RedisStore.from_settings(settings) as store:
         changes = compare(store, job, a, b, other)
     if as_json:

@@ -29,6 +29,13 @@ def begin(role: str, *, log_json: bool = False) -> Settings:
     return settings
 
 
+def reach(role: str) -> Settings:
+    """The same with the addresses of Redis and ZooKeeper: those of the settings, or of the private ones that run."""
+    from psa_store.launch import fill_addresses
+
+    return fill_addresses(begin(role))
+
+
 def read_settings() -> Settings:
     """For commands that log nothing: structlog takes as long to import as all the rest."""
     check_environment()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from psa_store.checkpoint.catalog import read_job
+from psa_store.cli.options import Job, reach
 from psa_store.config import Settings
 from psa_store.errors import UsageError
 from psa_store.observe import JobHistory
@@ -39,7 +40,7 @@ def report_command(
 
     Example: psa report shakespeare --out reports
     """
-    report(job, out, as_json, begin("report"))
+    report(job, out, as_json, reach("report"))
 
 
 def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import threading
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -49,14 +48,15 @@ def run_job(run: Run, settings: Settings) -> int:
     with ExitStack() as stack:
         private = _private_servers(settings, stack)
         addresses = private.addresses if private else _known_addresses(settings)
-        _check(addresses, settings)
-        job = stack.enter_context(closing(_RunningJob(addresses, settings)))
+        settings = settings.model_copy(update={"redis": addresses.redis, "zookeeper": addresses.zookeeper})
+        _check(settings)
+        job = stack.enter_context(closing(_RunningJob(settings)))
         if settings.tensorboard is not None:
             check_tensorboard()
         supervisor = Supervisor(
             preload=["psa_store.launch.preload"],
             restarts_max=run.restarts_max,
-            env=environment_of(settings, addresses, job.run_id, run.workers),
+            env=environment_of(settings, job.run_id, run.workers),
             on_exit=job.report_death,
             on_message=lambda message: start_servers(message["job"]),
         )
@@ -89,9 +89,8 @@ def run_job(run: Run, settings: Settings) -> int:
 class _RunningJob:
     """Our hold on the job in ZooKeeper: one run at a time, and deaths are reported the moment they are seen."""
 
-    def __init__(self, addresses: Addresses, settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.run_id = secrets.token_hex(8)
-        self._addresses = addresses
         self._settings = settings
         self._name: str | None = None
         self._coordination: Coordination | None = None
@@ -110,13 +109,7 @@ class _RunningJob:
             return False
         self._name = name
         logs.identify(job=name)
-        self._coordination = Coordination(
-            self._addresses.zookeeper,
-            name,
-            session_timeout_s=self._settings.session_timeout_s,
-            connect_timeout_s=self._settings.connect_timeout_s,
-            wake=threading.Event().set,
-        )
+        self._coordination = Coordination.from_settings(self._settings, name)
         self._coordination.start()
         self._hold(self._coordination)
         return True
@@ -162,20 +155,12 @@ def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | N
     return servers
 
 
-def _check(addresses: Addresses, settings: Settings) -> None:
+def _check(settings: Settings) -> None:
     """Fail now, with one error, and not later in every process."""
-    with closing(RedisStore(addresses.redis, timeout_s=settings.connect_timeout_s)) as store:
+    with RedisStore.from_settings(settings) as store:
         store.check()
-    with closing(
-        Coordination(
-            addresses.zookeeper,
-            "check",
-            session_timeout_s=settings.session_timeout_s,
-            connect_timeout_s=settings.connect_timeout_s,
-            wake=threading.Event().set,
-        )
-    ) as coordination:
-        coordination.start()
+    with Coordination.from_settings(settings, "check"):
+        pass
 
 
 def _known_addresses(settings: Settings) -> Addresses:
@@ -186,12 +171,6 @@ def _known_addresses(settings: Settings) -> Addresses:
     return Addresses(redis, zookeeper)
 
 
-def environment_of(settings: Settings, addresses: Addresses, run_id: str, workers: int) -> dict[str, str]:
-    """What processes get: our settings, flags included, so that no file decides for them again."""
-    return {
-        **as_environment(settings),
-        "PSA_REDIS": addresses.redis,
-        "PSA_ZOOKEEPER": addresses.zookeeper,
-        "PSA_RUN": run_id,
-        "PSA_DEFAULT_RANKS": str(workers),
-    }
+def environment_of(settings: Settings, run_id: str, workers: int) -> dict[str, str]:
+    """What processes get: our settings, flags and addresses included, so that no file decides for them again."""
+    return {**as_environment(settings), "PSA_RUN": run_id, "PSA_DEFAULT_RANKS": str(workers)}

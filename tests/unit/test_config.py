@@ -22,7 +22,6 @@ from psa_store.config import (
     with_flags,
 )
 from psa_store.errors import UsageError
-from psa_store.launch import Addresses
 from psa_store.launch.run import environment_of
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +55,7 @@ class TestOrder:
         (here / "psa.toml").write_text('commit_every = 5\nmode = "async"\ncompress = "none"\nranks = 3\njob = "mine"\n')
         monkeypatch.setenv("PSA_MODE", "ssp:staleness=2")
         given = with_flags(load_settings(), ranks=8, commit_every=7, mode="sync", compress="bf16:both", restore=None)
-        env = environment_of(given, Addresses("redis://a", "b:1"), "run", workers=2)
+        env = environment_of(given, "run", workers=2)
         flags = {"PSA_COMMIT_EVERY": "7", "PSA_MODE": "sync", "PSA_COMPRESS": "bf16:both", "PSA_RANKS": "8"}
         assert {name: env[name] for name in flags} == flags
         assert env["PSA_JOB"] == "mine", "what no flag says, the file says"
