@@ -14,6 +14,8 @@ import redis
 from chaos.proxy import Proxy
 from psa_store.errors import DataIntegrity, DependencyUnreachable
 from psa_store.launch import PrivateRedis
+from psa_store.observe import EventKind
+from psa_store.observe.history import JobHistory
 from psa_store.storage import History, RedisStore, keys
 from psa_store.storage.history import EVENTS_MAX, POINTS_MAX
 
@@ -139,3 +141,27 @@ def test_a_redis_that_is_away_is_given_up_in_time(server: PrivateRedis) -> None:
         with pytest.raises(DependencyUnreachable):
             history.heartbeat(JOB, "a", "{}")
         assert time.monotonic() - begun_s < 3.0
+
+
+def test_what_another_release_wrote_is_set_aside_and_the_rest_is_read(server: PrivateRedis, raw: redis.Redis) -> None:
+    strange: list[dict[str, Any]] = [
+        {},
+        {"time": "soon"},
+        {"format": 1, "time": "soon", "version": 3},
+        {"format": 1, "time": 1.0, "version": 3, "workers": None},
+        {"format": 1, "time": 1.0, "kind": "eclipse", "text": "a kind of event that is not known here"},
+        {"format": 2, "time": 1.0, "version": 3, "kind": "finished", "text": "of a newer release"},
+    ]
+    for number, document in enumerate(strange):
+        raw.xadd(keys.curve(JOB), {"json": json.dumps(document)})
+        raw.xadd(keys.events(JOB), {"json": json.dumps(document)})
+        raw.hset(keys.heartbeats(JOB), f"member-{number}", json.dumps(document))
+    raw.xadd(keys.curve(JOB), {"json": json.dumps({"format": 1, "time": 2.0, "version": 5, "new_field": 1})})
+    raw.xadd(
+        keys.events(JOB),
+        {"json": json.dumps({"format": 1, "time": 2.0, "kind": "finished", "text": "done", "new_field": 1})},
+    )
+    with closing(JobHistory(JOB, server.url, timeout_s=5.0)) as history:
+        assert [(point.version, point.workers) for point in history.curve()] == [(5, 0)]
+        assert [(event.kind, event.text) for event in history.events()] == [(EventKind.FINISHED, "done")]
+        assert set(history.heartbeats().values()) == {None}
