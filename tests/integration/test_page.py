@@ -66,14 +66,16 @@ class Job:
 
     def beat(self, member: str, role: ProcessRole, **others: Any) -> None:
         plain = {"time": time.time(), "host": "node-a", "pid": 4711, "resident_bytes": 250_000_000}
-        self.history.beat(Heartbeat(member, role, **plain, **others))  # type: ignore[arg-type]
+        self.history.beat(Heartbeat(member, role, **{**plain, **others}))  # type: ignore[arg-type]
 
     def work(self, loss: float, samples_per_s: float = 640.0, step: int = 120) -> None:
-        """Heartbeats of two workers, of which the second is behind."""
+        """Heartbeats of two workers, of which the second is behind. They have one time: steps go on from there."""
+        now_s = time.time()
         for worker, behind in (("w-one", 0), ("w-two", 7)):
             self.beat(
                 worker,
                 ProcessRole.WORKER,
+                time=now_s,
                 metrics={"step": step - behind, "loss": loss},
                 steps_per_s=10.0,
                 samples_per_s=samples_per_s,
