@@ -491,7 +491,7 @@ def test_a_call_during_an_outage_ends_in_time(enter: Enter, zookeeper: PrivateZo
 
 
 def test_a_session_survives_a_killed_zookeeper(enter: Enter, zookeeper: PrivateZooKeeper) -> None:
-    process = enter()
+    process = enter(session_s=10.0)  # longer than ZooKeeper takes to come back, on a busy machine too
     process.door.join(WORKER, member("w", "one"))
     process.door.create_config(config("c"))
     assert process.door.read_plan(watch=True) is None
