@@ -87,7 +87,7 @@ class SyncStep:
         all_shards: the trained and buffer shards of the whole job.
         needs_norms: whether the norms of gradients matter, because they are clipped.
         backup: of how many ranks a shard does not wait for the gradients.
-        pushed: by (trained shard, step), whether ranks push it.
+        pushed: by (trained shard, step), whether ranks push it; None: all are pushed in every step.
         commit_every: versions between two commits; 0 for none but those that are asked for.
     """
 
@@ -101,7 +101,7 @@ class SyncStep:
         all_shards: Iterable[int],
         needs_norms: bool,
         backup: int = 0,
-        pushed: Callable[[int, int], bool] = lambda _shard, _step: True,
+        pushed: Callable[[int, int], bool] | None = None,
         commit_every: int = 0,
     ) -> None:
         self.version = version
@@ -339,7 +339,8 @@ class SyncStep:
         self._stage = dict.fromkeys(self._arrived, ShardStage.COLLECTING)
         self._left = len(self._own)
         """Own shards that are not complete."""
-        for shard in self._trained:
-            if not self._pushed(shard, version):
-                self._stage[shard] = ShardStage.MEASURING
-                self._complete(shard, 0.0)
+        if self._pushed is not None:
+            for shard in self._trained:
+                if not self._pushed(shard, version):
+                    self._stage[shard] = ShardStage.MEASURING
+                    self._complete(shard, 0.0)

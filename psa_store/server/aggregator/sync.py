@@ -33,6 +33,7 @@ from psa_store.server.aggregator.base import Aggregator, Tools
 from psa_store.server.messages import Updated
 from psa_store.server.shard import OwnedShard
 from psa_store.server.waiters import Now
+from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import fingerprint_text
 from psa_store.wire import Connection, Flag, Header, Kind, SharedMemory
@@ -44,6 +45,10 @@ class SyncAggregator(Aggregator):
     def __init__(self, tools: Tools, plan: Plan, owned_shards: Mapping[int, OwnedShard]) -> None:
         config = tools.config
         roles = {i: owned.shard.role for i, owned in owned_shards.items()}
+        self._exchanges_in_turn = config.mode.fragments > 1
+        self._recording = tools.journal.enabled
+        self._failpoints = failpoints.are_on()
+        """Both are asked once: a step passes many places that do something for tests only."""
         self._step = SyncStep(
             version=plan.resume,
             ranks=config.ranks,
@@ -53,7 +58,7 @@ class SyncAggregator(Aggregator):
             needs_norms=tools.optimizer.clip_grad_norm is not None,
             backup=config.mode.backup,
             # No method of this: in a cycle, the shards of a term that is over would keep their memory for long.
-            pushed=partial(_is_pushed, config, tools.layout),
+            pushed=partial(_is_pushed, config, tools.layout) if self._exchanges_in_turn else None,
             commit_every=config.commit_every,
         )
         super().__init__(tools, plan, owned_shards, self._step)
@@ -91,7 +96,7 @@ class SyncAggregator(Aggregator):
     # --- the life of a step
 
     def handle(self, event: Event) -> None:
-        if isinstance(event, Applied):
+        if self._failpoints and isinstance(event, Applied):
             failpoint("step.applied")
         self._step.handle(event)
         if isinstance(event, Applied):
@@ -143,9 +148,11 @@ class SyncAggregator(Aggregator):
     def _apply(self, apply: Apply) -> None:
         """Update all shards in place: no worker reads the present version in this memory any more."""
         step, limit = apply.step, self._tools.optimizer.clip_grad_norm
-        self._changed = self._changed_by(step)
-        failpoint("step.complete")
-        if self._tools.journal.enabled:
+        if self._exchanges_in_turn:
+            self._changed = self._changed_by(step)
+        if self._failpoints:
+            failpoint("step.complete")
+        if self._recording:
             self._record_applied(step + 1)
         scale = clip_factor(apply.squared_norms, limit)
         if limit is not None:
