@@ -38,5 +38,15 @@ def test_a_command_tells_its_options_without_loading_torch(name: str) -> None:
 
 
 def test_an_unknown_option_is_not_taken_for_the_script() -> None:
-    refused = CliRunner().invoke(app, ["run", "--servrs", "2", "train.py"])
-    assert str(refused.exception) == "no script --servrs; nor is there an option of that name"
+    command = [
+        sys.executable,
+        "-m",
+        "psa_store.cli",
+        "run",
+        "--servrs",
+        "2",
+        "train.py",
+    ]  # it sets the process's log up
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "no script --servrs; nor is there an option of that name" in refused.stderr
