@@ -83,6 +83,7 @@ def play(
     reference: Reference,
     folder: Path,
     bug: str | None = None,
+    commit_every: int | None = None,
 ) -> Verdict:
     """``bug``: one to plant."""
     row = scenario(name)
@@ -92,7 +93,7 @@ def play(
         pace_s(schedule, SHORT_STEPS, PACE_S),
         folder / "run",
         environment(bug) if bug else {},
-        row.commit_every,
+        commit_every or row.commit_every,
     )
     run_once(RunSpec(row, seed, schedule, spec, replay_command(row.name, seed)), site)
     return check_history(read_history(spec.journals), reference)
@@ -131,11 +132,13 @@ def test_what_was_found_once_stays_away(site: Site, reference: Reference, tmp_pa
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(site: Site, reference: Reference, tmp_path: Path, bug: str) -> None:
     name, fault = PLANTED[bug]
-    verdict = play(site, name, 0, [fault], reference, tmp_path, bug)
+    verdict = play(site, name, 0, [fault], reference, tmp_path, bug, COMMIT_EVERY.get(bug))
     caught = {violation.check for violation in verdict.violations}
     assert caught & CAUGHT_BY[bug], f"{BUGS[bug]}, and no check found it; violations: {verdict.violations}"
 
 
+COMMIT_EVERY = {"no_fence": 40}
+"""Else three versions of the new owner, which are all that a head keeps, may push out what the paused server flips."""
 CAUGHT_BY = {
     "no_fence": {"fencing"},
     "no_dedup": {"exactly_once"},
