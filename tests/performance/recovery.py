@@ -40,7 +40,7 @@ def train(job: str) -> None:
     data = [(torch.zeros(512), torch.ones(512)) for _ in range(64)]
     with psa.Worker(job, model, optimizer=psa.optim.AdamW(lr=1e-4), steps=_ENOUGH_STEPS) as worker:
         for x, y in worker.batches(data, batch_size=12):
-            time.sleep(STEP_S)
+            time.sleep(STEP_S)  # what a larger model would compute, not a wait for an event
             nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
             before = worker.version
             worker.step()
