@@ -20,6 +20,8 @@ from psa_store.errors import UsageError
 SAMPLES_MAX = 1 << 62
 
 _ROUNDS = 6
+_WINDOW = 256
+"""Samples whose places are computed together: almost all of the time is that of the calls, not of the numbers."""
 _MIX_A = np.uint64(0x9E3779B97F4A7C15)
 _MIX_B = np.uint64(0xBF58476D1CE4E5B9)
 _HALF_WORD = np.uint64(32)
@@ -42,18 +44,11 @@ def permute(index: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
         raise UsageError(f"n={n}: the number of samples must be between 1 and 2**62")
     if index.size and not (index.min() >= 0 and index.max() < n):
         raise UsageError(f"index: holds values outside range({n}), which a permutation of it cannot map")
-    width = math.isqrt(n - 1) + 1
-    height = -(-n // width)
-    digest = hashlib.blake2b(b"psa.permute:%d" % key, digest_size=8 * _ROUNDS).digest()
-    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-    image = _rounds(index.astype(np.uint64), height, width, keys)
-    while (outside := image >= n).any():
-        image[outside] = _rounds(image[outside], height, width, keys)
-    return image.astype(np.int64)
+    return _permute(index, n, _round_keys(key).repeat(index.size, axis=1))
 
 
-def sample_indices(seed: int, step: int, rank: int, *, ranks: int, batch_size: int, n: int) -> list[int]:
-    """The samples of a data set of ``n`` that ``rank`` computes at ``step``.
+class SampleOrder:
+    """Which samples of a data set of ``n`` each rank computes at each step. Not thread-safe.
 
     All ranks together walk through a new permutation of the data set in every data epoch, ``batch_size``
     samples a step; a step may span the end of an epoch. The order is fixed by (seed, n): ``batch_size`` cuts
@@ -65,28 +60,60 @@ def sample_indices(seed: int, step: int, rank: int, *, ranks: int, batch_size: i
     Raises:
         UsageError: numbers that do not fit together; the message says which.
     """
-    if ranks < 1 or not 0 <= rank < ranks:
-        raise UsageError(f"rank={rank} with ranks={ranks}: rank must be one of 0..ranks-1")
-    if step < 0:
-        raise UsageError(f"step={step}: steps are counted from 0")
-    if n < 1:
-        raise UsageError(f"n={n}: the data set is empty; give it at least one sample")
-    if batch_size < 1 or batch_size % ranks:
-        raise UsageError(
-            f"batch_size={batch_size} counts the samples of all ranks together and must be divisible by "
-            f"ranks={ranks}: use {max(1, round(batch_size / ranks)) * ranks}, or another number of ranks"
-        )
-    share = batch_size // ranks
-    position = step * batch_size + rank * share
-    end = position + share
-    indices: list[int] = []
-    while position < end:
-        epoch, first = divmod(position, n)
-        count = min(n - first, end - position)
-        order = permute(np.arange(first, first + count), n, _hash64(f"order/{seed}/{epoch}"))
-        indices += order.tolist()
-        position += count
-    return indices
+
+    def __init__(self, seed: int, *, ranks: int, batch_size: int, n: int) -> None:
+        if ranks < 1:
+            raise UsageError(f"ranks={ranks}: at least one rank must compute")
+        if n < 1:
+            raise UsageError(f"n={n}: the data set is empty; give it at least one sample")
+        if n > SAMPLES_MAX:
+            raise UsageError(f"n={n}: the number of samples must be between 1 and 2**62")
+        if batch_size < 1 or batch_size % ranks:
+            raise UsageError(
+                f"batch_size={batch_size} counts the samples of all ranks together and must be divisible by "
+                f"ranks={ranks}: use {max(1, round(batch_size / ranks)) * ranks}, or another number of ranks"
+            )
+        self._seed = seed
+        self._ranks = ranks
+        self._batch_size = batch_size
+        self._n = n
+        self._low = 0
+        """The position of the first sample of the window, counted over all data epochs."""
+        self._window: list[int] = []
+
+    def indices(self, step: int, rank: int) -> list[int]:
+        """The samples that ``rank`` computes at ``step``.
+
+        Raises:
+            UsageError: there is no such step or rank.
+        """
+        if not 0 <= rank < self._ranks:
+            raise UsageError(f"rank={rank} with ranks={self._ranks}: rank must be one of 0..ranks-1")
+        if step < 0:
+            raise UsageError(f"step={step}: steps are counted from 0")
+        share = self._batch_size // self._ranks
+        low = step * self._batch_size + rank * share
+        if not self._low <= low <= low + share <= self._low + len(self._window):
+            self._low, self._window = low, self._order(low, low + max(share, _WINDOW))
+        return self._window[low - self._low : low - self._low + share]
+
+    def _order(self, position: int, end: int) -> list[int]:
+        """The samples at these positions."""
+        indices: list[NDArray[np.int64]] = []
+        keys: list[NDArray[np.uint64]] = []
+        while position < end:
+            epoch, first = divmod(position, self._n)
+            count = min(self._n - first, end - position)
+            indices.append(np.arange(first, first + count))
+            keys.append(_round_keys(_hash64(f"order/{self._seed}/{epoch}")).repeat(count, axis=1))
+            position += count
+        order: list[int] = _permute(np.concatenate(indices), self._n, np.concatenate(keys, axis=1)).tolist()
+        return order
+
+
+def sample_indices(seed: int, step: int, rank: int, *, ranks: int, batch_size: int, n: int) -> list[int]:
+    """The samples of one step; see :class:`SampleOrder`, which is the way to ask for many."""
+    return SampleOrder(seed, ranks=ranks, batch_size=batch_size, n=n).indices(step, rank)
 
 
 def stream_seed(seed: int, step: int, rank: int, purpose: str) -> int:
@@ -98,6 +125,22 @@ def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def _round_keys(key: int) -> NDArray[np.uint64]:
+    """What the rounds add with this key, as a column."""
+    digest = hashlib.blake2b(b"psa.permute:%d" % key, digest_size=8 * _ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64).reshape(_ROUNDS, 1)
+
+
+def _permute(index: NDArray[np.int64], n: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """:func:`permute`, each index with the round keys in its own column."""
+    width = math.isqrt(n - 1) + 1
+    height = -(-n // width)
+    image = _rounds(index.astype(np.uint64), height, width, keys)
+    while (outside := image >= n).any():
+        image[outside] = _rounds(image[outside], height, width, keys[:, outside])
+    return image.astype(np.int64)
+
+
 def _rounds(index: NDArray[np.uint64], height: int, width: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """One pass through the network: a permutation of range(height * width)."""
     left, right = np.divmod(index, np.uint64(width))
@@ -107,7 +150,7 @@ def _rounds(index: NDArray[np.uint64], height: int, width: int, keys: NDArray[np
     return left * np.uint64(width) + right
 
 
-def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+def _mix(values: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A keyed hash of each value to 64 bits; arithmetic is modulo 2**64."""
     mixed = (values + key) * _MIX_A
     mixed ^= mixed >> _HALF_WORD

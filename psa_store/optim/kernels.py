@@ -2,8 +2,9 @@
 
 A shard is worked on block by block. The sum of a block's gradients is made in scratch memory that stays in the cache,
 and used there: for the norm of the shard, or for the update. So memory is read once per rank, and no reduced gradient
-is ever stored. With clipping the sum is made twice, once for the norm, which must be known before anything is updated:
-for two gradients that takes about as long as to write their sum and read it again, and it needs no memory.
+is stored. With clipping the sum is made twice, once for the norm, which must be known before anything is updated: for
+two gradients that takes about as long as to write their sum to memory and read it again. Only a shard of a single block
+keeps its sum from the one to the other, in memory of its own: in a small job it is still in the cache.
 
 Promises:
 
@@ -86,6 +87,8 @@ class ShardKernel:
         self._optimizer = optimizer
         wide = slots.get(MASTER, param)
         self._wide_dtype = wide.dtype
+        self._kept: Tensor | None = None
+        """The memory for the sum of the one block."""
         state = {name: slots[name] for name in state_names(optimizer)}
         runs = _runs(layout, shard)
         chain = [tensor for tensor in (wide if wide is not param else None, param, rounded) if tensor is not None]
@@ -97,15 +100,29 @@ class ShardKernel:
     def squared_norm(self, parts: Sequence[Tensor], scratch: Tensor) -> float:
         """|mean of parts|²; inf or nan if an element of it is."""
         place = scratch.view(self._wide_dtype)
+        if len(self._blocks) == 1:
+            if self._kept is None:
+                self._kept = torch.empty(self._blocks[0].high, dtype=self._wide_dtype)
+            place = self._kept
         total = 0.0
         for block in self._blocks:
             total += squared_norm(sum_in_order(parts, block.low, block.high, place))
         return total / len(parts) ** 2
 
-    def apply(self, parts: Sequence[Tensor], scratch: Tensor, *, step: int, opt_step: int, grad_scale: float) -> None:
+    def apply(
+        self,
+        parts: Sequence[Tensor],
+        scratch: Tensor,
+        *,
+        step: int,
+        opt_step: int,
+        grad_scale: float,
+        measured: bool = False,
+    ) -> None:
         """Apply one update with the mean of ``parts``.
 
         Args:
+            measured: whether the last :meth:`squared_norm` was that of these parts, since which no update was made.
             step: the step, for the learning-rate schedule.
             opt_step: updates applied before this one, for Adam's bias correction and SGD's first step.
             grad_scale: multiplies the gradient; the factor of ``clip_grad_norm``, or 1.0.
@@ -118,7 +135,10 @@ class ShardKernel:
             for group in {part.group for block in self._blocks for part in block.parts}
         }
         for block in self._blocks:
-            total = sum_in_order(parts, block.low, block.high, place)
+            if measured and self._kept is not None:
+                total = self._kept
+            else:
+                total = sum_in_order(parts, block.low, block.high, place)
             if divisor != 1.0 and not in_passing:
                 total.div_(divisor)
             grads = total.split_with_sizes(block.lengths)

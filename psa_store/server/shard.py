@@ -87,6 +87,8 @@ class OwnedShard:
         self._kernel: ShardKernel | None = None
         self._own_places: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
+        self._measured = False
+        """Whether these gradients are the ones that the kernel measured last."""
         self.rank_states: dict[int, Tensor] = {}
         """By rank, its state at the present version, as bytes; empty if that was not pushed with it."""
         self._coming_states: dict[int, Tensor] = {}
@@ -134,6 +136,7 @@ class OwnedShard:
         if self.shard.role is TensorRole.TRAINED:
             rounded = None if self.published is self.param or self.movement is not None else self.published
             self._kernel = ShardKernel(self._optimizer, self._layout, self.shard, self.param, self.slots, rounded)
+            self._measured = False
 
     # --- one step
 
@@ -146,6 +149,7 @@ class OwnedShard:
     def take_gradient(self, rank: int, gradient: Tensor) -> None:
         """The gradient of a rank has arrived, and lies there until the step is over."""
         self._gradients[rank] = gradient
+        self._measured = False
 
     def take_state(self, rank: int, state: Tensor) -> None:
         """The state of a rank at the version that is being collected has arrived."""
@@ -163,6 +167,7 @@ class OwnedShard:
     def squared_norm(self, scratch: Tensor) -> float:
         """|mean gradient|², before it is clipped."""
         assert self._kernel is not None
+        self._measured = True
         return self._kernel.squared_norm(self._parts(), scratch)
 
     def apply_one(self, rank: int, scratch: Tensor, *, step: int, finite: bool) -> None:
@@ -197,6 +202,7 @@ class OwnedShard:
     def drop_pushes(self) -> None:
         """What was pushed for the present step does not count: it is over without an update, or its term is."""
         self._gradients.clear()
+        self._measured = False
         self._coming_states.clear()
 
     def _parts(self) -> list[Tensor]:
@@ -205,7 +211,10 @@ class OwnedShard:
 
     def _update(self, parts: Sequence[Tensor], scratch: Tensor, *, step: int, grad_scale: float) -> None:
         assert self._kernel is not None
-        self._kernel.apply(parts, scratch, step=step, opt_step=self.opt_step, grad_scale=grad_scale)
+        self._kernel.apply(
+            parts, scratch, step=step, opt_step=self.opt_step, grad_scale=grad_scale, measured=self._measured
+        )
+        self._measured = False
         self.opt_step += 1
 
     # --- committing

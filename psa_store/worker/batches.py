@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from psa_store.errors import UsageError
-from psa_store.job.sampling import sample_indices, stream_seed
+from psa_store.job.sampling import SampleOrder, stream_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +55,12 @@ class _Fetched(Dataset[Any]):
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
-        self._ranks = ranks
-        self._batch_size = batch_size
-        self._length = len(dataset)
-        self.indices(RankStep(0, 0))  # refuse a batch size that cannot be shared out before training starts
-
-    def indices(self, rank_step: RankStep) -> list[int]:
-        return sample_indices(
-            self._seed,
-            rank_step.step,
-            rank_step.rank,
-            ranks=self._ranks,
-            batch_size=self._batch_size,
-            n=self._length,
-        )
+        # Refuses a batch size that cannot be shared out before training starts.
+        self._order = SampleOrder(seed, ranks=ranks, batch_size=batch_size, n=len(dataset))
 
     def __getitem__(self, rank_step: RankStep) -> Any:
         seed_everything(self._seed, rank_step, "data")
-        indices = self.indices(rank_step)
+        indices = self._order.indices(rank_step.step, rank_step.rank)
         fetch_many = getattr(self._dataset, "__getitems__", None)
         samples = fetch_many(indices) if fetch_many else [self._dataset[index] for index in indices]
         return self._collate(samples)

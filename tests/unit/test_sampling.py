@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import UsageError
-from psa_store.job.sampling import permute, sample_indices, stream_seed
+from psa_store.job.sampling import SampleOrder, permute, sample_indices, stream_seed
 
 
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
@@ -73,6 +73,16 @@ def test_every_data_epoch_has_every_sample_once_over_all_ranks(seed: int, world:
 def test_the_global_order_does_not_depend_on_the_number_of_ranks(seed: int, n: int) -> None:
     orders = [_global_order(seed, ranks, batch_size=24, n=n, steps=5) for ranks in (1, 2, 3, 4, 8, 24)]
     assert all(order == orders[0] for order in orders)
+
+
+@given(world=_worlds(), n=st.integers(1, 700), steps=st.lists(st.integers(0, 300), max_size=12))
+def test_what_was_asked_before_changes_no_order(world: tuple[int, int], n: int, steps: list[int]) -> None:
+    ranks, batch_size = world
+    order = SampleOrder(7, ranks=ranks, batch_size=batch_size, n=n)
+    for step in [*steps, *range(5)]:
+        for rank in range(ranks):
+            alone = sample_indices(7, step, rank, ranks=ranks, batch_size=batch_size, n=n)
+            assert order.indices(step, rank) == alone
 
 
 def test_data_epochs_and_seeds_have_orders_of_their_own() -> None:

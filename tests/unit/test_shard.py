@@ -6,6 +6,7 @@ import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,3 +134,40 @@ def test_rounding_both_ways_changes_what_workers_see_and_nothing_that_is_kept() 
     assert torch.equal(exact.param, rounded.param) and exact.published is exact.param
     assert torch.equal(rounded.published, rounded.param.to(torch.bfloat16))
     assert not torch.equal(rounded.published.float(), rounded.param)
+
+
+@pytest.mark.parametrize("numel", [1_000, 20_000_000], ids=["one block", "two blocks"])
+@pytest.mark.parametrize("since", ["nothing", "other gradients", "other gradients for one rank"])
+def test_an_update_is_that_of_its_gradients_whatever_was_measured(numel: int, since: str) -> None:
+    def updated(*, measure: bool) -> torch.Tensor:
+        owned, _ = make(numel=numel)
+        for rank, part in enumerate(gradients(owned, 3, 1)):
+            owned.take_gradient(rank, part)
+        if measure:
+            owned.squared_norm(make_scratch())
+        if since == "other gradients":
+            owned.drop_pushes()
+        if since != "nothing":
+            ranks = 3 if since == "other gradients" else 1
+            for rank, part in enumerate(gradients(owned, ranks, 2)):
+                owned.take_gradient(rank, part)
+        owned.apply(make_scratch(), step=0, grad_scale=0.3)
+        return owned.param
+
+    assert torch.equal(updated(measure=True), updated(measure=False))
+
+
+def test_one_measure_serves_one_update() -> None:
+    once, _ = make()
+    for seed in (1, 2):
+        for rank, part in enumerate(gradients(once, 2, seed)):
+            once.take_gradient(rank, part)
+        if seed == 1:
+            once.squared_norm(make_scratch())
+        once.apply(make_scratch(), step=seed, grad_scale=1.0)
+    never, _ = make()
+    for seed in (1, 2):
+        for rank, part in enumerate(gradients(never, 2, seed)):
+            never.take_gradient(rank, part)
+        never.apply(make_scratch(), step=seed, grad_scale=1.0)
+    assert torch.equal(once.param, never.param)
