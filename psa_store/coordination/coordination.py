@@ -25,7 +25,7 @@ from psa_store.config import Settings
 from psa_store.coordination import attempts, barrier, election, terms
 from psa_store.coordination.barrier import Barrier
 from psa_store.coordination.request import CheckpointRequest, request_from_json
-from psa_store.coordination.session import Session, SessionState
+from psa_store.coordination.session import Lease, Session, SessionState, now_s
 from psa_store.coordination.znodes import Znodes
 from psa_store.errors import Disconnected, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
@@ -122,7 +122,12 @@ class Coordination:
         Counted by our own clock from the sending of the last heartbeat that was answered. After a session expired
         it stays <= 0 until :meth:`join` was called in the new one.
         """
-        return self._session.lease_left_s()
+        return self._session.lease.until_s - now_s()
+
+    @property
+    def lease(self) -> Lease:
+        """The same, to be read where a call is too much."""
+        return self._session.lease
 
     def session_generation(self) -> int:
         """Grows by one each time a session expired and a new one was made: join, campaign and hold again."""

@@ -15,9 +15,11 @@ read (and watch) again after reconnecting.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
@@ -57,6 +59,13 @@ _STATES = {
 }
 
 
+@dataclass(slots=True)
+class Lease:
+    """Until when our ephemerals exist for certain, by CLOCK_BOOTTIME. Any thread may read it."""
+
+    until_s: float = -math.inf
+
+
 class Session:
     """``addresses``: "host:port,host:port". Thread-safe; started and closed once.
 
@@ -81,7 +90,9 @@ class Session:
         self._generation = 0
         self._home = 0
         """The session that our ephemerals are in; after an expiry a former one, until the caller joins again."""
-        self._lease_until_s = float("-inf")
+        self.lease = Lease()
+        self._beaten_until_s = -math.inf
+        """Until when the last answered heartbeat keeps the present session alive."""
         self._closing = threading.Event()
         self._life = threading.Lock()
         self._heartbeat = threading.Thread(target=self._keep_beating, name="psa-zookeeper-heartbeat")
@@ -90,7 +101,7 @@ class Session:
 
     def start(self) -> None:
         """Connect. Raises DependencyUnreachable if that is not possible in time; the session is closed then."""
-        until_s = _now_s() + self._connect_timeout_s
+        until_s = now_s() + self._connect_timeout_s
         try:
             connected = self._client.start_async()
             if not connected.wait(self._connect_timeout_s - self._attempt_s):
@@ -140,16 +151,11 @@ class Session:
         """How many sessions before this one have expired."""
         return self._generation
 
-    def lease_left_s(self) -> float:
-        """How long our ephemerals exist for certain; <= 0: perhaps no longer."""
-        with self._changed:
-            left_s = self._lease_until_s - _now_s()
-            return left_s if self._home == self._id else min(left_s, 0.0)
-
     def settle(self, owner: int) -> None:
         """The caller's ephemerals are in the session ``owner``: the lease counts if that is the present one."""
         with self._changed:
             self._home = owner
+            self._renew()
 
     # --- calls
 
@@ -160,14 +166,14 @@ class Session:
             DependencyUnreachable: time is up. What the call wanted to write may be written or not.
             Disconnected: this session was closed.
         """
-        deadline_s = _now_s() + self._connect_timeout_s if until_s is None else until_s
+        deadline_s = now_s() + self._connect_timeout_s if until_s is None else until_s
         repeated = False
         while True:
             self._await_connection(deadline_s)
             znodes = Znodes(
                 self._client,
                 session_id=lambda: self._id,
-                left_s=lambda: deadline_s - _now_s(),
+                left_s=lambda: deadline_s - now_s(),
                 on_watch=self._on_watch,
                 repeated=repeated,
             )
@@ -187,11 +193,11 @@ class Session:
         """Znodes are made only while connected: Kazoo would keep them, and send them after we have given up."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._client.connected or self._closing.is_set(), max(0.0, deadline_s - _now_s())
+                lambda: self._client.connected or self._closing.is_set(), max(0.0, deadline_s - now_s())
             )
         if self._closing.is_set():
             raise Disconnected(f"this process has closed its session with ZooKeeper at {self.addresses}")
-        if not self._client.connected or _now_s() >= deadline_s:
+        if not self._client.connected or now_s() >= deadline_s:
             raise self._unreachable()
 
     def _unreachable(self) -> DependencyUnreachable:
@@ -211,11 +217,15 @@ class Session:
                 continue  # the lease runs out by itself
 
     def _beat(self, znodes: Znodes) -> None:
-        session, sent_s = self._id, _now_s()
+        session, sent_s = self._id, now_s()
         znodes.sync()
         with self._changed:
             if session == self._id:
-                self._lease_until_s = sent_s + self.granted_s * _LEASE_SHARE
+                self._beaten_until_s = sent_s + self.granted_s * _LEASE_SHARE
+                self._renew()
+
+    def _renew(self) -> None:
+        self.lease.until_s = self._beaten_until_s if self._home == self._id else -math.inf
 
     def _revive(self) -> None:
         """Kazoo's thread ends on an answer that it cannot read; nothing else would start it again."""
@@ -230,9 +240,10 @@ class Session:
             if not self._closing.is_set():
                 self._state = _STATES[state]
             if state == KazooState.LOST:
-                self._lease_until_s = float("-inf")
+                self._beaten_until_s = -math.inf
             elif state == KazooState.CONNECTED:
                 self._enter(self._client.client_id[0])
+            self._renew()
             self._changed.notify_all()
         self._wake()
 
@@ -247,6 +258,6 @@ class Session:
         self._wake()
 
 
-def _now_s() -> float:
+def now_s() -> float:
     """Monotonic, and it goes on while the machine is suspended: so does ZooKeeper's clock elsewhere."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from psa_store.estimate.traffic import ServerShare, Traffic, pulls_per_version
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
-from psa_store.server.arithmetic import INLINE_BYTES
+from psa_store.server.aggregator.base import INLINE_BYTES
 
 LINK_S = 1.2e-3
 """Processor time of one worker and one server that exchange a step, whatever its size: frames, wake-ups, Python. As

@@ -69,27 +69,25 @@ METRICS = (
 
 
 class Metrics:
-    """Those of one process. One thread writes a given number; any thread reads."""
+    """Those of one process. One thread writes a given number; any thread reads.
+
+    ``values``: the counters, and the gauges that were ever set. What changes with every step is written here directly.
+    """
 
     def __init__(self, role: ProcessRole, member: str) -> None:
         self.role = role
         self.member = member
-        self._values = {metric.name: 0.0 for metric in METRICS if role in metric.roles}
-        self._seen: set[str] = set()
+        self._known = {metric.name for metric in METRICS if role in metric.roles}
+        self.values = {metric.name: 0.0 for metric in METRICS if role in metric.roles and metric.kind is Kind.COUNTER}
 
     def set(self, name: str, value: float) -> None:
-        assert name in self._values, name
-        self._values[name] = value
-        self._seen.add(name)
+        assert name in self._known, name
+        self.values[name] = value
 
     def add(self, name: str, amount: float = 1.0) -> None:
-        self._values[name] += amount
-        self._seen.add(name)
+        self.values[name] += amount
 
     def read(self) -> dict[str, float]:
-        """Counters, and the gauges that were ever set."""
-        return {
-            metric.name: self._values[metric.name]
-            for metric in METRICS
-            if metric.name in self._seen or (metric.kind is Kind.COUNTER and metric.name in self._values)
-        }
+        """The values as they are now, in the order of the table."""
+        values = self.values.copy()
+        return {metric.name: values[metric.name] for metric in METRICS if metric.name in values}

@@ -2,9 +2,6 @@
 
 torch runs single-threaded in each of them and the parallelism is over shards, so that no bit depends on their number.
 What they have done arrives at the event loop as :class:`Done`; what went wrong, as :class:`Lost`.
-
-A server that owns little calls the inline methods, which work in the thread that asks: below :data:`INLINE_BYTES`
-waking other threads takes longer than the work.
 """
 
 from __future__ import annotations
@@ -25,8 +22,6 @@ from psa_store.server.shard import OwnedShard
 ShardWork = Callable[[OwnedShard, Tensor], None]
 """What to do with one shard; the tensor is the thread's scratch memory."""
 
-INLINE_BYTES = 4 << 20
-"""Parameters of a job's server that are updated in about a millisecond."""
 _FORGET_DONE_AT = 1024
 
 
@@ -44,25 +39,11 @@ class Arithmetic:
         """Compute the norms of the shards' gradients, then post Measured, in several messages perhaps."""
 
         def run(part: Sequence[OwnedShard]) -> None:
-            self._post(Done(term, Measured(self.measure_inline(part))))
+            scratch = self._scratch()
+            self._post(Done(term, Measured({owned.shard.index: owned.squared_norm(scratch) for owned in part})))
 
         for part in self._shares(owned_shards):
             self._submit(term, partial(run, part))
-
-    def measure_inline(self, owned_shards: Sequence[OwnedShard]) -> dict[int, float]:
-        """Compute the norms of the shards' gradients in the calling thread."""
-        scratch = self._scratch()
-        return {owned.shard.index: owned.squared_norm(scratch) for owned in owned_shards}
-
-    def do_inline(
-        self, owned_shards: Sequence[OwnedShard], work: ShardWork, each: Callable[[OwnedShard], None] | None
-    ) -> None:
-        """Do ``work(owned, scratch)`` on every shard in the calling thread; after each, call ``each`` with it."""
-        scratch = self._scratch()
-        for owned in owned_shards:
-            work(owned, scratch)
-            if each is not None:
-                each(owned)
 
     def on_all(
         self,
@@ -73,10 +54,14 @@ class Arithmetic:
         *,
         each: Callable[[OwnedShard], None] | None = None,
     ) -> None:
-        """Do the same in the threads, and then post ``done``."""
+        """Do ``work(owned, scratch)`` on every shard, and then ``each(owned)``; when all is done, post ``done``."""
 
         def run(part: Sequence[OwnedShard]) -> None:
-            self.do_inline(part, work, each)
+            scratch = self._scratch()
+            for owned in part:
+                work(owned, scratch)
+                if each is not None:
+                    each(owned)
             latch.release()
 
         shares = self._shares(owned_shards)

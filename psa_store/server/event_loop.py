@@ -12,7 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from psa_store import logs
+from psa_store.coordination import Lease
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.job.wire_layout import WireLayout
@@ -40,8 +43,6 @@ from psa_store.wire import Mailbox, Traffic
 
 _TICK_S = 0.2
 _LAPSED_PAUSE_S = 0.02
-_ASK_LEASE_S = 0.01
-"""How often the lease is asked for. It ends a third of a session before ZooKeeper may give the shards away."""
 
 
 class EventLoop:
@@ -59,7 +60,7 @@ class EventLoop:
         optimizer: Optimizer,
         threads: int,
         listeners: Sequence[socket.socket],
-        lease_left_s: Callable[[], float],
+        lease: Lease,
         make_committer: Callable[[Callable[[Committed | Lost], None]], Committer],
         report: Callable[[ToPlanFollower], None],
         journal: Journal,
@@ -69,9 +70,8 @@ class EventLoop:
         """When the loop turned last."""
         self.failure: BaseException | None = None
         self._log = logs.get_logger()
-        self._lease_left_s = lease_left_s
+        self._lease = lease
         self._lapsed = False
-        self._ask_lease_at_s = 0.0
         self._busy = False
         self._mailbox: Mailbox[ToEventLoop] = Mailbox()
         self._committer = make_committer(self._mailbox.post)
@@ -104,6 +104,7 @@ class EventLoop:
     # --- the loop
 
     def _run(self) -> None:
+        torch.set_num_threads(1)  # counts for the calling thread; small jobs are updated in this one
         try:
             while self._turn():
                 pass
@@ -121,21 +122,19 @@ class EventLoop:
             time.sleep(_LAPSED_PAUSE_S)  # neither read nor answer
         else:
             self._connections.serve(events)
-        for message in self._mailbox.drain():
-            if isinstance(message, Quit):
-                return False
-            self._handle(message)
+        if any(key.data is None for key, _ in events):
+            for message in self._mailbox.drain():
+                if isinstance(message, Quit):
+                    return False
+                self._handle(message)
         aggregator = self._frames.aggregator
         self._busy = not self._lapsed and aggregator is not None and aggregator.advance()
         return True
 
     def _has_lapsed(self) -> bool:
         """Whether ZooKeeper may have declared this server dead, since it is silent."""
-        now_s = time.monotonic()  # after the wait, in which the process may have been paused for long
-        if now_s < self._ask_lease_at_s:
-            return self._lapsed
-        self._ask_lease_at_s = now_s + _ASK_LEASE_S
-        lapsed = self._lease_left_s() <= 0
+        # After the wait, in which the process may have been paused for long. The clock is that of the lease.
+        lapsed = time.clock_gettime(time.CLOCK_BOOTTIME) >= self._lease.until_s
         if lapsed is not self._lapsed:
             self._lapsed = lapsed
             self._log.warning("ZooKeeper is silent: not serving" if lapsed else "ZooKeeper answers: serving")
@@ -151,13 +150,14 @@ class EventLoop:
                 self._serving.revise(message.plan)
             case Join():
                 self._serving.join(message)
-            case Lost() if self._serving.is_current(message.term):
-                self._serving.lose(message)
-            case Done() | Updated() | Committed() if self._serving.is_current(message.term):
-                assert self._frames.aggregator is not None
-                self._frames.aggregator.on_message(message)
-            case _:
-                pass  # from another thread, about a term that is over
+            case Lost() | Done() | Updated() | Committed():
+                aggregator = self._frames.aggregator
+                if aggregator is None or aggregator.plan.term != message.term:
+                    pass  # from another thread, about a term that is over
+                elif isinstance(message, Lost):
+                    self._serving.lose(message)
+                else:
+                    aggregator.on_message(message)
 
     # --- for the other threads
 

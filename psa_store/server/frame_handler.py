@@ -8,18 +8,20 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from psa_store.cluster import Plan
+from psa_store.consistency.instructions import NormsTold, RankCut
 from psa_store.errors import Refused
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.job.wire_layout import WireLayout
 from psa_store.server.aggregator import Aggregator, rules_of
-from psa_store.server.clients import SharedParameters
+from psa_store.server.clients import Client, SharedParameters
 from psa_store.server.connections import Connections, HasFileno
 from psa_store.server.introductions import Introductions
 from psa_store.server.messages import PeerGone
 from psa_store.server.push_admission import PushAdmission
-from psa_store.server.requests import Requests, Unfit
 from psa_store.server.waiters import Waiters
 from psa_store.testing.journal import Journal
 from psa_store.wire import (
@@ -39,8 +41,13 @@ from psa_store.wire import (
 _NOTHING = memoryview(b"")
 _OUTSIDE_TERMS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.INSPECT, Kind.REFUSED})
 _REQUESTS = frozenset({Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT})
+"""What members ask of a server, and what servers tell each other, besides gradients."""
+_OF_A_RANK = frozenset({Kind.AWAIT, Kind.CUT})
 _MEMBERS = _REQUESTS | {Kind.SHARE, Kind.PUSH}
 """Frames that only a process that said HELLO may send; all but SHARE belong to a term."""
+
+
+_NUMBER_BYTES = 8
 
 
 class FrameHandler:
@@ -71,11 +78,11 @@ class FrameHandler:
         )
         self._layout = layout
         self._wire = wire
+        self._ranks = config.ranks
         self._gradients_max = config.ranks * config.window
         self._peer_gone = peer_gone
         self._admission = PushAdmission(config, layout, wire, rules_of(config))
         self._introductions = Introductions(member, config, layout.fingerprint, self.connections, self.parameters)
-        self._requests = Requests(config.ranks, self.waiters)
 
     @property
     def member(self) -> str:
@@ -140,10 +147,7 @@ class FrameHandler:
                 self._refuse(connection, header, reason, f"push refused: {reason.name}")
         elif kind in _REQUESTS:
             if aggregator is not None:
-                try:
-                    self._requests.on_request(aggregator, connection, client, header, payload)
-                except Unfit as why:
-                    self._refuse(connection, header, why.reason, str(why))
+                self._on_request(aggregator, connection, client, header, payload)
         elif kind is Kind.HELLO:
             self._introductions.on_hello(connection, payload)
         elif kind is Kind.SHARE:
@@ -155,6 +159,37 @@ class FrameHandler:
             self.connections.send(connection, Header(Kind.REPORT, length=len(text)), text)
         elif kind is Kind.REFUSED:
             raise Refused(f"a peer refused: {decode(Refusal, payload).why}")
+
+    def _on_request(
+        self, aggregator: Aggregator, connection: Connection, client: Client | None, header: Header, payload: memoryview
+    ) -> None:
+        """Carry out a request, or note it for later; one that does not fit the plan is refused."""
+        plan, kind = aggregator.plan, header.kind
+        if kind in _OF_A_RANK and header.rank >= self._ranks:
+            raise Refused(f"{kind.name} of rank {header.rank}, and there are {self._ranks}")
+        if header.term < plan.term:
+            if kind is not Kind.NORM:  # that was said before the other server knew
+                self._refuse(connection, header, Reason.STALE, "the term is over")
+        elif kind is Kind.AWAIT:
+            if client is None:
+                raise Refused("only a worker that said HELLO may do that")
+            self.waiters.wait(client, header)
+        elif kind is Kind.NORM:
+            aggregator.on_norms(_norms(plan, connection, header, payload))
+        elif kind is Kind.FINISH:
+            self.waiters.finish(connection, header)
+        elif kind is Kind.CLOCKS:
+            aggregator.send_clocks(connection)
+        elif kind is Kind.PULL:
+            if header.shard in aggregator.owned_shards:
+                self.waiters.pull(connection, header)
+            else:
+                self._refuse(connection, header, Reason.NOT_OWNER, f"shard {header.shard} is owned elsewhere")
+        elif kind is Kind.CUT:
+            if plan.ranks[header.rank] == connection.member:
+                aggregator.on_rank_cut(RankCut(header.barrier, header.rank, header.step))
+            else:
+                self._refuse(connection, header, Reason.NOT_HOLDER, f"rank {header.rank} is held by another worker")
 
     def on_stranger(self, connection: Connection, why: str) -> None:
         self._refuse(connection, Header(Kind.HELLO), Reason.WRONG, why)
@@ -186,3 +221,13 @@ class FrameHandler:
             aggregator.committed,
             len(aggregator.owned_shards),
         )
+
+
+def _norms(plan: Plan, connection: Connection, header: Header, payload: memoryview) -> NormsTold:
+    if header.length % (2 * _NUMBER_BYTES):
+        raise Refused(f"NORM of {header.length} bytes: not pairs of numbers")
+    pairs = np.frombuffer(payload, dtype="<f8").reshape(-1, 2)
+    norms = {int(shard): float(norm) for shard, norm in pairs if np.isfinite(shard)}
+    if not norms.keys() <= set(plan.shards_of(connection.member)):
+        raise Refused(f"NORM of shards that {connection.member} does not own")
+    return NormsTold(header.step, norms)

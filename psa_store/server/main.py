@@ -128,7 +128,7 @@ def serve(job: str, settings: Settings) -> None:
             optimizer=optimizer,
             threads=settings.server_threads,
             listeners=[tcp] if local is None else [tcp, local],
-            lease_left_s=coordination.lease_left_s,
+            lease=coordination.lease,
             make_committer=lambda post: Committer(store, config, layout, post, metrics, rests=rests),
             report=plan_follower.report,
             journal=journal,

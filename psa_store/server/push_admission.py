@@ -91,6 +91,7 @@ class PushAdmission:
         self._compression = config.compression
         self._ranks = config.ranks
         self._rules = rules
+        self._shares_memory = config.shares_memory
         self._frozen = frozenset(shard.index for shard in layout.shards_of(TensorRole.FROZEN))
         self._forms = [_Form(config, layout, wire, shard) for shard in layout.shards]
         self._scratch = memoryview(bytearray(max(form.bytes_max for form in self._forms)))
@@ -237,7 +238,7 @@ class PushAdmission:
     def _referred(
         self, client: Client | None, header: Header, shards: Iterable[int], wanted: Iterable[int]
     ) -> TakeReference:
-        if not self._config.shares_memory:
+        if not self._shares_memory:
             raise Refused("PUSH by reference: in this job's mode no memory is shared")
         if client is None:
             raise Refused("only a worker that said HELLO may do that")

@@ -72,10 +72,6 @@ class Serving:
         """The version with which the job ended, in the server that the plan names first; None elsewhere and before."""
         return self._frames.waiters.finished if self._is_first else None
 
-    def is_current(self, term: int) -> bool:
-        """Whether this term is served."""
-        return self.aggregator is not None and self.aggregator.plan.term == term
-
     def begin(self, serve: Serve) -> None:
         """Serve the shards of a new term."""
         plan = serve.plan
@@ -101,7 +97,7 @@ class Serving:
 
     def revise(self, plan: Plan) -> None:
         """The same term, but other ranks or another phase."""
-        if self.aggregator is not None and self.is_current(plan.term):
+        if self.aggregator is not None and self.aggregator.plan.term == plan.term:
             self.aggregator.revise(plan)
             self._frames.revise(plan)
 

@@ -66,7 +66,7 @@ class AsyncAggregator(Aggregator):
         self._arrivals.handle(event)
         if isinstance(event, Applied):
             self._tools.waiters.stale = True
-            self._tools.metrics.set("version", self.version)
+            self._metrics["version"] = self.version
         if isinstance(event, Applied | Copied):
             self._tools.connections.wake_parked()  # pushes that came before their turn
 
@@ -91,7 +91,7 @@ class AsyncAggregator(Aggregator):
 
     def _apply(self, pushes: Sequence[Push]) -> None:
         failpoint("step.complete")
-        if self._tools.journal.enabled:
+        if self._recording:
             self._record(pushes)
         of = {push.shard: push for push in pushes}
 

@@ -8,7 +8,6 @@ and calls :meth:`Aggregator.advance` at the end of every turn. What is to be don
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,8 @@ from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
-from psa_store.server.arithmetic import INLINE_BYTES, Arithmetic, ShardWork
+from psa_store.optim.kernels import make_scratch
+from psa_store.server.arithmetic import Arithmetic, ShardWork
 from psa_store.server.clients import SharedParameters
 from psa_store.server.committer import Committer
 from psa_store.server.connections import Connections
@@ -52,6 +52,8 @@ from psa_store.server.work import Work
 from psa_store.testing.journal import Journal
 from psa_store.wire import Connection, Header
 
+INLINE_BYTES = 4 << 20
+"""Parameters of a job's server that are updated in about a millisecond: waking other threads takes longer than that."""
 _ROUNDS_MAX = 16
 """Rounds of instructions in one turn of the event loop, so that frames and messages are not kept waiting."""
 
@@ -92,11 +94,15 @@ class Aggregator(ABC):
         self._reserved = False
         """Whether the memory of snapshots is held here, from the first copy to the commit."""
         self._inline = 0 < sum(owned.shard.size_bytes for owned in self.versioned.values()) < INLINE_BYTES
+        self._scratch = make_scratch()
+        self._metrics = tools.metrics.values
+        self._commit_interval = tools.config.commit_interval
+        self._recording = tools.journal.enabled
+        """Asked once: a step passes many places that do something for tests only."""
         for owned in self.versioned.values():
             owned.take_snapshot()  # if Redis is wiped before the first commit of this server, no other process has it
         tools.committer.adopt(self._work(plan.resume))
-        tools.metrics.set("version", plan.resume)
-        tools.metrics.set("committed_version", plan.resume)
+        self._metrics["version"] = plan.resume
         machine.handle(Revised(plan))
 
     # --- what the event loop tells
@@ -156,10 +162,8 @@ class Aggregator(ABC):
         """A version of all shards here is durable."""
         self._machine.handle(VersionCommitted(message.version))
         self._tools.waiters.stale = True
-        self._tools.metrics.set("committed_version", message.version)
-        self._tools.metrics.set("committed_time_seconds", time.time())
-        self._tools.metrics.add("commits")
-        self._tools.journal.record("committed", term=message.term, version=message.version)
+        if self._recording:
+            self._tools.journal.record("committed", term=message.term, version=message.version)
         if message.pinned is not None:
             self._tools.report(Pinned(message.term, message.pinned, message.version))
 
@@ -244,14 +248,16 @@ class Aggregator(ABC):
     ) -> None:
         """Do this to the shards, by the threads of arithmetic or, where there is little to do, at once."""
         if self._inline:
-            self._tools.arithmetic.do_inline(owned_shards, work, each)
+            for owned in owned_shards:
+                work(owned, self._scratch)
+                if each is not None:
+                    each(owned)
             self.handle(done)
         else:
             self._tools.arithmetic.on_all(self.plan.term, owned_shards, work, Done(self.plan.term, done), each=each)
 
     def _work(self, version: int, pin: Cut | None = None) -> Work:
         """The snapshots are this version."""
-        interval = self._tools.config.commit_interval
-        regular = interval > 0 and version % interval == 0
+        regular = self._commit_interval > 0 and version % self._commit_interval == 0
         frozen = {i: owned for i, owned in self.owned_shards.items() if i not in self.versioned}
         return Work(self.plan.term, version, self.versioned, frozen, pin, extra=pin is not None and not regular)

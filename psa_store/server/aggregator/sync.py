@@ -46,9 +46,7 @@ class SyncAggregator(Aggregator):
         config = tools.config
         roles = {i: owned.shard.role for i, owned in owned_shards.items()}
         self._exchanges_in_turn = config.mode.fragments > 1
-        self._recording = tools.journal.enabled
         self._failpoints = failpoints.are_on()
-        """Both are asked once: a step passes many places that do something for tests only."""
         self._step = SyncStep(
             version=plan.resume,
             ranks=config.ranks,
@@ -141,7 +139,8 @@ class SyncAggregator(Aggregator):
 
     def _measure(self, owned_shards: Sequence[OwnedShard]) -> None:
         if self._inline:
-            self._step.handle(Measured(self._tools.arithmetic.measure_inline(owned_shards)))
+            norms = {owned.shard.index: owned.squared_norm(self._scratch) for owned in owned_shards}
+            self._step.handle(Measured(norms))
         else:
             self._tools.arithmetic.measure(self.plan.term, owned_shards)
 
@@ -156,7 +155,7 @@ class SyncAggregator(Aggregator):
             self._record_applied(step + 1)
         scale = clip_factor(apply.squared_norms, limit)
         if limit is not None:
-            self._tools.metrics.set("gradient_norm", math.sqrt(sum(apply.squared_norms)))
+            self._metrics["gradient_norm"] = math.sqrt(sum(apply.squared_norms))
         self._tools.connections.detach_all()
         for owned in self.versioned.values():
             owned.turn_states()
@@ -193,7 +192,7 @@ class SyncAggregator(Aggregator):
         self._on_version()
 
     def _on_version(self) -> None:
-        self._tools.metrics.set("version", self._step.version)
+        self._metrics["version"] = self._step.version
         self._tools.waiters.stale = True
 
     def _move(self) -> None:
