@@ -2,8 +2,9 @@
 
 A server's side: ``sync_step`` (a step is the gradients of all ranks), ``arrivals`` (each push is an update of its own).
 Both judge what is offered (``offer``, ``accept``), take events (``handle``), and say what is to be done (``ready``).
-A worker's side: ``worker_step`` (sync), ``worker_pushes`` (async, ssp), ``rounds`` (local). They take events and give
-instructions: one loop in :mod:`psa_store.worker.strategy` executes those of each. Both sides: ``rank_state``.
+A worker's side: ``worker_step`` (sync), ``worker_pushes`` (async, ssp), ``rounds`` (local). Each has one caller, a
+strategy of :mod:`psa_store.worker.strategy`, so each event is a method; what is to be done is said by ``next``. Both
+sides: ``rank_state``.
 """
 
 from psa_store.consistency.arrivals import Arrivals

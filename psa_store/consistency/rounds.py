@@ -9,12 +9,12 @@ Ranks go one after the other, each as soon as it may; :meth:`Rounds.next` says w
 * Push what a COMPUTED rank has moved. With overlap its movement goes on top of the version that the round before has
   made, so that must be here.
 * Compute the next step of a COMPUTING rank.
-* Once all ranks are PUSHED, Ask the owners for the version that the round makes. Without overlap it must be here before
+* Once all ranks are PUSHED, Await the version that the round makes. Without overlap it must be here before
   the round ends; with overlap the whole next round may pass meanwhile. Then EndRound.
 * Finish after the last round. Watch, if no rank is held. Listen otherwise.
 
-``Lost`` changes nothing of that but that the version has to be asked for again: what a rank has computed stays. A new
-term (TermBegun) begins anew, at a version.
+``lost`` changes nothing of that but that the version has to be asked for again: what a rank has computed stays. A new
+term (``term_begun``) begins anew, at a version.
 
 Pure: no I/O, no threads, no tensors, no clock.
 """
@@ -25,83 +25,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from psa_store.consistency.worker_instructions import LISTEN, Await, Compute, Finish, Listen
+
 
 class Stage(Enum):
     COMPUTING = auto()
     COMPUTED = auto()
     PUSHED = auto()
-
-
-# --- events
-
-
-@dataclass(frozen=True, slots=True)
-class TermBegun:
-    """The held ranks have their state at this version, and the global parameters are here."""
-
-    version: int
-    ranks: Iterable[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The servers that own what changes."""
-
-    owners: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """A rank has made a step."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """A rank's movement is on its way."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Brought:
-    """An owner has brought a version of all its shards."""
-
-    server: str
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    """The global parameters are at this version."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The last round is over, without ranks of this worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The connections are gone."""
-
-
-Event = TermBegun | Planned | Stepped | Pushed | Brought | Pulled | Ended | Lost
-
-# --- instructions
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Compute a step of a rank. ``first``, ``last``: of those that it makes in this round."""
-
-    step: int
-    rank: int
-    first: bool
-    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +40,6 @@ class Push:
 
     rank: int
     round: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Have done with all versions below; have the owners bring this one."""
-
-    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +57,7 @@ class Watch:
     last: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """All rounds are done: have this version, and have it made durable."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Listen:
-    """Nothing can be done before an answer or a plan comes."""
-
-
-Instruction = Compute | Push | Ask | EndRound | Watch | Finish | Listen
+Instruction = Compute | Push | Await | EndRound | Watch | Finish | Listen
 
 
 class Rounds:
@@ -175,35 +86,54 @@ class Rounds:
         self._done: dict[int, int] = {}
         """By rank, the steps that it has made in this round."""
 
-    def handle(self, event: Event) -> None:
-        """Take note of what has happened."""
-        match event:
-            case TermBegun(version, ranks):
-                self.round = self.have = version
-                self._wanted = None
-                self._stages = dict.fromkeys(sorted(ranks), Stage.COMPUTING)
-                self._done = dict.fromkeys(self._stages, 0)
-            case Planned(owners):
-                self._owners = owners
-            case Stepped(rank):
-                self._done[rank] += 1
-                if self._done[rank] == self._steps:
-                    self._stages[rank] = Stage.COMPUTED
-            case Pushed(rank):
-                self._stages[rank] = Stage.PUSHED
-            case Brought(server, version):
-                if version == self._wanted:
-                    self._brought.add(server)
-                    if self._brought >= self._owners:
-                        self.have = version
-            case Pulled(version):
-                self.have = version
-            case Ended():
-                assert self._last is not None
-                self.round = self._last
-            case Lost():
-                self._asked = False
-                self._brought.clear()
+    # --- what has happened
+
+    def term_begun(self, version: int, ranks: Iterable[int]) -> None:
+        """The held ranks have their state at this version, and the global parameters are here."""
+        self.round = self.have = version
+        self._wanted = None
+        self._begin_round(sorted(ranks))
+
+    def planned(self, owners: frozenset[str]) -> None:
+        """The servers that own what changes."""
+        self._owners = owners
+
+    def stepped(self, rank: int) -> bool:
+        """A rank has made a step; returns whether it was its last in this round."""
+        self._done[rank] += 1
+        if self._done[rank] < self._steps:
+            return False
+        self._stages[rank] = Stage.COMPUTED
+        return True
+
+    def pushed(self, rank: int) -> None:
+        """A rank's movement is on its way."""
+        self._stages[rank] = Stage.PUSHED
+
+    def brought(self, server: str, version: int) -> bool:
+        """An owner has brought a version of all its shards; returns whether with that the awaited one is here."""
+        if version != self._wanted or version == self.have:
+            return False
+        self._brought.add(server)
+        if self._brought >= self._owners:
+            self.have = version
+        return version == self.have
+
+    def pulled(self, version: int) -> None:
+        """The global parameters are at this version."""
+        self.have = version
+
+    def ended(self) -> None:
+        """The last round is over, without ranks of this worker."""
+        assert self._last is not None
+        self.round = self._last
+
+    def lost(self) -> None:
+        """The connections are gone."""
+        self._asked = False
+        self._brought.clear()
+
+    # --- what is to be done
 
     def next(self) -> Instruction:
         """What to do now."""
@@ -213,17 +143,16 @@ class Rounds:
             return Watch(self._last)
         if self._wanted is not None and self._wanted != self.have and not self._asked:
             self._asked = True
-            return Ask(self._wanted)
+            return Await(self._wanted, self._owners)
         may_push = not self._overlap or self.have == self.round
         rank = self._first(Stage.COMPUTED)
         if rank is not None and may_push:
             return Push(rank, self.round)
         rank = self._first(Stage.COMPUTING)
         if rank is not None:
-            done = self._done[rank]
-            return Compute(self.round * self._steps + done, rank, done == 0, done == self._steps - 1)
+            return Compute(self.round * self._steps + self._done[rank], rank)
         if not may_push:
-            return Listen()
+            return LISTEN
         return self._end_round()
 
     def _end_round(self) -> Instruction:
@@ -231,13 +160,16 @@ class Rounds:
         if self._wanted != self.round + 1:
             self._wanted, self._asked = self.round + 1, True
             self._brought.clear()
-            return Ask(self._wanted)
+            return Await(self._wanted, self._owners)
         if not self._overlap and self.have != self._wanted:
-            return Listen()
+            return LISTEN
         self.round += 1
-        self._stages = dict.fromkeys(self._stages, Stage.COMPUTING)
-        self._done = dict.fromkeys(self._stages, 0)
+        self._begin_round(self._stages)
         return EndRound(self.round - 1, adopt=not self._overlap)
+
+    def _begin_round(self, ranks: Iterable[int]) -> None:
+        self._stages = dict.fromkeys(ranks, Stage.COMPUTING)
+        self._done = dict.fromkeys(self._stages, 0)
 
     def _first(self, stage: Stage) -> int | None:
         return next((rank for rank, each in self._stages.items() if each is stage), None)

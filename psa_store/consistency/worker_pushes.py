@@ -1,10 +1,10 @@
 """A worker's part where pushes are applied on arrival (async, ssp): which rank is next, and which pushes are kept.
 
-Theory of operation. A rank's pushes are numbered by its steps. Servers say with Told how many of each rank they have
+Theory of operation. A rank's pushes are numbered by its steps. Servers tell how many of each rank they have
 (``applied``), and how many are in a version that they have committed. A push is *durable* once all servers have
 committed a version that contains it. Until then it is kept, since a term may begin from an older commit::
 
-    Pushed ──▶ kept ──all servers have committed it──▶ Drop
+    pushed ──▶ kept ──all servers have committed it──▶ Drop
                 └──a term begins, and servers lack it──▶ PushAgain, in order ──▶ kept
 
 A rank whose kept pushes fill the ``window`` waits. :meth:`WorkerPushes.next` gives each rank its turn, the one that is
@@ -23,78 +23,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-# --- events
-
-
-@dataclass(frozen=True, slots=True)
-class TermBegun:
-    """A term begins with these owners. What servers told before says nothing any more."""
-
-    owners: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The owners were asked for their clocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """An owner says: of each rank, how many pushes it has, and how many are in ``version``, which it has committed."""
-
-    server: str
-    version: int
-    applied: Sequence[int]
-    committed: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """All owners have told where they are at the beginning of the term."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """The ranks that the plan gives to this worker."""
-
-    ranks: Collection[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """All owners have told where the ranks are that came."""
-
-
-@dataclass(frozen=True, slots=True)
-class Here:
-    """The parameters with which a rank pushes this step are in the model."""
-
-    rank: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class NotHere:
-    """They did not come soon."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """A rank has made a push, or has made one again."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The connections are gone."""
-
-
-Event = TermBegun | Asked | Told | Compared | Held | Started | Here | NotHere | Pushed | Lost
-
-# --- instructions
+from psa_store.consistency.worker_instructions import LISTEN, AskClocks, Compute, Finish, Listen
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +43,6 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask all owners for their clocks, then say Started."""
-
-
-@dataclass(frozen=True, slots=True)
 class Bring:
     """Have the parameters with which a rank pushes this step."""
 
@@ -134,27 +58,7 @@ class PushAgain:
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Compute a rank's gradient of this step, and push it."""
-
-    step: int
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """All steps of the held ranks are pushed."""
-
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class Listen:
-    """Nothing can be done before an answer or a plan comes."""
-
-
-Instruction = Ask | Bring | PushAgain | Compute | Finish | Listen
+Instruction = AskClocks | Bring | PushAgain | Compute | Finish | Listen
 
 
 class WorkerPushes:
@@ -191,60 +95,79 @@ class WorkerPushes:
         """By rank, the steps to be pushed again."""
         return {rank: tuple(steps) for rank, steps in self._again.items() if steps}
 
-    def handle(self, event: Event) -> list[Drop | Forget]:
-        """Take note of what has happened; returns what need not be kept any more."""
-        match event:
-            case TermBegun(owners):
-                self._owners = owners
-                self._committed.clear()
-            case Asked():
-                self._applied.clear()
-            case Told(server, version, applied, committed):
-                self._applied[server] = applied
-                self._committed.setdefault(server, {})[version] = committed
-                return self._drop_durable()
-            case Compared():
-                return [drop for rank in list(self.clocks) for drop in self._take_up(rank, self._applied_of(rank))]
-            case Held(ranks):
-                self._held = sorted(ranks)
-                return [drop for rank in self.clocks.keys() - set(ranks) for drop in self._forget(rank)]
-            case Started():
-                for rank in self._held:
-                    if rank not in self.clocks:
-                        self._start(rank, self._applied_of(rank))
-            case Here(rank, step):
-                self._here = rank, step
-            case NotHere(rank):
-                self._tried.add(rank)
-            case Pushed(rank):
-                self._here = None
-                self._tried.clear()
-                if self._again[rank]:
-                    self._again[rank].popleft()
-                else:
-                    self._kept[rank].append(self.clocks[rank])
-                    self.clocks[rank] += 1
-            case Lost():
-                self._here = None
-                self._tried.clear()
-        return []
+    # --- what has happened; some return what need not be kept any more
+
+    def term_begun(self, owners: frozenset[str]) -> None:
+        """A term begins with these owners. What servers told before says nothing any more."""
+        self._owners = owners
+        self._committed.clear()
+
+    def asked(self) -> None:
+        """The owners were asked for their clocks."""
+        self._applied.clear()
+
+    def told(self, server: str, version: int, applied: Sequence[int], committed: Sequence[int]) -> list[Drop | Forget]:
+        """An owner says: of each rank, how many pushes it has, and how many are in ``version``, which is committed."""
+        self._applied[server] = applied
+        self._committed.setdefault(server, {})[version] = committed
+        return self._drop_durable()
+
+    def compared(self) -> list[Drop | Forget]:
+        """All owners have told where they are at the beginning of the term."""
+        return [drop for rank in list(self.clocks) for drop in self._take_up(rank, self._applied_of(rank))]
+
+    def planned(self, held: Collection[int]) -> list[Drop | Forget]:
+        """The ranks that the plan gives to this worker."""
+        self._held = sorted(held)
+        return [drop for rank in self.clocks.keys() - set(held) for drop in self._forget(rank)]
+
+    def started(self) -> None:
+        """All owners have told where the ranks are that came."""
+        for rank in self._held:
+            if rank not in self.clocks:
+                self._start(rank, self._applied_of(rank))
+
+    def here(self, rank: int, step: int) -> None:
+        """The parameters with which a rank pushes this step are in the model."""
+        self._here = rank, step
+
+    def not_here(self, rank: int) -> None:
+        """They did not come soon."""
+        self._tried.add(rank)
+
+    def pushed(self, rank: int) -> None:
+        """A rank has made a push, or has made one again."""
+        self._here = None
+        self._tried.clear()
+        if self._again[rank]:
+            self._again[rank].popleft()
+        else:
+            self._kept[rank].append(self.clocks[rank])
+            self.clocks[rank] += 1
+
+    def lost(self) -> None:
+        """The connections are gone."""
+        self._here = None
+        self._tried.clear()
+
+    # --- what is to be done
 
     def next(self) -> Instruction:
         """What to do now."""
         if any(rank not in self.clocks for rank in self._held):
-            return Ask()
+            return AskClocks(self._owners)
         todo = [
             rank for rank in self._held if self._again[rank] or self._last is None or self.clocks[rank] < self._last
         ]
         if not todo:
-            return Listen() if self._last is None else Finish(self._last)
+            return LISTEN if self._last is None else Finish(self._last)
         if self._here is not None:
             rank, step = self._here
             if self._comes(rank) == step:
                 return PushAgain(rank, step) if self._again[rank] else Compute(step, rank)
         free = [rank for rank in todo if self._again[rank] or len(self._kept[rank]) < self._window]
         if not free:
-            return Listen()
+            return LISTEN
         if self._tried.issuperset(free):
             self._tried.clear()
         rank = min((each for each in free if each not in self._tried), key=lambda each: (self._comes(each), each))

@@ -15,11 +15,12 @@ and :meth:`WorkerStep.next` says what to do now:
 * Show the version in the model, once all owners have brought it; Finish after the last.
 * Listen otherwise.
 
-With speculation, a worker that has waited for long (Slow) asks the owners how far each rank is (AskClocks) and computes
-a missing one for its holder, if :func:`rank_to_help` gives it one. It still has the version for that as long as no
-newer parameters have come into the model (Overwritten): they come by value, and only once the step is complete.
+With speculation, a worker that has waited for long (``slow``) asks the owners how far each rank is (AskClocks) and
+computes a missing one for its holder (Help), if :func:`rank_to_help` gives it one. It still has the version for that as
+long as no newer parameters have come into the model (``overwritten``): they come by value, and only once the step is
+complete.
 
-``Lost`` forgets whatever was in flight. Each instruction but Compute, Show and Finish is given once.
+``lost`` forgets whatever was in flight. Each instruction but Compute, Help, Show and Finish is given once.
 
 Pure: no I/O, no threads, no tensors, no clock.
 """
@@ -29,107 +30,25 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from psa_store.consistency.worker_instructions import LISTEN, AskClocks, Await, Compute, Finish, Listen
+
 NEVER = 1 << 62
 """A version that no job reaches: to await it is to await another plan."""
 
-# --- events
-
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """The model has a version: that with which a term begins, or one that was shown."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """What the plan says: the ranks held here, and the owners of what changes."""
-
-    held: Sequence[int]
-    owners: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """The whole gradient of a rank is on its way."""
-
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Brought:
-    """An owner has brought a version of all its shards."""
-
-    server: str
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Overwritten:
-    """Parameters of a newer version have begun to come into the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A server has refused a push: it has to be made again, if the rank stays here."""
+class Help:
+    """Compute and push as with :class:`Compute`, for a worker that holds the rank and is slow."""
 
     step: int
     rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """An owner says how many steps of each rank it has."""
-
-    server: str
-    clocks: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Slow:
-    """The awaited version takes long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The connections are gone."""
-
-
-Event = Loaded | Planned | Pushed | Brought | Overwritten | Refused | Clocks | Slow | Lost
-
-# --- instructions
-
-
-@dataclass(frozen=True, slots=True)
-class Compute:
-    """Compute a rank's gradient of this step, and push it. ``helps``: another worker holds the rank."""
-
-    step: int
-    rank: int
-    helps: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Await:
-    """Have done with all versions below; have these owners bring this one."""
-
-    version: int
-    servers: Collection[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """All owners have brought this version: let the model have it."""
+    """All owners have brought this version: let the model have it, and say ``loaded``."""
 
     version: int
-
-
-@dataclass(frozen=True, slots=True)
-class AskClocks:
-    """Ask these owners how many steps of each rank they have."""
-
-    servers: Collection[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,20 +58,7 @@ class Reload:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """All steps are done: have this version made durable."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class Listen:
-    """Nothing can be done before an answer or a plan comes."""
-
-
-Instruction = Compute | Await | Show | AskClocks | Reload | Finish | Listen
-_LISTEN = Listen()
+Instruction = Compute | Help | Await | Show | AskClocks | Reload | Finish | Listen
 
 
 class WorkerStep:
@@ -187,40 +93,55 @@ class WorkerStep:
         """Whether this worker has no part in the present step."""
         return not self._held and self._awaited is None
 
-    def handle(self, event: Event) -> None:
-        """Take note of what has happened."""
-        match event:
-            case Brought(server, version):
-                self._brought[server] = version
-            case Pushed(rank):
-                self._pushed.add(rank)
-                if rank == self._helps:
-                    self._helps = None
-            case Loaded(version):
-                self.version = version
-                self._helped.clear()
-                self._forget()
-            case Planned(held, owners):
-                self._held, self._owners = held, owners
-            case Overwritten():
-                self._overwritten = True
-            case Refused(step, rank):
-                if step == self.version:
-                    self._pushed.discard(rank)
-            case Clocks(server, clocks):
-                self._clocks[server] = clocks
-            case Slow():
-                self._slow = True
-            case Lost():
-                self._forget()
+    # --- what has happened
 
-    def _forget(self) -> None:
+    def loaded(self, version: int) -> None:
+        """The model has a version: that with which a term begins, or one that was shown."""
+        self.version = version
+        self._helped.clear()
+        self.lost()  # nothing is in flight yet
+
+    def planned(self, held: Sequence[int], owners: frozenset[str]) -> None:
+        """What the plan says: the ranks held here, and the owners of what changes."""
+        self._held, self._owners = held, owners
+
+    def pushed(self, rank: int) -> None:
+        """The whole gradient of a rank is on its way."""
+        self._pushed.add(rank)
+        if rank == self._helps:
+            self._helps = None
+
+    def brought(self, server: str, version: int) -> None:
+        """An owner has brought a version of all its shards."""
+        self._brought[server] = version
+
+    def overwritten(self) -> None:
+        """Parameters of a newer version have begun to come into the model."""
+        self._overwritten = True
+
+    def refused(self, step: int, rank: int) -> None:
+        """A server has refused a push: it has to be made again, if the rank stays here."""
+        if step == self.version:
+            self._pushed.discard(rank)
+
+    def told(self, server: str, clocks: Sequence[int]) -> None:
+        """An owner says how many steps of each rank it has."""
+        self._clocks[server] = clocks
+
+    def slow(self) -> None:
+        """The awaited version takes long."""
+        self._slow = True
+
+    def lost(self) -> None:
+        """The connections are gone, and with them whatever was in flight."""
         self._pushed.clear()
         self._awaited = None
         self._brought = {}
         self._overwritten = self._slow = False
         self._helps = None
         self._clocks = {}
+
+    # --- what is to be done
 
     def next(self) -> Instruction:
         """What to do now."""
@@ -232,7 +153,7 @@ class WorkerStep:
                     return Reload("more ranks came in the middle of a step")
                 return Compute(self.version, rank)
         if self._helps is not None and not self._overwritten:
-            return Compute(self.version, self._helps, helps=True)
+            return Help(self.version, self._helps)
         if self._awaited is None:
             last = NEVER if self._last is None else self._last
             self._awaited = self.version + 1 if self._held else last
@@ -242,7 +163,7 @@ class WorkerStep:
         if self._slow:
             self._slow = False
             return self._look_for_help()
-        return _LISTEN
+        return LISTEN
 
     def _all_have_brought(self, awaited: int) -> Instruction:
         newest = max(self._brought.values())
@@ -255,16 +176,16 @@ class WorkerStep:
 
     def _look_for_help(self) -> Instruction:
         if self._overwritten or not self._held:
-            return _LISTEN
+            return LISTEN
         if not self._clocks.keys() >= self._owners:
             return AskClocks(self._owners - self._clocks.keys())
         clocks = [min(each) for each in zip(*self._clocks.values(), strict=True)]
         self._clocks = {}
         self._helps = rank_to_help(clocks, self.version, self._held, self._helped)
         if self._helps is None:
-            return _LISTEN
+            return LISTEN
         self._helped.add(self._helps)
-        return Compute(self.version, self._helps, helps=True)
+        return Help(self.version, self._helps)
 
 
 def rank_to_help(clocks: Sequence[int], version: int, held: Collection[int], helped: Collection[int]) -> int | None:

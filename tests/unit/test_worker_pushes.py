@@ -1,56 +1,37 @@
-"""Pushes that are applied on arrival, as a worker sees them: driven through events and instructions only."""
+"""Pushes that are applied on arrival, as a worker sees them: driven through its methods only."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psa_store.consistency.worker_pushes import (
-    Ask,
-    Asked,
-    Bring,
-    Compared,
-    Compute,
-    Drop,
-    Finish,
-    Forget,
-    Held,
-    Here,
-    Listen,
-    Lost,
-    NotHere,
-    PushAgain,
-    Pushed,
-    Started,
-    TermBegun,
-    Told,
-    WorkerPushes,
-)
+from psa_store.consistency.worker_instructions import AskClocks, Compute, Finish, Listen
+from psa_store.consistency.worker_pushes import Bring, Drop, Forget, PushAgain, WorkerPushes
 
 OWNERS = frozenset({"s1", "s2"})
 RANKS = 3
 
 
 def tell(pushes: WorkerPushes, version: int, applied: list[int], committed: list[int]) -> list[Drop | Forget]:
-    return [each for owner in sorted(OWNERS) for each in pushes.handle(Told(owner, version, applied, committed))]
+    return [each for owner in sorted(OWNERS) for each in pushes.told(owner, version, applied, committed)]
 
 
 def begun(held: list[int], *, last: int | None = 5, window: int = 3) -> WorkerPushes:
     pushes = WorkerPushes(last, window)
-    pushes.handle(TermBegun(OWNERS))
-    pushes.handle(Held(held))
-    assert not held or pushes.next() == Ask()
-    pushes.handle(Asked())
+    pushes.term_begun(OWNERS)
+    pushes.planned(held)
+    assert not held or pushes.next() == AskClocks(OWNERS)
+    pushes.asked()
     tell(pushes, 0, [0] * RANKS, [0] * RANKS)
-    pushes.handle(Started())
+    pushes.started()
     return pushes
 
 
 def push(pushes: WorkerPushes, rank: int, step: int) -> None:
     assert pushes.next() == Bring(rank, step)
-    pushes.handle(Here(rank, step))
+    pushes.here(rank, step)
     assert pushes.next() == Compute(step, rank)
-    pushes.handle(Pushed(rank))
+    pushes.pushed(rank)
 
 
 def test_the_rank_that_is_behind_comes_first_and_another_is_tried_if_its_parameters_do_not_come() -> None:
@@ -58,9 +39,9 @@ def test_the_rank_that_is_behind_comes_first_and_another_is_tried_if_its_paramet
     push(pushes, 0, 0)
     push(pushes, 2, 0)
     assert pushes.next() == Bring(0, 1)
-    pushes.handle(NotHere(0))
+    pushes.not_here(0)
     assert pushes.next() == Bring(2, 1)
-    pushes.handle(NotHere(2))
+    pushes.not_here(2)
     assert pushes.next() == Bring(0, 1), "all were tried: begin again"
 
 
@@ -77,35 +58,35 @@ def test_what_servers_lack_at_the_beginning_of_a_term_is_pushed_again_in_order()
     pushes = begun([0])
     for step in range(3):
         push(pushes, 0, step)
-    pushes.handle(Lost())
-    pushes.handle(TermBegun(OWNERS))
-    pushes.handle(Asked())
+    pushes.lost()
+    pushes.term_begun(OWNERS)
+    pushes.asked()
     tell(pushes, 1, [1, 0, 0], [1, 0, 0])
-    pushes.handle(Held([0]))
-    assert pushes.handle(Compared()) == []
+    pushes.planned([0])
+    assert pushes.compared() == []
     assert pushes.to_push_again() == {0: (1, 2)}
     for step in (1, 2):
         assert pushes.next() == Bring(0, step)
-        pushes.handle(Here(0, step))
+        pushes.here(0, step)
         assert pushes.next() == PushAgain(0, step)
-        pushes.handle(Pushed(0))
+        pushes.pushed(0)
     assert pushes.next() == Bring(0, 3)
 
 
 def test_a_rank_that_others_held_meanwhile_goes_on_where_servers_are() -> None:
     pushes = begun([0])
     push(pushes, 0, 0)
-    pushes.handle(TermBegun(OWNERS))
-    pushes.handle(Asked())
+    pushes.term_begun(OWNERS)
+    pushes.asked()
     tell(pushes, 2, [3, 0, 0], [0, 0, 0])
-    assert pushes.handle(Compared()) == [Forget(0), Drop(0, 0, durable=False)]
+    assert pushes.compared() == [Forget(0), Drop(0, 0, durable=False)]
     assert pushes.next() == Bring(0, 3)
 
 
 def test_a_rank_that_goes_takes_its_pushes_along() -> None:
     pushes = begun([0, 1])
     push(pushes, 0, 0)
-    assert pushes.handle(Held([1])) == [Forget(0), Drop(0, 0, durable=False)]
+    assert pushes.planned([1]) == [Forget(0), Drop(0, 0, durable=False)]
     assert pushes.next() == Bring(1, 0)
     assert begun([]).next() == Finish(5) and begun([], last=None).next() == Listen()
 
@@ -127,32 +108,35 @@ def test_each_step_is_pushed_in_order_and_kept_until_it_is_durable_in_the_end(ha
         match pushes.next():
             case Bring(rank, step):
                 assert step == applied
-                pushes.handle(NotHere(rank) if happening == "late" else Here(rank, step))
+                if happening == "late":
+                    pushes.not_here(rank)
+                else:
+                    pushes.here(rank, step)
             case Compute(step, rank):
                 assert step == applied and len(kept) < window
                 kept.add(step)
                 applied += 1
-                pushes.handle(Pushed(rank))
+                pushes.pushed(rank)
             case PushAgain(rank, step):
                 assert step == applied and step in kept
                 applied += 1
-                pushes.handle(Pushed(rank))
+                pushes.pushed(rank)
             case Listen():
                 assert len(kept) == window
                 version, committed = version + 1, applied
                 note(tell(pushes, version, [applied, 0, 0], [committed, 0, 0]))
             case Finish():
                 break
-            case Ask():
+            case AskClocks():
                 raise AssertionError("all ranks are known")
         if happening == "death":  # the servers die, and begin again from their last commit
             applied = committed
-            pushes.handle(Lost())
-            pushes.handle(TermBegun(OWNERS))
-            pushes.handle(Asked())
+            pushes.lost()
+            pushes.term_begun(OWNERS)
+            pushes.asked()
             note(tell(pushes, version, [applied, 0, 0], [committed, 0, 0]))
-            pushes.handle(Held([0]))
-            note(pushes.handle(Compared()))
+            pushes.planned([0])
+            note(pushes.compared())
     assert applied == last
     version, committed = version + 1, applied
     note(tell(pushes, version, [applied, 0, 0], [committed, 0, 0]))

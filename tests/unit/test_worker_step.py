@@ -1,4 +1,4 @@
-"""A worker's part in synchronous steps, driven through events and instructions only."""
+"""A worker's part in synchronous steps, driven through its methods only."""
 
 from __future__ import annotations
 
@@ -7,26 +7,8 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psa_store.consistency.worker_step import (
-    NEVER,
-    AskClocks,
-    Await,
-    Brought,
-    Clocks,
-    Compute,
-    Finish,
-    Listen,
-    Loaded,
-    Lost,
-    Overwritten,
-    Planned,
-    Pushed,
-    Refused,
-    Reload,
-    Show,
-    Slow,
-    WorkerStep,
-)
+from psa_store.consistency.worker_instructions import AskClocks, Await, Compute, Finish, Listen
+from psa_store.consistency.worker_step import NEVER, Help, Reload, Show, WorkerStep
 
 OWNERS = frozenset({"s1", "s2"})
 LAST = 6
@@ -34,8 +16,8 @@ LAST = 6
 
 def standing(held: list[int], *, last: int | None = LAST, version: int = 0, may_miss: bool = False) -> WorkerStep:
     step = WorkerStep(last, may_miss_versions=may_miss)
-    step.handle(Loaded(version))
-    step.handle(Planned(held, OWNERS))
+    step.loaded(version)
+    step.planned(held, OWNERS)
     return step
 
 
@@ -43,32 +25,32 @@ def test_all_held_ranks_are_computed_then_the_next_version_is_awaited_and_shown(
     step = standing([1, 3])
     for rank in (1, 3):
         assert step.next() == Compute(0, rank) == step.next()
-        step.handle(Pushed(rank))
+        step.pushed(rank)
     assert step.next() == Await(1, OWNERS)
     assert step.next() == Listen()
-    step.handle(Brought("s1", 1))
+    step.brought("s1", 1)
     assert step.next() == Listen()
-    step.handle(Brought("s2", 1))
+    step.brought("s2", 1)
     assert step.next() == Show(1)
-    step.handle(Loaded(1))
+    step.loaded(1)
     assert step.next() == Compute(1, 1)
 
 
 def test_a_refused_push_is_made_again_on_new_connections() -> None:
     step = standing([0])
-    step.handle(Pushed(0))
+    step.pushed(0)
     assert step.next() == Await(1, OWNERS)
-    step.handle(Refused(step=0, rank=0))
+    step.refused(step=0, rank=0)
     assert isinstance(step.next(), Reload)
-    step.handle(Lost())
-    step.handle(Loaded(0))
+    step.lost()
+    step.loaded(0)
     assert step.next() == Compute(0, 0)
 
 
 def test_a_refusal_of_an_older_step_changes_nothing() -> None:
     step = standing([0], version=2)
-    step.handle(Pushed(0))
-    step.handle(Refused(step=1, rank=0))
+    step.pushed(0)
+    step.refused(step=1, rank=0)
     assert step.next() == Await(3, OWNERS)
 
 
@@ -83,31 +65,31 @@ def test_without_ranks_the_last_version_is_awaited_or_for_ever() -> None:
 def test_ranks_that_come_while_a_version_is_awaited_load_anew() -> None:
     step = standing([])
     step.next()
-    step.handle(Planned([2], OWNERS))
+    step.planned([2], OWNERS)
     assert isinstance(step.next(), Reload)
 
 
 def test_a_version_beyond_the_awaited_one_counts_only_where_steps_may_do_without_these_ranks() -> None:
     for may_miss in (False, True):
         step = standing([0], may_miss=may_miss)
-        step.handle(Pushed(0))
+        step.pushed(0)
         step.next()
-        step.handle(Brought("s1", 3))
-        step.handle(Brought("s2", 2))
+        step.brought("s1", 3)
+        step.brought("s2", 2)
         if not may_miss:
             assert isinstance(step.next(), Reload)
             continue
         assert step.next() == Await(3, ["s2"])
-        step.handle(Brought("s2", 3))
+        step.brought("s2", 3)
         assert step.next() == Show(3)
 
 
 def waiting_for_help(*, held: list[int]) -> WorkerStep:
     step = standing(held, may_miss=True)
     for rank in held:
-        step.handle(Pushed(rank))
+        step.pushed(rank)
     step.next()
-    step.handle(Slow())
+    step.slow()
     return step
 
 
@@ -115,23 +97,23 @@ def test_a_slow_rank_is_computed_by_the_holder_of_the_next_one() -> None:
     step = waiting_for_help(held=[1])
     assert step.next() == AskClocks(OWNERS)
     for owner in OWNERS:
-        step.handle(Clocks(owner, [0, 1, 1]))
-    step.handle(Slow())
-    assert step.next() == Compute(0, 0, helps=True) == step.next()
-    step.handle(Pushed(0))
+        step.told(owner, [0, 1, 1])
+    step.slow()
+    assert step.next() == Help(0, 0) == step.next()
+    step.pushed(0)
     assert step.next() == Listen()
-    step.handle(Slow())
+    step.slow()
     for owner in OWNERS:
-        step.handle(Clocks(owner, [0, 1, 1]))
+        step.told(owner, [0, 1, 1])
     assert step.next() == Listen(), "each is helped once"
 
 
 def test_help_ends_when_newer_parameters_come_into_the_model() -> None:
     step = waiting_for_help(held=[1])
     for owner in OWNERS:
-        step.handle(Clocks(owner, [0, 1, 1]))
-    assert step.next() == Compute(0, 0, helps=True)
-    step.handle(Overwritten())
+        step.told(owner, [0, 1, 1])
+    assert step.next() == Help(0, 0)
+    step.overwritten()
     assert step.next() == Listen()
 
 
@@ -148,10 +130,10 @@ class World:
     pushed: set[int] = field(default_factory=set)
 
     def load(self, version: int) -> None:
-        self.step.handle(Lost())
+        self.step.lost()
         self.version, self.awaited, self.pushed = version, None, set()
         self.asked, self.brought = set(), {}
-        self.step.handle(Loaded(version))
+        self.step.loaded(version)
 
 
 @given(st.data(), st.booleans())
@@ -159,13 +141,13 @@ def test_what_a_worker_computes_and_shows_is_always_of_the_present_version(data:
     world = World(WorkerStep(LAST, may_miss_versions=may_miss))
     world.load(0)
     world.held = data.draw(st.lists(st.integers(0, 3), unique=True))
-    world.step.handle(Planned(world.held, OWNERS))
+    world.step.planned(world.held, OWNERS)
     for _ in range(data.draw(st.integers(0, 60))):
         match world.step.next():
-            case Compute(at, rank, helps):
-                assert at == world.version and not helps
+            case Compute(at, rank):
+                assert at == world.version
                 assert rank in world.held and rank not in world.pushed and world.awaited is None
-                world.step.handle(Pushed(rank))
+                world.step.pushed(rank)
                 world.pushed.add(rank)
             case Await(version, servers):
                 assert version > world.version and world.pushed >= set(world.held)
@@ -177,12 +159,12 @@ def test_what_a_worker_computes_and_shows_is_always_of_the_present_version(data:
             case Show(version):
                 assert world.awaited is not None and world.brought == dict.fromkeys(OWNERS, version)
                 assert may_miss or version == world.awaited
-                world.step.handle(Loaded(version))
+                world.step.loaded(version)
                 world.version, world.awaited, world.pushed = version, None, set()
                 world.asked, world.brought = set(), {}
             case Reload():
                 world.load(max([world.version, *world.brought.values()]))
-                world.step.handle(Planned(world.held, OWNERS))
+                world.step.planned(world.held, OWNERS)
             case Finish(version):
                 assert version == world.version >= LAST
                 return
@@ -195,15 +177,15 @@ def test_what_a_worker_computes_and_shows_is_always_of_the_present_version(data:
                         extra = data.draw(st.integers(0, 2)) if may_miss else 0
                         newest = max([min(world.awaited, LAST + 2), *world.brought.values()])
                         world.brought[server] = newest + extra
-                        world.step.handle(Brought(server, newest + extra))
+                        world.step.brought(server, newest + extra)
                     case "plan":
                         world.held = data.draw(st.lists(st.integers(0, 3), unique=True))
-                        world.step.handle(Planned(world.held, OWNERS))
+                        world.step.planned(world.held, OWNERS)
                     case "lose":
                         world.load(world.version)
                     case "refuse":
                         rank = data.draw(st.integers(0, 3))
-                        world.step.handle(Refused(world.version, rank))
+                        world.step.refused(world.version, rank)
                         world.pushed.discard(rank)
-            case AskClocks():
+            case AskClocks() | Help():
                 raise AssertionError("nothing is slow")

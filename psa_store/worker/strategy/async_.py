@@ -12,7 +12,7 @@ User code sees each shard whole, but not all shards after the same pushes: that 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from psa_store import logs
 from psa_store.cluster import Plan
-from psa_store.consistency import worker_pushes
+from psa_store.consistency.worker_instructions import AskClocks, Compute, Finish, Listen
+from psa_store.consistency.worker_pushes import Bring, Drop, Forget, PushAgain, WorkerPushes
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim import from_dict
 from psa_store.testing.failpoints import failpoint
@@ -68,7 +69,7 @@ class AsyncStrategy:
         self._waits_for_whole = self._clip is not None or tools.config.skip_nonfinite
         self._trained = [shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)]
         self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
-        self._pushes = worker_pushes.WorkerPushes(tools.steps, tools.config.window)
+        self._pushes = WorkerPushes(tools.steps, tools.config.window)
         self._kept: dict[tuple[int, int], Kept] = {}
         """By rank and step."""
         self._brought: set[str] = set()
@@ -94,27 +95,28 @@ class AsyncStrategy:
                 session.wait()
                 continue
             instruction = pushes.next()
-            if isinstance(instruction, worker_pushes.Ask):
-                if self._ask_clocks():
-                    self._handle(worker_pushes.Started())
+            if isinstance(instruction, AskClocks):
+                if self._ask_clocks(instruction.servers):
+                    pushes.started()
                 continue
             self._tell_cut()
             match instruction:
-                case worker_pushes.Bring(rank, step):
-                    self._handle(
-                        worker_pushes.Here(rank, step) if self._bring(rank, step) else worker_pushes.NotHere(rank)
-                    )
-                case worker_pushes.PushAgain(rank, step):
+                case Bring(rank, step):
+                    if self._bring(rank, step):
+                        pushes.here(rank, step)
+                    else:
+                        pushes.not_here(rank)
+                case PushAgain(rank, step):
                     self._push_again(RankStep(step, rank))
-                    self._handle(worker_pushes.Pushed(rank))
-                case worker_pushes.Compute(step, rank):
+                    pushes.pushed(rank)
+                case Compute(step, rank):
                     self._gradients = self._pool.take()
                     return RankStep(step, rank)
-                case worker_pushes.Finish(last):
+                case Finish(last):
                     version = last * self._config.ranks
                     if self._fetch_last(last, version) and session.make_durable(session.owners, version):
                         return None
-                case worker_pushes.Listen():
+                case Listen():
                     session.wait()
         return None
 
@@ -145,7 +147,7 @@ class AsyncStrategy:
         kept = Kept(gradients, push.payloads, self._finite, buffers)
         self._kept[rank_step.rank, rank_step.step] = kept
         push.done()
-        self._handle(worker_pushes.Pushed(rank_step.rank))
+        self._pushes.pushed(rank_step.rank)
         self.version = rank_step.step + 1
 
     # --- pushing
@@ -201,49 +203,49 @@ class AsyncStrategy:
 
     # --- where the held ranks stand
 
-    def _handle(self, event: worker_pushes.Event) -> None:
-        """Tell what has happened, and keep no longer what need not be kept."""
-        for each in self._pushes.handle(event):
+    def _drop(self, what: Iterable[Drop | Forget]) -> None:
+        """Keep no longer what need not be kept."""
+        for each in what:
             match each:
-                case worker_pushes.Drop(rank, step, durable):
+                case Drop(rank, step, durable):
                     kept = self._kept.pop((rank, step))
                     if kept.gradients is not None:
                         self._pool.put_back(kept.gradients, read=not durable)
                     if durable:
                         self._journal.record("settled", term=self.session.plan.term, rank=rank, step=step)
-                case worker_pushes.Forget(rank):
+                case Forget(rank):
                     self._residuals.pop(rank, None)
 
-    def _ask_clocks(self) -> bool:
-        """Ask all servers for their clocks; False if there is something else to do."""
-        self._handle(worker_pushes.Asked())
+    def _ask_clocks(self, servers: Collection[str]) -> bool:
+        """Ask servers for their clocks; False if there is something else to do."""
+        self._pushes.asked()
         return self.session.ask(
-            lambda: self._servers.ask_clocks(self.session.owners),
+            lambda: self._servers.ask_clocks(servers),
             lambda: self._pushes.all_told,
             lambda: self.session.term_is_over,
         )
 
     def load(self, plan: Plan) -> bool:
         """Find out what the servers have of these ranks' pushes, to push again what they lack."""
-        self._handle(worker_pushes.TermBegun(self.session.owners))
+        self._pushes.term_begun(self.session.owners)
         if not self._frozen_loaded:
             self._to_pull = {shard.index for shard in self._layout.shards_of(TensorRole.FROZEN)}
             if not self._pull(0):
                 return False
             self._frozen_loaded = True
-        if not self._ask_clocks():
+        if not self._ask_clocks(self.session.owners):
             return False
         self._journal.record("loaded", term=plan.term, version=plan.resume)
         failpoint("worker.loaded")
         self.replanned()
-        self._handle(worker_pushes.Compared())
+        self._drop(self._pushes.compared())
         for rank, steps in self._pushes.to_push_again().items():
             self._log.info("pushing again", rank=rank, first=steps[0], pushes=len(steps))
             self._journal.record("replayed", term=plan.term, rank=rank, first=steps[0], pushes=len(steps))
         return True
 
     def replanned(self) -> None:
-        self._handle(worker_pushes.Held(self.session.held))
+        self._drop(self._pushes.planned(self.session.held))
 
     # --- parameters
 
@@ -293,7 +295,7 @@ class AsyncStrategy:
     def lost(self) -> None:
         self._awaited = None
         self._told_cut = None
-        self._handle(worker_pushes.Lost())
+        self._pushes.lost()
 
     def refused(self, header: Header) -> None:
         """It was a push, perhaps: compare what this worker and the servers have."""
@@ -312,6 +314,6 @@ class AsyncStrategy:
             case Kind.CLOCKS:
                 ranks = self._config.ranks
                 applied, committed = answer.clocks[:ranks], answer.clocks[ranks:]
-                self._handle(worker_pushes.Told(answer.server, header.step, applied, committed))
+                self._drop(self._pushes.told(answer.server, header.step, applied, committed))
             case _:
                 pass

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from psa_store import logs
 from psa_store.cluster import Plan
-from psa_store.consistency import RANK_OF_BUFFERS, rounds
+from psa_store.consistency import RANK_OF_BUFFERS
+from psa_store.consistency.rounds import EndRound, Push, Rounds, Watch
+from psa_store.consistency.worker_instructions import Await, Compute, Finish, Listen
 from psa_store.errors import UsageError
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
@@ -50,7 +52,7 @@ class LocalSGDStrategy:
                 f"use a multiple of {config.mode.steps}"
             )
         last = None if tools.steps is None else tools.steps // config.mode.round_steps
-        self._rounds = rounds.Rounds(last, config.mode.round_steps, overlap=config.mode.overlap)
+        self._rounds = Rounds(last, config.mode.round_steps, overlap=config.mode.overlap)
         self.session = PlanSession(tools, self)
         self.version = 0
         self._config = config
@@ -66,7 +68,7 @@ class LocalSGDStrategy:
         self._states = RankStates(tools, self.session, last)
         self._parameters = GlobalParameters(tools)
         self._gradients: GradientMemory
-        self._turn: rounds.Compute
+        self._turn: RankStep
         """What is being computed."""
         self._ranks: dict[int, LocalRank] = {}
         self._term: int | None = None
@@ -84,43 +86,44 @@ class LocalSGDStrategy:
                 session.wait()
                 continue
             match machine.next():
-                case rounds.Compute(step, rank) as turn:
+                case Compute(step, rank):
                     session.wait(0.0)  # between two steps: receive what is there, and send what can be sent
                     if session.term is not None:
-                        self._take_turn(turn)
-                        return RankStep(step, rank)
-                case rounds.Push(rank, number):
+                        self._turn = RankStep(step, rank)
+                        if self._begins_round:
+                            self._ranks[rank].show()
+                        self._gradients = self._pool.take()
+                        return self._turn
+                case Push(rank, number):
                     self._push_round(rank, number)
-                    machine.handle(rounds.Pushed(rank))
-                case rounds.Ask(version):
-                    self._servers.wait_for(session.owners, version)
-                case rounds.EndRound(number, adopt):
+                    machine.pushed(rank)
+                case Await(version, servers):
+                    self._servers.wait_for(servers, version)
+                case EndRound(number, adopt):
                     if adopt:
                         self._adopt(number)
                     else:
                         self._parameters.keep_buffers()
-                case rounds.Listen() | rounds.Watch(last=None):
+                case Listen() | Watch(last=None):
                     session.wait()
-                case rounds.Watch(int() as last):
+                case Watch(int() as last):
                     if session.make_durable(session.owners, last):
-                        machine.handle(rounds.Ended())
-                case rounds.Finish(last):
+                        machine.ended()
+                case Finish(last):
                     if self._fetch_last(last) and session.make_durable(session.owners, last):
                         return None
         return None
 
-    def _take_turn(self, turn: rounds.Compute) -> None:
-        """Have the rank's parameters in the model."""
-        if turn.first:
-            self._ranks[turn.rank].show()
-        self._turn = turn
-        self._gradients = self._pool.take()
+    @property
+    def _begins_round(self) -> bool:
+        """Whether the present step is the rank's first in its round."""
+        return self._turn.step % self._mode.round_steps == 0
 
     def begin(self, rank_step: RankStep) -> None:
-        if self._turn.first:
+        if self._begins_round:
             number = self._rounds.round
             self._journal.record("computing", term=self.session.term, step=number, rank=rank_step.rank)
-        self._flat_model.begin(self._gradients, _nothing, keep_buffers=not self._turn.first)
+        self._flat_model.begin(self._gradients, _nothing, keep_buffers=not self._begins_round)
 
     def hand_over(self) -> None:
         """Make the rank's own step."""
@@ -131,10 +134,9 @@ class LocalSGDStrategy:
         self._pool.release()
         self._flat_model.show_parameters()
         self.version = turn.step + 1
-        if turn.last:
+        if self._rounds.stepped(turn.rank):
             self._flat_model.collect_buffers()
             rank.leave_model(with_buffers=turn.rank == RANK_OF_BUFFERS)
-        self._rounds.handle(rounds.Stepped(turn.rank))
 
     # --- the life of a round
 
@@ -154,12 +156,12 @@ class LocalSGDStrategy:
         Raises:
             NonFiniteGradient: it holds NaN or Inf, and the job refuses such.
         """
-        gradients, rank_step = self._gradients, RankStep(self._turn.step, self._turn.rank)
+        gradients, turn = self._gradients, self._turn
         flaw = gradients.first_flaw()
         if flaw:
             if not self._config.skip_nonfinite:
-                refuse(rank_step, flaw)
-            self._log.warning("skipping a step with NaN or Inf gradients", step=rank_step.step, rank=rank_step.rank)
+                refuse(turn, flaw)
+            self._log.warning("skipping a step with NaN or Inf gradients", step=turn.step, rank=turn.rank)
             return None
         return 1.0 if self._clip is None else gradients.clip_factor(self._clip)
 
@@ -205,7 +207,7 @@ class LocalSGDStrategy:
         if self._rounds.have != version:
             if not self._pull(version):
                 return False
-            self._rounds.handle(rounds.Pulled(version))
+            self._rounds.pulled(version)
         self._parameters.show()
         self.version = version * self._mode.round_steps
         return True
@@ -244,10 +246,10 @@ class LocalSGDStrategy:
         return True
 
     def replanned(self) -> None:
-        self._rounds.handle(rounds.Planned(self.session.owners))
+        self._rounds.planned(self.session.owners)
 
     def lost(self) -> None:
-        self._rounds.handle(rounds.Lost())
+        self._rounds.lost()
 
     def refused(self, header: Header) -> None:
         self.session.compare_again()
@@ -270,7 +272,7 @@ class LocalSGDStrategy:
             return False
         if not self._mode.overlap:
             self._adopt(plan.resume - 1)  # what was pushed with a round is older than what came of it
-        self._rounds.handle(rounds.TermBegun(plan.resume, self._ranks))
+        self._rounds.term_begun(plan.resume, self._ranks)
         return True
 
     # --- servers
@@ -286,9 +288,7 @@ class LocalSGDStrategy:
                 if not header.flags & Flag.MOVEMENT:
                     self._to_pull.discard(header.shard)
             case Kind.VERSION:
-                former = self._rounds.have
-                self._rounds.handle(rounds.Brought(answer.server, header.step))
-                if self._rounds.have != former:
+                if self._rounds.brought(answer.server, header.step):
                     self._all_brought(header.step)
             case Kind.STATE:
                 self._states.take(answer)

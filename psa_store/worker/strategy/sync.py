@@ -16,7 +16,9 @@ from torch import Tensor
 
 from psa_store import logs
 from psa_store.cluster import Plan
-from psa_store.consistency import RANK_OF_BUFFERS, worker_step
+from psa_store.consistency import RANK_OF_BUFFERS
+from psa_store.consistency.worker_instructions import AskClocks, Await, Compute, Finish, Listen
+from psa_store.consistency.worker_step import Help, Reload, Show, WorkerStep
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim.rank_state import RESIDUAL
 from psa_store.testing.failpoints import failpoint
@@ -45,7 +47,7 @@ class SyncStrategy:
         self._flat_model = tools.model
         self._journal = tools.journal
         self._log = logs.get_logger()
-        self._step = worker_step.WorkerStep(tools.steps, may_miss_versions=tools.config.mode.may_miss_versions)
+        self._step = WorkerStep(tools.steps, may_miss_versions=tools.config.mode.may_miss_versions)
         self._pool = GradientPool(tools.layout, tools.wire)
         self._push = GradientPush(tools, self.session, self._residual)
         self._gradients: GradientMemory
@@ -76,13 +78,13 @@ class SyncStrategy:
         self.session.look()
         while (decided := self._decide()) is not None:
             match decided:
-                case worker_step.Finish(version):
+                case Finish(version):
                     if self.session.make_durable([server.id for server in self.session.plan.servers], version):
                         return None
-                case worker_step.Compute(step, rank, helps):
+                case Compute(step, rank) | Help(step, rank):
                     if not self._take_gradient_memory(step):
                         continue
-                    if helps:
+                    if isinstance(decided, Help):
                         self._log.debug("computing the rank of a slow worker", step=step, rank=rank)
                         self._journal.record("speculated", term=self.session.term, step=step, rank=rank)
                     return RankStep(step, rank)
@@ -110,12 +112,12 @@ class SyncStrategy:
             for shard in self._buffers:
                 self._servers.push_value(step, rank, shard.index, self._flat_model.parameters(shard))
         push.done()
-        self._step.handle(worker_step.Pushed(rank))
+        self._step.pushed(rank)
         self._decide(handing_over=True)
 
     # --- the step
 
-    def _decide(self, *, handing_over: bool = False) -> worker_step.Compute | worker_step.Finish | None:
+    def _decide(self, *, handing_over: bool = False) -> Compute | Help | Finish | None:
         """Do what has to be done until there is a rank to compute, or the end; None: told to leave, or nothing to do.
 
         A term may end in the middle of a new version: user code must not see a mixture, so the step is handed over
@@ -129,21 +131,21 @@ class SyncStrategy:
             if handing_over and step.watches:
                 return None
             match step.next():
-                case worker_step.Compute() | worker_step.Finish() as decided:
+                case Compute() | Help() | Finish() as decided:
                     return decided
-                case worker_step.Await(version, servers):
+                case Await(version, servers):
                     self._servers.wait_for(servers, version)
-                case worker_step.Listen():
+                case Listen():
                     session.wait(_ASK_AGAIN_S if self._speculates else WAIT_S)
                     if self._speculates and time.monotonic() >= self._slow_at_s:
-                        step.handle(worker_step.Slow())
-                case worker_step.Show(version):
+                        step.slow()
+                case Show(version):
                     if session.recording:
                         self._journal.record("acked", term=session.term, version=version)
                     self._show(version)
-                case worker_step.AskClocks(servers):
+                case AskClocks(servers):
                     self._servers.ask_clocks(servers)
-                case worker_step.Reload(why):
+                case Reload(why):
                     session.lose(why)
         return None
 
@@ -152,7 +154,7 @@ class SyncStrategy:
         if version == self._step.version + 1:
             self._memories, self._memories_next = self._memories_next, self._memories
         self._flat_model.version_arrived()
-        self._step.handle(worker_step.Loaded(version))
+        self._step.loaded(version)
 
     def _take_gradient_memory(self, step: int) -> bool:
         """Have memory that nothing reads for the next gradient; False if one must wait for it.
@@ -197,7 +199,7 @@ class SyncStrategy:
             if not self._states.pull(plan.resume, self._memories):
                 return False
             self._memories_since = plan.term
-            self._step.handle(worker_step.Loaded(newest))  # the state is that of this version, whatever was here before
+            self._step.loaded(newest)  # the state is that of this version, whatever was here before
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
         self._show(newest)
@@ -205,25 +207,25 @@ class SyncStrategy:
         return True
 
     def replanned(self) -> None:
-        self._step.handle(worker_step.Planned(self.session.held, self.session.owners))
+        self._step.planned(self.session.held, self.session.owners)
 
     def lost(self) -> None:
         self._pool.give_up()
         self._arrived = {}
-        self._step.handle(worker_step.Lost())
+        self._step.lost()
 
     def refused(self, header: Header) -> None:
-        self._step.handle(worker_step.Refused(header.step, header.rank))
+        self._step.refused(header.step, header.rank)
 
     def place(self, header: Header, shard: Shard) -> memoryview:
-        self._step.handle(worker_step.Overwritten())
+        self._step.overwritten()
         return place_parameters(self._flat_model, header, shard)
 
     def take(self, answer: Answer) -> None:
         header = answer.header
         match header.kind:
             case Kind.VERSION:
-                self._step.handle(worker_step.Brought(answer.server, header.step))
+                self._step.brought(answer.server, header.step)
                 if answer.descriptor is not None:
                     owned = self.session.plan.shards_of(answer.server)
                     self._flat_model.show(answer.server, answer.descriptor, [i for i in owned if i in self._trained])
@@ -232,7 +234,7 @@ class SyncStrategy:
             case Kind.STATE:
                 self._states.take(answer)
             case Kind.CLOCKS:
-                self._step.handle(worker_step.Clocks(answer.server, answer.clocks[: self._tools.config.ranks]))
+                self._step.told(answer.server, answer.clocks[: self._tools.config.ranks])
             case _:
                 pass
 
