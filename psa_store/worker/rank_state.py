@@ -103,7 +103,7 @@ class RankStates:
             for rank, shard in self._expected:
                 self._servers.pull_state(shard, version, rank)
 
-        return self._session.ask(send, lambda: not self._expected, lambda: self._session.term_is_over)
+        return self._session.ask(send, lambda: not self._expected, self._session.term_is_over)
 
     def take(self, answer: Answer) -> None:
         """STATE has come: of no length where a rank has no state yet."""

@@ -16,7 +16,7 @@ Used by the thread that runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from psa_store import logs
 from psa_store.cluster import Plan
 from psa_store.errors import Disconnected, Refused
 from psa_store.job.config import JobConfig
-from psa_store.job.layout import Layout, Shard
+from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
 from psa_store.testing import failpoints
 from psa_store.testing.journal import Journal
@@ -107,6 +107,9 @@ class PlanSession:
         """The ranks that the plan gives to this worker."""
         self.owners: frozenset[str] = frozenset()
         """The servers that own what changes."""
+        self.arrived: dict[int, int] = {}
+        """By shard, the newest version that has come by value on these connections. The follower notes it."""
+        self._frozen_missing = tools.layout.shards_of(TensorRole.FROZEN)
 
     # --- the plan
 
@@ -154,13 +157,11 @@ class PlanSession:
         """The ranks that it gives to this worker."""
         return self._membership.standing.held
 
-    @property
     def term_is_over(self) -> bool:
         """Whether there is a newer term, or the worker is to leave."""
         newest = self.newest_plan
         return newest is None or newest.term != self.plan.term or self.leaving
 
-    @property
     def plan_is_over(self) -> bool:
         """Whether there is a newer plan, or the worker is to leave."""
         return self._membership.standing is not self._standing or self.leaving
@@ -174,6 +175,7 @@ class PlanSession:
         self._log.debug("connecting anew", why=why)
         self._servers.disconnect()
         self._model.hide()
+        self.arrived.clear()
         self.compare_again()
         self._follower.lost()
 
@@ -214,6 +216,22 @@ class PlanSession:
                 return False
         return True
 
+    def pull(self, shards: Sequence[Shard], version: int, over: Callable[[], bool]) -> bool:
+        """Have these shards at this version or a newer one, and the frozen ones; False if it is over before."""
+        wanted = {shard.index: version for shard in shards} | {shard.index: 0 for shard in self._frozen_missing}
+
+        def missing() -> list[int]:
+            return [shard for shard, at_least in wanted.items() if self.arrived.get(shard, -1) < at_least]
+
+        def send() -> None:
+            for shard in missing():
+                self._servers.pull(shard, wanted[shard])
+
+        if not self.ask(send, lambda: not missing(), over):
+            return False
+        self._frozen_missing = ()
+        return True
+
     def make_durable(self, servers: Iterable[str], version: int) -> bool:
         """Have these servers commit a version, the job's last; False if there is something else to do before."""
         self._durable.clear()
@@ -221,7 +239,7 @@ class PlanSession:
         self.finished = self.ask(
             lambda: self._servers.finish(wanted, version),
             lambda: self._durable >= wanted,
-            lambda: self.plan_is_over,
+            self.plan_is_over,
         )
         if self.finished:
             self._journal.record("finished", version=version)

@@ -74,9 +74,6 @@ class AsyncStrategy:
         """By rank and step."""
         self._brought: set[str] = set()
         self._awaited: tuple[int, int] | None = None
-        self._to_pull: set[int] = set()
-        """Shards that were asked for and are not here yet."""
-        self._frozen_loaded = False
         self._gradients: GradientMemory
         self._finite = True
         self._told_cut: tuple[int, str] | None = None
@@ -222,18 +219,13 @@ class AsyncStrategy:
         return self.session.ask(
             lambda: self._servers.ask_clocks(servers),
             lambda: self._pushes.all_told,
-            lambda: self.session.term_is_over,
+            self.session.term_is_over,
         )
 
     def load(self, plan: Plan) -> bool:
         """Find out what the servers have of these ranks' pushes, to push again what they lack."""
         self._pushes.term_begun(self.session.owners)
-        if not self._frozen_loaded:
-            self._to_pull = {shard.index for shard in self._layout.shards_of(TensorRole.FROZEN)}
-            if not self._pull(0):
-                return False
-            self._frozen_loaded = True
-        if not self._ask_clocks(self.session.owners):
+        if not self.session.pull((), 0, self.session.plan_is_over) or not self._ask_clocks(self.session.owners):
             return False
         self._journal.record("loaded", term=plan.term, version=plan.resume)
         failpoint("worker.loaded")
@@ -259,7 +251,7 @@ class AsyncStrategy:
             lambda: self._servers.wait_for(session.owners, step, rank),
             lambda: self._brought >= session.owners,
             lambda: (
-                session.term_is_over
+                session.term_is_over()
                 or session.newest_held != held
                 or session.term is None
                 or self._must_cut  # a rank that others wait for may be waiting for this
@@ -273,21 +265,11 @@ class AsyncStrategy:
 
     def _fetch_last(self, steps: int, version: int) -> bool:
         """Wait for the last push of all ranks, and have what came of it; False if there is something else to do."""
-        self._to_pull = {shard.index for shard in self._layout.versioned}
-        if not self._pull(version):
+        if not self.session.pull(self._layout.versioned, version, self.session.plan_is_over):
             return False
         self._flat_model.version_arrived()
         self.version = steps
         return True
-
-    def _pull(self, version: int) -> bool:
-        """Have the shards of ``_to_pull``, at this version; False if the plan or a connection changed meanwhile."""
-
-        def send() -> None:
-            for shard in self._to_pull:
-                self._servers.pull(shard, version)
-
-        return self.session.ask(send, lambda: not self._to_pull, lambda: self.session.plan_is_over)
 
     def place(self, header: Header, shard: Shard) -> memoryview:
         return place_parameters(self._flat_model, header, shard)
@@ -305,7 +287,7 @@ class AsyncStrategy:
         header = answer.header
         match header.kind:
             case Kind.PARAMS:
-                self._to_pull.discard(header.shard)
+                self.session.arrived[header.shard] = header.step
             case Kind.VERSION:
                 if (header.rank, header.step) == self._awaited:
                     self._brought.add(answer.server)

@@ -25,7 +25,7 @@ from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.consistency.rounds import EndRound, Push, Rounds, Watch
 from psa_store.consistency.worker_instructions import Await, Compute, Finish, Listen
 from psa_store.errors import UsageError
-from psa_store.job.layout import Shard, TensorRole
+from psa_store.job.layout import Shard
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim import from_dict
 from psa_store.optim.tensors import as_bytes
@@ -73,9 +73,6 @@ class LocalSGDStrategy:
         self._ranks: dict[int, LocalRank] = {}
         self._term: int | None = None
         """The term in which the held ranks began."""
-        self._frozen_loaded = False
-        self._to_pull: set[int] = set()
-        """Shards that were asked for and are not here yet."""
 
     # --- what the worker calls
 
@@ -205,28 +202,11 @@ class LocalSGDStrategy:
     def _fetch_last(self, version: int) -> bool:
         """Have what came of the last round in the model; False if there is something else to do before."""
         if self._rounds.have != version:
-            if not self._pull(version):
+            if not self.session.pull(self._layout.versioned, version, self.session.term_is_over):
                 return False
             self._rounds.pulled(version)
         self._parameters.show()
         self.version = version * self._mode.round_steps
-        return True
-
-    def _pull(self, version: int) -> bool:
-        """Have all shards at this version, and frozen ones, if they are not here yet."""
-        self._to_pull = {shard.index for shard in self._layout.versioned}
-        frozen = () if self._frozen_loaded else self._layout.shards_of(TensorRole.FROZEN)
-
-        def send() -> None:
-            for index in list(self._to_pull):
-                self._servers.pull(index, version)
-            for shard in frozen:
-                self._to_pull.add(shard.index)
-                self._servers.pull(shard.index, 0)
-
-        if not self.session.ask(send, lambda: not self._to_pull, lambda: self.session.term_is_over):
-            return False
-        self._frozen_loaded = True
         return True
 
     # --- terms
@@ -256,7 +236,7 @@ class LocalSGDStrategy:
 
     def _begin_term(self, plan: Plan) -> bool:
         """Take up the held ranks where the term begins; False if the plan or a connection changed meanwhile."""
-        if not self._pull(plan.resume):
+        if not self.session.pull(self._layout.versioned, plan.resume, self.session.term_is_over):
             return False
         # A rank goes on with the state that is here where servers keep none.
         known = {rank: state.memory for rank, state in self._ranks.items()} if self._mode.forget else {}
@@ -286,7 +266,7 @@ class LocalSGDStrategy:
             case Kind.PARAMS:
                 self._parameters.take(header, answer.payload)
                 if not header.flags & Flag.MOVEMENT:
-                    self._to_pull.discard(header.shard)
+                    self.session.arrived[header.shard] = header.step
             case Kind.VERSION:
                 if self._rounds.brought(answer.server, header.step):
                     self._all_brought(header.step)

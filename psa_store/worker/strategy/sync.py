@@ -55,9 +55,6 @@ class SyncStrategy:
         self._trained = {shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)}
         self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
         self._all_push_buffers = tools.config.pushes_all_buffers
-        self._arrived: dict[int, int] = {}
-        """The version in which each shard has arrived since the model began to load."""
-        self._frozen_loaded = False
         self._speculates = tools.config.mode.speculate
         self._begun_s = self._slow_at_s = 0.0
         self._states = RankStates(tools, self.session, tools.steps)
@@ -176,23 +173,14 @@ class SyncStrategy:
 
     def load(self, plan: Plan) -> bool:
         """Get all shards at one version of this term."""
-        layout = self._tools.layout
-        versioned = [shard.index for shard in layout.versioned]
-        wanted = dict.fromkeys(versioned, plan.resume)
-        if not self._frozen_loaded:
-            wanted |= {shard.index: 0 for shard in layout.shards_of(TensorRole.FROZEN)}
-        newest = plan.resume
-        while wanted:
-            for shard, at_least in wanted.items():
-                self._arrived.pop(shard, None)
-                self._servers.pull(shard, at_least)
-            while any(shard not in self._arrived for shard in wanted):
-                if self.session.term_is_over or not self.session.wait():
-                    return False
+        session, versioned = self.session, self._tools.layout.versioned
+        newest, wanted = -1, plan.resume
+        while newest < wanted:
+            newest = wanted
+            if not session.pull(versioned, newest, session.term_is_over):
+                return False
             # A step may complete meanwhile: then some shards are a version ahead of others.
-            newest = max((self._arrived[shard] for shard in versioned), default=newest)
-            wanted = {shard: newest for shard in versioned if self._arrived[shard] < newest}
-        self._frozen_loaded = True
+            wanted = max((session.arrived[shard.index] for shard in versioned), default=newest)
         if self._states.kept and self._memories_since != plan.term:
             self._memories = {rank: self._new_memory() for rank in self.session.held}
             self._memories_next = {rank: self._new_memory() for rank in self.session.held}
@@ -211,7 +199,6 @@ class SyncStrategy:
 
     def lost(self) -> None:
         self._pool.give_up()
-        self._arrived = {}
         self._step.lost()
 
     def refused(self, header: Header) -> None:
@@ -230,7 +217,7 @@ class SyncStrategy:
                     owned = self.session.plan.shards_of(answer.server)
                     self._flat_model.show(answer.server, answer.descriptor, [i for i in owned if i in self._trained])
             case Kind.PARAMS:
-                self._arrived[header.shard] = header.step
+                self.session.arrived[header.shard] = header.step
             case Kind.STATE:
                 self._states.take(answer)
             case Kind.CLOCKS:
