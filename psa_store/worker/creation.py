@@ -13,7 +13,7 @@ from typing import Any
 from psa_store import logs
 from psa_store.checkpoint.creation import write_new_job
 from psa_store.checkpoint.restore import await_servers, restore
-from psa_store.compression import NONE, parse_compression
+from psa_store.compression import parse_compression
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
 from psa_store.errors import Fenced, JobBusy, JobMismatch
@@ -108,17 +108,24 @@ def _create(
 
 def new_config(wanted: Wanted, settings: Settings) -> JobConfig:
     """The facts of a job that does not exist yet: what its process wants, else the settings, else the defaults."""
-    mode = _wanted_mode(wanted, settings) or SYNC
+    every = commit_every_default(_wanted_mode(wanted, settings) or SYNC)
+    default = JobConfig(
+        wanted.name, settings.default_ranks, wanted.seed, wanted.optimizer, wanted.layout, commit_every=every
+    )
+    return _asked(wanted, settings, default)
+
+
+def _asked(wanted: Wanted, settings: Settings, otherwise: JobConfig) -> JobConfig:
     return JobConfig(
         name=wanted.name,
-        ranks=wanted.ranks or settings.ranks or settings.default_ranks,
+        ranks=wanted.ranks or settings.ranks or otherwise.ranks,
         seed=wanted.seed,
         optimizer=wanted.optimizer,
         layout=wanted.layout,
-        mode=mode,
-        commit_every=commit_every_default(mode) if settings.commit_every is None else settings.commit_every,
-        skip_nonfinite=bool(settings.skip_nonfinite),
-        compression=parse_compression(settings.compress or str(NONE)),
+        mode=_wanted_mode(wanted, settings) or otherwise.mode,
+        commit_every=otherwise.commit_every if settings.commit_every is None else settings.commit_every,
+        skip_nonfinite=otherwise.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
+        compression=parse_compression(settings.compress or str(otherwise.compression)),
     )
 
 
@@ -134,18 +141,7 @@ def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str,
             f"job {wanted.name!r} exists with another model: {difference}. "
             "Use the model that the job was created with, or another job name to start over."
         )
-    asked = JobConfig(
-        name=wanted.name,
-        ranks=wanted.ranks or settings.ranks or stored.ranks,
-        seed=wanted.seed,
-        optimizer=wanted.optimizer,
-        layout=wanted.layout,
-        mode=_wanted_mode(wanted, settings) or stored.mode,
-        commit_every=stored.commit_every if settings.commit_every is None else settings.commit_every,
-        skip_nonfinite=stored.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
-        compression=parse_compression(settings.compress or str(stored.compression)),
-    )
-    asked.must_agree_with(stored)
+    _asked(wanted, settings, stored).must_agree_with(stored)
     return stored
 
 
