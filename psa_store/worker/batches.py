@@ -66,22 +66,22 @@ class _Fetched(Dataset[Any]):
         return self._collate(samples)
 
 
+@dataclass(frozen=True, slots=True)
 class _Foresight:
     """The rank steps that come if nothing changes: the same ranks, in each round all steps of one after the other."""
 
-    def __init__(self, first: RankStep, ranks: Sequence[int], round_steps: int) -> None:
-        self._first = first
-        self._ranks = ranks
-        self._round_steps = round_steps
+    first: RankStep
+    ranks: Sequence[int]
+    round_steps: int
 
     def __iter__(self) -> Iterator[RankStep]:
-        first, length = self._first, self._round_steps
+        first, length = self.first, self.round_steps
         low = first.step - first.step % length
         yield from (RankStep(step, first.rank) for step in range(first.step, low + length))
-        ranks = [rank for rank in self._ranks if rank > first.rank]
+        ranks = [rank for rank in self.ranks if rank > first.rank]
         while True:
             yield from (RankStep(step, rank) for rank in ranks for step in range(low, low + length))
-            low, ranks = low + length, list(self._ranks)
+            low, ranks = low + length, list(self.ranks)
 
 
 class Batches:

@@ -46,35 +46,27 @@ class Progress:
         self.since_s, self.stage, self.step = now_s, COMPUTING, rank_step.step
 
 
+@dataclass(frozen=True, slots=True)
 class WorkerHealth:
     """See :class:`psa_store.observe.Health`."""
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        progress: Progress,
-        membership: Membership,
-        traffic: Traffic,
-        optimizer: Optimizer,
-        lease_left_s: Callable[[], float],
-    ) -> None:
-        self._metrics = metrics
-        self._progress = progress
-        self._membership = membership
-        self._traffic = traffic
-        self._optimizer = optimizer
-        self._lease_left_s = lease_left_s
+    metrics: Metrics
+    progress: Progress
+    membership: Membership
+    traffic: Traffic
+    optimizer: Optimizer
+    lease_left_s: Callable[[], float]
 
     @property
     def member(self) -> str:
-        return self._membership.standing.member
+        return self.membership.standing.member
 
     def refresh(self) -> None:
-        progress, standing = self._progress, self._membership.standing
+        progress, standing = self.progress, self.membership.standing
         values = {
-            "sent_bytes": self._traffic.sent_bytes,
-            "received_bytes": self._traffic.received_bytes,
-            "lease_left_seconds": max(0.0, self._lease_left_s()),
+            "sent_bytes": self.traffic.sent_bytes,
+            "received_bytes": self.traffic.received_bytes,
+            "lease_left_seconds": max(0.0, self.lease_left_s()),
             "ranks_held": len(standing.held),
             "steps": progress.steps,
             "samples": progress.samples,
@@ -87,22 +79,22 @@ class WorkerHealth:
             values["term"] = standing.plan.term
         if step is not None:
             values["step"] = step
-            values["learning_rate"] = self._optimizer.lr_at(step)
+            values["learning_rate"] = self.optimizer.lr_at(step)
         if loss is not None:
             values["loss"] = float(loss)
         for name, value in values.items():
-            self._metrics.set(name, value)
+            self.metrics.set(name, value)
 
     @property
     def activity(self) -> Activity:
-        return Activity(self._progress.stage, ranks=self._membership.standing.held)
+        return Activity(self.progress.stage, ranks=self.membership.standing.held)
 
     def why_not_alive(self) -> str:
         """The script may compute as long as it likes; only what follows the plan must go on."""
-        return "" if self._membership.alive else "the thread that follows the plan has ended"
+        return "" if self.membership.alive else "the thread that follows the plan has ended"
 
     def why_not_ready(self) -> str:
-        standing = self._membership.standing
+        standing = self.membership.standing
         if standing.failure is not None:
             return str(standing.failure)
         return "" if standing.plan and standing.plan.owners else "there is no plan yet: no server has taken the shards"
