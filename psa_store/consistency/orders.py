@@ -66,7 +66,5 @@ class Orders:
     def pin_nothing(self) -> list[Report]:
         """Nothing here ever changes: a checkpoint has what it needs."""
         cut = self.take_cut()
-        if cut is None:
-            return []
-        assert self._plan is not None
+        assert self._plan is not None and cut is not None
         return [Pinned(self._plan.term, cut, self._plan.resume if cut.version is None else cut.version)]

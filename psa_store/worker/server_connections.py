@@ -122,7 +122,7 @@ class ServerConnections:
         By value, ``gradients`` must not change until :attr:`sending` is false; by reference, not before the next
         version is here. By reference one frame says it of neighbouring shards of one owner.
         """
-        plan, owners, count = self._plan, self._owners, len(shards)
+        term, revision, owners, count = self._plan.term, self._plan.revision, self._owners, len(shards)
         start = 0
         while start < count:
             first, server = shards[start], owners[shards[start]]
@@ -140,15 +140,7 @@ class ServerConnections:
                     number = self._pass_on(server, gradients)
                 flags = _FINITE if finite else _NOT_FINITE
                 header = Header(
-                    Kind.PUSH,
-                    plan.term,
-                    plan.revision,
-                    step,
-                    rank,
-                    first,
-                    flags=flags,
-                    memory=number,
-                    shards=end - start,
+                    Kind.PUSH, term, revision, step, rank, first, flags=flags, memory=number, shards=end - start
                 )
                 self._send(server, header)
             start = end

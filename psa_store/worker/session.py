@@ -148,18 +148,13 @@ class PlanSession:
         self._servers.follow(plan)
 
     @property
-    def newest_plan(self) -> Plan | None:
-        """That which is known, whether or not it is followed already."""
-        return self._membership.standing.plan
-
-    @property
-    def newest_held(self) -> tuple[int, ...]:
-        """The ranks that it gives to this worker."""
-        return self._membership.standing.held
+    def newest(self) -> Standing:
+        """The plan that is known, and the ranks that it gives to this worker, whether or not it is followed already."""
+        return self._membership.standing
 
     def term_is_over(self) -> bool:
         """Whether there is a newer term, or the worker is to leave."""
-        newest = self.newest_plan
+        newest = self.newest.plan
         return newest is None or newest.term != self.plan.term or self.leaving
 
     def plan_is_over(self) -> bool:

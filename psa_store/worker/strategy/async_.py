@@ -137,12 +137,11 @@ class AsyncStrategy:
         self._flat_model.collect_buffers()
         buffers = {shard.index: bytes(self._flat_model.parameters(shard)) for shard in self._buffers}
         self._push_buffers(rank_step, buffers)
-        whole = len(push.payloads) == len(self._trained)
-        if whole:
+        gradients: GradientMemory | None = self._gradients
+        if len(push.payloads) == len(self._trained):
             self._pool.put_back(self._gradients, read=False)
-        gradients = None if whole else self._gradients
-        kept = Kept(gradients, push.payloads, self._finite, buffers)
-        self._kept[rank_step.rank, rank_step.step] = kept
+            gradients = None
+        self._kept[rank_step.rank, rank_step.step] = Kept(gradients, push.payloads, self._finite, buffers)
         push.done()
         self._pushes.pushed(rank_step.rank)
         self.version = rank_step.step + 1
@@ -183,7 +182,7 @@ class AsyncStrategy:
     @property
     def _must_cut(self) -> bool:
         """Whether a checkpoint is being taken of which the servers were not told, on these connections."""
-        plan = self.session.newest_plan
+        plan = self.session.newest.plan
         return plan is not None and plan.cut is not None and self._told_cut != (plan.term, plan.cut.barrier)
 
     def _tell_cut(self) -> None:
@@ -252,7 +251,7 @@ class AsyncStrategy:
             lambda: self._brought >= session.owners,
             lambda: (
                 session.term_is_over()
-                or session.newest_held != held
+                or session.newest.held != held
                 or session.term is None
                 or self._must_cut  # a rank that others wait for may be waiting for this
                 or (len(held) > 1 and time.monotonic() > give_up_s)
