@@ -112,11 +112,6 @@ class GradientPush:
         """The whole gradient is on its way, and what belongs to it."""
         record_pushed(self._session, self._journal, self.rank_step.step, self.rank_step.rank, self._fingerprint)
 
-    def refuse_flaw(self) -> None:
-        """Raise NonFiniteGradient if the gradient holds NaN or Inf and the job does not skip such."""
-        if self.flaw:
-            refuse(self.rank_step, self.flaw)
-
     def _encode(self, shards: Iterable[int]) -> None:
         """Make the payloads of those shards that are compressed."""
         config, step, rank = self._config, self.rank_step.step, self.rank_step.rank

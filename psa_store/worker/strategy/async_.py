@@ -28,7 +28,7 @@ from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.gradients import GradientMemory, GradientPool
-from psa_store.worker.pushing import GradientPush
+from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import PlanSession, Tools
 from psa_store.worker.strategy.base import place_parameters
@@ -131,9 +131,9 @@ class AsyncStrategy:
         """Keep the push, too: it may have to be made again."""
         if self._waits_for_whole:
             self._push_whole()
-        push = self._push
-        push.refuse_flaw()
-        rank_step = push.rank_step
+        push, rank_step = self._push, self._push.rank_step
+        if push.flaw:
+            refuse(rank_step, push.flaw)
         self._flat_model.collect_buffers()
         buffers = {shard.index: bytes(self._flat_model.parameters(shard)) for shard in self._buffers}
         self._push_buffers(rank_step, buffers)

@@ -51,8 +51,9 @@ class LocalSGDStrategy:
                 f"steps={tools.steps}: mode {config.mode} ends after whole rounds; "
                 f"use a multiple of {config.mode.steps}"
             )
-        last = None if tools.steps is None else tools.steps // config.mode.round_steps
-        self._rounds = Rounds(last, config.mode.round_steps, overlap=config.mode.overlap)
+        self._round_steps = config.mode.round_steps
+        last = None if tools.steps is None else tools.steps // self._round_steps
+        self._rounds = Rounds(last, self._round_steps, overlap=config.mode.overlap)
         self.session = PlanSession(tools, self)
         self.version = 0
         self._config = config
@@ -69,7 +70,9 @@ class LocalSGDStrategy:
         self._parameters = GlobalParameters(tools)
         self._gradients: GradientMemory
         self._turn: RankStep
-        """What is being computed."""
+        """What is being computed ..."""
+        self._begins_round: bool
+        """... and whether it is the rank's first step in its round."""
         self._ranks: dict[int, LocalRank] = {}
         self._term: int | None = None
         """The term in which the held ranks began."""
@@ -87,6 +90,7 @@ class LocalSGDStrategy:
                     session.wait(0.0)  # between two steps: receive what is there, and send what can be sent
                     if session.term is not None:
                         self._turn = RankStep(step, rank)
+                        self._begins_round = step % self._round_steps == 0
                         if self._begins_round:
                             self._ranks[rank].show()
                         self._gradients = self._pool.take()
@@ -110,11 +114,6 @@ class LocalSGDStrategy:
                     if self._fetch_last(last) and session.make_durable(session.owners, last):
                         return None
         return None
-
-    @property
-    def _begins_round(self) -> bool:
-        """Whether the present step is the rank's first in its round."""
-        return self._turn.step % self._mode.round_steps == 0
 
     def begin(self, rank_step: RankStep) -> None:
         if self._begins_round:
@@ -206,7 +205,7 @@ class LocalSGDStrategy:
                 return False
             self._rounds.pulled(version)
         self._parameters.show()
-        self.version = version * self._mode.round_steps
+        self.version = version * self._round_steps
         return True
 
     # --- terms
@@ -244,7 +243,7 @@ class LocalSGDStrategy:
             rank: LocalRank(rank, self._config, self._layout, self._parameters, known.get(rank))
             for rank in self.session.held
         }
-        self.version = plan.resume * self._mode.round_steps
+        self.version = plan.resume * self._round_steps
         self._parameters.keep_buffers()
         for version in range(plan.resume - self._mode.fragments, plan.resume):
             self._adopt(version)

@@ -25,7 +25,7 @@ from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.gradients import GradientMemory, GradientPool
-from psa_store.worker.pushing import GradientPush
+from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.rank_state import RankMemory, RankStates
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import WAIT_S, PlanSession, Tools
@@ -100,7 +100,7 @@ class SyncStrategy:
         """With the gradient that is the step's last, wait for the next version and load it."""
         push = self._push
         if push.flaw:
-            push.refuse_flaw()
+            refuse(push.rank_step, push.flaw)
         step, rank = push.rank_step.step, push.rank_step.rank
         now_s = time.monotonic()
         self._slow_at_s = now_s + _PATIENCE * (now_s - self._begun_s)
