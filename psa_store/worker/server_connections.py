@@ -224,7 +224,8 @@ class ServerConnections:
                     self._watch(key.data)
                 if mask & selectors.EVENT_READ:
                     for header, payload in connection.receive():
-                        answers += self._answer(key.data, connection, header, payload)
+                        if header.kind is not Kind.WELCOME:
+                            answers.append(self._answer(key.data, connection, header, payload))
             except (Disconnected, Refused) as error:
                 for answer in answers:
                     if answer.descriptor is not None:
@@ -233,19 +234,15 @@ class ServerConnections:
                 raise Disconnected(str(error)) from error
         return answers
 
-    def _answer(self, server: str, connection: Connection, header: Header, payload: memoryview) -> list[Answer]:
-        if header.kind is Kind.WELCOME:
-            return []
+    def _answer(self, server: str, connection: Connection, header: Header, payload: memoryview) -> Answer:
         if header.kind is Kind.REFUSED:
-            return [Answer(header, server, decode(Refusal, payload).why)]
-        if header.kind is Kind.STATE:
-            return [Answer(header, server, payload=payload)]
+            return Answer(header, server, decode(Refusal, payload).why)
         if header.kind is Kind.CLOCKS:
             if header.length % _NUMBER_BYTES:
                 raise Refused(f"CLOCKS of {header.length} bytes: not numbers")
-            return [Answer(header, server, clocks=tuple(np.frombuffer(payload, dtype="<i8").tolist()))]
+            return Answer(header, server, clocks=tuple(np.frombuffer(payload, dtype="<i8").tolist()))
         descriptor = connection.take_descriptor() if header.kind is Kind.VERSION else None
-        return [Answer(header, server, payload=payload, descriptor=descriptor)]
+        return Answer(header, server, payload=payload, descriptor=descriptor)
 
     def _open(self, server: Server) -> Connection:
         local = server.local if self._share else ""

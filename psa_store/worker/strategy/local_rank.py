@@ -30,20 +30,11 @@ class LocalRank:
         self._layout = layout
         self._parameters = parameters
         self.memory = memory or _new_memory(config, layout, parameters)
-        self._kernels = {
-            shard.index: ShardKernel(
-                from_dict(config.optimizer),
-                layout,
-                shard,
-                parameters.model[shard.index],
-                {
-                    name: tensor
-                    for name, tensor in self.memory.parts[shard.index].items()
-                    if name not in (START, LOCAL, RESIDUAL)
-                },
-            )
-            for shard in parameters.trained
-        }
+        self._kernels: dict[int, ShardKernel] = {}
+        for shard in parameters.trained:
+            model, parts = parameters.model[shard.index], self.memory.parts[shard.index]
+            slots = {name: tensor for name, tensor in parts.items() if name not in (START, LOCAL, RESIDUAL)}
+            self._kernels[shard.index] = ShardKernel(from_dict(config.optimizer), layout, shard, model, slots)
         self.buffers: list[tuple[int, Tensor]] = []
         """Those of the model after its last step, by shard, if all ranks get them."""
         self.pushed: list[tuple[int, Tensor]] = []
@@ -61,11 +52,9 @@ class LocalRank:
 
     def apply(self, gradients: GradientMemory, step: int, factor: float) -> None:
         """Make a step of its own, in the model."""
+        scratch, updates = self._parameters.scratch, self.memory.updates
         for shard, kernel in self._kernels.items():
-            numbers = gradients.numbers[shard]
-            kernel.apply(
-                [numbers], self._parameters.scratch, step=step, opt_step=self.memory.updates, grad_scale=factor
-            )
+            kernel.apply([gradients.numbers[shard]], scratch, step=step, opt_step=updates, grad_scale=factor)
         self.memory.updates += 1
 
     def leave_model(self, *, with_buffers: bool) -> None:
