@@ -1,4 +1,4 @@
-"""What can be asked of the benchmark. Imports nothing heavy: every `psa` command reads this."""
+"""What can be asked of the benchmark."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from psa_store.bench.chart import check_matplotlib, draw
 from psa_store.bench.document import to_document
+from psa_store.bench.driver import run_bench
 from psa_store.bench.report import print_report
 from psa_store.bench.request import STEPS_MAX, Bench, Carrier, Rule
-from psa_store.cli.options import begin
-from psa_store.cli.signals import sigterm_interrupts
+from psa_store.cli.options import begin, sigterm_interrupts
 from psa_store.errors import UsageError
 
 app = typer.Typer()
@@ -57,19 +57,6 @@ def bench(
         rounds=rounds,
         steps=steps,
     )
-    compare(wanted, json_path, png_path)
-
-
-def compare(bench: Bench, json_path: Path | None, png_path: Path | None) -> None:
-    """Measure, print, and write the files that were asked for.
-
-    Raises:
-        UsageError: a file cannot be written; nothing was measured.
-        DependencyUnreachable: the private Redis or ZooKeeper does not start.
-        UserCodeFailed: a contender died, or its parameters are not what its steps give.
-    """
-    from psa_store.bench.driver import run_bench
-
     for path in (json_path, png_path):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
@@ -77,7 +64,7 @@ def compare(bench: Bench, json_path: Path | None, png_path: Path | None) -> None
         check_matplotlib()
     progress = Console(stderr=True, highlight=False, style="dim")
     with sigterm_interrupts():
-        comparison = run_bench(bench, progress.print)
+        comparison = run_bench(wanted, progress.print)
     print_report(comparison, Console(highlight=False))
     if json_path is not None:
         json_path.write_text(json.dumps(to_document(comparison), indent=1) + "\n")

@@ -6,8 +6,6 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -46,29 +44,6 @@ def chaos_run(
     Example: psa chaos run --scenario all --seeds 20
     """
     begin("chaos")
-    run_chaos(Options(scenario, range(seed, seed + seeds), duration, every, out, keep))
-
-
-@app.command("list")
-def chaos_list() -> None:
-    """Name every scenario and its faults."""
-    list_scenarios()
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The options of the command, as typed."""
-
-    scenario: str
-    seeds: Sequence[int]
-    duration: str | None
-    every: str
-    out: Path | None
-    keep: bool
-
-
-def run_chaos(options: Options) -> None:
-    """Play scenarios and check them; raise an error with exit code 1 if a promise was broken."""
     _find_harness()
     from chaos.campaign import Campaign, run_campaign
 
@@ -76,18 +51,19 @@ def run_chaos(options: Options) -> None:
 
     run_campaign(
         Campaign(
-            names=options.scenario.split(","),
-            seeds=options.seeds,
-            duration_s=None if options.duration is None else seconds("--duration", options.duration),
-            every_s=seconds("--every", options.every),
-            folder=(options.out or Path(tempfile.mkdtemp(prefix="psa-chaos-"))).absolute(),
-            keep=options.keep,
+            names=scenario.split(","),
+            seeds=range(seed, seed + seeds),
+            duration_s=None if duration is None else seconds("--duration", duration),
+            every_s=seconds("--every", every),
+            folder=(out or Path(tempfile.mkdtemp(prefix="psa-chaos-"))).absolute(),
+            keep=keep,
         )
     )
 
 
-def list_scenarios() -> None:
-    """Print every scenario with its faults."""
+@app.command("list")
+def chaos_list() -> None:
+    """Name every scenario and its faults."""
     _find_harness()
     from chaos.faults import FAULTS
     from chaos.scenarios import SCENARIOS

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from psa_store.checkpoint import catalog
-from psa_store.checkpoint.catalog import Checkpoint, StoredJob, read_job
+from psa_store.checkpoint.catalog import StoredJob, read_job
+from psa_store.checkpoint.comparison import compare
 from psa_store.checkpoint.fork import fork as make_fork
 from psa_store.checkpoint.policy import superfluous
 from psa_store.checkpoint.rollback import RolledBack
@@ -28,6 +29,8 @@ from psa_store.config import Settings
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job.config import check_job_name
+from psa_store.observe import Event, EventKind, JobHistory
+from psa_store.observe.formatting import date, size
 from psa_store.storage import RedisStore
 
 app = typer.Typer(
@@ -52,7 +55,15 @@ def checkpoint_save(
 
     Example: psa checkpoint save shakespeare --name before-lr-change
     """
-    save(job, name, timeout, reach("checkpoint"))
+    settings = reach("checkpoint")
+    woken = threading.Event()
+    with (
+        RedisStore.from_settings(settings) as store,
+        Coordination.from_settings(settings, job, wake=woken.set) as coordination,
+    ):
+        store.check()
+        done = take(store, coordination, woken, job, name, timeout)
+    print(f"checkpoint {done.name} of job {job}: version {done.version}, {size(done.bytes)}")
 
 
 @app.command("ls")
@@ -61,7 +72,24 @@ def checkpoint_ls(job: Job, as_json: Json = False) -> None:
 
     Example: psa checkpoint ls shakespeare
     """
-    ls(job, as_json, reach("checkpoint"))
+    with RedisStore.from_settings(reach("checkpoint")) as store:
+        stored = read_job(store, job)
+    if as_json:
+        listed = [{**asdict(each), "whole": stored.whole(each.name)} for each in stored.checkpoints.values()]
+        print(json.dumps({"job": job, "checkpoints": listed, "versions": stored.versions()}, indent=1))
+        return
+    table = Table("checkpoint", "version", "step", "taken", "why", "size", "")
+    for each in stored.checkpoints.values():
+        marks = [] if stored.whole(each.name) else ["[red]not whole[/]"]
+        marks += ["named: kept until pruned"] if each.named else []
+        cells = (each.name, each.version, each.step, date(each.created_s), each.reason, size(each.bytes))
+        table.add_row(*map(str, cells), ", ".join(marks))
+    console = Console()
+    if stored.checkpoints:
+        console.print(table)
+    else:
+        console.print(f"job {job} has no checkpoints")
+    console.print(f"versions that training keeps: {', '.join(map(str, stored.versions())) or 'none'}")
 
 
 @app.command("show")
@@ -70,7 +98,14 @@ def checkpoint_show(job: Job, what: What, as_json: Json = False) -> None:
 
     Example: psa checkpoint show shakespeare before-lr-change
     """
-    show(job, what, as_json, reach("checkpoint"))
+    with RedisStore.from_settings(reach("checkpoint")) as store:
+        stored = read_job(store, job)
+    document = _document(stored, what)
+    if as_json:
+        print(json.dumps(document, indent=1))
+        return
+    for key, value in document.items():
+        print(f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
 
 
 @app.command("verify")
@@ -82,7 +117,16 @@ def checkpoint_verify(
 
     Example: psa checkpoint verify shakespeare
     """
-    verify(job, what, reach("checkpoint"))
+    with RedisStore.from_settings(reach("checkpoint")) as store:
+        stored = read_job(store, job)
+        names = [what] if what is not None else [*stored.checkpoints, *map(str, stored.versions())]
+        damage = []
+        for each in names:
+            found = _damage(store, job, each)
+            print(f"{each}: {'damaged' if found else 'whole'}")
+            damage += found
+    if damage:
+        raise DataIntegrity("; ".join(dict.fromkeys(damage)))
 
 
 @app.command("diff")
@@ -97,7 +141,16 @@ def checkpoint_diff(
 
     Example: psa checkpoint diff shakespeare before-lr-change 2000
     """
-    diff(job, a, b, of, as_json, reach("checkpoint"))
+    with RedisStore.from_settings(reach("checkpoint")) as store:
+        changes = compare(store, job, a, b, of)
+    if as_json:
+        print(json.dumps([asdict(each) for each in changes], indent=1))
+        return
+    table = Table("parameter", "elements", "|B-A|", "|B-A| / |A|", "max |B-A|", "cosine(A, B)")
+    for each in changes:
+        numbers = [f"{each.norm:.4g}", f"{each.relative:.4g}", f"{each.largest:.4g}", f"{each.cosine:.6f}"]
+        table.add_row(each.name, str(each.elements), *numbers)
+    Console().print(table)
 
 
 @app.command("rollback")
@@ -106,7 +159,19 @@ def checkpoint_rollback(job: Job, what: What, yes: Yes = False) -> None:
 
     Example: psa checkpoint rollback shakespeare before-lr-change --yes
     """
-    rollback(job, what, yes, reach("checkpoint"))
+    settings = reach("checkpoint")
+    with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, job) as coordination:
+        store.check()
+        stored = read_job(store, job)
+        version = stored.version_of(what)
+        kept = {each.version for each in stored.checkpoints.values()}
+        lost = [each for each in stored.versions() if each > version and each not in kept]
+        loss = f" Versions {', '.join(map(str, lost))} are lost." if lost else ""
+        _confirm(f"Job {job} returns to version {version}.{loss}", yes)
+        done = roll_back(store, coordination, job, what)
+        if settings.monitor:
+            _tell_history(job, what, done, settings)
+    print(f"job {job} is at version {done.version}, term {done.term}")
 
 
 @app.command("fork")
@@ -117,7 +182,12 @@ def checkpoint_fork(
 
     Example: psa checkpoint fork shakespeare before-lr-change --as hamlet
     """
-    fork(job, what, new, reach("checkpoint"))
+    settings = reach("checkpoint")
+    check_job_name(new)
+    with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, new) as coordination:
+        store.check()
+        version = make_fork(store, coordination, job, what, new)
+    print(f"job {new} begins at version {version} of job {job}; run the same script with this job name")
 
 
 @app.command("export")
@@ -162,53 +232,22 @@ def checkpoint_prune(
 
     Example: psa checkpoint prune shakespeare --keep 2 --yes
     """
-    prune(job, names or [], keep, older_than, yes, reach("checkpoint"))
-
-
-def save(job: str, name: str | None, timeout_s: float, settings: Settings) -> None:
-    """Take a checkpoint and say which."""
-    woken = threading.Event()
-    with (
-        RedisStore.from_settings(settings) as store,
-        Coordination.from_settings(settings, job, wake=woken.set) as coordination,
-    ):
-        store.check()
-        done = take(store, coordination, woken, job, name, timeout_s)
-    print(f"checkpoint {done.name} of job {job}: version {done.version}, {done.bytes / 1e6:.1f} MB")
-
-
-def ls(job: str, as_json: bool, settings: Settings) -> None:
-    """List checkpoints, and the versions that training keeps."""
-    with RedisStore.from_settings(settings) as store:
+    names = names or []
+    if not names and keep is None and older_than is None:
+        raise UsageError("say which: names of checkpoints, --keep N or --older-than SECONDS")
+    with RedisStore.from_settings(reach("checkpoint")) as store:
         stored = read_job(store, job)
-    if as_json:
-        listed = [{**asdict(each), "whole": stored.whole(each.name)} for each in stored.checkpoints.values()]
-        print(json.dumps({"job": job, "checkpoints": listed, "versions": stored.versions()}, indent=1))
-        return
-    table = Table("checkpoint", "version", "step", "taken", "why", "MB", "")
-    for each in stored.checkpoints.values():
-        marks = [] if stored.whole(each.name) else ["[red]not whole[/]"]
-        marks += ["named: kept until pruned"] if each.named else []
-        cells = (each.name, each.version, each.step, _when(each), each.reason.value, f"{each.bytes / 1e6:.1f}")
-        table.add_row(*map(str, cells), ", ".join(marks))
-    console = Console()
-    if stored.checkpoints:
-        console.print(table)
-    else:
-        console.print(f"job {job} has no checkpoints")
-    console.print(f"versions that training keeps: {', '.join(map(str, stored.versions())) or 'none'}")
-
-
-def show(job: str, what: str, as_json: bool, settings: Settings) -> None:
-    """Everything about one checkpoint, or one version."""
-    with RedisStore.from_settings(settings) as store:
-        stored = read_job(store, job)
-    document = _document(stored, what)
-    if as_json:
-        print(json.dumps(document, indent=1))
-        return
-    for key, value in document.items():
-        print(f"{key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+        for name in names:
+            if name not in stored.checkpoints:
+                known = ", ".join(stored.checkpoints) or "none"
+                raise UsageError(f"job {job!r} has no checkpoint {name!r}; checkpoints: {known}")
+        found = superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than)
+        gone = list(dict.fromkeys([*names, *found]))
+        if gone:
+            _confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)
+        catalog.remove(store, job, stored.layout, gone)
+        catalog.sweep(store, job, stored.layout)
+    print(f"removed: {', '.join(gone) or 'none'}")
 
 
 def _document(stored: StoredJob, what: str) -> dict[str, object]:
@@ -231,20 +270,6 @@ def _document(stored: StoredJob, what: str) -> dict[str, object]:
     }
 
 
-def verify(job: str, what: str | None, settings: Settings) -> None:
-    """Read a checkpoint or version, or everything that is stored; raises DataIntegrity if anything is damaged."""
-    with RedisStore.from_settings(settings) as store:
-        stored = read_job(store, job)
-        names = [what] if what is not None else [*stored.checkpoints, *map(str, stored.versions())]
-        damage = []
-        for each in names:
-            found = _damage(store, job, each)
-            print(f"{each}: {'damaged' if found else 'whole'}")
-            damage += found
-    if damage:
-        raise DataIntegrity("; ".join(dict.fromkeys(damage)))
-
-
 def _damage(store: RedisStore, job: str, what: str) -> list[str]:
     try:
         return find_damage(store, job, what)
@@ -252,76 +277,12 @@ def _damage(store: RedisStore, job: str, what: str) -> list[str]:
         return [str(error)]
 
 
-def diff(job: str, a: str, b: str, other: str | None, as_json: bool, settings: Settings) -> None:
-    """How far every parameter is from A to B."""
-    from psa_store.checkpoint.comparison import compare  # which loads torch
-
-    with RedisStore.from_settings(settings) as store:
-        changes = compare(store, job, a, b, other)
-    if as_json:
-        print(json.dumps([asdict(each) for each in changes], indent=1))
-        return
-    table = Table("parameter", "elements", "|B-A|", "|B-A| / |A|", "max |B-A|", "cosine(A, B)")
-    for each in changes:
-        numbers = [f"{each.norm:.4g}", f"{each.relative:.4g}", f"{each.largest:.4g}", f"{each.cosine:.6f}"]
-        table.add_row(each.name, str(each.elements), *numbers)
-    Console().print(table)
-
-
-def rollback(job: str, what: str, yes: bool, settings: Settings) -> None:
-    """Return to an older version, after asking."""
-    with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, job) as coordination:
-        store.check()
-        stored = read_job(store, job)
-        version = stored.version_of(what)
-        kept = {each.version for each in stored.checkpoints.values()}
-        lost = [each for each in stored.versions() if each > version and each not in kept]
-        loss = f" Versions {', '.join(map(str, lost))} are lost." if lost else ""
-        _confirm(f"Job {job} returns to version {version}.{loss}", yes)
-        done = roll_back(store, coordination, job, what)
-        if settings.monitor:
-            _tell_history(job, what, done, settings)
-    print(f"job {job} is at version {done.version}, term {done.term}")
-
-
 def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> None:
-    from psa_store.observe import Event, EventKind, JobHistory
-
     name = "" if what == str(done.version) else f"checkpoint {what}, "
     text = f"the job was told to go back to {name}version {done.version}; term {done.term} began there"
     event = Event(time.time(), EventKind.ROLLBACK, text, term=done.term, version=done.version)
     with suppress(DependencyUnreachable), closing(JobHistory.from_settings(job, settings)) as history:
         history.add(event)  # the job has gone back, written here or not
-
-
-def fork(job: str, what: str, new: str, settings: Settings) -> None:
-    """Begin another job with a checkpoint."""
-    check_job_name(new)
-    with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, new) as coordination:
-        store.check()
-        version = make_fork(store, coordination, job, what, new)
-    print(f"job {new} begins at version {version} of job {job}; run the same script with this job name")
-
-
-def prune(
-    job: str, names: list[str], keep: int | None, older_than_s: float | None, yes: bool, settings: Settings
-) -> None:
-    """Remove checkpoints, after asking, and what attempts that were cut off have left."""
-    if not names and keep is None and older_than_s is None:
-        raise UsageError("say which: names of checkpoints, --keep N or --older-than SECONDS")
-    with RedisStore.from_settings(settings) as store:
-        stored = read_job(store, job)
-        for name in names:
-            if name not in stored.checkpoints:
-                known = ", ".join(stored.checkpoints) or "none"
-                raise UsageError(f"job {job!r} has no checkpoint {name!r}; checkpoints: {known}")
-        found = superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than_s)
-        gone = list(dict.fromkeys([*names, *found]))
-        if gone:
-            _confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)
-        catalog.remove(store, job, stored.layout, gone)
-        catalog.sweep(store, job, stored.layout)
-    print(f"removed: {', '.join(gone) or 'none'}")
 
 
 def _confirm(what: str, yes: bool) -> None:
@@ -331,7 +292,3 @@ def _confirm(what: str, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise UsageError(f"{what} Confirm with --yes.")
     typer.confirm(f"{what} Go on?", abort=True)
-
-
-def _when(checkpoint: Checkpoint) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.created_s))

@@ -6,15 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from psa_store.cli.options import SCRIPT, Json, Script, begin, check_script
-from psa_store.cli.signals import sigterm_interrupts
+from psa_store.cli.options import SCRIPT, Json, Script, begin, check_script, sigterm_interrupts
 from psa_store.config import Settings, as_environment
 from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
 from psa_store.estimate import Forecast, Traffic, ask_script, forecast, measure, traffic_of
@@ -23,6 +21,7 @@ from psa_store.job.layout import Layout, TensorRole
 from psa_store.launch import running
 from psa_store.observe.doctor.footprint import Footprint, footprint_of
 from psa_store.observe.doctor.redis import ALLOCATION, may_measure
+from psa_store.observe.formatting import count, milliseconds, size
 from psa_store.storage import examine_redis, measure_redis
 
 _SCRIPT_S = 600.0
@@ -52,44 +51,13 @@ def estimate(
 
     Example: psa estimate --workers 8 --servers 2 train.py --layers 12
     """
-    options = Options(check_script(script), tuple(context.args), workers, servers, ranks, compute_ms, as_json)
-    show_estimate(options, begin("estimate"))
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user asked for."""
-
-    script: Path
-    arguments: tuple[str, ...]
-    workers: int
-    servers: int
-    ranks: int | None
-    compute_ms: float | None
-    as_json: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """One way in which workers may reach servers, with what that sends and takes."""
-
-    name: str
-    traffic: Traffic
-    forecast: Forecast
-
-
-def show_estimate(options: Options, settings: Settings) -> None:
-    """Ask the script, measure this machine, print.
-
-    Raises:
-        UsageError: the script makes no Worker, or what it wants cannot be.
-        UserCodeFailed: the script failed before.
-    """
-    environment = {**os.environ, **as_environment(settings), "PSA_DEFAULT_RANKS": str(options.workers)}
-    if options.ranks is not None:
-        environment["PSA_RANKS"] = str(options.ranks)
+    check_script(script)
+    settings = begin("estimate")
+    environment = {**os.environ, **as_environment(settings), "PSA_DEFAULT_RANKS": str(workers)}
+    if ranks is not None:
+        environment["PSA_RANKS"] = str(ranks)
     with sigterm_interrupts():
-        config, layout = ask_script(options.script, options.arguments, environment, _SCRIPT_S)
+        config, layout = ask_script(script, context.args, environment, _SCRIPT_S)
         redis_bytes_per_s, why_not = _measure_redis(settings)
         try:
             speeds = measure(config, layout, redis_bytes_per_s)
@@ -99,19 +67,28 @@ def show_estimate(options: Options, settings: Settings) -> None:
     for name, shares in (("shared memory", True), ("TCP", False)):
         if shares and (settings.carrier == "tcp" or not config.shares_memory):
             continue
-        traffic = traffic_of(config, layout, options.workers, options.servers, shares_memory=shares)
-        compute_s = (options.compute_ms or 0.0) / 1e3
+        traffic = traffic_of(config, layout, workers, servers, shares_memory=shares)
+        compute_s = (compute_ms or 0.0) / 1e3
         ways.append(_Way(name, traffic, forecast(config, layout, traffic, speeds, settings.server_threads, compute_s)))
     footprint = footprint_of(config, layout)
-    if options.as_json:
+    if as_json:
         print(json.dumps({**_document(config, layout, footprint, ways), "speeds": asdict(speeds)}, indent=1))
         return
     console = Console(highlight=False, markup=False, emoji=False)
     _print(console, config, layout, footprint, ways)
     if why_not:
         console.print(f"Redis was not measured: {why_not}")
-    if options.compute_ms is None:
+    if compute_ms is None:
         console.print("What your script computes is not in this; --compute-ms adds it.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way in which workers may reach servers, with what that sends and takes."""
+
+    name: str
+    traffic: Traffic
+    forecast: Forecast
 
 
 def _measure_redis(settings: Settings) -> tuple[float | None, str]:
@@ -166,12 +143,12 @@ def _print(console: Console, config: JobConfig, layout: Layout, footprint: Footp
     frozen = sum(shard.size_bytes for shard in layout.shards_of(TensorRole.FROZEN))
     console.print(
         f"job {config.name}: mode {config.mode}, {config.ranks} ranks, compression {config.compression}; "
-        f"{len(layout.shards)} shards of up to {_size(layout.shard_bytes)}, "
-        f"{_size(layout.arena_bytes)} of parameters and buffers{f', {_size(frozen)} of them frozen' if frozen else ''}"
+        f"{len(layout.shards)} shards of up to {size(layout.shard_bytes)}, "
+        f"{size(layout.arena_bytes)} of parameters and buffers{f', {size(frozen)} of them frozen' if frozen else ''}"
     )
     console.print(
-        f"Redis: {_size(_in_redis(footprint.kept_bytes))} for {footprint.versions} versions, "
-        f"{_size(_in_redis(footprint.kept_bytes + footprint.version_bytes))} while the next is written; "
+        f"Redis: {size(_in_redis(footprint.kept_bytes))} for {footprint.versions} versions, "
+        f"{size(_in_redis(footprint.kept_bytes + footprint.version_bytes))} while the next is written; "
         f"twice that while it rewrites its log"
     )
     console.print(_commits(ways[-1]))
@@ -185,7 +162,7 @@ def _commits(way: _Way) -> str:
     if not steps:
         return "no commits but at hand-over and at the end"
     takes = "" if seconds is None else f", {seconds:.2f} s to write, in the background"
-    return f"a commit every {steps:g} steps: {_size(way.traffic.commit_bytes)} to Redis{takes}"
+    return f"a commit every {steps:g} steps: {size(way.traffic.commit_bytes)} to Redis{takes}"
 
 
 def _processes(way: _Way) -> Table:
@@ -196,13 +173,13 @@ def _processes(way: _Way) -> Table:
     ):
         if index < _ROWS_MAX:
             sent, got = sum(link.down_bytes for link in column), sum(link.up_bytes for link in column)
-            owned_shards = f"{server.shards} shards, {_size(server.parameter_bytes)}"
-            table.add_row(f"server {index}", owned_shards, _size(got), _size(sent), _size(server.commit_bytes))
+            owned_shards = f"{server.shards} shards, {size(server.parameter_bytes)}"
+            table.add_row(f"server {index}", owned_shards, size(got), size(sent), size(server.commit_bytes))
     for index, (held, links) in enumerate(zip(way.traffic.ranks, way.traffic.links, strict=True)):
         if index < _ROWS_MAX:
             sent, got = sum(link.up_bytes for link in links), sum(link.down_bytes for link in links)
-            computes = f"{len(held)} rank{'s' if len(held) > 1 else ''}" if held else "stands by"
-            table.add_row(f"worker {index}", computes, _size(got), _size(sent), "")
+            computes = count(len(held), "rank") if held else "stands by"
+            table.add_row(f"worker {index}", computes, size(got), size(sent), "")
     hidden = max(0, len(way.traffic.servers) - _ROWS_MAX) + max(0, len(way.traffic.ranks) - _ROWS_MAX)
     if hidden:
         table.add_row(f"… {hidden} more", "see --json", "", "", "")
@@ -210,24 +187,16 @@ def _processes(way: _Way) -> Table:
 
 
 def _times(ways: Sequence[_Way]) -> Table:
-    table = Table("a step on this machine takes at least", *(f"{way.name}, ms" for way in ways))
+    table = Table("a step on this machine takes at least", *(way.name for way in ways))
     for column in table.columns[1:]:
         column.justify = "right"
     by_name = [{term.what: term.seconds for term in way.forecast.terms} for way in ways]
     for what in dict.fromkeys(name for terms in by_name for name in terms):
-        table.add_row(what, *(_milliseconds(terms.get(what, 0.0)) for terms in by_name))
+        table.add_row(what, *(milliseconds(terms.get(what, 0.0), 2) for terms in by_name))
     table.add_section()
-    table.add_row("together", *(_milliseconds(way.forecast.seconds) for way in ways))
+    table.add_row("together", *(milliseconds(way.forecast.seconds, 2) for way in ways))
     return table
 
 
 def _in_redis(size_bytes: int) -> int:
     return round(size_bytes * ALLOCATION)
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f}"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e6:.2f} MB"

@@ -1,8 +1,12 @@
-"""What commands have in common: options, and how a command begins. Imports nothing heavy: `psa --help` waits for it."""
+"""What commands have in common: options, how a command begins, and how SIGTERM ends it. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -48,3 +52,17 @@ def check_script(script: Path) -> Path:
         meant = "; nor is there an option of that name" if str(script).startswith("-") else ""
         raise UsageError(f"no script {script}{meant}")
     return script
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: by an exception, so that everything is cleaned up."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

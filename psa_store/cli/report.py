@@ -13,7 +13,6 @@ from rich.table import Table
 
 from psa_store.checkpoint.catalog import read_job
 from psa_store.cli.options import Job, reach
-from psa_store.config import Settings
 from psa_store.errors import UsageError
 from psa_store.observe import JobHistory
 from psa_store.observe.formatting import duration
@@ -25,8 +24,8 @@ _FAILURES_SHOWN = 20
 app = typer.Typer()
 
 
-@app.command("report")
-def report_command(
+@app.command()
+def report(
     job: Job,
     out: Annotated[Path, typer.Option(help="folder for report-JOB.html and report-JOB.png")] = Path("."),
     as_json: Annotated[
@@ -40,18 +39,7 @@ def report_command(
 
     Example: psa report shakespeare --out reports
     """
-    report(job, out, as_json, reach("report"))
-
-
-def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:
-    """Print the summary of a job and write its files.
-
-    Raises:
-        UnknownJob: there is no such job.
-        UsageError: it has no history, matplotlib is not installed, or the folder cannot be written to.
-        DependencyUnreachable: Redis does not answer.
-        DataIntegrity: what Redis has of the job cannot be read.
-    """
+    settings = reach("report")
     check_matplotlib()
     with RedisStore.from_settings(settings) as store, closing(JobHistory.from_settings(job, settings)) as history:
         checkpoints = read_job(store, job).checkpoints.values()
@@ -59,7 +47,7 @@ def report(job: str, folder: Path, as_json: bool, settings: Settings) -> None:
     if not points and not events:
         raise UsageError(f"job {job!r} has no history: it never ran, or with PSA_MONITOR=0")
     run = describe_run(job, points, events, checkpoints)
-    paths = [str(path) for path in write_report(run, folder)]
+    paths = [str(path) for path in write_report(run, out)]
     if as_json:
         print(json.dumps({**to_json(run), "files": paths}, indent=1))
         return

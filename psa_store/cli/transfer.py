@@ -11,6 +11,7 @@ from psa_store.config import Settings
 from psa_store.coordination import Coordination
 from psa_store.job.config import check_job_name
 from psa_store.logs import printable
+from psa_store.observe.formatting import seconds, size
 from psa_store.storage import RedisStore
 
 
@@ -24,7 +25,7 @@ def export_files(
     size_bytes, took_s = sum(file.size_bytes for file in export.files), time.monotonic() - started_s
     print(
         f"exported version {export.version} of job {job!r} to {printable(export.url)}: {len(export.files)} files, "
-        f"{size_bytes / 1e6:.1f} MB in {took_s:.1f} s"
+        f"{size(size_bytes)} in {seconds(took_s)}"
     )
 
 
