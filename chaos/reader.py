@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import psa_store as psa
-from psa_store.checkpoint.digest import tensors_digest
+from psa_store.checkpoint.reader import tensors_digest
 from psa_store.errors import PsaError, UnknownJob, UsageError
 from psa_store.job.layout import layout_from_json
 from psa_store.storage import RedisStore

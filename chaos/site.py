@@ -16,7 +16,7 @@ from chaos.cluster.spawner import Spawner
 from chaos.cluster.zookeeper import ZooKeeperEnsemble
 from chaos.proxy import Proxy
 from chaos.scenarios import Scenario, Shape
-from psa_store.checkpoint.digest import state_digest
+from psa_store.checkpoint.reader import open_version
 from psa_store.storage import RedisStore
 
 ZOOKEEPER_NODES = 3
@@ -59,7 +59,7 @@ class Site:
     def digest(self, job: str, version: int) -> str:
         """Return the sha256 of all parameters and optimizer state of a version, read from Redis."""
         with closing(RedisStore(self.redis.url, timeout_s=_ANSWER_S)) as store:
-            return state_digest(store, job, version)
+            return open_version(store, job, version).digest()
 
     def delete_jobs(self) -> None:
         """Empty Redis, so that runs do not add up there."""

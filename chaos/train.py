@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import psa_store as psa
-from psa_store.checkpoint.digest import tensors_digest
+from psa_store.checkpoint.reader import tensors_digest
 from psa_store.config import load_settings
 from psa_store.testing.journal import Journal
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psa_store.checkpoint.digest import state_digest
+from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
 from psa_store.observe.status import JobStatus, describe
 from psa_store.storage import RedisStore
@@ -201,7 +201,7 @@ class Site:
     def digest(self, job: str, version: int) -> str:
         """sha256 of all parameters and the whole optimizer state of one version, read from Redis."""
         with closing(self.store()) as store:
-            return state_digest(store, job, version)
+            return open_version(store, job, version).digest()
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""What checkpoints a job has: their documents in Redis, their names, and how they are removed.
+"""What checkpoints a job has: their documents in Redis, their names, which are kept, and how they are removed.
 
 A checkpoint is a pin of one version in the head of every shard that changes, and a document. Before the first pin is
 made the document says that it is being made, afterwards what it is (see ``take.py``); it is removed before the pins
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from psa_store.config import Settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job.config import JobConfig, check_name, job_config_from_json
 from psa_store.job.document import from_text, to_text
@@ -78,6 +79,29 @@ class Making:
 
     making_since_s: float
     """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPolicy:
+    """What the settings say of automatic checkpoints, and where all checkpoints go besides."""
+
+    every_s: float | None
+    keep: int
+    older_than_s: float | None
+    files: str | None
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> CheckpointPolicy:
+        return cls(
+            every_s=settings.checkpoint_every_s,
+            keep=settings.checkpoint_keep,
+            older_than_s=settings.checkpoint_keep_s,
+            files=settings.checkpoint_files,
+        )
+
+    @property
+    def automatic(self) -> bool:
+        return self.every_s is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +219,21 @@ def documents(texts: Mapping[str, str]) -> dict[str, Checkpoint]:
         with suppress(DataIntegrity):
             found[name] = checkpoint_from_json(text)
     return found
+
+
+def tidy(store: RedisStore, job: str, layout: Layout, policy: CheckpointPolicy) -> None:
+    """Remove automatic checkpoints that are not to be kept, and what attempts that were cut off have left."""
+    checkpoints = read_job(store, job).checkpoints.values()
+    remove(store, job, layout, superfluous(checkpoints, keep=policy.keep, older_than_s=policy.older_than_s))
+    sweep(store, job, layout)
+
+
+def superfluous(checkpoints: Iterable[Checkpoint], *, keep: int | None, older_than_s: float | None) -> list[str]:
+    """Which of those that no person named are to go: all but the newest ``keep``, and those of more than this age."""
+    candidates = sorted((each for each in checkpoints if not each.named), key=lambda each: each.created_s)
+    beyond = candidates[:-keep] if keep else candidates if keep == 0 else []
+    old = [each for each in candidates if older_than_s is not None and time.time() - each.created_s > older_than_s]
+    return list(dict.fromkeys(each.name for each in (*beyond, *old)))
 
 
 def _shared(store: RedisStore, job: str, shards: Iterable[int], fork: str) -> set[int]:

@@ -6,7 +6,6 @@ no version and no checkpoint of the fork names them any more (see ``catalog.swee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from psa_store.checkpoint.catalog import FORK_PREFIX, read_job
@@ -15,7 +14,7 @@ from psa_store.checkpoint.take import announce
 from psa_store.coordination import Coordination
 from psa_store.errors import JobMismatch
 from psa_store.job.config import check_job_name
-from psa_store.storage import Manifest, RedisStore
+from psa_store.storage import RedisStore
 from psa_store.testing.failpoints import failpoint
 
 
@@ -39,9 +38,10 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         shared = {
             shard: replace(manifest, home=manifest.home or job, extra=False) for shard, manifest in manifests.items()
         }
-        for home in {manifest.home for manifest in shared.values()}:
+        for home in {manifest.home for manifest in shared.values()}:  # the jobs whose chunks these are keep them
             announce(store, home, FORK_PREFIX + new)
-        _keep(store, shared, new)
+            nonces = {shard: manifest.nonce for shard, manifest in shared.items() if manifest.home == home}
+            store.share(home, nonces, FORK_PREFIX + new)
         term = begin_new_job(new, stored.layout, store, coordination)
         for shard, manifest in shared.items():
             store.adopt(new, shard, manifest, term)
@@ -50,10 +50,3 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         store.create_job(new, config.to_json(), stored.layout.to_json())
         coordination.create_config(config)
     return stored.version_of(what)
-
-
-def _keep(store: RedisStore, shared: Mapping[int, Manifest], new: str) -> None:
-    """Have the jobs whose chunks these are keep them."""
-    for home in {manifest.home for manifest in shared.values()}:
-        nonces = {shard: manifest.nonce for shard, manifest in shared.items() if manifest.home == home}
-        store.share(home, nonces, FORK_PREFIX + new)

@@ -11,11 +11,15 @@ The digest of every byte is checked before it is handed on. ``psa.Store``, torch
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import DataIntegrity, UsageError
@@ -24,6 +28,8 @@ from psa_store.job.layout import Layout, Shard
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.storage import Manifest, RedisStore
 from psa_store.storage.sections import PARAM
+
+_CHECKED_AT_ONCE = 4
 
 
 class Replaced(UsageError):
@@ -108,6 +114,16 @@ class StoredVersion:
         self.fill(regions)
         return {region.tensor: region.flat.view(specs[region.tensor].shape) for region in regions}
 
+    def digest(self) -> str:
+        """sha256 of all parameters, buffers and the whole optimizer state, to compare runs bit by bit."""
+        total = hashlib.sha256()
+        for shard, manifest in self.manifests.items():
+            for name, data in sorted(self.sections(shard).items()):
+                total.update(name.encode())
+                total.update(data)
+            total.update(json.dumps(manifest.scalars, sort_keys=True).encode())
+        return total.hexdigest()
+
 
 def open_version(store: RedisStore, job: str, what: str | int | None = None) -> StoredVersion:
     """A checkpoint by its name, or a version that all shards have; None takes the newest.
@@ -124,3 +140,32 @@ def version_of(store: RedisStore, job: StoredJob, what: str | int | None = None)
     """The same for a job that was looked up already."""
     pinned = what in job.checkpoints
     return StoredVersion(store, job.config, job.layout, job.version_of(what), job.manifests(what), pinned)
+
+
+def find_damage(store: RedisStore, job: str, what: str | None) -> list[str]:
+    """Read every byte of a checkpoint or a version (None: the newest): what is wrong, one sentence for each shard.
+
+    Raises:
+        UsageError: there is no such checkpoint or version.
+        DataIntegrity: a shard lacks it.
+    """
+    version = open_version(store, job, what)
+
+    def read(shard: int) -> str:
+        try:
+            version.sections(shard)
+        except DataIntegrity as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(_CHECKED_AT_ONCE, thread_name_prefix="psa-verify") as readers:
+        return [problem for problem in readers.map(read, version.manifests) if problem]
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3 of the names and bits of CPU tensors, in the order of their names: what a process saw of a model."""
+    total = xxh3_128()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(as_bytes(tensors[name].detach().contiguous().flatten()))
+    return total.hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from psa_store import logs
 from psa_store.checkpoint.catalog import read_job
-from psa_store.checkpoint.verification import verify
+from psa_store.checkpoint.reader import find_damage
 from psa_store.cluster import Phase
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
@@ -39,7 +39,7 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
         DependencyUnreachable: Redis or ZooKeeper does not answer, or other terms began all the time. Its status shows
             whether the job has gone back.
     """
-    damage = verify(store, job, what)
+    damage = find_damage(store, job, what)
     if damage:
         raise DataIntegrity(f"job {job!r}: {what} is damaged, the job stays as it is: {'; '.join(damage)}")
     log = logs.get_logger()

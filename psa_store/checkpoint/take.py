@@ -14,16 +14,18 @@ import time
 from psa_store import logs
 from psa_store.checkpoint.catalog import (
     Checkpoint,
+    CheckpointPolicy,
     Making,
     Reason,
+    StoredJob,
     automatic_name,
     checked_name,
     documents,
     read_job,
     remove,
+    tidy,
 )
 from psa_store.checkpoint.files.archive import Archive
-from psa_store.checkpoint.policy import CheckpointPolicy, tidy
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import CheckpointRequest, Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, PsaError, Rewound, UsageError
@@ -58,10 +60,7 @@ def take(
         UsageError: the name is taken, or the job cannot have a checkpoint now.
         DependencyUnreachable: it did not come in time. Nothing is left of the attempt.
     """
-    taken = read_job(store, job).checkpoints
-    if name is not None and checked_name(name) in taken:
-        raise UsageError(f"job {job!r} has a checkpoint {name!r} already: prune it, or use another name")
-    chosen = name or automatic_name(taken, time.time())
+    chosen = _free_name(read_job(store, job), name)
     deadline_s = time.monotonic() + timeout_s
     asked = False
     try:
@@ -90,6 +89,12 @@ def take(
     )
 
 
+def _free_name(stored: StoredJob, name: str | None) -> str:
+    if name is not None and checked_name(name) in stored.checkpoints:
+        raise UsageError(f"job {stored.config.name!r} has a checkpoint {name!r} already: prune it, or use another name")
+    return name or automatic_name(stored.checkpoints, time.time())
+
+
 def _found(store: RedisStore, job: str, name: str) -> Checkpoint:
     checkpoint = read_job(store, job).checkpoints.get(name)
     if checkpoint is None:
@@ -106,9 +111,7 @@ def take_at_rest(store: RedisStore, job: str, name: str | None, reason: Reason) 
         Rewound: servers have begun to serve the job, and the version was dropped meanwhile. Try again.
     """
     stored = read_job(store, job)
-    if name is not None and checked_name(name) in stored.checkpoints:
-        raise UsageError(f"job {job!r} has a checkpoint {name!r} already: prune it, or use another name")
-    chosen = name or automatic_name(stored.checkpoints, time.time())
+    chosen = _free_name(stored, name)
     version = stored.version_of(None)
     announce(store, job, chosen)
     try:

@@ -18,11 +18,10 @@ from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.checkpoint.comparison import compare
 from psa_store.checkpoint.fork import fork as make_fork
-from psa_store.checkpoint.policy import superfluous
+from psa_store.checkpoint.reader import find_damage
 from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
 from psa_store.checkpoint.take import take
-from psa_store.checkpoint.verification import verify as find_damage
 from psa_store.cli.options import Job, Json, reach
 from psa_store.cli.transfer import export_files, import_files
 from psa_store.config import Settings
@@ -241,7 +240,7 @@ def checkpoint_prune(
             if name not in stored.checkpoints:
                 known = ", ".join(stored.checkpoints) or "none"
                 raise UsageError(f"job {job!r} has no checkpoint {name!r}; checkpoints: {known}")
-        found = superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than)
+        found = catalog.superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than)
         gone = list(dict.fromkeys([*names, *found]))
         if gone:
             _confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)

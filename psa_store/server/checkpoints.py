@@ -19,9 +19,8 @@ from dataclasses import replace
 
 from psa_store import logs
 from psa_store.checkpoint import catalog
-from psa_store.checkpoint.catalog import Checkpoint, Reason
+from psa_store.checkpoint.catalog import Checkpoint, CheckpointPolicy, Reason, tidy
 from psa_store.checkpoint.files.archive import Archive
-from psa_store.checkpoint.policy import CheckpointPolicy, tidy
 from psa_store.checkpoint.schedule import Patience, Schedule
 from psa_store.checkpoint.take import announce, complete
 from psa_store.cluster import Cut, Phase, Plan

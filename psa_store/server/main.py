@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing, suppress
 import torch
 
 from psa_store import logs, optim
-from psa_store.checkpoint.policy import CheckpointPolicy
+from psa_store.checkpoint.catalog import CheckpointPolicy
 from psa_store.checkpoint.take import take_at_end
 from psa_store.cluster import Member, ProcessRole
 from psa_store.config import Settings

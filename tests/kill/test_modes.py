@@ -13,7 +13,7 @@ import pytest
 import psa_store as psa
 from chaos.check.arrival import check_arrivals
 from chaos.history import History, read_history
-from psa_store.checkpoint.digest import tensors_digest
+from psa_store.checkpoint.reader import tensors_digest
 from psa_store.job.config import job_config_from_json
 from psa_store.job.layout import layout_from_json
 from tests.harness import TRAIN, Run, Site

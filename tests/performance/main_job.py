@@ -16,7 +16,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from psa_store.checkpoint.digest import state_digest
+from psa_store.checkpoint.reader import open_version
 from psa_store.examples import gpt
 from psa_store.observe.status import describe
 from tests.performance.common import Servers, private_servers
@@ -43,7 +43,7 @@ def train(name: str, workers: int, kills: dict[int, str], args: argparse.Namespa
                 loss = found[0]
         if due:
             raise SystemExit(f"{name} ended before these kills: {due}")
-        digest = state_digest(store, name, args.steps)
+        digest = open_version(store, name, args.steps).digest()
     print(f"{name:12} {loss}   sha256 {digest}", flush=True)
     return digest
 

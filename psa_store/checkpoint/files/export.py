@@ -10,7 +10,7 @@ an exporter that dies in between leaves what the next one recognises and removes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ from psa_store.checkpoint.files.folder import FileFacts, Folder, is_temporary
 from psa_store.checkpoint.files.tensor_files import (
     MODEL,
     OPTIMIZER,
-    Cut,
     FileSpec,
     index_of,
     slots_of,
@@ -34,7 +33,6 @@ from psa_store.errors import DataIntegrity, PsaError, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.document import from_fields, to_fields
 from psa_store.job.layout import Layout, layout_from_json
-from psa_store.storage import Manifest
 from psa_store.storage.sections import CLOCK
 
 MANIFEST = "psa.json"
@@ -80,17 +78,10 @@ class Export:
                 clocks=self.clocks,
                 scalars=self.scalars,
                 slots=self.slots,
-                files=tuple(_File(each.name, each.size_bytes, each.digest) for each in self.files),
+                files=self.files,
             )
         )
         return json.dumps({"digest": _digest(manifest), "manifest": manifest}, indent=1)
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    size_bytes: int
-    xxh3_128: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +98,7 @@ class _Manifest:
     clocks: tuple[int, ...]
     scalars: tuple[Mapping[str, float | int], ...]
     slots: tuple[str, ...]
-    files: tuple[_File, ...]
+    files: tuple[FileFacts, ...]
     origin: str = ""
 
 
@@ -131,7 +122,7 @@ def export_from_json(url: str, text: bytes) -> Export:
         clocks=manifest.clocks,
         scalars=manifest.scalars,
         slots=manifest.slots,
-        files=tuple(FileFacts(each.name, each.size_bytes, each.xxh3_128) for each in manifest.files),
+        files=manifest.files,
         origin=manifest.origin,
     )
 
@@ -223,7 +214,7 @@ def verify_export(export: Export) -> None:
         found = folder.facts(expected.name)
         if found.size_bytes != expected.size_bytes:
             raise DataIntegrity(f"{where}: {found.size_bytes} bytes long, written were {expected.size_bytes}")
-        if found.digest != expected.digest:
+        if found.xxh3_128 != expected.xxh3_128:
             raise DataIntegrity(f"{where}: damaged, its digest does not match")
 
 
@@ -305,7 +296,10 @@ def _prepare(folder: Folder) -> None:
 def _contents(version: StoredVersion, file: FileSpec) -> Iterator[memoryview]:
     """The bytes of all tensors of a file, in order; each is to be used before the next is taken."""
     reads = file.reads()
-    sizes = [_section(version.manifests[shard], section) for shard, section, _ in reads]
+    sizes = [
+        next(each.size_bytes for each in version.manifests[shard].sections if each.name == section)
+        for shard, section, _ in reads
+    ]
     places = [memoryview(bytearray(max(sizes, default=0))) for _ in range(_READERS + 1)]
 
     def read(number: int) -> memoryview:
@@ -319,17 +313,9 @@ def _contents(version: StoredVersion, file: FileSpec) -> Iterator[memoryview]:
         for number, (_, _, cuts) in enumerate(reads):
             asked = range(number + len(coming), min(number + len(places), len(reads)))
             coming.update({ahead: readers.submit(read, ahead) for ahead in asked})
-            yield from _taken(coming.pop(number).result(), cuts)
-
-
-def _taken(whole: memoryview, cuts: Sequence[Cut]) -> Iterator[memoryview]:
-    for cut in cuts:
-        yield whole[cut.low : cut.high]
-
-
-def _section(manifest: Manifest, name: str) -> int:
-    """Its size."""
-    return next(section.size_bytes for section in manifest.sections if section.name == name)
+            whole = coming.pop(number).result()
+            for cut in cuts:
+                yield whole[cut.low : cut.high]
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -32,8 +32,8 @@ class FileFacts:
 
     name: str
     size_bytes: int
-    digest: str
-    """xxh3_128 of all its bytes."""
+    xxh3_128: str
+    """Digest of all its bytes."""
 
 
 class Folder:
