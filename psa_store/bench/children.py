@@ -76,13 +76,13 @@ class CommandPipe:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def ready(self) -> None:
-        """Report that this process is set up."""
-        self._pipe.send(Done())
-
     def handle(self, stepper: Stepper) -> None:
-        """Carry out commands until told to leave. A block begins with one step that is not timed: it brings all
-        members into step, and what the others have pushed out of the caches back in."""
+        """Report that this process is set up, and carry out commands until told to leave.
+
+        A block begins with one step that is not timed: it brings all members into step, and what the others have pushed
+        out of the caches back in.
+        """
+        self._pipe.send(Done())
         steps = 0
         while True:
             try:

@@ -9,7 +9,7 @@ from psa_store.errors import UserCodeFailed
 
 
 class Contender:
-    """Processes that are set up and wait for commands.
+    """Processes that are set up and wait for commands. Made of those that were started: waits until workers are set up.
 
     Args:
         name: as it stands in the tables.
@@ -20,7 +20,9 @@ class Contender:
     def __init__(self, name: str, workers: Sequence[Child], servers: Sequence[Child] = ()) -> None:
         self.name = name
         self._workers = workers
-        self._servers = servers
+        self.servers = list(servers)
+        for worker in workers:
+            worker.answer()
 
     def block(self, steps: int) -> float:
         """Do steps, and one more that is not timed before them; returns seconds per step, of the slowest worker."""
@@ -45,7 +47,7 @@ class Contender:
             worker.tell(Command.LEAVE)
         for worker in self._workers:
             worker.join()
-        for server in self._servers:
+        for server in self.servers:
             server.terminate()
-        for server in self._servers:
+        for server in self.servers:
             server.join()

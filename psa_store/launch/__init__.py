@@ -1,10 +1,9 @@
 """One machine: private servers as child processes, and the supervision of workers and servers."""
 
-from psa_store.launch.addresses import fill_addresses
 from psa_store.launch.child import Place
 from psa_store.launch.redis_server import PrivateRedis
 from psa_store.launch.supervisor import Child, Supervisor, Verdict, after_exit
-from psa_store.launch.up import Addresses, PrivateServers, down, hold_home, publish, running, up
+from psa_store.launch.up import Addresses, PrivateServers, down, fill_addresses, running, up
 from psa_store.launch.zookeeper_server import PrivateZooKeeper
 
 __all__ = [
@@ -19,8 +18,6 @@ __all__ = [
     "after_exit",
     "down",
     "fill_addresses",
-    "hold_home",
-    "publish",
     "running",
     "up",
 ]

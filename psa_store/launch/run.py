@@ -18,9 +18,9 @@ from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
 from psa_store.job.config import RUN_NODE
 from psa_store.launch.processes import server_main, worker_main
 from psa_store.launch.supervisor import Child, Supervisor
-from psa_store.launch.up import Addresses, PrivateServers, hold_home, publish, running
+from psa_store.launch.up import PrivateServers, fill_addresses, hold_home, publish, running, with_addresses
 from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
-from psa_store.storage import RedisStore
+from psa_store.storage import RedisStore, known_redis
 
 _LEAVE_S = 60.0
 _HOLD_POLL_S = 0.1
@@ -47,8 +47,7 @@ def run_job(run: Run, settings: Settings) -> int:
     """
     with ExitStack() as stack:
         private = _private_servers(settings, stack)
-        addresses = private.addresses if private else _known_addresses(settings)
-        settings = settings.model_copy(update={"redis": addresses.redis, "zookeeper": addresses.zookeeper})
+        settings = with_addresses(settings, private.addresses) if private else fill_addresses(settings)
         _check(settings)
         job = stack.enter_context(closing(_RunningJob(settings)))
         if settings.tensorboard is not None:
@@ -65,7 +64,7 @@ def run_job(run: Run, settings: Settings) -> int:
         def start_servers(name: str) -> None:
             if job.take(name):
                 if settings.tensorboard is not None:
-                    board = BoardWriter(name, settings.tensorboard, addresses.redis, settings.connect_timeout_s)
+                    board = BoardWriter(name, settings.tensorboard, known_redis(settings), settings.connect_timeout_s)
                     stack.enter_context(closing(board))
                 for _ in range(run.servers):
                     supervisor.spawn(ProcessRole.SERVER, server_main, name)
@@ -161,14 +160,6 @@ def _check(settings: Settings) -> None:
         store.check()
     with Coordination.from_settings(settings, "check"):
         pass
-
-
-def _known_addresses(settings: Settings) -> Addresses:
-    found = running(settings.home)
-    redis = settings.redis or (found.redis if found else None)
-    zookeeper = settings.zookeeper or (found.zookeeper if found else None)
-    assert redis is not None and zookeeper is not None
-    return Addresses(redis, zookeeper)
 
 
 def environment_of(settings: Settings, run_id: str, workers: int) -> dict[str, str]:

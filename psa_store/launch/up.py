@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from psa_store.errors import DependencyUnreachable
+from psa_store.config import Settings
+from psa_store.errors import DependencyUnreachable, UsageError
 from psa_store.job.document import from_text, to_text
 from psa_store.launch.redis_server import PrivateRedis
 from psa_store.launch.zookeeper_server import PrivateZooKeeper
@@ -104,6 +105,26 @@ def running(home: Path) -> Addresses | None:
     if _holder(home) is None or not path.exists():
         return None
     return from_text(Addresses, path.read_text(), f"{path}, of the private servers that run,")
+
+
+def fill_addresses(settings: Settings) -> Settings:
+    """Settings with both addresses: their own, else those of the private servers that run; raises UsageError if these
+    are not known."""
+    if settings.redis is not None and settings.zookeeper is not None:
+        return settings
+    found = running(settings.home)
+    if found is None:
+        raise UsageError(
+            f"no private servers run in {settings.home}: `psa up` starts them, "
+            "or set PSA_REDIS and PSA_ZOOKEEPER to your own"
+        )
+    return with_addresses(settings, found)
+
+
+def with_addresses(settings: Settings, found: Addresses) -> Settings:
+    """The same settings, with these addresses where they say none."""
+    redis, zookeeper = settings.redis or found.redis, settings.zookeeper or found.zookeeper
+    return settings.model_copy(update={"redis": redis, "zookeeper": zookeeper})
 
 
 def down(home: Path) -> bool:

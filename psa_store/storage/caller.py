@@ -1,6 +1,7 @@
 """Calls to one Redis: tried again while it is away, its errors translated, our functions loaded when they are missing.
 
-What is called here must be idempotent, see ``retry.py``.
+The one policy of retries towards Redis is here; redis-py's own are off (see ``connection.py``). Only what is idempotent
+may be called, because an answer may get lost: what each call relies on stands beside it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 import redis
+import tenacity
 
 from psa_store.errors import DependencyUnfit
 from psa_store.logs import printable
 from psa_store.storage.connection import make_pool, translated
-from psa_store.storage.retry import retried
 
 FunctionCall = tuple[str, list[str], Sequence[Any]]
 """Name, keys, arguments."""
 
+_PAUSE_S = 0.05
+_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError)
 T = TypeVar("T")
 
 
@@ -85,7 +88,14 @@ class Caller:
                 ) from error
 
     def _retried(self, operation: Callable[[], T]) -> T:
-        return retried(operation, self._timeout_s)
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_delay(self._timeout_s),
+            wait=tenacity.wait_fixed(_PAUSE_S),
+            retry=tenacity.retry_if_exception_type(_AWAY)
+            & tenacity.retry_if_not_exception_type(redis.exceptions.AuthenticationError),
+            reraise=True,
+        )
+        return retrying(operation)
 
 
 def _flatten(reply: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """The only way to Redis: job documents, the fence, commits, and loads. Thread-safe.
 
 Every operation is idempotent, or made so (a commit carries a nonce), so that it may be tried again after an answer
-was lost (see ``retry.py``), until ``timeout_s`` is over.
+was lost (see ``caller.py``), until ``timeout_s`` is over.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class RedisStore:
         """Store a job's documents; raises JobMismatch if others are stored under this name."""
         # Listed first: a job that is listed but does not exist is skipped by jobs(), the reverse could not be found.
         self._caller.retrying(lambda: self._client.sadd(keys.JOBS, job))
-        stored = self._function("psa_create", [keys.config(job), keys.layout(job)], [config_json, layout_json])
+        its_keys = [keys.config(job), keys.layout(job)]
+        (stored,) = self._caller.functions([("psa_create", its_keys, [config_json, layout_json])])
         if [text(each) for each in stored] != [config_json, layout_json]:
             raise JobMismatch(f"job {job!r} was created by another process at the same time: run again to join it")
 
@@ -330,10 +331,6 @@ class RedisStore:
             return list(pipeline.execute())
 
         return self._caller.retrying(attempt)
-
-    def _function(self, name: str, its_keys: list[str], args: Sequence[Any]) -> list[Any]:
-        (reply,) = self._caller.functions([(name, its_keys, args)])
-        return list(reply)
 
 
 def _versions(unwanted: Callable[[int], bool]) -> Callable[[Head], list[str]]:

@@ -40,7 +40,7 @@ def raw(server: PrivateRedis) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def history(server: PrivateRedis, raw: redis.Redis) -> Iterator[History]:
-    with closing(History(server.url, timeout_s=5.0)) as history:
+    with closing(History(JOB, server.url, timeout_s=5.0)) as history:
         yield history
 
 
@@ -52,21 +52,21 @@ def backdate(raw: redis.Redis, age_ms: int, document: dict[str, Any]) -> None:
 
 
 def test_the_newest_heartbeat_of_each_member_is_there_until_it_is_forgotten(history: History) -> None:
-    assert history.heartbeats(JOB) == {}
-    history.heartbeat(JOB, "a", '{"time": 1}')
-    history.heartbeat(JOB, "b", '{"time": 2}')
-    history.heartbeat(JOB, "a", '{"time": 3}')
-    assert history.heartbeats(JOB) == {"a": {"time": 3}, "b": {"time": 2}}
-    history.forget(JOB, [])
-    history.forget(JOB, ["a", "unknown"])
-    assert history.heartbeats(JOB) == {"b": {"time": 2}}
+    assert history.heartbeats() == {}
+    history.heartbeat("a", '{"time": 1}')
+    history.heartbeat("b", '{"time": 2}')
+    history.heartbeat("a", '{"time": 3}')
+    assert history.heartbeats() == {"a": '{"time": 3}', "b": '{"time": 2}'}
+    history.forget([])
+    history.forget(["a", "unknown"])
+    assert history.heartbeats() == {"b": '{"time": 2}'}
 
 
 def test_events_are_kept_in_order_and_each_once(history: History) -> None:
-    first, second = {"time": 1.5, "text": "one", "term": None}, {"time": 1.5, "text": "two", "term": 3}
+    first, second = '{"time": 1.5, "text": "one", "term": null}', '{"time": 1.5, "text": "two", "term": 3}'
     for event in (first, second, first, second):
-        history.event(JOB, json.dumps(event))
-    assert history.events(JOB) == [first, second]
+        history.event(event)
+    assert history.events() == [first, second]
 
 
 def test_only_the_newest_events_are_kept(history: History, raw: redis.Redis) -> None:
@@ -74,15 +74,15 @@ def test_only_the_newest_events_are_kept(history: History, raw: redis.Redis) -> 
         for number in range(EVENTS_MAX):
             pipeline.xadd(keys.events(JOB), {"json": json.dumps({"number": number})})
         pipeline.execute()
-    history.event(JOB, json.dumps({"number": EVENTS_MAX}))
-    assert [event["number"] for event in history.events(JOB)] == list(range(1, EVENTS_MAX + 1))
+    history.event(json.dumps({"number": EVENTS_MAX}))
+    assert [json.loads(event)["number"] for event in history.events()] == list(range(1, EVENTS_MAX + 1))
 
 
 def test_a_second_point_within_the_interval_is_not_kept(history: History, raw: redis.Redis) -> None:
     backdate(raw, 1_100, {"version": 0})
-    history.point(JOB, json.dumps({"version": 1}))
-    history.point(JOB, json.dumps({"version": 2}))
-    assert [point["version"] for point in history.curve(JOB)] == [0, 1]
+    history.point(json.dumps({"version": 1}))
+    history.point(json.dumps({"version": 2}))
+    assert [json.loads(point)["version"] for point in history.curve()] == [0, 1]
 
 
 def test_a_curve_with_too_many_points_keeps_every_other_and_doubles_its_interval(
@@ -90,8 +90,8 @@ def test_a_curve_with_too_many_points_keeps_every_other_and_doubles_its_interval
 ) -> None:
     for number in range(POINTS_MAX):
         backdate(raw, 1_000 * (POINTS_MAX - number), {"version": number})
-    history.point(JOB, json.dumps({"version": POINTS_MAX}))
-    assert [point["version"] for point in history.curve(JOB)] == list(range(0, POINTS_MAX + 1, 2))
+    history.point(json.dumps({"version": POINTS_MAX}))
+    assert [json.loads(point)["version"] for point in history.curve()] == list(range(0, POINTS_MAX + 1, 2))
     assert raw.get(keys.curve_interval(JOB)) == b"2"
 
 
@@ -99,34 +99,35 @@ def test_a_curve_with_too_many_points_keeps_every_other_and_doubles_its_interval
 def test_a_continued_curve_keeps_its_interval(history: History, raw: redis.Redis, age_ms: int, kept: bool) -> None:
     raw.set(keys.curve_interval(JOB), 2)
     backdate(raw, age_ms, {"version": 1})
-    history.point(JOB, json.dumps({"version": 2}))
-    assert (len(history.curve(JOB)) == 2) is kept
+    history.point(json.dumps({"version": 2}))
+    assert (len(history.curve()) == 2) is kept
 
 
 def test_a_clock_of_redis_that_went_back_does_not_stop_the_curve(history: History, raw: redis.Redis) -> None:
     backdate(raw, -3_600_000, {"version": 1})
-    history.point(JOB, json.dumps({"version": 2}))
-    assert [point["version"] for point in history.curve(JOB)] == [1, 2]
+    history.point(json.dumps({"version": 2}))
+    assert [json.loads(point)["version"] for point in history.curve()] == [1, 2]
 
 
 @pytest.mark.parametrize("found", ["{", "[1]"])
-@pytest.mark.parametrize("read", [History.heartbeats, History.events, History.curve])
+@pytest.mark.parametrize("read", [JobHistory.heartbeats, JobHistory.events, JobHistory.curve])
 def test_what_cannot_be_read_is_named(
-    history: History, raw: redis.Redis, read: Callable[[History, str], object], found: str
+    server: PrivateRedis, raw: redis.Redis, read: Callable[[JobHistory], object], found: str
 ) -> None:
     raw.hset(keys.heartbeats(JOB), "a", found)
     raw.xadd(keys.events(JOB), {"json": found})
     raw.xadd(keys.curve(JOB), {"json": found})
-    with pytest.raises(DataIntegrity, match=rf"psa:\{{job\}}:{read.__name__}"):
-        read(history, JOB)
+    named = pytest.raises(DataIntegrity, match=rf"psa:\{{job\}}:{read.__name__}")
+    with closing(JobHistory(JOB, server.url, timeout_s=5.0)) as history, named:
+        read(history)
 
 
 def test_a_job_that_is_deleted_leaves_nothing(history: History, server: PrivateRedis, raw: redis.Redis) -> None:
-    history.heartbeat(JOB, "a", "{}")
-    history.event(JOB, '{"number": 1}')
+    history.heartbeat("a", "{}")
+    history.event('{"number": 1}')
     for number in range(POINTS_MAX):
         backdate(raw, 1_000 * (POINTS_MAX - number), {"version": number})
-    history.point(JOB, json.dumps({"version": POINTS_MAX}))
+    history.point(json.dumps({"version": POINTS_MAX}))
     assert set(raw.keys()) == {key.encode() for key in keys.history(JOB)}
     with closing(RedisStore(server.url, timeout_s=5.0)) as store:
         store.delete_job(JOB, 3)
@@ -136,10 +137,10 @@ def test_a_job_that_is_deleted_leaves_nothing(history: History, server: PrivateR
 def test_a_redis_that_is_away_is_given_up_in_time(server: PrivateRedis) -> None:
     with closing(Proxy(server.address)) as proxy:
         gone = f"redis://127.0.0.1:{proxy.port}"
-    with closing(History(gone, timeout_s=0.3)) as history:
+    with closing(History(JOB, gone, timeout_s=0.3)) as history:
         begun_s = time.monotonic()
         with pytest.raises(DependencyUnreachable):
-            history.heartbeat(JOB, "a", "{}")
+            history.heartbeat("a", "{}")
         assert time.monotonic() - begun_s < 3.0
 
 

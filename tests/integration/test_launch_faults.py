@@ -31,12 +31,12 @@ from psa_store.launch import (
     Verdict,
     after_exit,
     down,
-    hold_home,
     running,
     supervisor,
     up,
 )
 from psa_store.launch.supervisor import reported_code
+from psa_store.launch.up import hold_home
 from psa_store.wire import announce
 
 PATIENCE_S = 120.0

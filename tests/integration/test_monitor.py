@@ -332,8 +332,8 @@ class TestMonitor:
         events = Events()
         events.see(View(None, {}, {"other": Member("other", "host", 1)}, (1,), 1))
         with closing(JobHistory("job", redis.url, timeout_s=5.0)) as history:
-            with closing(History(redis.url, timeout_s=5.0)) as raw:
-                raw.heartbeat("job", "other", json.dumps({"told": "by another release"}))
+            with closing(History("job", redis.url, timeout_s=5.0)) as raw:
+                raw.heartbeat("other", json.dumps({"told": "by another release"}))
             with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
                 for _ in range(3):
                     before = last_beat(history)

@@ -23,15 +23,11 @@ _BLOCK_ELEMENTS = 256 << 10
 
 
 def start(workload: Workload, processes: ChildProcesses) -> Contender:
-    worker = processes.spawn("floor", _worker, workload)
-    worker.answer()
-    return Contender(FLOOR, [worker])
+    return Contender(FLOOR, [processes.spawn("floor", _worker, workload)])
 
 
 def _worker(commands: CommandPipe, workload: Workload) -> None:
-    steps = _Steps(workload)
-    commands.ready()
-    commands.handle(steps)
+    commands.handle(_Steps(workload))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,6 @@ def start(workload: Workload, processes: ChildProcesses, folder: Path) -> Conten
         processes.spawn(f"gloo, worker {rank}", _worker, workload, rank, str(meeting), env=_LOOPBACK)
         for rank in range(workload.workers)
     ]
-    for worker in workers:
-        worker.answer()
     return Contender(GLOO, workers)
 
 
@@ -40,7 +38,6 @@ def _worker(commands: CommandPipe, workload: Workload, rank: int, meeting: str) 
 
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workload.workers)
     try:
-        commands.ready()
         commands.handle(_Steps(workload, rank))
     finally:
         dist.destroy_process_group()

@@ -11,15 +11,11 @@ from psa_store.bench.workload import Workload
 
 
 def start(workload: Workload, processes: ChildProcesses) -> Contender:
-    child = processes.spawn(COPY, _copy, workload.elements)
-    child.answer()
-    return Contender(COPY, [child])
+    return Contender(COPY, [processes.spawn(COPY, _copy, workload.elements)])
 
 
 def _copy(commands: CommandPipe, elements: int) -> None:
-    copy = _Copy(elements)
-    commands.ready()
-    commands.handle(copy)
+    commands.handle(_Copy(elements))
 
 
 class _Copy(Stepper):

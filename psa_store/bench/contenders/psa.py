@@ -37,11 +37,10 @@ def start(
     workers = [
         processes.spawn(f"{name}, worker {index}", _worker, workload, job, env=env) for index in range(workload.workers)
     ]
-    for worker in workers:
-        worker.answer()
+    contender = Contender(name, workers)
     # All workers have joined, so the first plan gives each of them one rank.
-    server = processes.spawn(f"{name}, server", _server, job, env=env)
-    return Contender(name, workers, [server])
+    contender.servers.append(processes.spawn(f"{name}, server", _server, job, env=env))
+    return contender
 
 
 def _server(_orders: CommandPipe, job: str) -> None:
@@ -60,7 +59,6 @@ def _worker(commands: CommandPipe, workload: Workload, job: str) -> None:
             lr=workload.lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, clip_grad_norm=workload.clip
         )
     with psa.Worker(job, model, optimizer=optimizer, ranks=workload.workers) as worker:
-        commands.ready()
         commands.handle(_Steps(worker, model, workload, job))
 
 

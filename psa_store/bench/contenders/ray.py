@@ -46,9 +46,7 @@ def start_flat(workload: Workload, processes: ChildProcesses, folder: Path) -> C
 
 
 def _start(name: str, processes: ChildProcesses, target: Callable[..., None], *arguments: Any) -> Contender:
-    driver = processes.spawn(name, target, *arguments, env=_ENVIRONMENT)
-    driver.answer()
-    return Contender(name, [driver])
+    return Contender(name, [processes.spawn(name, target, *arguments, env=_ENVIRONMENT)])
 
 
 def _drive(
@@ -76,7 +74,6 @@ def _join(commands: CommandPipe, workload: Workload, folder: str, server: type[_
 
 def _handle(commands: CommandPipe, steps: _Steps) -> None:
     try:
-        commands.ready()
         commands.handle(steps)
     finally:
         steps.close()

@@ -28,20 +28,15 @@ def start_get(workload: Workload, processes: ChildProcesses, url: str) -> Conten
 
 
 def _start(name: str, workload: Workload, processes: ChildProcesses, url: str, reads: bool) -> Contender:
-    child = processes.spawn(name, _talk, workload.size_bytes, url, reads)
-    child.answer()
-    return Contender(name, [child])
+    return Contender(name, [processes.spawn(name, _talk, workload.size_bytes, url, reads)])
 
 
 def _talk(commands: CommandPipe, size_bytes: int, url: str, reads: bool) -> None:
     with _connect(url) as sock:
         writes = _Writes(size_bytes, sock)
-        stepper: Stepper = writes
         if reads:
             writes.step()
-            stepper = _Reads(size_bytes, sock)
-        commands.ready()
-        commands.handle(stepper)
+        commands.handle(_Reads(size_bytes, sock) if reads else writes)
 
 
 def _connect(url: str) -> socket.socket:
@@ -59,12 +54,15 @@ def _connect(url: str) -> socket.socket:
     return sock
 
 
-class _Writes(Stepper):
-    """One step writes all values."""
-
+class _Values(Stepper):
     def __init__(self, size_bytes: int, sock: socket.socket) -> None:
         self._sock = sock
-        self._values = _values(size_bytes)
+        memory = torch.ones(size_bytes, dtype=torch.uint8).numpy().data
+        self._values = [memory[low : low + _VALUE_BYTES] for low in range(0, size_bytes, _VALUE_BYTES)]
+
+
+class _Writes(_Values):
+    """One step writes all values."""
 
     def step(self) -> None:
         for index, value in enumerate(self._values):
@@ -75,12 +73,8 @@ class _Writes(Stepper):
             _expect(self._sock, b"+OK\r\n")
 
 
-class _Reads(Stepper):
+class _Reads(_Values):
     """One step reads all values, into places of their own."""
-
-    def __init__(self, size_bytes: int, sock: socket.socket) -> None:
-        self._sock = sock
-        self._values = _values(size_bytes)
 
     def step(self) -> None:
         for index, value in enumerate(self._values):
@@ -93,11 +87,6 @@ class _Reads(Stepper):
 
 def _key(index: int) -> bytes:
     return b"value%d" % index
-
-
-def _values(size_bytes: int) -> list[memoryview]:
-    memory = torch.ones(size_bytes, dtype=torch.uint8).numpy().data
-    return [memory[low : low + _VALUE_BYTES] for low in range(0, size_bytes, _VALUE_BYTES)]
 
 
 def _expect(sock: socket.socket, wanted: bytes) -> None:

@@ -55,8 +55,6 @@ def _start(name: str, workload: Workload, pieces: Pieces, processes: ChildProces
         processes.spawn(f"{name}, worker {rank}", _worker, workload, pieces, rank, meeting, env=_LOOPBACK)
         for rank in range(workload.workers)
     ]
-    for worker in workers:
-        worker.answer()
     return Contender(name, workers, [server])
 
 
@@ -92,9 +90,7 @@ def _worker(commands: CommandPipe, workload: Workload, pieces: Pieces, rank: int
     import torch.distributed.rpc as rpc
 
     _join(f"worker{rank}", rank, workload, meeting)
-    steps = _Steps(workload, pieces, rank)
-    commands.ready()
-    commands.handle(steps)
+    commands.handle(_Steps(workload, pieces, rank))
     rpc.shutdown()
 
 

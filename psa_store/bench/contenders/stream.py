@@ -36,17 +36,13 @@ def _start(name: str, workload: Workload, processes: ChildProcesses, parts: tupl
             processes.spawn(name, _stream, workload.size_bytes, end, sends, receives)
             for end, (sends, receives) in zip((one, other), parts, strict=True)
         ]
-        for child in children:
-            child.answer()  # it has a copy of its end by now
-    return Contender(name, children)
+        return Contender(name, children)  # by now each has a copy of its end
 
 
 def _stream(commands: CommandPipe, size_bytes: int, end: socket.socket, sends: bool, receives: bool) -> None:
     with end:
         end.settimeout(_TIMEOUT_S)
-        stream = _Stream(size_bytes, end, sends, receives)
-        commands.ready()
-        commands.handle(stream)
+        commands.handle(_Stream(size_bytes, end, sends, receives))
 
 
 class _Stream(Stepper):

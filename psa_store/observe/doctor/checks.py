@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import platform
 import resource
-from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from psa_store.checkpoint.catalog import read_job
 from psa_store.coordination import examine_zookeeper
-from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UnknownJob, UsageError
-from psa_store.job.config import job_config_from_json
-from psa_store.job.layout import layout_from_json
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UsageError
 from psa_store.observe.doctor import machine, redis, zookeeper
 from psa_store.observe.doctor.check import Check, Examination, Verdict
 from psa_store.observe.doctor.footprint import Footprint, footprint_of
@@ -92,15 +90,11 @@ def _examine_redis(url: str, job: str | None, timeout_s: float) -> tuple[list[Ch
 
 
 def _read_job(url: str, job: str, timeout_s: float) -> _StoredJob:
-    with closing(RedisStore(url, timeout_s=timeout_s)) as store:
-        found = store.read_job(job)
-        if found is None:
-            raise UnknownJob(f"no job {job!r}; known jobs: {', '.join(store.jobs()) or 'none'}")
-        config, layout = job_config_from_json(found[0]), layout_from_json(found[1])
-        heads = store.heads(job, [shard.index for shard in layout.shards])
-    sections = [section for head in heads for manifest in head.manifests for section in manifest.sections]
-    stored = sum(section.size_bytes for section in sections)
-    return _StoredJob(config.ranks, footprint_of(config, layout), stored)
+    with RedisStore(url, timeout_s=timeout_s) as store:
+        found = read_job(store, job)
+    manifests = [manifest for head in found.heads.values() for manifest in head.manifests]
+    stored_bytes = sum(section.size_bytes for manifest in manifests for section in manifest.sections)
+    return _StoredJob(found.config.ranks, footprint_of(found.config, found.layout), stored_bytes)
 
 
 def _measure(url: str, facts: RedisFacts, stored_job: _StoredJob | None, timeout_s: float) -> Check:
