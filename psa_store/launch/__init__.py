@@ -2,7 +2,7 @@
 
 from psa_store.launch.child import Place
 from psa_store.launch.redis_server import PrivateRedis
-from psa_store.launch.supervisor import Child, Supervisor, Verdict, after_exit
+from psa_store.launch.supervisor import Child, Supervisor
 from psa_store.launch.up import Addresses, PrivateServers, down, fill_addresses, running, up
 from psa_store.launch.zookeeper_server import PrivateZooKeeper
 
@@ -14,8 +14,6 @@ __all__ = [
     "PrivateServers",
     "PrivateZooKeeper",
     "Supervisor",
-    "Verdict",
-    "after_exit",
     "down",
     "fill_addresses",
     "running",

@@ -1,4 +1,7 @@
-"""Coordination against a real ZooKeeper: members, election and plan, and what holds when processes or ZooKeeper die."""
+"""Coordination against a real ZooKeeper: members, election and plan, and what holds when processes or ZooKeeper die.
+
+One file, since all of it runs against one ZooKeeper, which these tests pause, kill and cut off by the same means.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A trained job goes to files and comes back, whole, elsewhere, and in other pieces."""
+"""A trained job goes to files and comes back, whole, elsewhere, and in other pieces.
+
+One file, since what is exported, damaged, lost and imported here are the same few jobs, made by the same helpers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Broken, lying and hostile peers of a live server: it goes on, holds nothing of them, and the result is the same."""
+"""Broken, lying and hostile peers of a live server: it goes on, holds nothing of them, and the result is the same.
+
+One file, since all peers are let loose on one running job, whose result is compared at the end.
+"""
 
 from __future__ import annotations
 

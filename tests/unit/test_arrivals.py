@@ -1,4 +1,7 @@
-"""Pushes that are applied on arrival, as properties: two servers, ranks that come and go, and whatever may be lost."""
+"""Pushes that are applied on arrival, as properties: two servers, ranks that come and go, and whatever may be lost.
+
+One file, since the larger part of it is one state machine, whose rules share what they know of the job.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Compressed gradients: as close as promised, the same bytes everywhere, and nothing believed that a peer sends."""
+"""Compressed gradients: as close as promised, the same bytes everywhere, and nothing believed that a peer sends.
+
+One file, since every promise is checked of every compression, on the same gradients.
+"""
 
 from __future__ import annotations
 

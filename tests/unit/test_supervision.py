@@ -1,21 +1,26 @@
-"""What happens to a child that ended: a table."""
+"""What happens to a child that ended, and the code that is reported of it: two tables."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
-from psa_store.launch import Verdict, after_exit
+from psa_store.launch.supervisor import Verdict, after_exit, reported_code
 
 
 @pytest.mark.parametrize(
     ("exit_code", "restarts_left", "stopping", "verdict"),
     [
         (0, 5, False, Verdict.DONE),
+        (0, 0, False, Verdict.DONE),
         (-9, 5, False, Verdict.RESTART),
         (-11, 1, False, Verdict.RESTART),
         (-9, 0, False, Verdict.FAIL),
         (3, 5, False, Verdict.RESTART),
         (3, 0, False, Verdict.FAIL),
+        (255, 1, False, Verdict.RESTART),
+        (255, 0, False, Verdict.FAIL),
         (1, 5, False, Verdict.FAIL),
         (2, 5, False, Verdict.FAIL),
         (4, 5, False, Verdict.FAIL),
@@ -25,3 +30,20 @@ from psa_store.launch import Verdict, after_exit
 )
 def test_verdicts(exit_code: int, restarts_left: int, stopping: bool, verdict: Verdict) -> None:
     assert after_exit(exit_code, restarts_left, stopping) is verdict
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "stopping", "reported"),
+    [
+        (0, False, 0),
+        (2, False, 2),
+        (4, True, 4),
+        (255, False, 1),
+        (-signal.SIGKILL, False, 1),
+        (-signal.SIGKILL, True, 1),
+        (-signal.SIGTERM, False, 1),
+        (-signal.SIGTERM, True, 0),
+    ],
+)
+def test_reported_codes_are_documented_ones(exit_code: int, stopping: bool, reported: int) -> None:
+    assert reported_code(exit_code, stopping) == reported

@@ -1,4 +1,7 @@
-"""The synchronous step as properties: several servers, gradients in any order, duplicates, refusals."""
+"""The synchronous step as properties: several servers, gradients in any order, duplicates, refusals.
+
+One file, since all of it moves the same machine by the same few helpers.
+"""
 
 from __future__ import annotations
 

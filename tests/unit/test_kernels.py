@@ -1,8 +1,7 @@
-"""Optimizers as data, and the kernels that apply them: torch.optim's results, in stable bits."""
+"""The kernels that apply optimizers: torch.optim's results, in stable bits."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psa_store import optim
-from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import PAGE_BYTES, Layout, Shard, TensorRole, TensorSpec, make_layout
 from psa_store.optim import kernels as kernels_module
@@ -23,20 +21,9 @@ from psa_store.optim.kernels import ShardKernel, init_slots, make_scratch
 from psa_store.optim.reduce import clip_factor, squared_norm
 from psa_store.optim.slots import slot_dtype, slot_names
 from psa_store.optim.tensors import name_of, to_torch
+from tests.unit.optimizers import EVERY_OPTIMIZER, OPTIMIZERS
 
-OPTIMIZERS: Mapping[str, optim.Optimizer] = {
-    "sgd": optim.SGD(0.1),
-    "sgd_decay": optim.SGD(0.1, weight_decay=0.1),
-    "sgd_momentum": optim.SGD(0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
-    "sgd_nesterov": optim.SGD(0.1, momentum=0.9, nesterov=True),
-    "adam": optim.Adam(1e-2, weight_decay=0.1),
-    "adamw": optim.AdamW(1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
-    "adagrad": optim.Adagrad(0.1, lr_decay=0.01, weight_decay=0.1, initial_accumulator_value=0.5, eps=1e-8),
-    "rmsprop": optim.RMSprop(1e-2, weight_decay=0.1),
-    "rmsprop_full": optim.RMSprop(1e-2, alpha=0.9, momentum=0.9, centered=True, weight_decay=0.1, eps=1e-6),
-}
 SHAPES = {"0.weight": (67, 33), "0.bias": (33,), "1.gain": (), "1.weight": (5, 7, 9), "1.bias": (1001,)}
-EVERY_OPTIMIZER = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
 
 class Model:
@@ -369,149 +356,6 @@ def test_clip_factor_without_a_limit_still_reports_what_is_not_finite() -> None:
     for bad in (math.nan, math.inf):
         assert math.isnan(clip_factor([1.0, bad], None))
         assert math.isnan(clip_factor([1.0, bad], 1.0))
-
-
-@EVERY_OPTIMIZER
-def test_json_gives_back_an_equal_optimizer(optimizer: optim.Optimizer) -> None:
-    document = optimizer.to_dict()
-    assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert optim.from_dict(json.loads(json.dumps(document))) == optimizer
-
-
-def test_json_gives_back_schedules_groups_and_clipping() -> None:
-    optimizer = optim.AdamW(
-        optim.linear(0.1 + 0.2, total=10),
-        betas=[0.9, 1 / 3],
-        clip_grad_norm=1,
-        groups=[optim.group("*.bias", weight_decay=0), optim.group("matrices", lr_scale=1 / 3)],
-    )
-    again = optim.from_dict(json.loads(json.dumps(optimizer.to_dict())))
-    assert again == optimizer
-    assert hash(again) == hash(optimizer)
-    assert again.to_dict() == optimizer.to_dict()
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"])
-def test_defaults_are_those_of_torch(name: str) -> None:
-    theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1))]).defaults
-    ours = getattr(optim, name)().to_dict()
-    for key in ours.keys() - {"name", "clip_grad_norm", "groups"}:
-        expected = list(theirs[key]) if key == "betas" else theirs[key]
-        assert ours[key] == expected, key
-
-
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: optim.SGD(-1.0), "lr=-1"),
-        (lambda: optim.SGD("fast"), "lr='fast'"),  # type: ignore[arg-type]
-        (lambda: optim.SGD(True), "lr=True"),
-        (lambda: optim.SGD(math.nan), "lr=nan"),
-        (lambda: optim.SGD(0.1, momentum=-0.1), "momentum=-0.1"),
-        (lambda: optim.SGD(0.1, nesterov=True), "nesterov=True"),
-        (lambda: optim.SGD(0.1, nesterov=1), "nesterov=1"),  # type: ignore[arg-type]
-        (lambda: optim.Adam(betas=(0.9, 1.0)), "betas=1.0"),
-        (lambda: optim.Adam(betas=(0.9,)), "betas="),
-        (lambda: optim.Adam(eps=0.0), "eps=0.0"),
-        (lambda: optim.Adam(weight_decay=math.inf), "weight_decay=inf"),
-        (lambda: optim.AdamW(clip_grad_norm=0), "clip_grad_norm=0"),
-        (lambda: optim.AdamW(clip_grad_norm=-1), "clip_grad_norm=-1"),
-        (lambda: optim.RMSprop(alpha=1.0), "alpha=1.0"),
-        (lambda: optim.RMSprop(centered=None), "centered=None"),  # type: ignore[arg-type]
-        (lambda: optim.Adagrad(lr_decay=-1), "lr_decay=-1"),
-        (lambda: optim.Optimizer(0.1), "not an optimizer"),
-        (lambda: optim.AdamW(groups=[{"select": "vectors"}]), "psa.optim.group"),  # type: ignore[list-item]
-        (
-            lambda: optim.AdamW(groups=[optim.group("vectors", momentum=0.9)]),
-            "AdamW cannot override 'momentum'",
-        ),
-        (
-            lambda: optim.SGD(0.1, momentum=0.9, nesterov=True, groups=[optim.group("*", momentum=0)]),
-            "nesterov",
-        ),
-        (lambda: optim.group("vectors"), "overrides nothing"),
-        (lambda: optim.group("", lr_scale=1.0), "select=''"),
-        (lambda: optim.group("vectors", lr_scale=-1.0), "lr_scale=-1"),
-        (lambda: optim.group("vectors", nesterov=True), "'nesterov'"),
-        (lambda: optim.warmup_cosine(1e-3, warmup=100, total=100), "total=100"),
-        (lambda: optim.warmup_cosine(1e-3, warmup=1.5), "warmup=1.5"),  # type: ignore[arg-type]
-        (lambda: optim.constant(-1.0), "peak=-1"),
-    ],
-)
-def test_unusable_arguments_are_refused_by_name(build: Callable[[], object], words: str) -> None:
-    with pytest.raises(UsageError, match=words.replace("(", r"\(")):
-        build()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"name": "Lion"},
-        {"name": "Optimizer"},
-        {"name": ["SGD"]},
-        {"momentun": 0.9},
-        {"momentum": "0.9"},
-        {"lr": {"shape": "cubic", "peak": 1.0, "warmup": 0, "total": 1, "final": 1.0}},
-        {"lr": {"shape": "cosine"}},
-        {"groups": [{"weight_decay": 0.1}]},
-        {"groups": [{"select": "vectors", "weight_decoy": 0.1}]},
-        {"groups": 3},
-    ],
-)
-def test_a_damaged_document_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises(DataIntegrity, match="cannot be read"):
-        optim.from_dict({**optim.SGD(0.1).to_dict(), **change})
-    with pytest.raises(DataIntegrity):
-        optim.from_dict({})
-
-
-def test_the_first_group_that_matches_wins() -> None:
-    optimizer = optim.SGD(
-        0.1,
-        groups=[
-            optim.group("head.*", lr_scale=0.1),
-            optim.group("vectors", weight_decay=0.0),
-            optim.group("*.Weight", weight_decay=0.1),
-            optim.group("matrices", weight_decay=0.2),
-        ],
-    )
-    assert optimizer.group_of("head.bias", (3,)) == 1
-    assert optimizer.group_of("body.bias", (3,)) == 2
-    assert optimizer.group_of("scale", ()) == 2
-    assert optimizer.group_of("body.weight", (3, 3)) == 4, "names are compared with their case"
-    assert optim.SGD(0.1, groups=[optim.group("a", lr_scale=2)]).group_of("b", (1,)) == 0
-    assert optimizer.lr_at(0, 1) == pytest.approx(0.01)
-    assert optimizer.in_group(4).weight_decay == 0.2
-    assert optimizer.in_group(0).weight_decay == 0.0
-
-
-def test_warmup_cosine_is_the_formula_of_nanogpt() -> None:
-    peak, warmup, total, final = 1e-3, 100, 2000, 1e-4
-
-    def nanogpt(it: int) -> float:
-        if it < warmup:
-            return peak * (it + 1) / (warmup + 1)
-        if it > total:
-            return final
-        ratio = (it - warmup) / (total - warmup)
-        return final + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (peak - final)
-
-    schedule = optim.warmup_cosine(peak)
-    assert [schedule.at(step) for step in range(2100)] == pytest.approx(
-        [nanogpt(step) for step in range(2100)], rel=1e-15
-    )
-    assert schedule.at(warmup) == peak
-    assert schedule.at(10**9) == final
-
-
-def test_linear_falls_on_a_straight_line() -> None:
-    schedule = optim.linear(1.0, warmup=1, total=5, final=0.2)
-    assert [schedule.at(step) for step in range(7)] == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
-
-
-def test_a_constant_schedule_is_the_number() -> None:
-    assert {optim.constant(0.3).at(step) for step in (0, 1, 10**6)} == {0.3}
-    assert optim.SGD(optim.constant(0.3)).lr_at(7) == optim.SGD(0.3).lr_at(7)
 
 
 def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -1,0 +1,1 @@
+"""The Redis door, against a real Redis."""
