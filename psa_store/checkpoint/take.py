@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 from psa_store import logs
 from psa_store.checkpoint.catalog import (
@@ -36,7 +37,6 @@ from psa_store.storage import RedisStore
 from psa_store.storage.sections import CLOCK
 
 _LOOK_AGAIN_S = 0.5
-_TRIES_AT_REST = 5
 _END = "checkpoint-at-end"
 """Name that one of the servers that leave last holds in ZooKeeper."""
 
@@ -67,7 +67,10 @@ def take(
         while time.monotonic() < deadline_s:
             woken.clear()
             if not coordination.members(ProcessRole.SERVER):
-                return _take_at_rest(store, job, name)
+                with suppress(Rewound):  # it does not rest any more: look again
+                    return take_at_rest(store, job, name, Reason.ASKED)
+                woken.wait(_LOOK_AGAIN_S)
+                continue
             if not asked:
                 if not coordination.request_checkpoint(chosen, CheckpointRequest(named=name is not None)):
                     raise UsageError(f"a checkpoint {chosen!r} of job {job!r} is being taken just now")
@@ -132,31 +135,25 @@ def take_at_end(
 
     What it leaves is durable without it; that there is no checkpoint is logged, and is no failure.
     """
-    try:
-        _take_at_end(config, layout, store, coordination, policy)
-    except PsaError as error:
-        logs.get_logger().error("no checkpoint at the end", why=str(error))
-
-
-def _take_at_end(
-    config: JobConfig, layout: Layout, store: RedisStore, coordination: Coordination, policy: CheckpointPolicy
-) -> None:
-    seen = coordination.read_plan()
-    if seen is None or seen.plan.owners or coordination.hold(_END, "the last server") is not None:
-        return  # others go on, or have begun again, or another one that has left does it
-    stored = read_job(store, config.name)
-    newest = stored.versions()[-1:]
-    if any([each.version] == newest for each in stored.checkpoints.values()):
-        return
-    done = take_at_rest(store, config.name, None, Reason.END)
     log = logs.get_logger()
-    log.info("checkpoint", name=done.name, version=done.version)
-    tidy(store, config.name, layout, policy)
-    if policy.files is not None:
-        archive = Archive(policy.files, config.name)
-        export = archive.write(store, done.name)
-        archive.prune(policy.keep, policy.older_than_s)
-        log.info("checkpoint in files", checkpoint=done.name, version=export.version, folder=export.url)
+    try:
+        seen = coordination.read_plan()
+        if seen is None or seen.plan.owners or coordination.hold(_END, "the last server") is not None:
+            return  # others go on, or have begun again, or another one that has left does it
+        stored = read_job(store, config.name)
+        newest = stored.versions()[-1:]
+        if any([each.version] == newest for each in stored.checkpoints.values()):
+            return
+        done = take_at_rest(store, config.name, None, Reason.END)
+        log.info("checkpoint", name=done.name, version=done.version)
+        tidy(store, config.name, layout, policy)
+        if policy.files is not None:
+            archive = Archive(policy.files, config.name)
+            export = archive.write(store, done.name)
+            archive.prune(policy.keep, policy.older_than_s)
+            log.info("checkpoint in files", checkpoint=done.name, version=export.version, folder=export.url)
+    except PsaError as error:
+        log.error("no checkpoint at the end", why=str(error))
 
 
 def announce(store: RedisStore, job: str, name: str) -> None:
@@ -201,12 +198,3 @@ def complete(
     )
     store.write_checkpoint(config.name, name, checkpoint.to_json())
     return checkpoint
-
-
-def _take_at_rest(store: RedisStore, job: str, name: str | None) -> Checkpoint:
-    for _ in range(_TRIES_AT_REST):
-        try:
-            return take_at_rest(store, job, name, Reason.ASKED)
-        except Rewound:
-            continue  # it does not rest any more: the next look finds a newer version
-    raise DependencyUnreachable(f"job {job!r} began while its checkpoint was taken: repeat the command")

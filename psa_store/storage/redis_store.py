@@ -14,7 +14,7 @@ from xxhash import xxh3_128_hexdigest
 
 from psa_store.config import Settings
 from psa_store.errors import DataIntegrity, DependencyUnfit, Fenced, JobMismatch
-from psa_store.storage import keys, pins
+from psa_store.storage import keys
 from psa_store.storage.caller import Caller
 from psa_store.storage.chunk_reader import read_into
 from psa_store.storage.commit import Commit, Outcomes, ShardState
@@ -29,6 +29,7 @@ from psa_store.storage.head import (
     term_text,
     version_field,
 )
+from psa_store.storage.pins import Pins
 from psa_store.testing.failpoints import failpoint
 
 _PIPELINE_SHARDS = 256
@@ -221,11 +222,11 @@ class RedisStore:
 
     def trim(self, job: str, shards: Iterable[int], term: int, newest: int) -> None:
         """Drop versions newer than ``newest``; raises Fenced or Rewound if ``term`` does not own a shard."""
-        pins.drop(self._caller, self.heads, job, shards, _versions(lambda version: version > newest), term)
+        self._pins(job).drop(shards, _versions(lambda version: version > newest), term)
 
     def mark_corrupt(self, job: str, shard: int, term: int, version: int) -> None:
         """Drop one version that was found damaged; raises Fenced or Rewound if ``term`` does not own the shard."""
-        pins.drop(self._caller, self.heads, job, [shard], _versions(lambda each: each == version), term)
+        self._pins(job).drop([shard], _versions(lambda each: each == version), term)
 
     # --- checkpoints
 
@@ -239,7 +240,7 @@ class RedisStore:
             Fenced, Rewound: ``term`` does not own a shard, or the version is gone. Some others may be pinned.
         """
         wanted = version_field(version)
-        pins.copy(self._caller, self.heads, job, shards, lambda _: (wanted, pin_field(name)), term)
+        self._pins(job).copy(shards, lambda _: (wanted, pin_field(name)), term)
 
     def share(self, job: str, nonces: Mapping[int, str], name: str) -> None:
         """Keep, under a name, those versions of these shards that have these nonces, wherever they are named now.
@@ -252,12 +253,12 @@ class RedisStore:
             named = [each for each, manifest in head.entries().items() if manifest.nonce == nonces[head.shard]]
             return named[0] if named else f"a version of nonce {nonces[head.shard]}", pin_field(name)
 
-        pins.copy(self._caller, self.heads, job, nonces, fields, None)
+        self._pins(job).copy(nonces, fields, None)
 
     def unpin(self, job: str, shards: Iterable[int], names: Collection[str]) -> None:
         """Keep no longer what these names keep; what nothing else names is removed. Idempotent."""
         fields = [pin_field(name) for name in names]
-        pins.drop(self._caller, self.heads, job, shards, lambda head: [f for f in fields if f in head.entries()])
+        self._pins(job).drop(shards, lambda head: [f for f in fields if f in head.entries()])
 
     def unwind(self, job: str, shards: Sequence[int], term: int, version: int, name: str | None) -> None:
         """Make ``version`` the newest of these shards, as ``name`` keeps it (None: as it is stored).
@@ -271,7 +272,7 @@ class RedisStore:
         failpoint("rollback.begun")
         if name is not None:
             there = version_field(version)
-            pins.copy(self._caller, self.heads, job, shards, lambda _: (pin_field(name), there), term)
+            self._pins(job).copy(shards, lambda _: (pin_field(name), there), term)
         failpoint("rollback.restored")
         self.trim(job, shards, term, version)
 
@@ -295,7 +296,7 @@ class RedisStore:
         Raises:
             Fenced, Rewound: ``term`` does not own the shard.
         """
-        pins.write(self._caller, self.heads, job, shard, manifest.field, manifest, term)
+        self._pins(job).write(shard, manifest.field, manifest, term)
 
     def load(self, job: str, shard: int, manifest: Manifest, into: Mapping[str, memoryview]) -> None:
         """Read sections straight into the given memory and check their digests.
@@ -320,6 +321,9 @@ class RedisStore:
                 raise DataIntegrity(f"{where}: {problem}")
             if xxh3_128_hexdigest(part) != digest:
                 raise DataIntegrity(f"{where}: damaged, its digest does not match")
+
+    def _pins(self, job: str) -> Pins:
+        return Pins(self._caller, partial(self.heads, job), job)
 
     def _pipelined(self, commands: Sequence[tuple[str, str]]) -> list[Any]:
         """Reads in one round trip: a command and its key each."""
