@@ -23,11 +23,10 @@ _TRIES_MAX = 10
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """Where a job stands now. ``lost``: versions that were newer and that no checkpoint keeps."""
+    """Where a job stands now."""
 
     version: int
     term: int
-    lost: tuple[int, ...]
 
 
 def rollback(store: RedisStore, coordination: Coordination, job: str, what: str) -> RolledBack:
@@ -59,10 +58,9 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
             log.info("a controller was faster: again", term=term, why=str(error))
             continue
         failpoint("rollback.unwound")
-        kept = {each.version for each in stored.checkpoints.values()}
-        lost = tuple(each for each in stored.versions() if each > version and each not in kept)
+        done = RolledBack(version, term)
         if seen is None or before is None or not before.owners:
-            return RolledBack(version, term, lost)
+            return done
         plan = replace(
             before,
             term=term,
@@ -74,7 +72,7 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
             cut=None,
         )
         if coordination.write_plan(plan, seen) is not None:
-            return RolledBack(version, term, lost)
+            return done
     raise DependencyUnreachable(
         f"job {job!r}: {_TRIES_MAX} terms began while it was to go back to {what}. See `psa status {job}`, and repeat."
     )

@@ -125,6 +125,16 @@ def not_installed(what: str, packages: str) -> DependencyUnreachable:
     )
 
 
+def answer_of(address: tuple[str, int], request: bytes) -> bytes:
+    """All that a server answers until it ends the connection; nothing if it does not answer."""
+    try:
+        with socket.create_connection(address, timeout=1.0) as sock:
+            sock.sendall(request)
+            return b"".join(iter(lambda: sock.recv(8192), b""))
+    except OSError:
+        return b""
+
+
 def remembered_ports(path: Path, count: int) -> list[int]:
     """The ports of an earlier start, so that addresses survive a restart; free ones the first time."""
     ports = [int(word) for word in path.read_text().split()] if path.exists() else []

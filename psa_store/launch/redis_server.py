@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from psa_store.launch.child import ChildServer, Place, find_program, remembered_ports
+from psa_store.launch.child import ChildServer, Place, answer_of, find_program, remembered_ports
 
 _SOCKET_PATH_MAX = 100
 _OPTIONS = {
@@ -88,12 +87,7 @@ class PrivateRedis:
 
     def _answers(self) -> bool:
         """It answers PING, and it is ours: another program may have taken the port while we were down."""
-        try:
-            with socket.create_connection(self.address, timeout=1.0) as sock:
-                sock.sendall(b"PING\r\nINFO server\r\nQUIT\r\n")
-                reply = b"".join(iter(lambda: sock.recv(8192), b""))
-        except OSError:
-            return False
+        reply = answer_of(self.address, b"PING\r\nINFO server\r\nQUIT\r\n")
         if reply.startswith(b"-NOAUTH"):  # with a password it says no more than that
             return self.running
         return reply.startswith(b"+PONG") and f"process_id:{self.pid}\r\n".encode() in reply

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from psa_store.launch.child import ChildServer, Place, find_program, not_installed, remembered_ports
+from psa_store.launch.child import ChildServer, Place, answer_of, find_program, not_installed, remembered_ports
 
 # Debian's jar names what it needs in its manifest, except for a logger, without which failures leave no word.
 _CLASSPATHS = {
@@ -129,10 +128,4 @@ class PrivateZooKeeper:
 
     def _serves(self, index: int) -> bool:
         """A node that serves (alone, or in a quorum) tells its configuration, which shows that it is ours."""
-        try:
-            with socket.create_connection(self.addresses[index], timeout=1.0) as sock:
-                sock.sendall(b"conf")
-                reply = b"".join(iter(lambda: sock.recv(4096), b""))
-        except OSError:
-            return False
-        return f"dataDir={self._data(index)}/".encode() in reply
+        return f"dataDir={self._data(index)}/".encode() in answer_of(self.addresses[index], b"conf")

@@ -23,8 +23,11 @@ from psa_store import logs
 from psa_store.errors import PsaError
 from psa_store.wire import Mailbox, listen_tcp
 
-Route = Callable[[], tuple[int, str, bytes]]
-"""Answers a request: status, content type, body. Called by several threads; must not wait for long."""
+Answer = tuple[int, str, bytes]
+"""Status, content type, body."""
+Route = Callable[[], Answer]
+"""Answers a request. Called by several threads; must not wait for long."""
+TEXT = "text/plain; charset=utf-8"
 
 _PORTS_TRIED = 100
 _THREADS = 4
@@ -143,12 +146,12 @@ class _Handler(BaseHTTPRequestHandler):
         route = self._routes.get(path)
         if route is None:
             known = " ".join(sorted(self._routes))
-            status, content_type, body = 404, "text/plain; charset=utf-8", f"no {path}; there are: {known}\n".encode()
+            status, content_type, body = 404, TEXT, f"no {path}; there are: {known}\n".encode()
         else:
             try:
                 status, content_type, body = route()
             except PsaError as error:
-                status, content_type, body = 503, "text/plain; charset=utf-8", f"{error}\n".encode()
+                status, content_type, body = 503, TEXT, f"{error}\n".encode()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))

@@ -13,7 +13,7 @@ from psa_store.cluster import ProcessRole
 from psa_store.config import Settings
 from psa_store.errors import DependencyUnreachable, PsaError
 from psa_store.observe.curve import Curve
-from psa_store.observe.endpoint import Endpoint, Route
+from psa_store.observe.endpoint import TEXT, Answer, Endpoint, Route
 from psa_store.observe.events import Events
 from psa_store.observe.health import Health
 from psa_store.observe.heartbeat import Heartbeat, Rates, finite, resident_bytes
@@ -29,7 +29,6 @@ _SILENT_S = 10.0
 """A thread that has not turned for so long counts as stuck."""
 _STALE_S = 60.0
 """The heartbeat of a process that is no member is removed when it is so old."""
-_TEXT = "text/plain; charset=utf-8"
 
 
 class Monitor:
@@ -177,14 +176,14 @@ class Monitor:
 
     # --- routes
 
-    def _healthz(self) -> tuple[int, str, bytes]:
+    def _healthz(self) -> Answer:
         silent_s = time.monotonic() - self._turned_s
         silence = f"its monitor has not turned for {silent_s:.0f} s" if silent_s > _SILENT_S else ""
         return _verdict(silence or self._health.why_not_alive())
 
-    def _readyz(self) -> tuple[int, str, bytes]:
+    def _readyz(self) -> Answer:
         return _verdict(self._health.why_not_ready())
 
 
-def _verdict(why_not: str) -> tuple[int, str, bytes]:
-    return (503, _TEXT, f"{why_not}\n".encode()) if why_not else (200, _TEXT, b"ok\n")
+def _verdict(why_not: str) -> Answer:
+    return (503, TEXT, f"{why_not}\n".encode()) if why_not else (200, TEXT, b"ok\n")

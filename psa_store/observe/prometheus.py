@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from psa_store.observe.endpoint import Route
 from psa_store.observe.metrics import METRICS, Kind, Metrics
 
 _LABELS = ("job", "member", "role")
@@ -31,7 +32,7 @@ class _Collector(Collector):
                 yield family
 
 
-def metrics_route(job: str, metrics: Metrics) -> Callable[[], tuple[int, str, bytes]]:
+def metrics_route(job: str, metrics: Metrics) -> Route:
     """A route that shows them as they are when it is asked."""
     registry = CollectorRegistry()
     registry.register(_Collector(job, metrics))

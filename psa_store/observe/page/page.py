@@ -21,13 +21,11 @@ from importlib.resources import files
 from psa_store.config import Settings
 from psa_store.errors import PsaError, UnknownJob
 from psa_store.job.document import to_fields
+from psa_store.observe.endpoint import Answer, Route
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.history import JobHistory
 from psa_store.observe.status import PATIENCE_S_MAX, Observer
 from psa_store.storage import RedisStore
-
-Answer = tuple[int, str, bytes]
-"""Status, content type, body."""
 
 _HTML = "text/html; charset=utf-8"
 _JSON = "application/json"
@@ -62,7 +60,7 @@ class Page:
         self._history.close()
         self._store.close()
 
-    def routes(self) -> Mapping[str, Callable[[], Answer]]:
+    def routes(self) -> Mapping[str, Route]:
         """By path, what answers there."""
         return {
             "/": self._home,
