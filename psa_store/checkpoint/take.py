@@ -42,12 +42,7 @@ _END = "checkpoint-at-end"
 
 
 def take(
-    store: RedisStore,
-    coordination: Coordination,
-    woken: threading.Event,
-    job: str,
-    name: str | None,
-    timeout_s: float,
+    store: RedisStore, coordination: Coordination, woken: threading.Event, job: str, name: str | None, timeout_s: float
 ) -> Checkpoint:
     """Take a checkpoint of a job, whatever the job does: of one that runs its controller is asked for it.
 

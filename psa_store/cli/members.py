@@ -25,11 +25,7 @@ def server(job: Annotated[str, typer.Option(help="name of the job to serve")], l
 
 
 @app.command(context_settings=SCRIPT)
-def worker(
-    context: typer.Context,
-    script: Script,
-    log_json: LogJson = False,
-) -> None:
+def worker(context: typer.Context, script: Script, log_json: LogJson = False) -> None:
     """Run a training script as one more worker of its job. May join and leave at any time.
 
     Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181 psa worker train.py --steps 2000

@@ -14,9 +14,7 @@ app = typer.Typer()
 
 
 @app.command()
-def up(
-    ensemble: Annotated[int, typer.Option(help="ZooKeeper nodes: 1 or 3")] = 1,
-) -> None:
+def up(ensemble: Annotated[int, typer.Option(help="ZooKeeper nodes: 1 or 3")] = 1) -> None:
     """Start a private Redis and ZooKeeper in the background; `psa down` stops them, their data stay in PSA_HOME."""
     if ensemble not in (1, 3):
         raise UsageError(f"--ensemble {ensemble}: use 1 or 3")

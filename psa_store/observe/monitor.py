@@ -160,9 +160,7 @@ class Monitor:
             self._log.warning("heartbeats cannot be read: another release wrote them", members=sorted(strange))
             self._warned = True
         others = {name: each for name, each in heartbeats.items() if name not in members}
-        self._history.forget(
-            [name for name, each in others.items() if each is None or time_s - each.time > _STALE_S],
-        )
+        self._history.forget([name for name, each in others.items() if each is None or time_s - each.time > _STALE_S])
         present = [each for name, each in heartbeats.items() if name in members and each is not None]
         point = self._curve.point(time_s, present)
         if point is not None and self._history.offer(point):

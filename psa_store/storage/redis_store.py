@@ -20,15 +20,7 @@ from psa_store.storage.chunk_reader import read_into
 from psa_store.storage.commit import Commit, Outcomes, ShardState
 from psa_store.storage.connection import known_redis, text, translated
 from psa_store.storage.examination import RedisFacts, facts_of
-from psa_store.storage.head import (
-    Head,
-    Manifest,
-    head_from_fields,
-    pin_field,
-    split_chunks,
-    term_text,
-    version_field,
-)
+from psa_store.storage.head import Head, Manifest, head_from_fields, pin_field, split_chunks, term_text, version_field
 from psa_store.storage.pins import Pins
 from psa_store.testing.failpoints import failpoint
 

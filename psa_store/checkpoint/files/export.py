@@ -20,14 +20,7 @@ from typing import Any, ClassVar
 from xxhash import xxh3_128_hexdigest
 
 from psa_store.checkpoint.files.folder import FileFacts, Folder, is_temporary
-from psa_store.checkpoint.files.tensor_files import (
-    MODEL,
-    OPTIMIZER,
-    FileSpec,
-    index_of,
-    slots_of,
-    split_into_files,
-)
+from psa_store.checkpoint.files.tensor_files import MODEL, OPTIMIZER, FileSpec, index_of, slots_of, split_into_files
 from psa_store.checkpoint.reader import StoredVersion
 from psa_store.errors import DataIntegrity, PsaError, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json

@@ -65,12 +65,7 @@ def import_export(
         DependencyUnreachable: Redis, ZooKeeper or the file system fails.
     """
     layout = make_layout(export.layout.tensors, shard_bytes or export.layout.shard_bytes)
-    config = replace(
-        export.config,
-        name=job,
-        ranks=ranks or export.config.ranks,
-        layout=layout.fingerprint,
-    )
+    config = replace(export.config, name=job, ranks=ranks or export.config.ranks, layout=layout.fingerprint)
     source = Source(export, config, layout)
     _refuse_known(config, store, coordination, restore=restore)
     if not restore:

@@ -9,13 +9,4 @@ from psa_store.observe.report.summary import facts, pause, to_json
 from psa_store.observe.report.timeline import State
 from psa_store.observe.report.writing import check_matplotlib, write_report
 
-__all__ = [
-    "Run",
-    "State",
-    "check_matplotlib",
-    "describe_run",
-    "facts",
-    "pause",
-    "to_json",
-    "write_report",
-]
+__all__ = ["Run", "State", "check_matplotlib", "describe_run", "facts", "pause", "to_json", "write_report"]

@@ -92,12 +92,7 @@ class Run:
     segments: tuple[Segment, ...]
 
 
-def describe_run(
-    job: str,
-    points: Iterable[Point],
-    events: Iterable[Event],
-    checkpoints: Iterable[Checkpoint],
-) -> Run:
+def describe_run(job: str, points: Iterable[Point], events: Iterable[Event], checkpoints: Iterable[Checkpoint]) -> Run:
     """Put a run together. Points and events are whole and in order, as JobHistory gives them.
 
     Goodput is useful time over time, from the first to the last that is known:

@@ -121,12 +121,7 @@ _NO_BEAT = _Beat()
 
 
 def assemble(
-    job: str,
-    time_s: float,
-    redis: RedisView,
-    zookeeper: ZooKeeperView,
-    ages: Mapping[str, HeartbeatAge],
-    now_s: float,
+    job: str, time_s: float, redis: RedisView, zookeeper: ZooKeeperView, ages: Mapping[str, HeartbeatAge], now_s: float
 ) -> JobStatus:
     """Put it together, findings included. ``time_s``: since 1970; ``now_s``: of the clock of ``ages``."""
     config, plan = redis.config or zookeeper.config, zookeeper.plan
