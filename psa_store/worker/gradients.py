@@ -38,12 +38,12 @@ class GradientMemory:
             return flat[low : low + numel * ITEM_BYTES[dtype]].view(to_torch(dtype))
 
         self.views = [
-            cut(wire.tensor_offset_bytes(i), wire.tensor_dtype(i), spec.numel).view(spec.shape)
+            cut(wire.tensor_offset_bytes(i), wire.tensor_dtype(i), spec.numel).view(spec.shape).data
             if spec.role is TensorRole.TRAINED
             else None
             for i, spec in enumerate(layout.tensors)
         ]
-        """By tensor of the layout; None for those that are not trained."""
+        """By tensor of the layout; None for those that are not trained. Each has a version counter of its own."""
         self.numbers = {
             shard.index: cut(wire.offset_bytes(shard), wire.dtype(shard), shard.numel)
             for shard in layout.shards_of(TensorRole.TRAINED)

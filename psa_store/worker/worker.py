@@ -59,6 +59,8 @@ class Worker:
         mode: how updates and ranks wait for each other: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see
             ``psa_store.job.mode``), fixed when the job is created. None: the stored one, or ``PSA_MODE``, or "sync".
         shard_bytes: size of a shard, a multiple of 4096. None: chosen by the size of the model.
+        push_early: whether gradients are pushed while ``backward()`` runs, so that they can not be changed after it.
+            None: if the script changes none in the first steps; what counts is then what it has at ``step()``.
 
     Raises:
         UsageError: the model, the optimizer or the surroundings cannot be used; JobMismatch if the job exists
@@ -84,6 +86,7 @@ class Worker:
         seed: int = 0,
         mode: str | None = None,
         shard_bytes: int | None = None,
+        push_early: bool | None = None,
     ) -> None:
         if steps is not None and steps < 0:
             raise UsageError(f"steps={steps}: must not be negative")
@@ -93,6 +96,7 @@ class Worker:
             raise UsageError("the job has no name: give psa.Worker a name or set PSA_JOB")
         check_job_name(name)
         self._steps = steps
+        self._push_early = push_early
         self._log = logs.get_logger()
         self._model = model
         self._optimizer = optimizer
@@ -174,7 +178,7 @@ class Worker:
             coordination = stack.enter_context(closing(Coordination.from_settings(settings, name, wake=woken.set)))
             servers = stack.enter_context(closing(ServerConnections(self._layout, self._mailbox)))
             # Closed before the connections are: servers leave alone what a worker reads until it is gone.
-            self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout)))
+            self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout, self._push_early)))
             stack.enter_context(_sigterm_calls(self._on_sigterm))
             store.check()
             coordination.start()
@@ -281,7 +285,7 @@ class Worker:
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""
-        return self._flat_model.accumulate()
+        return self._flat_model.backward.accumulate()
 
     # --- from other threads and signals
 

@@ -15,7 +15,6 @@ from psa_store.cluster import ProcessRole
 from tests.harness import TRAIN, Run, Site
 from tests.integration.peers import Scene, coordination, descriptors, look, memfd_mappings
 
-CARELESS = Path(__file__).parent / "careless.py"
 READER = Path(__file__).parent / "reader.py"
 STEPS = 100
 LARGE_FLOATS = 16 << 20
@@ -98,20 +97,6 @@ class TestBits:
 
 
 class TestReaders:
-    def test_what_a_script_writes_to_parameters_ends_with_the_version(self, site: Site) -> None:
-        """It sees every version as the servers have it, whatever it did to the one before, over both carriers."""
-        seen, digests = [], set()
-        for carrier in ("auto", "tcp"):
-            job = f"carriers-careless-{carrier}"
-            run = site.run(
-                job, "30", script=CARELESS, workers=1, servers=2, ranks=2, commit_every=1, env={"PSA_CARRIER": carrier}
-            )
-            assert run.finish() == 0, run.output
-            seen.append([line for line in run.lines if line.startswith("version ")])
-            digests.add(site.digest(job, 30))
-        assert len(seen[0]) == 30 and seen[0] == seen[1]
-        assert len(digests) == 1
-
     def test_a_worker_that_lost_its_rank_reads_one_version_for_as_long_as_it_likes(
         self, site: Site, tmp_path: Path
     ) -> None:

@@ -111,7 +111,8 @@ def test_accumulated_parts_make_one_gradient(servers: str) -> None:
 def test_misuse_is_told_and_the_job_goes_on(servers: str) -> None:
     data = make_data()
     model = make_model()
-    with psa.Worker(servers, model, optimizer=psa.optim.SGD(lr=0.1), ranks=2, steps=2, seed=SEED) as worker:
+    rule = psa.optim.SGD(lr=0.1)
+    with psa.Worker(servers, model, optimizer=rule, ranks=2, steps=2, seed=SEED, push_early=True) as worker:
         with pytest.raises(UsageError, match=r"without a batch"):
             worker.step()
         with pytest.raises(UsageError, match=r"batch_size=7.*2"):

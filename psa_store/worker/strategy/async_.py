@@ -120,12 +120,8 @@ class AsyncStrategy:
     def begin(self, rank_step: RankStep) -> None:
         self._finite = True
         self._push.begin(rank_step, self._gradients)
-        self._flat_model.begin(self._gradients, self._shards_ready)
-
-    def _shards_ready(self, shards: list[int]) -> None:
-        """Start pushing them, unless something must be known of the whole gradient before."""
-        if not self._waits_for_whole:
-            self._push.push(shards)
+        # Where something must be known of the whole gradient before, none of it is pushed until it is here.
+        self._flat_model.begin(self._gradients, None if self._waits_for_whole else self._push.push)
 
     def hand_over(self) -> None:
         """Keep the push, too: it may have to be made again."""

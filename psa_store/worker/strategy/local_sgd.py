@@ -119,7 +119,7 @@ class LocalSGDStrategy:
         if self._begins_round:
             number = self._rounds.round
             self._journal.record("computing", term=self.session.term, step=number, rank=rank_step.rank)
-        self._flat_model.begin(self._gradients, _nothing, keep_buffers=not self._begins_round)
+        self._flat_model.begin(self._gradients, None, keep_buffers=not self._begins_round)
 
     def hand_over(self) -> None:
         """Make the rank's own step."""
@@ -280,7 +280,3 @@ class LocalSGDStrategy:
         for state in self._ranks.values():
             if state.pushed_round < version:
                 state.pushed = []
-
-
-def _nothing(_shards: list[int]) -> None:
-    """The rank's own optimizer wants all gradients."""

@@ -1,0 +1,89 @@
+"""Whether the model is still the one that the job trains: its parameters are the servers' to change.
+
+In plain torch a script may write to parameters, freeze and unfreeze them, replace them or tie them. Here such a change
+would be in one process only, until the next version or until the process dies, so it is refused by name at the next
+``worker.step()``, before anything that was computed with it is pushed.
+
+A write shows in the version counter of a parameter, or in the address of its memory. One through ``.data`` shows in
+neither: memory that servers share knows of it (see :class:`psa_store.wire.Window`), and where parameters come by value
+some bytes of one parameter a step are compared, in turn.
+
+Used by the worker, in the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import nn
+
+from psa_store.errors import UsageError
+from psa_store.job.layout import TensorRole
+from psa_store.worker.bound_tensor import BoundTensor, sample_digest
+
+
+class ModelGuard:
+    """``bound``: the tensors of ``model`` and their places."""
+
+    def __init__(self, model: nn.Module, bound: Sequence[BoundTensor]) -> None:
+        self._model = model
+        self._bound = [each for each in bound if each.role is not TensorRole.BUFFER]
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._counters: list[int] = []
+        self._turn = 0
+        self._digest = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """The parameters are as they should be: what is written from now on, the script writes."""
+        self._counters = [bound.tensor._version for bound in self._bound]
+        if self._bound:
+            self._turn += 1
+            self._digest = self._sample()
+
+    def check(self) -> None:
+        """Refuse what the script has changed since.
+
+        Raises:
+            UsageError: it names a parameter, and says what to write instead.
+        """
+        present = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, parameter in present.items():
+            if name not in self._parameters:
+                _refuse(name, "is new", "add it before psa.Worker is made")
+            if self._parameters[name] is not parameter:
+                _refuse(name, "was replaced by another object", "replace it before psa.Worker is made")
+        for name in self._parameters.keys() - present.keys():
+            _refuse(name, "is gone", "remove it before psa.Worker is made")
+        for bound, counter in zip(self._bound, self._counters, strict=True):
+            tensor = bound.tensor
+            if tensor.requires_grad is not (bound.role is TensorRole.TRAINED):
+                _refuse(
+                    bound.full_name,
+                    f"has requires_grad={tensor.requires_grad} now",
+                    "a job trains the same parameters from its first step to its last; set that before psa.Worker is "
+                    "made, or leave it trained and set its .grad to None where it should not move",
+                )
+            moved = tensor.device == bound.view.device and tensor.data_ptr() != bound.address
+            if moved or tensor._version != counter:
+                self.refuse_write(bound.full_name)
+        if self._bound and self._sample() != self._digest:
+            self.refuse_write(self._bound[self._turn % len(self._bound)].full_name)
+
+    @staticmethod
+    def refuse_write(name: str) -> NoReturn:
+        """The script has written to a parameter of this name."""
+        _refuse(
+            name,
+            "was written by the script",
+            "servers keep the parameters; load weights before psa.Worker is made, and change them through gradients",
+        )
+
+    def _sample(self) -> int:
+        turns, index = divmod(self._turn, len(self._bound))
+        return sample_digest(self._bound[index].view, turns)
+
+
+def _refuse(name: str, what: str, instead: str) -> NoReturn:
+    raise UsageError(f"parameter {name} {what}, since the last worker.step(): {instead}")

@@ -1,0 +1,208 @@
+"""What a script does to gradients between backward() and worker.step() counts, as in plain torch, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import psa_store as psa
+from psa_store.errors import UsageError
+from psa_store.job.sampling import sample_indices
+from psa_store.worker.backward import WATCHED_STEPS
+from tests.harness import Site
+from tests.integration.test_worker_api import Servers, make_data, make_model
+
+STEPS = 10
+RANKS = 2
+SEED = 5
+BATCH = 8
+Touch = Callable[[nn.Sequential], None]
+
+
+def clip_norm(model: nn.Sequential) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+
+def clip_value(model: nn.Sequential) -> None:
+    nn.utils.clip_grad_value_(model.parameters(), 0.001)
+
+
+def scale_data(model: nn.Sequential) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.data *= 0.25
+
+
+def zero(model: nn.Sequential) -> None:
+    for p in model[0].parameters():
+        assert p.grad is not None
+        p.grad.zero_()
+
+
+def drop(model: nn.Sequential) -> None:
+    for p in model[0].parameters():
+        p.grad = None
+
+
+def assign(model: nn.Sequential) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad = p.grad.sign()
+
+
+def write_numpy(model: nn.Sequential) -> None:
+    for p in model[2].parameters():
+        assert p.grad is not None
+        p.grad.numpy()[...] = 0.5
+
+
+def add_noise(model: nn.Sequential) -> None:
+    draw = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.add_(torch.randn(p.shape, generator=draw), alpha=0.1)
+
+
+TOUCHES: list[Touch] = [clip_norm, clip_value, scale_data, zero, drop, assign, write_numpy, add_noise]
+
+
+@pytest.fixture(autouse=True)
+def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in site.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def job(site: Site, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a job that a server waits for."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    servers = Servers(site, name, 1)
+    yield name
+    servers.stop()
+
+
+def train(job: str, touch: Callable[[nn.Sequential, int], None], **options: object) -> nn.Sequential:
+    model = make_model()
+    rule = psa.optim.SGD(lr=0.1)
+    with psa.Worker(job, model, optimizer=rule, ranks=RANKS, steps=STEPS, seed=SEED, **options) as worker:  # type: ignore[arg-type]
+        for x, y in worker.batches(make_data(), batch_size=BATCH):
+            nn.functional.mse_loss(model(x), y).backward()
+            touch(model, worker.version)
+            worker.step()
+    return model
+
+
+def plain(touch: Touch) -> nn.Sequential:
+    """The mean of what each rank has after ``touch``, as SGD applies it."""
+    model, data = make_model(), make_data()
+    for step in range(STEPS):
+        total: list[torch.Tensor] = [torch.zeros_like(p) for p in model.parameters()]
+        for rank in range(RANKS):
+            indices = sample_indices(SEED, step, rank, ranks=RANKS, batch_size=BATCH, n=len(data))
+            x, y = (torch.stack([data[i][part] for i in indices]) for part in (0, 1))
+            model.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            touch(model)
+            for place, p in zip(total, model.parameters(), strict=True):
+                if p.grad is not None:
+                    place += p.grad
+        with torch.no_grad():
+            for place, p in zip(total, model.parameters(), strict=True):
+                p -= 0.1 * place / RANKS
+    return model
+
+
+def assert_close(ours: nn.Module, theirs: nn.Module) -> None:
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("touch", "carrier"),
+    [(touch, "auto") for touch in TOUCHES] + [(touch, "tcp") for touch in (clip_norm, scale_data, drop)],
+    ids=lambda each: each if isinstance(each, str) else each.__name__,
+)
+def test_a_changed_gradient_counts(job: str, touch: Touch, carrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSA_CARRIER", carrier)
+    assert_close(train(job, lambda model, _: touch(model)), plain(touch))
+
+
+@pytest.mark.parametrize("touch", [clip_norm, assign, drop], ids=lambda touch: touch.__name__)
+def test_it_counts_on_arrival(job: str, touch: Touch) -> None:
+    """With one rank, async computes what plain SGD does."""
+    model, reference, data = make_model(), make_model(), make_data()
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), steps=STEPS, seed=SEED, mode="async") as worker:
+        for x, y in worker.batches(data, batch_size=BATCH):
+            nn.functional.mse_loss(model(x), y).backward()
+            touch(model)
+            worker.step()
+    sgd = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for step in range(STEPS):
+        indices = sample_indices(SEED, step, 0, ranks=1, batch_size=BATCH, n=len(data))
+        x, y = (torch.stack([data[i][part] for i in indices]) for part in (0, 1))
+        sgd.zero_grad()
+        nn.functional.mse_loss(reference(x), y).backward()
+        touch(reference)
+        sgd.step()
+    assert_close(model, reference)
+
+
+@pytest.mark.parametrize("touch", [zero, drop], ids=lambda touch: touch.__name__)
+def test_it_counts_in_rounds(job: str, touch: Touch) -> None:
+    model = train(job, lambda model, _: touch(model), mode="local:steps=2")
+    for trained, initial in zip(model, make_model(), strict=True):
+        for mine, before in zip(trained.parameters(), initial.parameters(), strict=True):
+            assert torch.equal(mine, before) is (trained is model[0])
+
+
+def test_an_accumulation_loop_needs_no_word(job: str) -> None:
+    """Two backward() for one batch add up, if they do so from the first step on."""
+    model, data = make_model(), make_data()
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), ranks=RANKS, steps=STEPS, seed=SEED) as worker:
+        for x, y in worker.batches(data, batch_size=BATCH):
+            for part in range(2):
+                half = slice(part * 2, part * 2 + 2)
+                (nn.functional.mse_loss(model(x[half]), y[half]) / 2).backward()
+            worker.step()
+    assert_close(model, plain(lambda _: None))
+
+
+@pytest.mark.parametrize("touch", [clip_norm, zero, drop, assign], ids=lambda touch: touch.__name__)
+def test_a_change_that_begins_later_is_refused_by_name(job: str, touch: Touch) -> None:
+    with pytest.raises(UsageError, match=r"gradient of \d\.(weight|bias) was changed .* push_early=False"):
+        train(job, lambda model, version: touch(model) if version >= WATCHED_STEPS + 2 else None)
+
+
+def test_a_later_change_that_leaves_no_trace_is_found_within_a_turn(job: str) -> None:
+    seen: list[int] = []
+
+    def late(model: nn.Sequential, version: int) -> None:
+        seen.append(version)
+        if version > WATCHED_STEPS:
+            scale_data(model)
+
+    with pytest.raises(UsageError, match="was changed"):
+        train(job, late)
+    assert seen[-1] <= WATCHED_STEPS + 1, "all gradients are changed, so the one that is compared is"
+
+
+def test_a_change_that_begins_later_counts_if_that_was_said(job: str) -> None:
+    def from_the_fifth(model: nn.Sequential, version: int) -> None:
+        if version >= 5:
+            clip_norm(model)
+
+    steps = iter(step for step in range(STEPS) for _ in range(RANKS))
+    expected = plain(lambda model: from_the_fifth(model, next(steps)))
+    assert_close(train(job, from_the_fifth, push_early=False), expected)
+
+
+def test_a_second_backward_that_comes_later_is_refused(job: str) -> None:
+    def again(model: nn.Sequential, version: int) -> None:
+        if version == WATCHED_STEPS:
+            model(torch.ones(1, 6)).sum().backward()
+
+    with pytest.raises(UsageError, match=r"backward\(\) ran twice.*accumulate"):
+        train(job, again)
