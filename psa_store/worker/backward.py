@@ -20,9 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from psa_store.errors import UsageError
-from psa_store.worker.bound_tensor import BoundTensor, digest, sample_digest
+from psa_store.job.layout import TensorRole
+from psa_store.optim.tensors import as_bytes
 from psa_store.worker.gradients import GradientMemory
 
 OnReady = Callable[[list[int]], None]
@@ -30,6 +32,24 @@ OnReady = Callable[[list[int]], None]
 
 WATCHED_STEPS = 3
 """Steps that wait for ``worker.step()`` to find out whether the script changes gradients."""
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(slots=True, eq=False)
+class BoundTensor:
+    """One tensor of the model and its places in the flat memory.
+
+    ``tensor``: the model's present one. ``shards``: the trained shards that it has a part of.
+    """
+
+    index: int
+    name: str
+    role: TensorRole
+    tensor: Tensor
+    view: Tensor
+    address: int
+    """Of ``view``."""
+    shards: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +122,7 @@ class Backward:
         if self._leaves_early:
             if changed is not None:
                 raise UsageError(
-                    f"the gradient of {changed.full_name} was changed between backward() and worker.step(), when it "
+                    f"the gradient of {changed.name} was changed between backward() and worker.step(), when it "
                     f"had left already: the {WATCHED_STEPS} first steps of this process changed none, so gradients are "
                     "pushed while backward() runs. Write psa.Worker(…, push_early=False)"
                 )
@@ -194,7 +214,8 @@ class Backward:
     def _digest(self, bound: BoundTensor) -> int:
         place = self._gradients.views[bound.index]
         assert place is not None
-        return sample_digest(place, self._turn // len(self._trained)) if self._early else digest(place)
+        data = as_bytes(place.view(-1))
+        return sample_digest(data, self._turn // len(self._trained)) if self._early else xxh3_64_intdigest(data)
 
     def _watch(self, changed: bool) -> None:
         """Note whether this step would have allowed to push early."""
@@ -205,3 +226,9 @@ class Backward:
         else:
             self._steps_to_watch -= 1
             self._early = self._steps_to_watch == 0
+
+
+def sample_digest(data: memoryview, turn: int) -> int:
+    """Of some of these bytes, others in each turn: a few microseconds, and what changed all of them shows at once."""
+    low = turn * _SAMPLE_BYTES % max(1, len(data))
+    return xxh3_64_intdigest(data[low : low + _SAMPLE_BYTES])

@@ -11,7 +11,6 @@ Used by the worker, in the thread that runs the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.tensors import as_bytes, name_of, to_torch
 from psa_store.wire import SharedMemory, Window
-from psa_store.worker.backward import Backward, OnReady
-from psa_store.worker.bound_tensor import BoundTensor
+from psa_store.worker.backward import Backward, BoundTensor, OnReady
 from psa_store.worker.gradients import GradientMemory
 from psa_store.worker.model_guard import ModelGuard
 
@@ -74,6 +72,8 @@ class FlatModel:
         self._bound = [self._bind_new(index) for index in range(len(layout.tensors))]
         self._bound_buffers = [bound for bound in self._bound if bound.role is TensorRole.BUFFER]
         self._bound_trained = [bound for bound in self._bound if bound.role is TensorRole.TRAINED]
+        self._holders = [_holder(model, bound.name) for bound in self._bound_buffers]
+        """Where modules keep their buffers: a script may put another tensor there."""
         for bound in self._bound:
             bound.view.copy_(bound.tensor.detach())
             self._bind(bound)
@@ -143,9 +143,10 @@ class FlatModel:
             whole = self._memory[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
             whole.view(to_torch(shard.dtype)).copy_(rounded)
         if self._bound_buffers:
+            self._look_for_buffers()
             self._buffers_kept.copy_(self._buffers)
         for bound in self._bound:
-            if bound.holder[bound.name].data_ptr() != bound.address:  # type: ignore[union-attr]
+            if bound.tensor.data_ptr() != bound.address:
                 self._bind(bound)
         self._guard.renew()
 
@@ -157,6 +158,7 @@ class FlatModel:
 
     def collect_buffers(self) -> None:
         """Bring buffers that the model moved elsewhere, or that live on an accelerator, into the flat memory."""
+        self._look_for_buffers()
         for bound in self._bound_buffers:
             if bound.tensor.data_ptr() != bound.address:
                 bound.view.copy_(bound.tensor.detach())
@@ -167,6 +169,7 @@ class FlatModel:
         ``on_ready``: as in :meth:`Backward.begin`. ``keep_buffers``: go on with the buffers that the pass before left.
         """
         if self._bound_buffers and not keep_buffers:
+            self._look_for_buffers()
             self._buffers.copy_(self._buffers_kept)
             for bound in self._bound_buffers:
                 self._bind(bound)
@@ -185,6 +188,10 @@ class FlatModel:
 
     # --- binding
 
+    def _look_for_buffers(self) -> None:
+        for bound, (module, name) in zip(self._bound_buffers, self._holders, strict=True):
+            bound.tensor = module.get_buffer(name)
+
     def _bind(self, bound: BoundTensor) -> None:
         """Let the model's tensor be the view, or have its values."""
         tensor = bound.tensor
@@ -201,9 +208,12 @@ class FlatModel:
         view = self._memory[low:high].view(to_torch(spec.dtype)).view(spec.shape)
         trained = self._layout.shards_of(TensorRole.TRAINED) if spec.role is TensorRole.TRAINED else ()
         shards = tuple(s.index for s in trained if s.offset_bytes < high and low < s.offset_bytes + s.size_bytes)
-        path, _, name = spec.name.rpartition(".")
-        owner = self._model.get_submodule(path)
-        holder = (
-            owner._buffers if spec.role is TensorRole.BUFFER else cast("dict[str, Tensor | None]", owner._parameters)
-        )
-        return BoundTensor(index, spec.role, holder, name, spec.name, view, view.data_ptr(), shards)
+        module, name = _holder(self._model, spec.name)
+        tensor = module.get_buffer(name) if spec.role is TensorRole.BUFFER else module.get_parameter(name)
+        return BoundTensor(index, spec.name, spec.role, tensor, view, view.data_ptr(), shards)
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a tensor, and the tensor's name there."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path), last

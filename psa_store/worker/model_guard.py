@@ -20,7 +20,8 @@ from torch import nn
 
 from psa_store.errors import UsageError
 from psa_store.job.layout import TensorRole
-from psa_store.worker.bound_tensor import BoundTensor, sample_digest
+from psa_store.optim.tensors import as_bytes
+from psa_store.worker.backward import BoundTensor, sample_digest
 
 
 class ModelGuard:
@@ -30,6 +31,7 @@ class ModelGuard:
         self._model = model
         self._bound = [each for each in bound if each.role is not TensorRole.BUFFER]
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._bytes = [as_bytes(each.view.view(-1)) for each in self._bound]
         self._counters: list[int] = []
         self._turn = 0
         self._digest = 0
@@ -60,16 +62,16 @@ class ModelGuard:
             tensor = bound.tensor
             if tensor.requires_grad is not (bound.role is TensorRole.TRAINED):
                 _refuse(
-                    bound.full_name,
+                    bound.name,
                     f"has requires_grad={tensor.requires_grad} now",
                     "a job trains the same parameters from its first step to its last; set that before psa.Worker is "
                     "made, or leave it trained and set its .grad to None where it should not move",
                 )
             moved = tensor.device == bound.view.device and tensor.data_ptr() != bound.address
             if moved or tensor._version != counter:
-                self.refuse_write(bound.full_name)
+                self.refuse_write(bound.name)
         if self._bound and self._sample() != self._digest:
-            self.refuse_write(self._bound[self._turn % len(self._bound)].full_name)
+            self.refuse_write(self._bound[self._turn % len(self._bound)].name)
 
     @staticmethod
     def refuse_write(name: str) -> NoReturn:
@@ -82,7 +84,7 @@ class ModelGuard:
 
     def _sample(self) -> int:
         turns, index = divmod(self._turn, len(self._bound))
-        return sample_digest(self._bound[index].view, turns)
+        return sample_digest(self._bytes[index], turns)
 
 
 def _refuse(name: str, what: str, instead: str) -> NoReturn:
