@@ -37,11 +37,13 @@ _LOWEST: Mapping[str, float] = {
 class Group:
     """Parameters for which some numbers differ from the rest; built by :func:`group`."""
 
-    select: str
+    select: str | tuple[str, ...]
     overrides: tuple[tuple[str, float], ...]
 
     def matches(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a parameter belongs to this group, if no earlier group has taken it."""
+        if isinstance(self.select, tuple):
+            return name in self.select
         if self.select == "matrices":
             return len(shape) >= 2
         if self.select == "vectors":
@@ -52,20 +54,23 @@ class Group:
         return {"select": self.select, **dict(self.overrides)}
 
 
-def group(select: str, **overrides: float) -> Group:
+def group(select: str | Sequence[str], **overrides: float) -> Group:
     """Give some parameters their own numbers.
 
     Args:
-        select: ``"matrices"`` (two or more dimensions), ``"vectors"`` (fewer), or a glob over parameter
-            names.
+        select: ``"matrices"`` (two or more dimensions), ``"vectors"`` (fewer), a glob over parameter names, or a list
+            of names.
         overrides: ``lr_scale``, which multiplies the learning rate, and numbers of the optimizer such as
             ``weight_decay``.
 
     Raises:
         UsageError: an empty selection, no overrides, or a value that cannot be used.
     """
-    if not isinstance(select, str) or not select:
-        raise UsageError(f"select={select!r}: must be 'matrices', 'vectors', or a glob such as '*.bias'")
+    if not select or not all(isinstance(each, str) for each in select):
+        raise UsageError(
+            f"select={select!r}: must be 'matrices', 'vectors', a glob such as '*.bias', or a list of names"
+        )
+    select = select if isinstance(select, str) else tuple(select)
     if not overrides:
         raise UsageError(f"group({select!r}): overrides nothing; give it lr_scale=, weight_decay=, … or leave it out")
     for name in overrides:

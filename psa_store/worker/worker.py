@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from psa_store import logs
@@ -30,6 +31,7 @@ from psa_store.observe import Monitor
 from psa_store.observe.health import WAITING
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
+from psa_store.optim.from_torch import from_torch, numbers_of, refuse_change
 from psa_store.storage import RedisStore
 from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
@@ -52,7 +54,8 @@ class Worker:
     Args:
         job: name of the training run; None takes ``PSA_JOB``. Running the same job again resumes it.
         model: any module. Its parameters and buffers become views of one flat memory while the worker lives.
-        optimizer: from ``psa.optim``; its update is applied by the servers.
+        optimizer: from ``psa.optim``, or one of ``torch.optim`` that is not stepped; its update is applied by the
+            servers.
         ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or 1.
         steps: where the job ends; None: never.
         seed: root of all randomness: order of samples, and torch's, numpy's and Python's generators per (step, rank).
@@ -80,7 +83,7 @@ class Worker:
         job: str | None,
         model: nn.Module,
         *,
-        optimizer: Optimizer,
+        optimizer: Optimizer | torch.optim.Optimizer,
         ranks: int | None = None,
         steps: int | None = None,
         seed: int = 0,
@@ -99,6 +102,12 @@ class Worker:
         self._push_early = push_early
         self._log = logs.get_logger()
         self._model = model
+        self._torch_optimizer: torch.optim.Optimizer | None = None
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._torch_optimizer, self._torch_numbers = optimizer, numbers_of(optimizer)
+            optimizer = from_torch(optimizer, model)
+        elif not isinstance(optimizer, Optimizer):
+            raise UsageError(f"optimizer={optimizer!r}: give one of psa.optim, such as psa.optim.AdamW(lr=1e-3)")
         self._optimizer = optimizer
         self._layout = make_layout(describe_model(model, optimizer.group_of), shard_bytes)
         self._wanted = Wanted(
@@ -271,6 +280,8 @@ class Worker:
             raise UsageError("worker.step() without a batch from worker.batches()")
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
+        if self._torch_optimizer is not None and (numbers := numbers_of(self._torch_optimizer)) != self._torch_numbers:
+            refuse_change(self._torch_numbers, numbers)
         self._flat_model.end()
         # By assignments only, see Progress: it costs every step.
         progress, now_s = self._progress, time.monotonic()

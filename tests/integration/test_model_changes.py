@@ -63,7 +63,12 @@ def tie(model: nn.Sequential) -> None:
     model[2].bias.data = model[0].bias.data
 
 
+def step_optimizer(model: nn.Sequential) -> None:
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
 CHANGES: dict[Change, str] = {
+    step_optimizer: "was written",
     clamp: "2.weight was written",
     scale_data: "was written",
     load: "was written",

@@ -93,6 +93,37 @@ def test_training_equals_a_plain_loop_with_torch(servers: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
+def test_an_optimizer_of_torch_is_taken_as_what_it_says(servers: str) -> None:
+    """The script may make torch's optimizer and schedule, but not step them: the servers update."""
+    data, ours, theirs = make_data(), make_model(), make_model()
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        matrices = [each for each in model.parameters() if each.dim() > 1]
+        vectors = [each for each in model.parameters() if each.dim() < 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0, "lr": 0.02}]
+        return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.3)
+
+    mine, other = optimizer_of(ours), optimizer_of(theirs)
+    with psa.Worker(servers, ours, optimizer=mine, steps=STEPS, seed=SEED) as worker:
+        for x, y in worker.batches(data, batch_size=BATCH):
+            mine.zero_grad()
+            nn.functional.mse_loss(ours(x), y).backward()
+            if worker.version == STEPS - 1:
+                mine.param_groups[1]["lr"] = 0.5
+                with pytest.raises(UsageError, match=r"lr of the optimizer's group 1 was changed"):
+                    worker.step()
+                mine.param_groups[1]["lr"] = 0.02
+            worker.step()
+    for step in range(STEPS):
+        indices = sample_indices(SEED, step, 0, ranks=1, batch_size=BATCH, n=len(data))
+        x, y = (torch.stack([data[i][part] for i in indices]) for part in (0, 1))
+        other.zero_grad()
+        nn.functional.mse_loss(theirs(x), y).backward()
+        other.step()
+    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
 def test_accumulated_parts_make_one_gradient(servers: str) -> None:
     data = make_data()
     model, whole = make_model(), make_model()

@@ -1,0 +1,110 @@
+"""``torch.optim`` objects, taken as what they say: the class, its numbers, and its groups by parameter.
+
+The object is read once and never stepped: servers apply the update. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from psa_store.errors import UsageError
+from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Group, Optimizer, RMSprop, group
+
+_CLASSES: Mapping[type[torch.optim.Optimizer], type[Optimizer]] = {
+    torch.optim.SGD: SGD,
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: AdamW,
+    torch.optim.Adagrad: Adagrad,
+    torch.optim.RMSprop: RMSprop,
+}
+_HOW_FAST = frozenset({"foreach", "fused", "capturable"})
+"""Options that say how torch computes, not what."""
+_UNKNOWN = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": None}
+"""Options that servers do not know, and the value with which they change nothing; None: any, as the class says it."""
+
+
+def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
+    """Return what servers apply instead of this optimizer.
+
+    Raises:
+        UsageError: another class, an option that servers do not know, an optimizer that has made steps, or parameters
+            that do not fit those that ``model`` trains. The message says what to write.
+    """
+    name = type(optimizer).__name__
+    kind = _CLASSES.get(type(optimizer))
+    if kind is None:
+        known = ", ".join(f"torch.optim.{each.__name__}" for each in _CLASSES)
+        raise UsageError(f"optimizer={name}: servers do not know it; they know {known}, see psa.optim")
+    if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
+        raise UsageError(f"optimizer={name}: it has made steps already, and servers would begin without its state")
+    names = _names(optimizer, model)
+    options = [_options(name, each) for each in optimizer.param_groups]
+    base = max(options, key=lambda each: float(each["lr"]))  # others are a part of it, and no number divides by zero
+    groups: list[Group] = []
+    for own, selected in zip(options, names, strict=True):
+        overrides = {key: value for key, value in own.items() if key != "lr" and value != base[key]}
+        if own["lr"] != base["lr"]:
+            overrides["lr_scale"] = own["lr"] / base["lr"]
+        for key in overrides.keys() - kind.overridable:
+            raise UsageError(f"optimizer={name}: its groups differ in {key}, which servers know one of for a job")
+        if overrides:
+            groups.append(group(selected, **overrides))
+    return kind(**base, groups=groups)
+
+
+def numbers_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """By group, what would be a change if it were another one later."""
+    left_out = ("params", "initial_lr")  # the latter is a note of torch's schedulers
+    return [{key: value for key, value in each.items() if key not in left_out} for each in optimizer.param_groups]
+
+
+def refuse_change(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> NoReturn:
+    """Name what differs between two :func:`numbers_of`."""
+    for index, (old, new) in enumerate(zip(before, after, strict=False)):
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key):
+                raise UsageError(
+                    f"{key} of the optimizer's group {index} was changed from {old.get(key)!r} to {new.get(key)!r}: "
+                    "servers have read it when psa.Worker was made. For a rate that changes with the step give "
+                    "psa.optim with a schedule, such as psa.optim.warmup_cosine"
+                )
+    raise UsageError(f"the optimizer had {len(before)} groups of parameters when psa.Worker was made, now {len(after)}")
+
+
+def _options(name: str, param_group: Mapping[str, Any]) -> dict[str, Any]:
+    options = {}
+    for key, value in param_group.items():
+        if key in _UNKNOWN:
+            harmless = _UNKNOWN[key]
+            if harmless is not None and value != harmless:
+                raise UsageError(f"optimizer={name}: {key}={value!r} is nothing that servers can do")
+        elif key not in _HOW_FAST and key not in ("params", "param_names", "initial_lr"):
+            options[key] = float(value) if isinstance(value, torch.Tensor) else value
+    return options
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """By group, the names of its parameters in the model."""
+    name_of = {id(parameter): name for name, parameter in reversed(list(model.named_parameters()))}
+    names: list[list[str]] = []
+    for each in optimizer.param_groups:
+        for parameter in each["params"]:
+            if id(parameter) not in name_of:
+                raise UsageError(
+                    f"optimizer: it has a parameter of shape {tuple(parameter.shape)} that is none of the model's: "
+                    "give psa.Worker a module that has all of them, and make the optimizer after the model is on its "
+                    "device"
+                )
+        names.append([name_of[id(parameter)] for parameter in each["params"]])
+    given = {name for some in names for name in some}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in given:
+            raise UsageError(
+                f"optimizer: it does not have {name}, which the model trains: give it to the optimizer, or set its "
+                "requires_grad to False"
+            )
+    return names
