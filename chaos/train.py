@@ -88,7 +88,7 @@ def main() -> None:
     torch.manual_seed(7)
     model = Net(args.width, buffers=not args.bufferless)
     data = Noisy()
-    source = DataLoader(data, num_workers=args.processes) if args.processes else data
+    source = DataLoader(data, shuffle=True, num_workers=args.processes) if args.processes else data
     optimizer = psa.optim.AdamW(
         lr=psa.optim.warmup_cosine(args.lr, warmup=5, total=args.total or args.steps, final=args.lr / 10),
         clip_grad_norm=args.clip or None,

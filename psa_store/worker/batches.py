@@ -1,24 +1,22 @@
 """Batches for (step, rank), each a pure function of the job's seed and those two numbers.
 
 That is what makes elasticity exact: the samples and random numbers of a rank are the same in whichever process it is
-computed, and however often. The order of samples comes from :mod:`psa_store.job.sampling`; a DataLoader given by the
-user lends its dataset, its collate function and its worker processes, but not its sampler.
+computed, and however often. The order of samples comes from :mod:`psa_store.job.sampling`, or from the sampler of a
+DataLoader (see :mod:`psa_store.worker.sampler_order`), which lends its dataset, collate function and processes as well.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from psa_store.errors import UsageError
 from psa_store.job.sampling import SampleOrder, stream_seed
+from psa_store.worker.randomness import seed_all
+from psa_store.worker.sampler_order import SamplerOrder, order_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +29,23 @@ class RankStep:
 
 def seed_everything(seed: int, rank_step: RankStep, purpose: str) -> None:
     """Make torch's, numpy's and Python's random numbers a function of (seed, step, rank, purpose)."""
-    value = stream_seed(seed, rank_step.step, rank_step.rank, purpose)
-    if _has_accelerator():
-        torch.manual_seed(value)
-    else:
-        # Not torch.manual_seed: while CUDA is not initialised, it notes a stack trace for later, with every call.
-        torch.default_generator.manual_seed(value)
-    np.random.seed(value & 0xFFFFFFFF)
-    random.seed(value)
-
-
-@cache
-def _has_accelerator() -> bool:
-    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
+    seed_all(stream_seed(seed, rank_step.step, rank_step.rank, purpose))
 
 
 class _Fetched(Dataset[Any]):
     """Maps a rank step to its collated batch, in this process or in a DataLoader's."""
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, ranks: int, batch_size: int
+        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, order: SampleOrder | SamplerOrder
     ) -> None:
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
-        # Refuses a batch size that cannot be shared out before training starts.
-        self._order = SampleOrder(seed, ranks=ranks, batch_size=batch_size, n=len(dataset))
+        self._order = order
 
     def __getitem__(self, rank_step: RankStep) -> Any:
+        indices = self._order.indices(rank_step.step, rank_step.rank)  # before: a sampler needs seeds of its own
         seed_everything(self._seed, rank_step, "data")
-        indices = self._order.indices(rank_step.step, rank_step.rank)
         fetch_many = getattr(self._dataset, "__getitems__", None)
         samples = fetch_many(indices) if fetch_many else [self._dataset[index] for index in indices]
         return self._collate(samples)
@@ -88,8 +73,9 @@ class Batches:
     """Make the batch of any rank step. With worker processes, read ahead, and start anew when the plan changes.
 
     Args:
-        data: a map-style dataset or a DataLoader over one.
-        batch_size: samples per step over *all* ranks; None takes ``DataLoader.batch_size`` times the ranks.
+        data: a map-style dataset, which is shuffled, or a DataLoader over one, whose sampler decides.
+        batch_size: samples per step over *all* ranks; None takes ``DataLoader.batch_size`` times the ranks, or, from a
+            ``batch_sampler``, a batch for each rank.
         round_steps: steps that a rank makes in a row.
     """
 
@@ -101,14 +87,23 @@ class Batches:
                 "batches() needs a map-style dataset (with __len__ and __getitem__): a stream has no samples "
                 "that could be found again after a crash"
             )
-        if batch_size is None:
-            if loader is None or loader.batch_size is None:
-                raise UsageError("batches() needs batch_size=: the number of samples per step over all ranks")
+        makes_batches = loader is not None and loader.batch_size is None and loader.batch_sampler is not None
+        if batch_size is None and loader is not None and loader.batch_size is not None:
             batch_size = loader.batch_size * ranks
+        if makes_batches and batch_size is not None:
+            raise UsageError(f"batch_size={batch_size}: the DataLoader has a batch_sampler, which makes the batches")
+        if batch_size is None and not makes_batches:
+            raise UsageError("batches() needs batch_size=: the number of samples per step over all ranks")
+        # Both refuse what cannot be shared out before training starts.
+        if loader is not None:
+            order = order_of(loader, seed, ranks=ranks, batch_size=batch_size)
+        else:
+            assert batch_size is not None
+            order = SampleOrder(seed, ranks=ranks, batch_size=batch_size, n=len(dataset))
         collate = loader.collate_fn if loader is not None else default_collate
-        self._fetched = _Fetched(dataset, collate, seed, ranks, batch_size)
-        self.samples = batch_size // ranks
-        """In the batch of one rank step."""
+        self._fetched = _Fetched(dataset, collate, seed, order)
+        self.samples = len(order.indices(0, 0)) if batch_size is None else batch_size // ranks
+        """In the batch of one rank step; those of a batch_sampler may differ from its first."""
         self._round_steps = round_steps
         self._loader = loader if loader is not None and loader.num_workers > 0 else None
         self._ahead: Iterator[Any] | None = None

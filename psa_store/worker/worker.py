@@ -241,7 +241,8 @@ class Worker:
         """Yield this worker's batches until the job ends, or until this worker is told to leave.
 
         Args:
-            data: a map-style dataset, or a DataLoader whose dataset, collate function and processes are used.
+            data: a map-style dataset, which is shuffled, or a DataLoader: its dataset, sampler, collate function and
+                processes are used. A sampler is run anew for each pass over the data, with seeds of the job.
             batch_size: samples per step over all ranks; each rank gets an equal share.
 
         After a crash anywhere the sequence may go back to an earlier step; the model goes back with it.

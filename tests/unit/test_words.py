@@ -64,7 +64,9 @@ ALLOWED = {
 }
 ALLOWED_IN = {
     "psa_store/job/sampling.py": ("epoch", "epochs"),  # a pass over the data, as everywhere in this field
+    "psa_store/worker/sampler_order.py": ("epoch", "epochs"),
     "tests/unit/test_sampling.py": ("epoch", "epochs"),
+    "tests/unit/test_sampler_order.py": ("epoch", "epochs"),
     "psa_store/docs/how-to/from-ddp.md": ("epoch", "epochs"),
     "psa_store/docs/explanation/words.md": ("epoch",),
     "psa_store/config.py": ("transport",),  # names the setting that took its place
