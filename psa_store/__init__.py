@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from psa_store.store import Store
     from psa_store.worker import Worker
 
+    __version__: str
+
 __all__ = ["Store", "Worker", "errors", "optim"]
 
 _HOMES = {"Store": "psa_store.store", "Worker": "psa_store.worker"}
@@ -30,10 +32,12 @@ _HOMES = {"Store": "psa_store.store", "Worker": "psa_store.worker"}
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("psa-store")
     if name in __all__:
         return import_module(f"psa_store.{name}")
     raise AttributeError(f"module 'psa_store' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, MutableMapping
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+import psa_store
 from psa_store import logs
 from psa_store.errors import PsaError
 
@@ -89,12 +90,23 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"psa {psa_store.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _psa() -> None:
-    """All options are those of the commands."""
+def _psa(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="tell the version of psa_store")
+    ] = False,
+) -> None:
+    """Options of a command stand behind its name."""
 
 
 def main() -> None:

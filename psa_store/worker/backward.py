@@ -26,6 +26,7 @@ from psa_store.errors import UsageError
 from psa_store.job.layout import TensorRole
 from psa_store.optim.tensors import as_bytes
 from psa_store.worker.gradients import GradientMemory
+from psa_store.worker.script import script_line
 
 OnReady = Callable[[list[int]], None]
 """Is called with shards whose gradients are whole, in the middle of backward where that is right."""
@@ -137,6 +138,11 @@ class Backward:
         if complete and self._on_ready is not None:
             self._on_ready(sorted(complete))
 
+    def drop(self) -> None:
+        """There is no gradient after all."""
+        for bound in self._trained:
+            bound.tensor.grad = None
+
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Backward passes inside only add to ``.grad``."""
@@ -162,8 +168,8 @@ class Backward:
         if bound in self._taken:
             if self._leaves_early:
                 raise UsageError(
-                    "backward() ran twice for one batch: wrap all but the last in `with worker.accumulate():`, "
-                    "or write psa.Worker(…, push_early=False)"
+                    f"{script_line()}: backward() ran twice for one batch: wrap all but the last in "
+                    "`with worker.accumulate():`, or write psa.Worker(…, push_early=False)"
                 )
             self._again = True  # autograd has added to what is there
             return

@@ -43,6 +43,7 @@ from psa_store.worker.draft import write_draft
 from psa_store.worker.flat_model import FlatModel, describe_model
 from psa_store.worker.health import Progress, WorkerHealth
 from psa_store.worker.membership import Membership
+from psa_store.worker.script import script_line
 from psa_store.worker.server_connections import ServerConnections
 from psa_store.worker.session import Tools
 from psa_store.worker.strategy import Strategy, strategy_of
@@ -129,13 +130,14 @@ class Worker:
         self._progress = Progress()
         self._leaving = False
         self._opened = False
+        self._entered = False
 
     # --- what user code may ask
 
     @property
     def version(self) -> int:
-        """Steps that the parameters in the model have behind them."""
-        return self._strategy.version if self._opened else 0
+        """Steps that the parameters in the model have behind them; 0 before the ``with`` statement."""
+        return self._strategy.version if self._entered else 0
 
     @property
     def rank(self) -> int:
@@ -219,7 +221,7 @@ class Worker:
             if settings.monitor:
                 stack.enter_context(closing(Monitor(name, metrics, health, settings)))
             self._resources = stack.pop_all()
-        self._opened = True
+        self._opened = self._entered = True
         if self._leaving:  # told before there was a session to tell
             self._strategy.session.leaving = True
         return self
@@ -264,7 +266,11 @@ class Worker:
                     failpoint("worker.computing")
                 yield batch
                 if self._current is not None:
-                    raise UsageError("the batch was not followed by worker.step()")
+                    raise UsageError(
+                        f"{script_line()}: the batch before was not followed by worker.step(). To add up several "
+                        "gradients, call backward() on parts of one larger batch; to leave a batch out, call "
+                        "worker.skip()"
+                    )
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Push the gradient of the present batch; with it the step's last, wait for the next version and load it.
@@ -283,7 +289,10 @@ class Worker:
             raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
         if self._torch_optimizer is not None and (numbers := numbers_of(self._torch_optimizer)) != self._torch_numbers:
             refuse_change(self._torch_numbers, numbers)
-        self._flat_model.end()
+        try:
+            self._flat_model.end()
+        except UsageError as error:
+            raise UsageError(f"{script_line()}: {error}") from error
         # By assignments only, see Progress: it costs every step.
         progress, now_s = self._progress, time.monotonic()
         assert progress.since_s is not None
@@ -294,6 +303,17 @@ class Worker:
         progress.since_s, progress.stage = now_s, WAITING
         self._current = None
         self._strategy.hand_over()
+
+    def skip(self) -> None:
+        """Leave the present batch out: its rank's gradient counts as zero in this step.
+
+        Raises:
+            UsageError: there is no batch, or a part of its gradient has left already.
+        """
+        if self._current is None:
+            raise UsageError("worker.skip() without a batch from worker.batches()")
+        self._flat_model.backward.drop()
+        self.step()
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""

@@ -206,3 +206,45 @@ def test_a_second_backward_that_comes_later_is_refused(job: str) -> None:
 
     with pytest.raises(UsageError, match=r"backward\(\) ran twice.*accumulate"):
         train(job, again)
+
+
+def test_a_batch_that_is_left_out_counts_as_zero(job: str) -> None:
+    """Whether its backward() has run or not."""
+    model, data = make_model(), make_data()
+    rule = psa.optim.SGD(lr=0.1)
+    with psa.Worker(job, model, optimizer=rule, ranks=RANKS, steps=STEPS, seed=SEED, push_early=False) as worker:
+        for x, y in worker.batches(data, batch_size=BATCH):
+            if worker.rank == 0 and worker.version % 2:
+                worker.skip()
+                continue
+            nn.functional.mse_loss(model(x), y).backward()
+            if worker.rank == 0:
+                worker.skip()
+            else:
+                worker.step()
+
+    turns = iter(rank for _ in range(STEPS) for rank in range(RANKS))
+
+    def drop_of_rank_0(plain_model: nn.Sequential) -> None:
+        if next(turns) == 0:
+            for parameter in plain_model.parameters():
+                parameter.grad = None
+
+    assert_close(model, plain(drop_of_rank_0))
+
+
+def test_what_is_refused_names_the_line_of_the_script(job: str) -> None:
+    here = r"test_gradients\.py:\d+: "
+    model = make_model()
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), steps=STEPS, push_early=True) as worker:
+        with pytest.raises(UsageError, match=here + r"the batch before was not followed.*worker\.skip\(\)"):
+            for _ in worker.batches(make_data(), batch_size=BATCH):
+                pass
+        for x, y in worker.batches(make_data(), batch_size=BATCH):
+            nn.functional.mse_loss(model(x), y).backward()
+            with pytest.raises(UsageError, match=here + r"backward\(\) ran twice"):
+                model(x).sum().backward()
+            clip_norm(model)
+            with pytest.raises(UsageError, match=here + "the gradient of"):
+                worker.step()
+            break

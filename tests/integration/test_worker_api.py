@@ -74,6 +74,7 @@ def test_training_equals_a_plain_loop_with_torch(servers: str) -> None:
             nn.functional.mse_loss(ours(x), y).backward()
             worker.step()
         assert worker.finished and worker.version == STEPS
+    assert worker.version == STEPS, "it stays after the with statement"
 
     groups = [
         {"params": [p for p in theirs.parameters() if p.dim() >= 2], "weight_decay": 0.3},

@@ -9,6 +9,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import psa_store
 from psa_store.cli.app import COMMANDS, app
 
 
@@ -50,3 +51,14 @@ def test_an_unknown_option_is_not_taken_for_the_script() -> None:
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "no script --servrs; nor is there an option of that name" in refused.stderr
+
+
+def test_the_version_is_told() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert shown.exit_code == 0 and shown.output == f"psa {psa_store.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["run", "-h"], ["checkpoint", "ls", "-h"]])
+def test_a_short_option_asks_for_help(arguments: list[str]) -> None:
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0 and "Usage:" in shown.output
