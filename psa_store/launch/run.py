@@ -78,6 +78,11 @@ def run_job(run: Run, settings: Settings) -> int:
         for _ in range(run.workers):
             supervisor.spawn(ProcessRole.WORKER, worker_main, str(run.script), run.arguments)
         code = supervisor.run(until=finished)
+        if supervisor.failure is not None:
+            logs.complain(
+                f"run: the script failed in the same way again, or too often: {supervisor.failure}. Its traceback is "
+                "above. When that is mended, the same command resumes the job"
+            )
         # Workers first: they finish the step that they are in, which needs the servers.
         left = [supervisor.stop(role, _LEAVE_S) for role in (ProcessRole.WORKER, ProcessRole.SERVER)]
         if code == 128 + signal.SIGTERM:

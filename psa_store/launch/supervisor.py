@@ -43,14 +43,15 @@ class Verdict(Enum):
     FAIL = auto()
 
 
-def after_exit(exit_code: int, restarts_left: int, stopping: bool) -> Verdict:
+def after_exit(exit_code: int, restarts_left: int, stopping: bool, *, new_failure: bool = False) -> Verdict:
     """What to do about a child that ended; a negative exit code is the signal that killed it. Pure.
 
-    A death and an unreachable dependency may pass; an exception in user code, bad usage and damaged data do not.
+    A death and an unreachable dependency may pass; bad usage and damaged data do not. An exception of the script may,
+    if it is a ``new_failure``: no process has failed so at that place before.
     """
     if exit_code == 0 or stopping:
         return Verdict.DONE
-    passing = exit_code < 0 or exit_code in (_RETRYABLE_EXIT, _LOST_EXIT)
+    passing = exit_code < 0 or exit_code in (_RETRYABLE_EXIT, _LOST_EXIT) or (exit_code == 1 and new_failure)
     return Verdict.RESTART if passing and restarts_left > 0 else Verdict.FAIL
 
 
@@ -107,6 +108,11 @@ class Supervisor:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["psa_store.launch.forkserver_guard", *preload])
         self._children: list[Child] = []
+        self._failures: dict[str, str] = {}
+        """By member, the place in training at which its script raised, and what."""
+        self._known_failures: set[str] = set()
+        self.failure: str | None = None
+        """What ended :meth:`run`, if it was a script that failed at the same place again."""
         self._stopping: set[ProcessRole] = set()
         self._signal: int | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="psa-")
@@ -187,21 +193,35 @@ class Supervisor:
         sentinels = {child.process.sentinel: child for child in self._children}
         waited: Iterable[Any] = connection.wait([*sentinels, self._socket, self._wake_receiver], timeout_s)
         failed = None
+        self._read_messages()  # before anything is done about a child: they are its last words
         for ready in waited:
-            if ready is self._socket:
-                self._on_message(json.loads(self._socket.recv(_MESSAGE_BYTES_MAX)))
-            elif ready is self._wake_receiver:
+            if ready is self._wake_receiver:
                 self._wake_receiver.recv(64)
-            else:
+            elif ready is not self._socket:
                 code = self._reap(sentinels[ready])
                 failed = code if failed is None else failed
         return failed
+
+    def _read_messages(self) -> None:
+        while True:
+            try:
+                message = json.loads(self._socket.recv(_MESSAGE_BYTES_MAX))
+            except BlockingIOError:
+                return
+            if message.get("event") == "failed":
+                self._failures[message["member"]] = message["how"]
+            else:
+                self._on_message(message)
 
     def _reap(self, child: Child) -> int | None:
         child.process.join()
         self._on_exit(child)
         self._children.remove(child)
-        match after_exit(child.exit_code, self._restarts_left, child.role in self._stopping):
+        failure = self._failures.pop(child.member, None)
+        is_new = failure is not None and failure not in self._known_failures
+        if failure is not None:
+            self._known_failures.add(failure)
+        match after_exit(child.exit_code, self._restarts_left, child.role in self._stopping, new_failure=is_new):
             case Verdict.RESTART:
                 self._restarts_left -= 1
                 again = self.spawn(child.role, child.target, *child.arguments)
@@ -210,6 +230,7 @@ class Supervisor:
                 )
             case Verdict.FAIL:
                 self._log.error("a process failed", member=child.member, code=child.exit_code)
+                self.failure = failure
                 return reported_code(child.exit_code, stopping=False)
             case Verdict.DONE:
                 pass

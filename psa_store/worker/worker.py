@@ -22,7 +22,7 @@ from psa_store.cluster import NO_WORKER, ProcessRole
 from psa_store.config import load_settings
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
-from psa_store.errors import UsageError
+from psa_store.errors import PsaError, UsageError
 from psa_store.job.config import check_job_name
 from psa_store.job.layout import make_layout
 from psa_store.job.mode import parse_mode
@@ -229,6 +229,13 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        supervisor = self._settings.supervisor
+        if supervisor and self._settings.member and isinstance(error, Exception) and not isinstance(error, PsaError):
+            # It may be a disk that did not answer once: tried again, unless it comes at the same place again.
+            now = self._current
+            where = f"step {self.version}" if now is None else f"step {now.step}, rank {now.rank}"
+            how = f"{type(error).__name__} at {where}"
+            announce(supervisor, {"event": "failed", "member": self._settings.member, "how": how})
         self.close()
 
     def close(self) -> None:

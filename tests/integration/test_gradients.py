@@ -158,6 +158,26 @@ def test_it_counts_in_rounds(job: str, touch: Touch) -> None:
             assert torch.equal(mine, before) is (trained is model[0])
 
 
+@pytest.mark.parametrize("mode", ["sync", "async", "local:steps=2"])
+def test_sparse_gradients_count_like_dense_ones(site: Site, mode: str) -> None:
+    """With one rank; in rounds, too, both do the same."""
+
+    def trained(sparse: bool) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        bag, table = nn.EmbeddingBag(20, 4, mode="sum", sparse=sparse), nn.Embedding(20, 4, sparse=sparse)
+        model = nn.ModuleList([bag, table, nn.Linear(4, 1)])
+        name = f"sparse-{sparse}-{mode.partition(':')[0]}"
+        Servers(site, name, 1)
+        with psa.Worker(name, model, optimizer=psa.optim.SGD(lr=0.1), steps=STEPS, seed=SEED, mode=mode) as worker:
+            for batch in worker.batches(torch.arange(20), batch_size=5):
+                model[2](bag(batch[:, None]) + table(batch)).square().sum().backward()
+                worker.step()
+        return [each.detach().clone() for each in model.parameters()]
+
+    for left, right in zip(trained(True), trained(False), strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_an_accumulation_loop_needs_no_word(job: str) -> None:
     """Two backward() for one batch add up, if they do so from the first step on."""
     model, data = make_model(), make_data()

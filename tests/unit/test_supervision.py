@@ -33,6 +33,22 @@ def test_verdicts(exit_code: int, restarts_left: int, stopping: bool, verdict: V
 
 
 @pytest.mark.parametrize(
+    ("exit_code", "restarts_left", "stopping", "verdict"),
+    [
+        (1, 5, False, Verdict.RESTART),
+        (1, 0, False, Verdict.FAIL),
+        (1, 5, True, Verdict.DONE),
+        (2, 5, False, Verdict.FAIL),
+        (4, 5, False, Verdict.FAIL),
+    ],
+)
+def test_verdicts_on_a_script_that_fails_at_a_place_for_the_first_time(
+    exit_code: int, restarts_left: int, stopping: bool, verdict: Verdict
+) -> None:
+    assert after_exit(exit_code, restarts_left, stopping, new_failure=True) is verdict
+
+
+@pytest.mark.parametrize(
     ("exit_code", "stopping", "reported"),
     [
         (0, False, 0),
