@@ -201,7 +201,7 @@ class Backward:
         if gradient is None:
             place.zero_()
         elif gradient.is_sparse or gradient.data_ptr() != place.data_ptr():
-            place.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+            place.copy_((gradient.to_dense() if gradient.is_sparse else gradient).detach())
             if tensor.device == place.device and tensor.dtype is place.dtype:
                 tensor.grad = place
 

@@ -14,7 +14,7 @@ Used by the worker, in the thread that runs the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -31,6 +31,11 @@ class ModelGuard:
         self._model = model
         self._bound = [each for each in bound if each.role is not TensorRole.BUFFER]
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._holders: list[dict[str, Any]] = [
+            holder for module in model.modules() for holder in (module._parameters, module._modules)
+        ]
+        """Where modules keep parameters and further modules: looking into them is quicker than to walk the model."""
+        self._held = [(holder, name, held) for holder in self._holders for name, held in holder.items()]
         self._bytes = [as_bytes(each.view.view(-1)) for each in self._bound]
         self._counters: list[int] = []
         self._turn = 0
@@ -50,14 +55,10 @@ class ModelGuard:
         Raises:
             UsageError: it names a parameter, and says what to write instead.
         """
-        present = dict(self._model.named_parameters(remove_duplicate=False))
-        for name, parameter in present.items():
-            if name not in self._parameters:
-                _refuse(name, "is new", "add it before psa.Worker is made")
-            if self._parameters[name] is not parameter:
-                _refuse(name, "was replaced by another object", "replace it before psa.Worker is made")
-        for name in self._parameters.keys() - present.keys():
-            _refuse(name, "is gone", "remove it before psa.Worker is made")
+        if len(self._held) != sum(map(len, self._holders)) or any(
+            holder.get(name) is not held for holder, name, held in self._held
+        ):
+            self._check_structure()
         for bound, counter in zip(self._bound, self._counters, strict=True):
             tensor = bound.tensor
             if tensor.requires_grad is not (bound.role is TensorRole.TRAINED):
@@ -72,6 +73,16 @@ class ModelGuard:
                 self.refuse_write(bound.name)
         if self._bound and self._sample() != self._digest:
             self.refuse_write(self._bound[self._turn % len(self._bound)].name)
+
+    def _check_structure(self) -> None:
+        present = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, parameter in present.items():
+            if name not in self._parameters:
+                _refuse(name, "is new", "add it before psa.Worker is made")
+            if self._parameters[name] is not parameter:
+                _refuse(name, "was replaced by another object", "replace it before psa.Worker is made")
+        for name in self._parameters.keys() - present.keys():
+            _refuse(name, "is gone", "remove it before psa.Worker is made")
 
     @staticmethod
     def refuse_write(name: str) -> NoReturn:
