@@ -107,6 +107,8 @@ def main() -> None:
                 journal.record("batch", term=worker.term, version=worker.version, rank=worker.rank, digest=seen)
             while worker.version == MEETING_STEP and worker.members < args.meet:
                 time.sleep(0.01)  # user code can only poll members; the test has a deadline
+            if worker.version == MEETING_STEP and args.meet:
+                print(f"met {worker.members}", flush=True)
             if args.paced_until is None or not args.paced_until.exists():
                 time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)
