@@ -33,15 +33,16 @@ def undisturbed(site: Site) -> str:
 
 
 @pytest.mark.parametrize("carrier", ["auto", "tcp"])
-def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, carrier: str) -> None:
-    job = f"elastic-worker-{carrier}"
-    run = start(site, job, "--meet", "2", carrier=carrier)
+def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, carrier: str, tmp_path: Path) -> None:
+    job, hurry = f"elastic-worker-{carrier}", tmp_path / "hurry"
+    run = start(site, job, "--meet", "2", "--pace-s", "0.05", "--paced-until", str(hurry), carrier=carrier)
     run.wait_for_step(20)
     guest = join(site, "worker", str(TRAIN), "--job", job, *SCRIPT, carrier=carrier)
     run.wait_for_line(lambda line: line == "met 2")  # or its script would wait for a guest who is gone
     holders = {rank for worker in site.describe(job).workers for rank in worker.ranks}
     assert holders == {0, 1} and len(site.pids(job, "workers")) == 2
     guest.process.send_signal(signal.SIGTERM)
+    hurry.touch()
     assert guest.finish() == 0, guest.output
     assert run.finish() == 0, run.output
     assert site.digest(job, STEPS) == undisturbed
