@@ -183,8 +183,12 @@ class Site:
             return describe(job, self.settings, store)
 
     def pids(self, job: str, role: str) -> list[int]:
-        """Process ids of the living ``servers`` or ``workers`` of a job."""
-        return [member.pid for member in getattr(self.describe(job), role)]
+        """Process ids of the living ``servers`` or ``workers`` of a job.
+
+        A busy supervisor may not have taken one off the list yet that the test has killed.
+        """
+        listed = [member.pid for member in getattr(self.describe(job), role)]
+        return [pid for pid in listed if _state(Path(f"/proc/{pid}")) not in ("X", "Z")]
 
     def wait_until_serving(self, run: Run, job: str, servers: int) -> None:
         """Wait until so many own shards: those that were not there in time join by hand-overs.
