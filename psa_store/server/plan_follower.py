@@ -151,7 +151,8 @@ class PlanFollower:
             return
         if self._session is not None:
             name = f"{self._member.id.split('+')[0]}+{secrets.token_hex(3)}"
-            self._member = replace(self._member, id=name, reload_term=None)
+            # What it had said was about plans that ZooKeeper may have lost: a new one may have their revision.
+            self._member = Member(name, self._member.host, self._member.pid, self._member.address, self._member.local)
             self._log.warning("the ZooKeeper session expired: joining again", member=name)
         self._coordination.join(ProcessRole.SERVER, self._member)
         self._announced = self._member

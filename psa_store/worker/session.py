@@ -90,7 +90,9 @@ class PlanSession:
         self._follower = follower
         self._log = logs.get_logger()
         self._standing: Standing | None = None
-        self._revision_needed = 0
+        self._needed = (0, 0)
+        """Term and revision of the newest plan that a server is known to follow. Revisions are counted anew when
+        ZooKeeper has lost the plan; terms only grow."""
         self._durable: set[str] = set()
         self.failpoints = failpoints.are_on()
         self.recording = tools.journal.enabled
@@ -121,7 +123,7 @@ class PlanSession:
         plan = standing.plan
         if plan is None or not plan.owners:
             return False
-        if plan.revision < self._revision_needed:
+        if (plan.term, plan.revision) < self._needed:
             # A server knows of a newer one: this came from a ZooKeeper server that is behind.
             self._membership.refresh()
             return False
@@ -198,7 +200,7 @@ class PlanSession:
     def _refused(self, answer: Answer) -> None:
         if not is_about_plan(answer.header.reason):
             raise Refused(f"a server refused this worker: {answer.text}")
-        self._revision_needed = max(self._revision_needed, answer.header.revision)
+        self._needed = max(self._needed, (answer.header.term, answer.header.revision))
         self._membership.refresh()
         self.stands = False
         self._follower.refused(answer.header)

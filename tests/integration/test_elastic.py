@@ -38,7 +38,7 @@ def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, 
     run = start(site, job, "--meet", "2", "--pace-s", "0.05", "--paced-until", str(hurry), carrier=carrier)
     run.wait_for_step(20)
     guest = join(site, "worker", str(TRAIN), "--job", job, *SCRIPT, carrier=carrier)
-    run.wait_for_line(lambda line: line == "met 2")  # or its script would wait for a guest who is gone
+    run.wait_for_line(lambda line: line == "met 2")  # or its script would wait for a guest that is gone
     holders = {rank for worker in site.describe(job).workers for rank in worker.ranks}
     assert holders == {0, 1} and len(site.pids(job, "workers")) == 2
     guest.process.send_signal(signal.SIGTERM)
