@@ -114,7 +114,6 @@ class Committer:
 
     def adopt(self, work: Work) -> None:
         """Redis has this already, at the beginning of a term: see to it that it stays so."""
-        self._metrics.set("committed_version", work.version)
         with self._changed:
             self._begun_with = work
             if not self._reserved:
@@ -148,9 +147,6 @@ class Committer:
                     self._changed.notify_all()
                 if isinstance(outcome, Committed):
                     self._metrics.set("commit_seconds", time.monotonic() - begun_s)
-                    self._metrics.set("committed_version", work.version)
-                    self._metrics.set("committed_time_seconds", time.time())
-                    self._metrics.add("commits")
                 if outcome is not None:
                     self._post(outcome)
             elif watched is not None:

@@ -8,6 +8,7 @@ and calls :meth:`Aggregator.advance` at the end of every turn. What is to be don
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class Aggregator(ABC):
         for owned in self.versioned.values():
             owned.take_snapshot()  # if Redis is wiped before the first commit of this server, no other process has it
         tools.committer.adopt(self._work(plan.resume))
-        self._metrics["version"] = plan.resume
+        self._metrics["version"] = self._metrics["committed_version"] = plan.resume
         machine.handle(Revised(plan))
 
     # --- what the event loop tells
@@ -162,6 +163,9 @@ class Aggregator(ABC):
         """A version of all shards here is durable."""
         self._machine.handle(VersionCommitted(message.version))
         self._tools.waiters.stale = True
+        self._metrics["committed_version"] = message.version
+        self._metrics["committed_time_seconds"] = time.time()
+        self._metrics["commits"] += 1
         if self._recording:
             self._tools.journal.record("committed", term=message.term, version=message.version)
         if message.pinned is not None:
