@@ -23,7 +23,7 @@ Half-precision parameters have a float32 ``master`` copy and float32 state; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -32,16 +32,14 @@ from torch import Tensor
 
 from psa_store.job.layout import Layout, Shard
 from psa_store.optim.reduce import squared_norm, sum_in_order
+from psa_store.optim.rules import DIVIDING, RULES, Moment, Rule, State
 from psa_store.optim.slots import MASTER, slot_dtype, state_names
-from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from psa_store.optim.spec import Adagrad, Optimizer
 from psa_store.optim.tensors import name_of, to_torch
 
 BLOCK_ELEMENTS = 1 << 18
 """1 MiB of float32: small enough for the second-level cache to hold most of it, and large enough that memory is read in
 long runs and that the calls (a few microseconds each, with Python's lock held) do not count."""
-
-State = Mapping[str, list[Tensor]]
-"""Slot name -> its runs, parallel to the runs of the parameters."""
 
 
 def init_slots(optimizer: Optimizer, param: Tensor, shard: Shard, layout: Layout) -> dict[str, Tensor]:
@@ -129,7 +127,7 @@ class ShardKernel:
         """
         place = scratch.view(self._wide_dtype)
         divisor = len(parts) / grad_scale
-        in_passing = self._wide_dtype is torch.float32 and isinstance(self._optimizer, _DIVIDING)
+        in_passing = self._wide_dtype is torch.float32 and isinstance(self._optimizer, DIVIDING)
         moments = {
             group: Moment(self._optimizer.lr_at(step, group), opt_step, divisor if in_passing else 1.0)
             for group in {part.group for block in self._blocks for part in block.parts}
@@ -146,19 +144,6 @@ class ShardKernel:
                 part.rule(part.optimizer, moments[part.group], part.params, [grads[i] for i in part.runs], part.state)
             for source, follower in pairwise(block.chain):
                 follower.copy_(source)
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What changes from one update to the next. ``divisor``: of the gradient, still to be applied."""
-
-    lr: float
-    opt_step: int
-    divisor: float
-
-
-Rule = Callable[[Optimizer, Moment, list[Tensor], list[Tensor], State], None]
-"""(optimizer with a group's overrides, moment, parameters, gradients, state), updates in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +191,7 @@ class _Block:
                 _Part(
                     group,
                     optimizer.in_group(group),
-                    _RULES[type(optimizer)],
+                    RULES[type(optimizer)],
                     own,
                     [chain[0][start:end] for start, end in spans],
                     {name: [tensor[start:end] for start, end in spans] for name, tensor in state.items()},
@@ -232,103 +217,3 @@ def _runs(layout: Layout, shard: Shard) -> list[_Run]:
     assert starts[0][1] == 0, "a shard starts with a tensor: padding ends where the next 64 bytes begin"
     ends = [*(start for _, start in starts[1:]), shard.numel]
     return [_Run(group, start, end) for (group, start), end in zip(starts, ends, strict=True)]
-
-
-def _sgd(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
-    assert isinstance(o, SGD)
-    torch._fused_sgd_(
-        params,
-        grads,
-        state["momentum_buffer"] if o.momentum > 0.0 else [],
-        weight_decay=o.weight_decay,
-        momentum=o.momentum,
-        lr=now.lr,
-        dampening=o.dampening,
-        nesterov=o.nesterov,
-        maximize=False,
-        is_first_step=now.opt_step == 0,
-        grad_scale=_divisor(now),
-    )
-
-
-def _adam(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
-    assert isinstance(o, Adam)
-    fused = torch._fused_adamw_ if isinstance(o, AdamW) else torch._fused_adam_
-    fused(
-        params,
-        grads,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        [],
-        _steps(now, params),
-        lr=now.lr,
-        beta1=o.betas[0],
-        beta2=o.betas[1],
-        weight_decay=o.weight_decay,
-        eps=o.eps,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=_divisor(now),
-    )
-
-
-def _adagrad(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
-    assert isinstance(o, Adagrad)
-    torch._fused_adagrad_(
-        params,
-        grads,
-        state["sum"],
-        _steps(now, params),
-        lr=now.lr,
-        lr_decay=o.lr_decay,
-        weight_decay=o.weight_decay,
-        eps=o.eps,
-        maximize=False,
-        grad_scale=_divisor(now),
-    )
-
-
-def _steps(now: Moment, params: list[Tensor]) -> list[Tensor]:
-    """The number of this update as the fused kernels want it: one tensor per run, counted from 1."""
-    return [torch.tensor(float(now.opt_step + 1))] * len(params)
-
-
-def _divisor(now: Moment) -> Tensor | None:
-    """What the fused kernels divide the gradient by, in the same pass."""
-    return None if now.divisor == 1.0 else torch.tensor(now.divisor)
-
-
-def _rmsprop(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor], state: State) -> None:
-    """In several passes, as torch has no fused kernel for it."""
-    assert isinstance(o, RMSprop) and now.divisor == 1.0
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        _rmsprop_run(o, now.lr, param, grad, {name: runs[i] for name, runs in state.items()})
-
-
-def _rmsprop_run(o: RMSprop, lr: float, param: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
-    square_avg, avg = state["square_avg"], torch.empty_like(param)
-    if o.weight_decay != 0.0:
-        grad.add_(param, alpha=o.weight_decay)
-    square_avg.mul_(o.alpha).addcmul_(grad, grad, value=1.0 - o.alpha)
-    if o.centered:
-        grad_avg = state["grad_avg"].lerp_(grad, 1.0 - o.alpha)
-        torch.addcmul(square_avg, grad_avg, grad_avg, value=-1.0, out=avg).sqrt_()
-    else:
-        torch.sqrt(square_avg, out=avg)
-    avg.add_(o.eps)
-    if o.momentum > 0.0:
-        param.add_(state["momentum_buffer"].mul_(o.momentum).addcdiv_(grad, avg), alpha=-lr)
-    else:
-        param.addcdiv_(grad, avg, value=-lr)
-
-
-_DIVIDING = (SGD, Adam, Adagrad)
-"""Optimizers whose kernel can divide the gradient in passing, in float32."""
-
-_RULES: Mapping[type[Optimizer], Rule] = {
-    SGD: _sgd,
-    Adam: _adam,
-    AdamW: _adam,
-    Adagrad: _adagrad,
-    RMSprop: _rmsprop,
-}
