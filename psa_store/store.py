@@ -32,7 +32,7 @@ class Store:
 
     Args:
         job: name of the job.
-        redis: URL of Redis; None takes ``PSA_REDIS``.
+        redis: URL of Redis; None takes ``PSA_REDIS``, or the Redis of `psa up`.
 
     Raises:
         UnknownJob: nothing is stored under this name.

@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from psa_store.cli.options import Json, begin
-from psa_store.config import Settings
+from psa_store.config import Settings, fill_addresses
 from psa_store.job.document import to_text
-from psa_store.launch import fill_addresses
 from psa_store.observe import doctor
 from psa_store.observe.doctor import Check, Verdict
 

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from psa_store.cli.options import SCRIPT, Json, Script, begin, check_script, sigterm_interrupts
 from psa_store.config import Settings, as_environment
+from psa_store.config.private_servers import redis_of
 from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
 from psa_store.estimate import Forecast, Traffic, ask_script, forecast, measure, traffic_of
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
-from psa_store.launch import running
 from psa_store.observe.doctor.footprint import Footprint, footprint_of
 from psa_store.observe.doctor.redis import ALLOCATION, may_measure
 from psa_store.observe.formatting import count, milliseconds, size
@@ -93,8 +93,7 @@ class _Way:
 
 def _measure_redis(settings: Settings) -> tuple[float | None, str]:
     """What Redis takes in, in bytes per second, or None and why that is not known."""
-    found = running(settings.home)
-    url = settings.redis or (found.redis if found else None)
+    url = redis_of(settings)
     if url is None:
         return None, "PSA_REDIS is not set, and no private one runs (`psa up`)"
     try:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from psa_store import logs
-from psa_store.config import Settings, check_environment, load_settings
+from psa_store.config import Settings, check_environment, fill_addresses, load_settings
 from psa_store.errors import UsageError
 
 Script = Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")]
@@ -35,8 +35,6 @@ def begin(role: str, *, log_json: bool = False) -> Settings:
 
 def reach(role: str) -> Settings:
     """The same with the addresses of Redis and ZooKeeper: those of the settings, or of the private ones that run."""
-    from psa_store.launch import fill_addresses
-
     return fill_addresses(begin(role))
 
 

@@ -17,10 +17,9 @@ from rich.live import Live
 
 from psa_store.cli.options import read_settings
 from psa_store.cli.status_view import finding_view, job_view, overview
-from psa_store.config import Settings
+from psa_store.config import Settings, fill_addresses
 from psa_store.errors import DataIntegrity, DependencyUnreachable
 from psa_store.job.document import to_fields
-from psa_store.launch import fill_addresses
 from psa_store.observe.status import PATIENCE_S_MAX, Finding, JobStatus, Observer, Severity, known_jobs
 from psa_store.storage import RedisStore
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from psa_store.cluster import Member, Plan, ProcessRole, member_from_json, plan_from_json
 from psa_store.config import Settings
+from psa_store.config.private_servers import zookeeper_of
 from psa_store.coordination import attempts, barrier, election, terms
 from psa_store.coordination.barrier import Barrier
 from psa_store.coordination.request import CheckpointRequest, request_from_json
@@ -84,15 +85,20 @@ class Coordination:
         wake: Callable[[], None] = lambda: None,
         connect_timeout_s: float | None = None,
     ) -> Coordination:
-        """For the ZooKeeper of the settings; ``connect_timeout_s``: if theirs is not meant.
+        """For the ZooKeeper of the settings, else the private one that runs; ``connect_timeout_s``: if theirs is not
+        meant.
 
         Raises:
-            UsageError: they do not say where ZooKeeper is.
+            UsageError: neither is known.
         """
-        if settings.zookeeper is None:
-            raise UsageError("ZooKeeper is not known: set PSA_ZOOKEEPER to host:port,host:port")
+        addresses = zookeeper_of(settings)
+        if addresses is None:
+            raise UsageError(
+                "ZooKeeper is not known: set PSA_ZOOKEEPER to host:port,host:port, or start a private one with "
+                f"`psa up` (none runs in {settings.home})"
+            )
         return cls(
-            settings.zookeeper,
+            addresses,
             job,
             session_timeout_s=settings.session_timeout_s,
             connect_timeout_s=connect_timeout_s or settings.connect_timeout_s,

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 from psa_store import logs
+from psa_store.config.private_servers import hold_home, publish
 from psa_store.errors import DependencyUnreachable
-from psa_store.launch.up import PrivateServers, hold_home, publish
+from psa_store.launch.up import PrivateServers
 
 _POLL_S = 0.1
 _RESTARTS_MAX = 10

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from psa_store import logs
 from psa_store.cluster import ProcessRole
-from psa_store.config import Settings, as_environment
+from psa_store.config import Settings, as_environment, fill_addresses, running
+from psa_store.config.private_servers import hold_home, publish, with_addresses
 from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
 from psa_store.job.config import RUN_NODE
 from psa_store.launch.processes import server_main, worker_main
 from psa_store.launch.supervisor import Child, Supervisor
-from psa_store.launch.up import PrivateServers, fill_addresses, hold_home, publish, running, with_addresses
+from psa_store.launch.up import PrivateServers
 from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
 from psa_store.storage import RedisStore, known_redis
 

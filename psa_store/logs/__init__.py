@@ -1,12 +1,13 @@
 """The log of a process, without secrets. Every room may use it."""
 
 from psa_store.logs.secrets import hide_passwords, printable
-from psa_store.logs.setup import Log, complain, configure, get_logger, identify
+from psa_store.logs.setup import Log, complain, configure, configure_once, get_logger, identify
 
 __all__ = [
     "Log",
     "complain",
     "configure",
+    "configure_once",
     "get_logger",
     "hide_passwords",
     "identify",

@@ -14,8 +14,10 @@ import logging
 import math
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,6 +28,21 @@ if TYPE_CHECKING:
     from structlog.types import EventDict, Processor
 
 Log: TypeAlias = "structlog.stdlib.BoundLogger"
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """How this process logs."""
+
+    marks: _Marks
+    processors: list[Processor]
+    level: int
+    as_json: bool
+
+
+_setup: _Setup | None = None
+"""None: not configured yet. It is not structlog's own configuration, which belongs to the user's script."""
 
 
 def configure(level: str, role: str, *, as_json: bool = False) -> None:
@@ -34,9 +51,19 @@ def configure(level: str, role: str, *, as_json: bool = False) -> None:
     ``as_json``: a line is a JSON object with time (ISO 8601, UTC), level, event, role, pid, and job and member where
     they are known; else it is for people.
     """
+    global _setup
+    _setup = _make(level, _Marks({"role": role, "pid": os.getpid()}, grows=as_json), as_json=as_json)
+
+
+def configure_once(level: str, role: str, *, as_json: bool = False) -> None:
+    """The same, unless a command has done it: for a script that was started by itself."""
+    if _setup is None:
+        configure(level, role, as_json=as_json)
+
+
+def _make(level: str, marks: _Marks, *, as_json: bool) -> _Setup:
     import structlog
 
-    marks = _Marks({"role": role, "pid": os.getpid()}, grows=as_json)
     tail: list[Processor]
     if as_json:
         stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
@@ -44,48 +71,55 @@ def configure(level: str, role: str, *, as_json: bool = False) -> None:
     else:
         stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S.%f", utc=False)
         tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
-    structlog.configure(
-        processors=[
-            marks,
-            structlog.processors.add_log_level,
-            stamp,
-            structlog.processors.format_exc_info,
-            hide_secrets,
-            *tail,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),  # one write; a PrintLogger makes two
-        cache_logger_on_first_use=False,
-    )
+    processors: list[Processor] = [
+        marks,
+        structlog.processors.add_log_level,
+        stamp,
+        structlog.processors.format_exc_info,
+        hide_secrets,
+        *tail,
+    ]
+    return _Setup(marks, processors, getattr(logging, level.upper()), as_json)
 
 
 def get_logger() -> Log:
     """Return a logger. Cheap: call it where it is needed."""
     import structlog
 
-    logger: Log = structlog.get_logger()
+    setup = _setup or _make("info", _Marks({"pid": os.getpid()}, grows=False), as_json=False)
+    logger: Log = structlog.wrap_logger(
+        _StandardError(),
+        processors=setup.processors,
+        wrapper_class=structlog.make_filtering_bound_logger(setup.level),
+        cache_logger_on_first_use=False,
+    )
     return logger
 
 
 def identify(**marks: str) -> None:
     """Add ``job``, ``member`` to all later lines for programs. Does nothing where :func:`configure` was not called."""
-    import structlog
-
-    for processor in structlog.get_config()["processors"]:
-        if isinstance(processor, _Marks):
-            processor.add(marks)
+    if _setup is not None:
+        _setup.marks.add(marks)
 
 
 def complain(text: str, *, with_traceback: bool = False) -> None:
     """Write why this process ends: for people ``psa: …``, or the traceback; for programs a log line with both."""
-    import structlog
-
-    if isinstance(structlog.get_config()["processors"][-1], structlog.processors.JSONRenderer):
+    if _setup is not None and _setup.as_json:
         get_logger().error(text, exc_info=with_traceback)
         return
     shown = traceback.format_exc().rstrip() if with_traceback else f"psa: {text}"
-    sys.stderr.write(f"{hide_passwords(shown)}\n")
-    sys.stderr.flush()
+    _StandardError().msg(hide_passwords(shown))
+
+
+class _StandardError:
+    """Writes lines to what is the standard error at that moment, each in one write, as said above."""
+
+    def msg(self, message: str) -> None:
+        with _LOCK:
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = critical = exception = msg
 
 
 def hide_secrets(_logger: object, _method: str, event: EventDict) -> EventDict:

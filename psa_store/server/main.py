@@ -15,10 +15,10 @@ from psa_store import logs, optim
 from psa_store.checkpoint.catalog import CheckpointPolicy
 from psa_store.checkpoint.take import take_at_end
 from psa_store.cluster import Member, ProcessRole
-from psa_store.config import Settings
+from psa_store.config import Settings, fill_addresses
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
-from psa_store.errors import DependencyUnreachable, UsageError
+from psa_store.errors import DependencyUnreachable
 from psa_store.job.config import JobConfig, check_job_name, job_config_from_json
 from psa_store.job.layout import Layout, layout_from_json
 from psa_store.job.wire_layout import WireLayout
@@ -63,15 +63,14 @@ def serve(job: str, settings: Settings) -> None:
         DataIntegrity: the stored state of the job cannot be served.
     """
     check_job_name(job)
-    if settings.redis is None or settings.zookeeper is None:
-        raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: set both, or use `psa run`")
+    settings = fill_addresses(settings)
     torch.set_num_threads(1)
     member_id = settings.member or new_member_id("server")
     logs.identify(job=job, member=member_id)
     woken = threading.Event()
     leave = _Leave(woken)
     with ExitStack() as stack:
-        store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
+        store = stack.enter_context(closing(RedisStore.from_settings(settings)))
         store.check()
         coordination = stack.enter_context(Coordination.from_settings(settings, job, wake=woken.set))
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -15,6 +15,7 @@ from redis.retry import Retry
 from redis.utils import str_if_bytes
 
 from psa_store.config import Settings
+from psa_store.config.private_servers import redis_of
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
 from psa_store.logs import printable
 
@@ -30,10 +31,14 @@ _PIPELINE_PREFIX = re.compile(r"^Command # \d+ \(.*?\) of pipeline caused error:
 
 
 def known_redis(settings: Settings) -> str:
-    """The URL of the settings; raises UsageError if they say none."""
-    if settings.redis is None:
-        raise UsageError("Redis is not known: pass redis='redis://host:port' or set PSA_REDIS")
-    return settings.redis
+    """The URL of the settings, else of the private Redis that runs; raises UsageError if neither is known."""
+    url = redis_of(settings)
+    if url is None:
+        raise UsageError(
+            f"Redis is not known: set PSA_REDIS to redis://host:port, or start a private one with `psa up` "
+            f"(none runs in {settings.home})"
+        )
+    return url
 
 
 def make_pool(url: str, timeout_s: float, connections_max: int) -> redis.BlockingConnectionPool:

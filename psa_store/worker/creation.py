@@ -15,6 +15,7 @@ from psa_store.checkpoint.creation import write_new_job
 from psa_store.checkpoint.restore import await_servers, restore
 from psa_store.compression import parse_compression
 from psa_store.config import Settings
+from psa_store.config.launcher import launched_world_size
 from psa_store.coordination import Coordination
 from psa_store.errors import Fenced, JobBusy, JobMismatch
 from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
@@ -109,9 +110,8 @@ def _create(
 def new_config(wanted: Wanted, settings: Settings) -> JobConfig:
     """The facts of a job that does not exist yet: what its process wants, else the settings, else the defaults."""
     every = commit_every_default(_wanted_mode(wanted, settings) or SYNC)
-    default = JobConfig(
-        wanted.name, settings.default_ranks, wanted.seed, wanted.optimizer, wanted.layout, commit_every=every
-    )
+    ranks = settings.default_ranks or launched_world_size() or 1
+    default = JobConfig(wanted.name, ranks, wanted.seed, wanted.optimizer, wanted.layout, commit_every=every)
     return _asked(wanted, settings, default)
 
 

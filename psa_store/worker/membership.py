@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from dataclasses import dataclass, replace
 
 from psa_store import logs
@@ -15,6 +17,7 @@ from psa_store.wire import Mailbox, host_identity
 
 _LOOK_AGAIN_S = 5.0
 _RETRY_S = 0.1
+_SAY_WAITING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Membership:
         self._thread.join()
 
     def _run(self) -> None:
-        pause_s = 0.0
+        pause_s, say_at_s = 0.0, time.monotonic() + _SAY_WAITING_S
         while not self._closing:
             try:
                 standing = self._look()
@@ -76,6 +79,11 @@ class Membership:
                 self._mailbox.post(None)
             if standing.failure is not None:
                 return
+            if standing.plan is not None and standing.plan.owners:
+                say_at_s = math.inf
+            elif time.monotonic() >= say_at_s:
+                say_at_s += _SAY_WAITING_S
+                self._log.info("waiting for a server of the job: `psa server --job NAME` starts one")
             self._woken.wait(pause_s)
             self._woken.clear()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from psa_store import logs
 from psa_store.cluster import NO_WORKER, ProcessRole
-from psa_store.config import load_settings
+from psa_store.config import fill_addresses, load_settings
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import PsaError, UsageError
@@ -57,7 +57,8 @@ class Worker:
         model: any module. Its parameters and buffers become views of one flat memory while the worker lives.
         optimizer: from ``psa.optim``, or one of ``torch.optim`` that is not stepped; its update is applied by the
             servers.
-        ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or 1.
+        ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or the number of
+            workers of `psa run`, or torchrun's WORLD_SIZE, or 1.
         steps: where the job ends; None: never.
         seed: root of all randomness: order of samples, and torch's, numpy's and Python's generators per (step, rank).
         mode: how updates and ranks wait for each other: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see
@@ -95,6 +96,7 @@ class Worker:
         if steps is not None and steps < 0:
             raise UsageError(f"steps={steps}: must not be negative")
         self._settings = load_settings()
+        logs.configure_once(self._settings.log_level, ProcessRole.WORKER, as_json=self._settings.log_json)
         name = job or self._settings.job
         if not name:
             raise UsageError("the job has no name: give psa.Worker a name or set PSA_JOB")
@@ -176,16 +178,14 @@ class Worker:
     # --- life
 
     def __enter__(self) -> Worker:
-        settings = self._settings
-        if settings.redis is None or settings.zookeeper is None:
-            raise UsageError("PSA_REDIS and PSA_ZOOKEEPER are not set: run the script with `psa run`, or set both")
+        settings = fill_addresses(self._settings)
         name, member = self._wanted.name, settings.member or new_member_id("worker")
         logs.identify(job=name, member=member)
         with ExitStack() as stack:
             journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
             self._mailbox = stack.enter_context(closing(Mailbox[None]()))
             woken = threading.Event()
-            store = stack.enter_context(closing(RedisStore(settings.redis, timeout_s=settings.connect_timeout_s)))
+            store = stack.enter_context(closing(RedisStore.from_settings(settings)))
             coordination = stack.enter_context(closing(Coordination.from_settings(settings, name, wake=woken.set)))
             servers = stack.enter_context(closing(ServerConnections(self._layout, self._mailbox)))
             # Closed before the connections are: servers leave alone what a worker reads until it is gone.

@@ -17,8 +17,9 @@ import pytest
 import redis
 
 from psa_store.cluster import ProcessRole
+from psa_store.config import running
 from psa_store.errors import DependencyUnreachable
-from psa_store.launch import Child, PrivateRedis, PrivateZooKeeper, Supervisor, down, running, up
+from psa_store.launch import Child, PrivateRedis, PrivateZooKeeper, Supervisor, down, up
 from tests.integration import children
 
 PATIENCE_S = 120.0

@@ -17,15 +17,15 @@ import pytest
 import redis as redis_client
 from kazoo.client import KazooClient
 
+from psa_store.config import running
+from psa_store.config.private_servers import hold_home
 from psa_store.errors import DependencyUnreachable
 from psa_store.launch import (
     PrivateRedis,
     PrivateZooKeeper,
     down,
-    running,
     up,
 )
-from psa_store.launch.up import hold_home
 from tests.integration.processes import GONE_S, PATIENCE_S, ends_within, python, read_line
 
 

@@ -15,22 +15,21 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store import logs
-from psa_store.logs import hide_passwords, printable
+from psa_store.logs import hide_passwords, printable, setup
 
 CORE = "Kdj4Qx"
 """Part of every password here; nothing else contains it."""
 
 
 @pytest.fixture(autouse=True)
-def structlog_as_it_was() -> Iterator[None]:
-    former = structlog.get_config()
+def log_as_it_was() -> Iterator[None]:
+    former = setup._setup
     yield
-    structlog.configure(**former)
+    setup._setup = former
 
 
 def written(act: Callable[[], object], *, as_json: bool, level: str = "info") -> list[str]:

@@ -69,7 +69,7 @@ ALLOWED_IN = {
     "tests/unit/test_sampler_order.py": ("epoch", "epochs"),
     "psa_store/docs/how-to/from-ddp.md": ("epoch", "epochs"),
     "psa_store/docs/explanation/words.md": ("epoch",),
-    "psa_store/config.py": ("transport",),  # names the setting that took its place
+    "psa_store/config/settings.py": ("transport",),  # names the setting that took its place
     "tests/unit/test_config.py": ("transport",),
     "psa_store/bench/contenders/rpc.py": ("transports",),  # an argument of torch
 }

@@ -14,8 +14,8 @@ from psa_store.bench.contender import Contender
 from psa_store.bench.request import Rule
 from psa_store.bench.workload import BETAS, EPS, WEIGHT_DECAY, Workload
 from psa_store.config import load_settings
+from psa_store.config.private_servers import Addresses
 from psa_store.errors import UserCodeFailed
-from psa_store.launch import Addresses
 from psa_store.logs import configure
 from psa_store.server import serve
 

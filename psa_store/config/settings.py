@@ -139,7 +139,9 @@ class Settings(BaseSettings):
     supervisor: Path | None = Field(default=None, description="socket of the supervisor that started this process")
     run: str | None = Field(default=None, description="id of the `psa run` that started this process")
     draft: Path | None = Field(default=None, description="where a Worker writes down its job, for `psa estimate`")
-    default_ranks: int = Field(default=1, ge=1, description="world size of a new job, if nothing else says it")
+    default_ranks: int | None = Field(
+        default=None, ge=1, description="world size of a new job, if nothing else says it"
+    )
 
     @classmethod
     def settings_customise_sources(

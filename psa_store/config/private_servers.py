@@ -1,0 +1,134 @@
+"""Finding the private servers of PSA_HOME: `psa up` and `psa run` start them, and write down where they answer.
+
+The process that runs them holds a lock on its pid file as long as it lives; the kernel drops the lock however it dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from psa_store.config.settings import Settings
+from psa_store.errors import UsageError
+from psa_store.job.document import from_text, to_text
+
+_POLL_S = 0.005
+_GLANCE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the private servers answer: a document in their home folder."""
+
+    FORMAT: ClassVar[int] = 1
+
+    redis: str
+    zookeeper: str
+
+
+def running(home: Path) -> Addresses | None:
+    """The addresses of the private servers, if they run and answer.
+
+    Raises:
+        DataIntegrity: another release runs them, and wrote the addresses in a format that this one does not know.
+    """
+    path = _addresses_path(home)
+    if holder(home) is None or not path.exists():
+        return None
+    return from_text(Addresses, path.read_text(), f"{path}, of the private servers that run,")
+
+
+def fill_addresses(settings: Settings) -> Settings:
+    """Settings with both addresses: their own, else those of the private servers that run.
+
+    Raises:
+        UsageError: they name one or none, and no private servers run.
+    """
+    if settings.redis is not None and settings.zookeeper is not None:
+        return settings
+    found = running(settings.home)
+    if found is None:
+        addresses = {"PSA_REDIS": settings.redis, "PSA_ZOOKEEPER": settings.zookeeper}
+        unset = " and ".join(name for name, address in addresses.items() if address is None)
+        raise UsageError(
+            f"no private servers run in {settings.home}, and {unset} {'are' if ' ' in unset else 'is'} not set: "
+            "`psa up` starts private servers, `psa run` starts them with the job; or set both to your own"
+        )
+    return with_addresses(settings, found)
+
+
+def with_addresses(settings: Settings, found: Addresses) -> Settings:
+    """The same settings, with these addresses where they say none."""
+    redis, zookeeper = settings.redis or found.redis, settings.zookeeper or found.zookeeper
+    return settings.model_copy(update={"redis": redis, "zookeeper": zookeeper})
+
+
+def redis_of(settings: Settings) -> str | None:
+    """The URL of Redis: that of the settings, else of the private one that runs; None if neither is known."""
+    found = running(settings.home) if settings.redis is None else None
+    return found.redis if found else settings.redis
+
+
+def zookeeper_of(settings: Settings) -> str | None:
+    """The same for ZooKeeper."""
+    found = running(settings.home) if settings.zookeeper is None else None
+    return found.zookeeper if found else settings.zookeeper
+
+
+def hold_home(home: Path) -> Callable[[], None] | None:
+    """Become the one process that runs private servers in ``home``; None if another is. Call the result to let go."""
+    home.mkdir(parents=True, exist_ok=True)
+    file = os.open(home / "up.pid", os.O_RDWR | os.O_CREAT, 0o600)
+    if not _lock(file):
+        os.close(file)
+        return None
+    _addresses_path(home).unlink(missing_ok=True)
+    os.ftruncate(file, 0)
+    os.write(file, str(os.getpid()).encode())
+    return lambda: os.close(file)
+
+
+def _lock(file: int) -> bool:
+    # A process that looks for a holder takes the lock for an instant: only one that keeps it is a holder.
+    end_s = time.monotonic() + _GLANCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(_POLL_S)
+
+
+def publish(home: Path, addresses: Addresses) -> None:
+    """Let :func:`running` find the servers; whole or not at all."""
+    path = _addresses_path(home)
+    draft = path.with_suffix(".draft")
+    draft.write_text(to_text(addresses))
+    draft.replace(path)
+
+
+def _addresses_path(home: Path) -> Path:
+    return home / "servers.json"
+
+
+def holder(home: Path) -> int | None:
+    """The process that runs private servers in ``home``, if one does."""
+    path = home / "up.pid"
+    if not path.exists():
+        return None
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        text = os.pread(file, 32, 0)
+        return int(text) if text else None  # it has the lock, but has not written yet
+    finally:
+        os.close(file)
