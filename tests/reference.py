@@ -56,7 +56,7 @@ def _api() -> str:
         _class(psa_store.Worker, "psa.Worker"),
         _class(psa_store.Store, "psa.Store"),
         f"## psa.optim\n\n{_prose(optim.__doc__)}",
-        *(_optimizer(getattr(optim, name)) for name in ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop")),
+        *(_optimizer(getattr(optim, name)) for name in _OPTIMIZERS),
         *(_function(getattr(optim, name), f"psa.optim.{name}") for name in ("group", *_SCHEDULES)),
         "## psa.errors\n\nEvery error is a `psa.errors.PsaError`; [exit codes](exit-codes.md) shows the tree.",
         *_integrations(),
@@ -64,6 +64,7 @@ def _api() -> str:
     return "\n\n".join(parts)
 
 
+_OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "Lion")
 _SCHEDULES = ("constant", "linear", "warmup_cosine")
 
 

@@ -8,19 +8,39 @@
     )
 
 An optimizer is a name from an allow-list and numbers. It travels as JSON and is applied by the servers'
-kernels (``kernels.py``, ``reduce.py``), so no code ever comes from a job's configuration.
+kernels (``kernels.py``, ``rules.py``, ``reduce.py``), so no code ever comes from a job's configuration.
 """
 
 from psa_store.optim.schedule import Schedule, constant, linear, warmup_cosine
-from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Group, Optimizer, RMSprop, from_dict, group
+from psa_store.optim.spec import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Group,
+    Lion,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    from_dict,
+    group,
+)
 
 __all__ = [
     "SGD",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Group",
+    "Lion",
+    "NAdam",
     "Optimizer",
+    "RAdam",
     "RMSprop",
     "Schedule",
     "constant",

@@ -12,7 +12,20 @@ import torch
 from torch import nn
 
 from psa_store.errors import UsageError
-from psa_store.optim.spec import SGD, Adagrad, Adam, AdamW, Group, Optimizer, RMSprop, group
+from psa_store.optim.spec import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Group,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    group,
+)
 
 _CLASSES: Mapping[type[torch.optim.Optimizer], type[Optimizer]] = {
     torch.optim.SGD: SGD,
@@ -20,11 +33,23 @@ _CLASSES: Mapping[type[torch.optim.Optimizer], type[Optimizer]] = {
     torch.optim.AdamW: AdamW,
     torch.optim.Adagrad: Adagrad,
     torch.optim.RMSprop: RMSprop,
+    torch.optim.NAdam: NAdam,
+    torch.optim.RAdam: RAdam,
+    torch.optim.Adamax: Adamax,
+    torch.optim.Adadelta: Adadelta,
 }
+_WHY_NOT = {
+    "LBFGS": "it computes the loss several times a step",
+    "SparseAdam": "servers have dense gradients: use nn.Embedding without sparse=True",
+    "Muon": "it works on whole matrices, and a shard is a slice",
+    "Adafactor": "it keeps means of rows and columns, and a shard is a slice",
+    "ASGD": "it averages parameters within the optimizer",
+    "Rprop": "it is for gradients of the whole data set, not of batches",
+    "Lion": "write psa.optim.Lion(lr=…, betas=…, weight_decay=…)",
+}
+"""By name, as not every release of torch has each of them."""
 _HOW_FAST = frozenset({"foreach", "fused", "capturable"})
 """Options that say how torch computes, not what."""
-_UNKNOWN = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": None}
-"""Options that servers do not know, and the value with which they change nothing; None: any, as the class says it."""
 
 
 def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
@@ -35,14 +60,16 @@ def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
             that do not fit those that ``model`` trains. The message says what to write.
     """
     name = type(optimizer).__name__
-    kind = _CLASSES.get(type(optimizer))
-    if kind is None:
-        known = ", ".join(f"torch.optim.{each.__name__}" for each in _CLASSES)
-        raise UsageError(f"optimizer={name}: servers do not know it; they know {known}, see psa.optim")
+    kind = _class(optimizer)
     if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
         raise UsageError(f"optimizer={name}: it has made steps already, and servers would begin without its state")
     names = _names(optimizer, model)
     options = [_options(name, each) for each in optimizer.param_groups]
+    if kind in (Adam, AdamW):
+        decoupled = [each.pop("decoupled_weight_decay", False) for each in options]
+        if len(set(decoupled)) > 1:
+            _refuse_difference(name, "decoupled_weight_decay")
+        kind = AdamW if kind is AdamW or decoupled[0] else Adam
     base = max(options, key=lambda each: float(each["lr"]))  # others are a part of it, and no number divides by zero
     groups: list[Group] = []
     for own, selected in zip(options, names, strict=True):
@@ -50,7 +77,7 @@ def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
         if own["lr"] != base["lr"]:
             overrides["lr_scale"] = own["lr"] / base["lr"]
         for key in overrides.keys() - kind.overridable:
-            raise UsageError(f"optimizer={name}: its groups differ in {key}, which servers know one of for a job")
+            _refuse_difference(name, key)
         if overrides:
             groups.append(group(selected, **overrides))
     return kind(**base, groups=groups)
@@ -75,13 +102,27 @@ def refuse_change(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> 
     raise UsageError(f"the optimizer had {len(before)} groups of parameters when psa.Worker was made, now {len(after)}")
 
 
+def _class(optimizer: torch.optim.Optimizer) -> type[Optimizer]:
+    kind = _CLASSES.get(type(optimizer))
+    if kind is not None:
+        return kind
+    name = type(optimizer).__name__
+    known = ", ".join(f"torch.optim.{each.__name__}" for each in _CLASSES)
+    of = next((each.__name__ for each in type(optimizer).__mro__ if each in _CLASSES), None)
+    why = f"it is not torch.optim.{of} but a class made from it" if of else _WHY_NOT.get(name, "servers do not know it")
+    raise UsageError(f"optimizer={name}: {why}. Servers know {known}, and psa.optim.Lion")
+
+
+def _refuse_difference(name: str, option: str) -> NoReturn:
+    raise UsageError(f"optimizer={name}: its groups differ in {option}, which servers know one of for a job")
+
+
 def _options(name: str, param_group: Mapping[str, Any]) -> dict[str, Any]:
     options = {}
     for key, value in param_group.items():
-        if key in _UNKNOWN:
-            harmless = _UNKNOWN[key]
-            if harmless is not None and value != harmless:
-                raise UsageError(f"optimizer={name}: {key}={value!r} is nothing that servers can do")
+        if key == "differentiable":
+            if value:
+                raise UsageError(f"optimizer={name}: differentiable=True is nothing that servers can do")
         elif key not in _HOW_FAST and key not in ("params", "param_names", "initial_lr"):
             options[key] = float(value) if isinstance(value, torch.Tensor) else value
     return options

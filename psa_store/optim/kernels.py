@@ -126,7 +126,7 @@ class ShardKernel:
             grad_scale: multiplies the gradient; the factor of ``clip_grad_norm``, or 1.0.
         """
         place = scratch.view(self._wide_dtype)
-        divisor = len(parts) / grad_scale
+        divisor = len(parts) / grad_scale * (-1.0 if self._optimizer.maximize else 1.0)
         in_passing = self._wide_dtype is torch.float32 and isinstance(self._optimizer, DIVIDING)
         moments = {
             group: Moment(self._optimizer.lr_at(step, group), opt_step, divisor if in_passing else 1.0)

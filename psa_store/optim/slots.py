@@ -6,7 +6,7 @@ Pure, and without torch: a forecast of what a job takes need not load it.
 from __future__ import annotations
 
 from psa_store.job.dtypes import HALF_DTYPES
-from psa_store.optim.spec import SGD, Adagrad, Adam, Optimizer, RMSprop
+from psa_store.optim.spec import SGD, Adadelta, Adagrad, Adam, Adamax, Lion, NAdam, Optimizer, RAdam, RMSprop
 
 MASTER = "master"
 """The float32 copy of parameters of half precision."""
@@ -29,8 +29,16 @@ def state_names(optimizer: Optimizer) -> tuple[str, ...]:
     match optimizer:
         case SGD():
             return ("momentum_buffer",) if _has_momentum(optimizer) else ()
-        case Adam():
+        case Adam(amsgrad=True):
+            return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        case Adam() | NAdam() | RAdam():
             return ("exp_avg", "exp_avg_sq")
+        case Adamax():
+            return ("exp_avg", "exp_inf")
+        case Adadelta():
+            return ("square_avg", "acc_delta")
+        case Lion():
+            return ("exp_avg",)
         case Adagrad():
             return ("sum",)
         case RMSprop():

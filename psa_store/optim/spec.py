@@ -1,7 +1,7 @@
 """Optimizers as data: an allow-listed name, numbers, and groups of parameters for which some numbers differ.
 
-Names and defaults are those of ``torch.optim``. Everything is checked when it is built, so an
-:class:`Optimizer` that exists can be applied. Everything after ``lr`` is keyword-only.
+Names and defaults are those of ``torch.optim``, and of its paper for :class:`Lion`. Everything is checked when it is
+built, so an :class:`Optimizer` that exists can be applied. Everything after ``lr`` is keyword-only.
 
 Pure, and without torch: workers, servers and the CLI may all use it.
 """
@@ -29,8 +29,14 @@ _LOWEST: Mapping[str, float] = {
     "lr_decay": 0.0,
     "lr_scale": 0.0,
     "momentum": 0.0,
+    "momentum_decay": 0.0,
+    "rho": 0.0,
     "weight_decay": 0.0,
 }
+
+_LATER: Mapping[str, object] = {"amsgrad": False, "maximize": False}
+"""Options that came when jobs were stored already, and what those jobs do: with that value they are not written, so
+that the document of an optimizer is the one it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Group:
     """Parameters for which some numbers differ from the rest; built by :func:`group`."""
 
     select: str | tuple[str, ...]
-    overrides: tuple[tuple[str, float], ...]
+    overrides: tuple[tuple[str, float | tuple[float, ...]], ...]
 
     def matches(self, name: str, shape: Sequence[int]) -> bool:
         """Whether a parameter belongs to this group, if no earlier group has taken it."""
@@ -51,10 +57,10 @@ class Group:
         return fnmatch.fnmatchcase(name, self.select)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"select": self.select, **dict(self.overrides)}
+        return {"select": self.select, **{name: _plain(value) for name, value in self.overrides}}
 
 
-def group(select: str | Sequence[str], **overrides: float) -> Group:
+def group(select: str | Sequence[str], **overrides: float | Sequence[float]) -> Group:
     """Give some parameters their own numbers.
 
     Args:
@@ -74,10 +80,13 @@ def group(select: str | Sequence[str], **overrides: float) -> Group:
     if not overrides:
         raise UsageError(f"group({select!r}): overrides nothing; give it lr_scale=, weight_decay=, … or leave it out")
     for name in overrides:
-        if name not in _LOWEST:
+        if name not in _LOWEST and name != "betas":
             raise UsageError(f"group({select!r}): {name!r} is not a number that a group can override")
-    checked_overrides = ((name, checked(name, value, _LOWEST[name])) for name, value in overrides.items())
-    return Group(select, tuple(sorted(checked_overrides)))
+    checked_overrides = {
+        name: _betas(value) if name == "betas" else checked(name, value, _LOWEST[name])
+        for name, value in overrides.items()
+    }
+    return Group(select, tuple(sorted(checked_overrides.items())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +95,14 @@ class Optimizer:
 
     ``lr``: a number or a :class:`Schedule`. ``clip_grad_norm``: largest norm of all gradients together,
     ``None`` for no limit. ``groups``: the first group that matches a parameter wins; the rest belong to group
-    0.
+    0. ``maximize``: climb instead of descend.
     """
 
     lr: float | Schedule = 1e-3
     weight_decay: float = field(default=0.0, kw_only=True)
     clip_grad_norm: float | None = field(default=None, kw_only=True)
     groups: Sequence[Group] = field(default=(), kw_only=True)
+    maximize: bool = field(default=False, kw_only=True)
 
     overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay"})
     """What a group may override: numbers only, as what decides *how* an update is computed is one for all."""
@@ -108,6 +118,8 @@ class Optimizer:
         for f in fields(self):
             if f.name in _LOWEST:
                 self._set(f.name, checked(f.name, getattr(self, f.name), _LOWEST[f.name]))
+            elif isinstance(f.default, bool) and not isinstance(getattr(self, f.name), bool):
+                raise UsageError(f"{f.name}={getattr(self, f.name)!r}: must be True or False")
         self._check()
         self._check_groups()
 
@@ -134,20 +146,28 @@ class Optimizer:
 
     def in_group(self, index: int) -> Self:
         """This optimizer with the overrides of one group put in, and without groups."""
-        overrides = dict(self.groups[index - 1].overrides) if index else {}
+        overrides: dict[str, Any] = dict(self.groups[index - 1].overrides) if index else {}
         overrides.pop("lr_scale", None)
         return replace(self, groups=(), **overrides)
 
     def lr_at(self, step: int, group: int = 0) -> float:
         """The learning rate of ``step``, counted from 0, for the parameters of a group."""
         lr = self.lr.at(step) if isinstance(self.lr, Schedule) else self.lr
-        return lr * dict(self.groups[group - 1].overrides).get("lr_scale", 1.0) if group else lr
+        return lr * self.lr_scale(group)
+
+    def lr_scale(self, group: int) -> float:
+        """What multiplies the learning rate for the parameters of a group."""
+        scale = dict(self.groups[group - 1].overrides).get("lr_scale", 1.0) if group else 1.0
+        assert isinstance(scale, float)
+        return scale
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object from which :func:`from_dict` builds an equal optimizer."""
         document: dict[str, Any] = {"name": type(self).__name__}
         for f in fields(self):
-            document[f.name] = _plain(getattr(self, f.name))
+            value = getattr(self, f.name)
+            if f.name not in _LATER or value != _LATER[f.name]:
+                document[f.name] = _plain(value)
         return document
 
 
@@ -162,24 +182,28 @@ class SGD(Optimizer):
     overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "momentum", "dampening"})
 
     def _check(self) -> None:
-        _check_flag("nesterov", self.nesterov)
         if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
             raise UsageError("nesterov=True: needs a momentum greater than 0 and no dampening")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adam(Optimizer):
-    """Adam; ``weight_decay`` is added to the gradient."""
+class _WithBetas(Optimizer):
+    """Two running means; ``betas``: how much of each stays from one update to the next."""
 
     betas: Sequence[float] = (0.9, 0.999)
-    eps: float = 1e-8
 
-    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "eps"})
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "eps", "betas"})
 
     def _check(self) -> None:
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
-            raise UsageError(f"betas={self.betas!r}: must be two numbers")
-        self._set("betas", tuple(checked("betas", beta, 0.0, below=1.0) for beta in self.betas))
+        self._set("betas", _betas(self.betas))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adam(_WithBetas):
+    """Adam; ``weight_decay`` is added to the gradient. ``amsgrad``: divide by the largest second moment so far."""
+
+    eps: float = 1e-8
+    amsgrad: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,11 +238,70 @@ class RMSprop(Optimizer):
     overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "alpha", "eps", "momentum"})
 
     def _check(self) -> None:
-        _check_flag("centered", self.centered)
         checked("alpha", self.alpha, 0.0, below=1.0)
 
 
-_BY_NAME: Mapping[str, type[Optimizer]] = {cls.__name__: cls for cls in (SGD, Adam, AdamW, Adagrad, RMSprop)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NAdam(_WithBetas):
+    """Adam with Nesterov momentum, which grows with the step at the pace of ``momentum_decay``.
+
+    ``decoupled_weight_decay``: decay parameters as AdamW does, instead of adding to the gradient.
+    """
+
+    lr: float | Schedule = field(default=2e-3, kw_only=False)
+    eps: float = 1e-8
+    momentum_decay: float = 4e-3
+    decoupled_weight_decay: bool = False
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "eps", "betas", "momentum_decay"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RAdam(_WithBetas):
+    """Adam with a rectified variance. ``decoupled_weight_decay``: as in :class:`NAdam`."""
+
+    eps: float = 1e-8
+    decoupled_weight_decay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adamax(_WithBetas):
+    """Adam with the largest gradient of late in place of the second moment."""
+
+    lr: float | Schedule = field(default=2e-3, kw_only=False)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adadelta(Optimizer):
+    """Adadelta; ``rho``: how much of its running means stays from one update to the next."""
+
+    lr: float | Schedule = field(default=1.0, kw_only=False)
+    rho: float = 0.9
+    eps: float = 1e-6
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "rho", "eps"})
+
+    def _check(self) -> None:
+        checked("rho", self.rho, 0.0, below=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lion(_WithBetas):
+    """Lion (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2): moves by the sign only.
+
+    ``weight_decay`` is decoupled. Rates are 3 to 10 times smaller than AdamW's, and decay is as many times larger.
+    """
+
+    lr: float | Schedule = field(default=1e-4, kw_only=False)
+    betas: Sequence[float] = (0.9, 0.99)
+
+    overridable: ClassVar[frozenset[str]] = frozenset({"lr_scale", "weight_decay", "betas"})
+
+
+_BY_NAME: Mapping[str, type[Optimizer]] = {
+    cls.__name__: cls for cls in (SGD, Adam, AdamW, Adagrad, RMSprop, NAdam, RAdam, Adamax, Adadelta, Lion)
+}
 
 
 def from_dict(document: Mapping[str, Any]) -> Optimizer:
@@ -245,6 +328,7 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise UsageError(f"{name}={value!r}: must be True or False")
+def _betas(value: object) -> tuple[float, ...]:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise UsageError(f"betas={value!r}: must be two numbers")
+    return tuple(checked("betas", beta, 0.0, below=1.0) for beta in value)

@@ -13,6 +13,8 @@ from psa_store import optim
 from psa_store.errors import DataIntegrity, UsageError
 from tests.unit.optimizers import EVERY_OPTIMIZER
 
+_TORCH = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta"]
+
 
 @EVERY_OPTIMIZER
 def test_json_gives_back_an_equal_optimizer(optimizer: optim.Optimizer) -> None:
@@ -34,7 +36,7 @@ def test_json_gives_back_schedules_groups_and_clipping() -> None:
     assert again.to_dict() == optimizer.to_dict()
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"])
+@pytest.mark.parametrize("name", _TORCH)
 def test_defaults_are_those_of_torch(name: str) -> None:
     theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1))]).defaults
     ours = getattr(optim, name)().to_dict()
@@ -53,6 +55,15 @@ def test_defaults_are_those_of_torch(name: str) -> None:
         (lambda: optim.SGD(0.1, momentum=-0.1), "momentum=-0.1"),
         (lambda: optim.SGD(0.1, nesterov=True), "nesterov=True"),
         (lambda: optim.SGD(0.1, nesterov=1), "nesterov=1"),  # type: ignore[arg-type]
+        (lambda: optim.SGD(0.1, maximize=1), "maximize=1"),  # type: ignore[arg-type]
+        (lambda: optim.AdamW(amsgrad=None), "amsgrad=None"),  # type: ignore[arg-type]
+        (lambda: optim.NAdam(momentum_decay=-1), "momentum_decay=-1"),
+        (lambda: optim.NAdam(decoupled_weight_decay="yes"), "decoupled_weight_decay='yes'"),  # type: ignore[arg-type]
+        (lambda: optim.Adadelta(rho=1.0), "rho=1.0"),
+        (lambda: optim.Lion(betas=(0.9, 0.99, 0.999)), "betas="),
+        (lambda: optim.AdamW(groups=[optim.group("vectors", betas=0.9)]), "betas=0.9"),
+        (lambda: optim.AdamW(groups=[optim.group("vectors", betas=(0.9, 1.0))]), "betas=1.0"),
+        (lambda: optim.Lion(groups=[optim.group("vectors", eps=1e-3)]), "Lion cannot override 'eps'"),
         (lambda: optim.Adam(betas=(0.9, 1.0)), "betas=1.0"),
         (lambda: optim.Adam(betas=(0.9,)), "betas="),
         (lambda: optim.Adam(eps=0.0), "eps=0.0"),
@@ -106,6 +117,26 @@ def test_a_damaged_document_is_refused(change: dict[str, object]) -> None:
         optim.from_dict({**optim.SGD(0.1).to_dict(), **change})
     with pytest.raises(DataIntegrity):
         optim.from_dict({})
+
+
+def test_options_that_came_later_are_written_only_where_they_change_something() -> None:
+    assert optim.Adam(1e-3).to_dict() == {
+        "name": "Adam",
+        "lr": 1e-3,
+        "weight_decay": 0.0,
+        "clip_grad_norm": None,
+        "groups": [],
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+    }
+    assert optim.Adam(amsgrad=True).to_dict()["amsgrad"] is True
+    assert optim.SGD(maximize=True).to_dict()["maximize"] is True
+
+
+def test_betas_of_a_group_are_stored() -> None:
+    optimizer = optim.Lion(groups=[optim.group("vectors", betas=[0.5, 0.6], lr_scale=0.1)])
+    assert optim.from_dict(json.loads(json.dumps(optimizer.to_dict()))) == optimizer
+    assert optimizer.in_group(1).betas == (0.5, 0.6) and optimizer.in_group(0).betas == (0.9, 0.99)
 
 
 def test_the_first_group_that_matches_wins() -> None:
