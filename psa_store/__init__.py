@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psa_store import errors, optim
+    from psa_store.job.average import ema
     from psa_store.store import Store
     from psa_store.worker import Worker
 
     __version__: str
 
-__all__ = ["Store", "Worker", "errors", "optim"]
+__all__ = ["Store", "Worker", "ema", "errors", "optim"]
 
-_HOMES = {"Store": "psa_store.store", "Worker": "psa_store.worker"}
+_HOMES = {"Store": "psa_store.store", "Worker": "psa_store.worker", "ema": "psa_store.job.average"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,22 +9,20 @@ Needs Redis only: no ZooKeeper, no server, no model. Example::
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import numpy.typing as npt
 import torch
 
 from psa_store.checkpoint.catalog import read_job
-from psa_store.checkpoint.reader import Replaced, version_of
+from psa_store.checkpoint.reader import read_tensors
 from psa_store.config import load_settings
-from psa_store.errors import DataIntegrity, PsaError, UsageError
+from psa_store.errors import PsaError, UsageError
 from psa_store.job.config import JobConfig, check_job_name
+from psa_store.optim.slots import AVERAGE
 from psa_store.optim.tensors import to_numpy
 from psa_store.storage import RedisStore, known_redis
-
-_ATTEMPTS = 5
-"""Tries to read the newest version before giving up: each fails only if training replaced it three times meanwhile."""
+from psa_store.storage.sections import PARAM
 
 
 class Store:
@@ -67,26 +65,33 @@ class Store:
         """The newest version that can be read whole; raises DataIntegrity if there is none."""
         return self._stored.reread(self._store).version_of(None)
 
-    def get(self, name: str, version: int | None = None) -> npt.NDArray[Any]:
+    def get(self, name: str, version: int | str | None = None, *, average: bool = False) -> npt.NDArray[Any]:
         """One parameter or buffer as a numpy array (bfloat16 comes as float32, which holds it exactly).
 
+        Args:
+            version: a number, or the name of a checkpoint; None: the newest version.
+            average: of a parameter that is trained, its average over the steps.
+
         Raises:
-            UsageError: no such name, or no such version.
+            UsageError: no such name, or no such version, or the job keeps no average.
             DataIntegrity: the stored bytes are damaged.
         """
         if name not in self._by_name:
             raise UsageError(f"job {self.config.name!r} has no parameter {name!r}; see Store.names()")
         index = self._by_name[name]
-        return to_numpy(self._read([index], version)[index])
+        return to_numpy(self._read([index], version, average=average)[index])
 
-    def arrays(self, version: int | None = None) -> dict[str, npt.NDArray[Any]]:
-        """All parameters and persistent buffers of one version as numpy arrays."""
-        return {name: to_numpy(tensor) for name, tensor in self.state_dict(version).items()}
+    def arrays(self, version: int | str | None = None, *, average: bool = False) -> dict[str, npt.NDArray[Any]]:
+        """All parameters and persistent buffers of one version as numpy arrays; arguments as for :meth:`get`."""
+        return {name: to_numpy(tensor) for name, tensor in self.state_dict(version, average=average).items()}
 
-    def state_dict(self, version: int | None = None) -> dict[str, torch.Tensor]:
-        """All parameters and persistent buffers of one version, as ``load_state_dict`` takes them."""
+    def state_dict(self, version: int | str | None = None, *, average: bool = False) -> dict[str, torch.Tensor]:
+        """All parameters and persistent buffers of one version, as ``load_state_dict`` takes them.
+
+        Arguments as for :meth:`get`. An average is of float32 where parameters have less.
+        """
         wanted = [i for i, spec in enumerate(self._layout.tensors) if spec.persistent]
-        tensors = self._read(wanted, version)
+        tensors = self._read(wanted, version, average=average)
         return {name: tensors[i] for i in wanted for name in self._layout.tensors[i].names}
 
     def close(self) -> None:
@@ -98,9 +103,6 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, wanted: list[int], version: int | None) -> dict[int, torch.Tensor]:
-        """Read tensors; the newest version may be dropped meanwhile while training goes on, then choose again."""
-        for _ in range(_ATTEMPTS):
-            with suppress(Replaced):
-                return version_of(self._store, self._stored.reread(self._store), version).tensors(wanted)
-        raise DataIntegrity(f"job {self.config.name!r}: training drops versions faster than they are read: try again")
+    def _read(self, wanted: list[int], version: int | str | None, *, average: bool) -> dict[int, torch.Tensor]:
+        _, tensors = read_tensors(self._store, self._stored, version, wanted, AVERAGE if average else PARAM)
+        return tensors

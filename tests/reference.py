@@ -55,6 +55,7 @@ def _api() -> str:
         "```python\nimport psa_store as psa\n```",
         _class(psa_store.Worker, "psa.Worker"),
         _class(psa_store.Store, "psa.Store"),
+        _function(psa_store.ema, "psa.ema"),
         f"## psa.optim\n\n{_prose(optim.__doc__)}",
         *(_optimizer(getattr(optim, name)) for name in _OPTIMIZERS),
         *(_function(getattr(optim, name), f"psa.optim.{name}") for name in ("group", *_SCHEDULES)),

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,15 @@ from xxhash import xxh3_128
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.config import JobConfig
-from psa_store.job.layout import Layout, Shard
+from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
+from psa_store.optim.slots import AVERAGE, wide_dtype
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.storage import Manifest, RedisStore
 from psa_store.storage.sections import PARAM
 
 _CHECKED_AT_ONCE = 4
+_ATTEMPTS = 5
+"""Tries to read the newest version before giving up: each fails only if training replaced it three times meanwhile."""
 
 
 class Replaced(UsageError):
@@ -83,13 +87,27 @@ class StoredVersion:
         self.read(shard, found)
         return found
 
-    def parameters(self, shard: Shard) -> Tensor:
-        """All elements of a shard, with the padding between its tensors."""
-        whole = torch.empty(shard.numel, dtype=to_torch(shard.dtype))
-        self.read(shard.index, {PARAM: as_bytes(whole)})
+    def parameters(self, shard: Shard, section: str = PARAM) -> Tensor:
+        """All elements of a shard, with the padding between its tensors; or of another section of it.
+
+        The average of what no step has changed is the parameters themselves: of buffers, frozen ones, and version 0.
+        """
+        found = next((each for each in self.manifests[shard.index].sections if each.name == section), None)
+        whole = torch.empty(shard.numel, dtype=to_torch(shard.dtype if found is None else found.dtype))
+        if found is None and (section != AVERAGE or (shard.role is TensorRole.TRAINED and self.version > 0)):
+            raise DataIntegrity(f"job {self.config.name!r}: shard {shard.index} at {self.version} lacks {section!r}")
+        self.read(shard.index, {PARAM if found is None else section: as_bytes(whole)})
         return whole
 
-    def fill(self, regions: Iterable[Region]) -> None:
+    def check_average(self) -> None:
+        """Raise UsageError if the job keeps no average."""
+        if self.config.average is None:
+            raise UsageError(
+                f"job {self.config.name!r} keeps no average of its parameters; one begins with a job: "
+                "psa.Worker(…, average=psa.ema(0.999))"
+            )
+
+    def fill(self, regions: Iterable[Region], section: str = PARAM) -> None:
         """Read what these regions want, shard by shard: each is read once, and only if it holds a part of one."""
         wanted: dict[int, list[Region]] = {}
         for region in regions:
@@ -102,16 +120,24 @@ class StoredVersion:
                 if (low := max(piece.tensor_start, region.start))
                 < (high := min(piece.tensor_start + piece.length, region.start + len(region.flat)))
             ]
-            whole = self.parameters(shard) if parts else None
+            whole = self.parameters(shard, section) if parts else None
             for region, low, high, shift in parts:
                 assert whole is not None
                 region.flat[low - region.start : high - region.start] = whole[low + shift : high + shift]
 
-    def tensors(self, wanted: Iterable[int]) -> dict[int, Tensor]:
-        """Whole tensors, by their index in the layout."""
+    def tensors(self, wanted: Iterable[int], section: str = PARAM) -> dict[int, Tensor]:
+        """Whole tensors, by their index in the layout.
+
+        ``section``: AVERAGE for the average of those that are trained, in float32 at least, and the others as they are.
+
+        Raises:
+            UsageError: the job keeps no average.
+        """
+        if section == AVERAGE:
+            self.check_average()
         specs = self.layout.tensors
-        regions = [Region(i, 0, torch.empty(specs[i].numel, dtype=to_torch(specs[i].dtype))) for i in wanted]
-        self.fill(regions)
+        regions = [Region(i, 0, torch.empty(specs[i].numel, dtype=_dtype_of(specs[i], section))) for i in wanted]
+        self.fill(regions, section)
         return {region.tensor: region.flat.view(specs[region.tensor].shape) for region in regions}
 
     def digest(self) -> str:
@@ -123,6 +149,11 @@ class StoredVersion:
                 total.update(data)
             total.update(json.dumps(manifest.scalars, sort_keys=True).encode())
         return total.hexdigest()
+
+
+def _dtype_of(spec: TensorSpec, section: str) -> torch.dtype:
+    averaged = section == AVERAGE and spec.role is TensorRole.TRAINED
+    return to_torch(wide_dtype(spec.dtype) if averaged else spec.dtype)
 
 
 def open_version(store: RedisStore, job: str, what: str | int | None = None) -> StoredVersion:
@@ -140,6 +171,30 @@ def version_of(store: RedisStore, job: StoredJob, what: str | int | None = None)
     """The same for a job that was looked up already."""
     pinned = what in job.checkpoints
     return StoredVersion(store, job.config, job.layout, job.version_of(what), job.manifests(what), pinned)
+
+
+def read_newest(
+    store: RedisStore, job: str, wanted: Sequence[int], section: str = PARAM
+) -> tuple[StoredVersion, dict[int, Tensor]]:
+    """Tensors of the newest version, and which that is.
+
+    Raises:
+        UnknownJob: there is no such job.
+        UsageError: it keeps no average, and that is wanted.
+        DataIntegrity: the stored bytes are damaged, or training drops versions faster than they are read.
+    """
+    return read_tensors(store, read_job(store, job), None, wanted, section)
+
+
+def read_tensors(
+    store: RedisStore, job: StoredJob, what: str | int | None, wanted: Sequence[int], section: str = PARAM
+) -> tuple[StoredVersion, dict[int, Tensor]]:
+    """The same of any version. One that is dropped meanwhile while training goes on is chosen again."""
+    for _ in range(_ATTEMPTS):
+        with suppress(Replaced):
+            version = version_of(store, job.reread(store), what)
+            return version, version.tensors(wanted, section)
+    raise DataIntegrity(f"job {job.config.name!r}: training drops versions faster than they are read: try again")
 
 
 def find_damage(store: RedisStore, job: str, what: str | None) -> list[str]:

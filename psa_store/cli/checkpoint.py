@@ -195,12 +195,15 @@ def checkpoint_export(
     url: Annotated[str, typer.Argument(help="new folder: a path, or file://, s3://, hdfs://, … as fsspec knows them")],
     what: Annotated[str | None, typer.Argument(help="a checkpoint, or a version [default: the newest version]")] = None,
     max_file_gb: Annotated[float, typer.Option(min=0.001, help="size beyond which a file is split (10^9 bytes)")] = 5.0,
+    average: Annotated[
+        bool, typer.Option("--average", help="only the model, with the average of its parameters: to use, not to go on")
+    ] = False,
 ) -> None:
     """Write a checkpoint to files: safetensors with the names of state_dict, and all that a job needs to go on.
 
     Example: psa checkpoint export shakespeare s3://models/shakespeare-1 before-lr-change
     """
-    export_files(job, what, url, reach("checkpoint"), int(max_file_gb * 1e9))
+    export_files(job, what, url, reach("checkpoint"), int(max_file_gb * 1e9), average=average)
 
 
 @app.command("import")

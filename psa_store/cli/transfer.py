@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from psa_store.checkpoint.files.export import MAX_FILE_BYTES, export_version, open_export
+from psa_store.checkpoint.files.export import MAX_FILE_BYTES, export_average, export_version, open_export
+from psa_store.checkpoint.files.folder import Folder
 from psa_store.checkpoint.files.importing import import_export
 from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
@@ -16,15 +17,29 @@ from psa_store.storage import RedisStore
 
 
 def export_files(
-    job: str, what: str | None, url: str, settings: Settings, max_file_bytes: int = MAX_FILE_BYTES
+    job: str,
+    what: str | None,
+    url: str,
+    settings: Settings,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    *,
+    average: bool = False,
 ) -> None:
-    """Write a checkpoint or a version of a job (None: the newest) into a new folder, and say so in one line."""
+    """Write a checkpoint or a version of a job (None: the newest) into a new folder, and say so in one line.
+
+    ``average``: only its model, with the average of the parameters.
+    """
     started_s = time.monotonic()
     with RedisStore.from_settings(settings) as store:
-        export = export_version(open_version(store, job, what), url, max_file_bytes)
-    size_bytes, took_s = sum(file.size_bytes for file in export.files), time.monotonic() - started_s
+        version = open_version(store, job, what)
+        if average:
+            files = export_average(version, url, max_file_bytes)
+        else:
+            files = list(export_version(version, url, max_file_bytes).files)
+    size_bytes, took_s = sum(file.size_bytes for file in files), time.monotonic() - started_s
     print(
-        f"exported version {export.version} of job {job!r} to {printable(export.url)}: {len(export.files)} files, "
+        f"exported {'the average of ' if average else ''}version {version.version} of job {job!r} to "
+        f"{printable(Folder(url).url)}: {len(files)} files, "
         f"{size(size_bytes)} in {seconds(took_s)}"
     )
 

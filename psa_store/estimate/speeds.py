@@ -14,6 +14,7 @@ from torch import Tensor
 
 from psa_store.compression.codec import decode, encode
 from psa_store.estimate.forecast import Speeds
+from psa_store.job.average import Average
 from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
@@ -46,8 +47,9 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
     server_rule = from_dict(config.server_optimizer)
     with _one_thread():
         copy = torch.empty_like(flat)
-        update_s = _update_s(server_rule, flat, dtype, 1)
-        with_more_s = _update_s(server_rule, flat, dtype, 1 + _MORE_RANKS) if config.ranks > 1 else update_s
+        update_s = with_more_s = _update_s(server_rule, flat, dtype, 1, config.average)
+        if config.ranks > 1:
+            with_more_s = _update_s(server_rule, flat, dtype, 1 + _MORE_RANKS, config.average)
         encode_s, decode_s = _codec_s(config, flat, dtype)
         return Speeds(
             cores=len(os.sched_getaffinity(0)),
@@ -63,7 +65,7 @@ def measure(config: JobConfig, layout: Layout, redis_bytes_per_s: float | None) 
         )
 
 
-def _update_s(optimizer: Optimizer, flat: Tensor, dtype: str, parts: int) -> float:
+def _update_s(optimizer: Optimizer, flat: Tensor, dtype: str, parts: int, average: Average | None = None) -> float:
     """Seconds per element of one update with the gradients of so many ranks."""
     spec = TensorSpec(("scratch",), (flat.numel(),), dtype, TensorRole.TRAINED)
     layout = make_layout([spec], _SCRATCH_BYTES)
@@ -72,7 +74,8 @@ def _update_s(optimizer: Optimizer, flat: Tensor, dtype: str, parts: int) -> flo
     gradient = torch.zeros_like(param)
     gradient[: flat.numel()] = flat
     gradients = [gradient.clone() for _ in range(parts)]
-    kernel = ShardKernel(optimizer, layout, shard, param, init_slots(optimizer, param, shard, layout))
+    slots = init_slots(optimizer, param, shard, layout, average)
+    kernel = ShardKernel(optimizer, layout, shard, param, slots, average=average)
     scratch = make_scratch()
 
     def step() -> None:

@@ -47,6 +47,7 @@ from psa_store.checkpoint.reader import Region, open_version
 from psa_store.config import Settings, load_settings
 from psa_store.coordination import Coordination
 from psa_store.errors import UsageError
+from psa_store.job.average import Average
 from psa_store.job.config import check_job_name
 from psa_store.job.layout import TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
@@ -154,7 +155,7 @@ class PsaWriter(StorageWriter):
         job: its name; there must be none of this name.
         model: as the workers will have it. Its parameters and persistent buffers come from ``dcp.save``, under their
             names; buffers that are not in its ``state_dict`` are taken from it.
-        optimizer, ranks, seed, mode, shard_bytes: as for ``psa.Worker``, which must be given the same.
+        optimizer, ranks, seed, mode, shard_bytes, average: as for ``psa.Worker``, which must be given the same.
         redis: URL of Redis; None takes ``PSA_REDIS``. ZooKeeper is that of ``PSA_ZOOKEEPER``.
 
     Raises:
@@ -172,6 +173,7 @@ class PsaWriter(StorageWriter):
         seed: int = 0,
         mode: str | None = None,
         shard_bytes: int | None = None,
+        average: Average | None = None,
         redis: str | None = None,
     ) -> None:
         self._settings = _with_redis(load_settings(), redis)
@@ -186,6 +188,7 @@ class PsaWriter(StorageWriter):
             optimizer=optimizer.to_dict(),
             layout=self._layout.fingerprint,
             mode=None if mode is None else parse_mode(mode),
+            average=average,
         )
         self._config = new_config(wanted, self._settings)
         with RedisStore.from_settings(self._settings) as store:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
 from psa_store.compression import NONE, Compression, parse_compression
 from psa_store.errors import JobMismatch, UsageError
-from psa_store.job.document import from_text, to_fields, to_text
+from psa_store.job.average import Average
+from psa_store.job.document import ADDED_LATER, from_text, to_fields, to_text
 from psa_store.job.mode import SYNC, Mode, parse_mode
 
 COMMIT_EVERY_DEFAULT = 50
@@ -44,7 +45,7 @@ def _read_with(parse: Callable[[str], _Value]) -> BeforeValidator:
 
 
 _AS_TEXT = PlainSerializer(str)
-_AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "compression")
+_AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "compression", "average")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
 
@@ -66,7 +67,8 @@ class JobConfig:
     code). ``commit_every``: versions between commits, 0 for none but those at hand-over and at the end; on arrival,
     steps of all ranks.
     ``skip_nonfinite``: skip a step with NaN or Inf gradients, for all ranks alike, instead of failing.
-    ``mode``: which ranks wait for which. ``compression``: in how many bytes float32 travels.
+    ``mode``: which ranks wait for which. ``compression``: in how many bytes float32 travels. ``average``: of the
+    parameters, kept by servers; None for none.
     """
 
     FORMAT: ClassVar[int] = 1
@@ -81,6 +83,7 @@ class JobConfig:
     skip_nonfinite: bool = False
     mode: Annotated[Mode, _read_with(parse_mode), _AS_TEXT] = SYNC
     compression: Annotated[Compression, _read_with(parse_compression), _AS_TEXT] = NONE
+    average: Average | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
@@ -138,6 +141,11 @@ class JobConfig:
         it. Elsewhere a step is one gradient of each rank.
         """
         return 2 * self.commit_interval if self.mode.on_arrival else 1
+
+    @property
+    def shards_keep_step(self) -> bool:
+        """Whether all shards are at one version while a rank computes."""
+        return not self.mode.on_arrival
 
     @property
     def shares_memory(self) -> bool:
@@ -226,7 +234,12 @@ class JobConfig:
         """
         ours, stored_facts = self.facts(), stored.facts()
         for what in _AGREED:
-            mine, theirs = ours[what], stored_facts[what]
+            mine, theirs = ours.get(what), stored_facts.get(what)
+            if what == "average" and theirs is None and mine is not None:
+                raise JobMismatch(
+                    f"job {self.name!r} exists without an average, this process has average={mine!r}. "
+                    "One begins with its job: leave average= out, or use another job name to start over."
+                )
             if mine != theirs:
                 raise JobMismatch(
                     f"job {self.name!r} exists with {what}={theirs!r}, this process has {what}={mine!r}. "

@@ -26,11 +26,17 @@ class Document(Protocol):
 
 D = TypeVar("D", bound=Document)
 _FORMAT_KEY = "format"
+ADDED_LATER = {"added_later": True}
+"""Metadata of a field that is written only where it differs from its default: documents that do without it stay as they
+were before there was such a field, byte for byte."""
 
 
 def to_fields(document: Document) -> dict[str, Any]:
     """The fields of a document and its format number, as JSON knows them."""
     fields: dict[str, Any] = _adapter(type(document)).dump_python(document, mode="json")
+    for name, each in document.__dataclass_fields__.items():
+        if each.metadata == ADDED_LATER and getattr(document, name) == each.default:
+            del fields[name]
     return {_FORMAT_KEY: document.FORMAT, **fields}
 
 

@@ -30,10 +30,11 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor
 
+from psa_store.job.average import Average
 from psa_store.job.layout import Layout, Shard
 from psa_store.optim.reduce import squared_norm, sum_in_order
 from psa_store.optim.rules import DIVIDING, RULES, Moment, Rule, State
-from psa_store.optim.slots import MASTER, slot_dtype, state_names
+from psa_store.optim.slots import AVERAGE, MASTER, slot_dtype, state_names
 from psa_store.optim.spec import Adagrad, Optimizer
 from psa_store.optim.tensors import name_of, to_torch
 
@@ -42,12 +43,14 @@ BLOCK_ELEMENTS = 1 << 18
 long runs and that the calls (a few microseconds each, with Python's lock held) do not count."""
 
 
-def init_slots(optimizer: Optimizer, param: Tensor, shard: Shard, layout: Layout) -> dict[str, Tensor]:
+def init_slots(
+    optimizer: Optimizer, param: Tensor, shard: Shard, layout: Layout, average: Average | None = None
+) -> dict[str, Tensor]:
     """The slots of a shard before its first update. ``param``: its parameters, 1-D, padding included."""
-    dtypes = slot_dtype(optimizer, shard.dtype)
+    dtypes = slot_dtype(optimizer, shard.dtype, average)
     slots = {name: torch.zeros(shard.numel, dtype=to_torch(dtype)) for name, dtype in dtypes.items()}
-    if MASTER in slots:
-        slots[MASTER].copy_(param)
+    for name in slots.keys() & {MASTER, AVERAGE}:
+        slots[name].copy_(param)
     if isinstance(optimizer, Adagrad):
         for piece in shard.pieces:
             start = piece.shard_start
@@ -64,7 +67,8 @@ class ShardKernel:
     """Reduces and updates one shard. One thread at a time per shard; different shards are independent.
 
     ``param`` and ``slots`` are contiguous 1-D tensors of ``shard.numel`` elements, and stay the caller's; so is
-    ``rounded``, if there is one, which follows ``param`` in another dtype.
+    ``rounded``, if there is one, which follows ``param`` in another dtype. With ``average``, the slot of that name
+    follows the parameters, whether or not they had a gradient.
     ``parts``, everywhere: the gradient of each rank, in the order of ranks, like ``param``, zero in the padding.
     ``scratch``: of the calling thread, from :func:`make_scratch`.
     """
@@ -77,12 +81,14 @@ class ShardKernel:
         param: Tensor,
         slots: Mapping[str, Tensor],
         rounded: Tensor | None = None,
+        average: Average | None = None,
     ) -> None:
-        dtypes = slot_dtype(optimizer, shard.dtype)
+        dtypes = slot_dtype(optimizer, shard.dtype, average)
         assert slots.keys() == dtypes.keys()
         assert all(name_of(slots[name].dtype) == dtype for name, dtype in dtypes.items())
         assert all(t.is_contiguous() and t.shape == (shard.numel,) for t in (param, *slots.values()))
         self._optimizer = optimizer
+        self._average = average
         wide = slots.get(MASTER, param)
         self._wide_dtype = wide.dtype
         self._kept: Tensor | None = None
@@ -91,7 +97,7 @@ class ShardKernel:
         runs = _runs(layout, shard)
         chain = [tensor for tensor in (wide if wide is not param else None, param, rounded) if tensor is not None]
         self._blocks = [
-            _Block.of(optimizer, low, min(low + BLOCK_ELEMENTS, shard.numel), runs, chain, state)
+            _Block.of(optimizer, low, min(low + BLOCK_ELEMENTS, shard.numel), runs, chain, state, slots.get(AVERAGE))
             for low in range(0, shard.numel, BLOCK_ELEMENTS)
         ]
 
@@ -144,6 +150,11 @@ class ShardKernel:
                 part.rule(part.optimizer, moments[part.group], part.params, [grads[i] for i in part.runs], part.state)
             for source, follower in pairwise(block.chain):
                 follower.copy_(source)
+            if block.average is not None and self._average is not None:
+                if opt_step == 0:
+                    block.average.copy_(block.chain[0])
+                else:
+                    block.average.lerp_(block.chain[0], 1.0 - self._average.decay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +179,7 @@ class _Block:
     parts: list[_Part]
     chain: list[Tensor]
     """What is updated (parameters, or their float32 master), and what follows it, each a rounding of the one before."""
+    average: Tensor | None
 
     @classmethod
     def of(
@@ -178,6 +190,7 @@ class _Block:
         runs: Sequence[_Run],
         chain: Sequence[Tensor],
         state: Mapping[str, Tensor],
+        average: Tensor | None,
     ) -> _Block:
         inside = [
             _Run(run.group, max(low, run.low), min(high, run.high)) for run in runs if run.low < high and low < run.high
@@ -197,7 +210,8 @@ class _Block:
                     {name: [tensor[start:end] for start, end in spans] for name, tensor in state.items()},
                 )
             )
-        return cls(low, high, lengths, parts, [tensor[low:high] for tensor in chain])
+        followed = None if average is None else average[low:high]
+        return cls(low, high, lengths, parts, [tensor[low:high] for tensor in chain], followed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from psa_store.errors import Refused
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.job.wire_layout import WireLayout
+from psa_store.optim.slots import AVERAGE
 from psa_store.server.aggregator import Aggregator, rules_of
 from psa_store.server.clients import Client, SharedParameters
 from psa_store.server.connections import Connections, HasFileno
@@ -27,6 +28,7 @@ from psa_store.testing.journal import Journal
 from psa_store.wire import (
     PARK,
     Connection,
+    Flag,
     Header,
     Kind,
     Park,
@@ -181,10 +183,13 @@ class FrameHandler:
         elif kind is Kind.CLOCKS:
             aggregator.send_clocks(connection)
         elif kind is Kind.PULL:
-            if header.shard in aggregator.owned_shards:
-                self.waiters.pull(connection, header)
-            else:
+            owned = aggregator.owned_shards.get(header.shard)
+            if owned is None:
                 self._refuse(connection, header, Reason.NOT_OWNER, f"shard {header.shard} is owned elsewhere")
+            elif header.flags & Flag.AVERAGE and AVERAGE not in owned.slots:
+                self._refuse(connection, header, Reason.WRONG, f"shard {header.shard} has no average")
+            else:
+                self.waiters.pull(connection, header)
         elif kind is Kind.CUT:
             if plan.ranks[header.rank] == connection.member:
                 aggregator.on_rank_cut(RankCut(header.barrier, header.rank, header.step))

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from psa_store.compression import NONE, Compression
 from psa_store.compression.codec import decode, encode
+from psa_store.job.average import Average
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.sampling import rounding_stream
 from psa_store.job.wire_layout import WireLayout
@@ -43,7 +44,7 @@ class OwnedShard:
     ``memory``: where parameters are published, in the places of ``wire``. ``clocks``: of how many ranks the pushes are
     counted; 0 in a synchronous job. ``movements``: with which compression what is published moves from version to
     version; then it follows the parameters as closely as that allows (what one movement leaves out is in the next), and
-    ``seed`` is the root of what is rounded at random.
+    ``seed`` is the root of what is rounded at random. ``average``: of the parameters, kept among the slots.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class OwnedShard:
         clocks: int = 0,
         movements: Compression = NONE,
         seed: int = 0,
+        average: Average | None = None,
     ) -> None:
         self.shard = shard
+        self._average = average
         self._movements = movements
         self._seed = seed
         trained = shard.role is TensorRole.TRAINED
@@ -79,10 +82,10 @@ class OwnedShard:
         self.param = self.published if exact else torch.zeros(shard.numel, dtype=to_torch(shard.dtype))
         self.slots: dict[str, Tensor] = {}
         if trained:
-            dtypes = slot_dtype(optimizer, shard.dtype)
+            dtypes = slot_dtype(optimizer, shard.dtype, average)
             self.slots = {
                 name: torch.zeros(shard.numel, dtype=to_torch(dtypes[name]))
-                for name in slot_names(optimizer, shard.dtype)
+                for name in slot_names(optimizer, shard.dtype, average)
             }
         self._kernel: ShardKernel | None = None
         self._own_places: dict[int, Tensor] = {}
@@ -115,7 +118,7 @@ class OwnedShard:
         """
         slots_are_new = not any(section.name in self.slots for section in manifest.sections)
         if self.shard.role is TensorRole.TRAINED and slots_are_new:
-            self.slots = init_slots(self._optimizer, self.param, self.shard, self._layout)
+            self.slots = init_slots(self._optimizer, self.param, self.shard, self._layout, self._average)
         if self.published is not self.param and not any(section.name == PUBLISHED for section in manifest.sections):
             self.published.copy_(self.param)
         self._make_kernel()
@@ -135,7 +138,9 @@ class OwnedShard:
     def _make_kernel(self) -> None:
         if self.shard.role is TensorRole.TRAINED:
             rounded = None if self.published is self.param or self.movement is not None else self.published
-            self._kernel = ShardKernel(self._optimizer, self._layout, self.shard, self.param, self.slots, rounded)
+            self._kernel = ShardKernel(
+                self._optimizer, self._layout, self.shard, self.param, self.slots, rounded, self._average
+            )
             self._measured = False
 
     # --- one step

@@ -88,6 +88,7 @@ class ShardLoader:
             config.clocks,
             movements=config.compression if config.publishes_movements else NONE,
             seed=config.seed,
+            average=config.average,
         )
         try:
             self._store.load(self._job, head.shard, manifest, owned.places(manifest))

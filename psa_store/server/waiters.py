@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from psa_store.cluster import Plan
 from psa_store.job.layout import TensorRole
+from psa_store.optim.slots import AVERAGE
 from psa_store.optim.tensors import as_bytes
 from psa_store.server.clients import Client, SharedParameters
 from psa_store.server.connections import Connections
@@ -127,6 +128,8 @@ class Waiters:
             owned = now.owned_shards[header.shard]
             if now.version >= header.step and header.flags & Flag.STATE:
                 self._send_state(now, connection, header)
+            elif now.version >= header.step and header.flags & Flag.AVERAGE:
+                self._send_average(now, connection, owned)
             elif owned.shard.role is TensorRole.FROZEN:
                 self._send(now.plan, connection, owned, 0)
             elif now.version >= header.step:
@@ -178,6 +181,14 @@ class Waiters:
         plan = now.plan
         answer = Header(Kind.STATE, plan.term, plan.revision, now.version, header.rank, header.shard, len(payload))
         self._connections.send(connection, answer, payload)
+
+    def _send_average(self, now: Now, connection: Connection, owned: OwnedShard) -> None:
+        data = as_bytes(owned.slots[AVERAGE])
+        plan, shard = now.plan, owned.shard.index
+        answer = Header(
+            Kind.PARAMS, plan.term, plan.revision, now.version, shard=shard, length=len(data), flags=Flag.AVERAGE
+        )
+        self._connections.send(connection, answer, data)
 
     def _send(
         self, plan: Plan, connection: Connection, owned: OwnedShard, version: int, *, one_ahead: bool = False

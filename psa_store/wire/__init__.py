@@ -4,6 +4,7 @@ from psa_store.wire.address import connect, host_identity, listen_local, listen_
 from psa_store.wire.announce import announce
 from psa_store.wire.connection import PARK, Admit, Connection, Park, Traffic
 from psa_store.wire.documents import Hello, Refusal, Report, Welcome, decode, encode
+from psa_store.wire.fetch import fetch
 from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason
 from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
@@ -33,6 +34,7 @@ __all__ = [
     "connect",
     "decode",
     "encode",
+    "fetch",
     "host_identity",
     "inspect",
     "listen_local",

@@ -4,7 +4,7 @@
     HELLO   the worker's name   WELCOME  the server's name  HELLO, WELCOME
     SHARE   memory for gradients, its descriptor passed     NORM  squared norms of reduced shards
     PUSH    gradient of (step, rank, shards)
-    PULL    shard at >= step    PARAMS   shard at step, or STATE of a rank there
+    PULL    shard at >= step    PARAMS   shard or its average at step, or STATE of a rank there
     AWAIT   all, at >= step     PARAMS ..., then VERSION    all of it is with you
     FINISH  make step durable   DURABLE  step is durable
     CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 from psa_store.errors import Refused
 
-PROTOCOL = 6
+PROTOCOL = 7
 MAGIC = b"PSA\x02"
 _HEADER = struct.Struct("<4sBBHIIQQqQIII4x")
 HEADER_BYTES = _HEADER.size
@@ -80,6 +80,8 @@ class Flag(IntFlag, boundary=STRICT):
     """PULL: not the parameters, but the state of a rank. PUSH: that comes behind the gradient, though none is due."""
     MOVEMENT = 8
     """PARAMS: what the version adds to the one before, encoded as the job's gradients are."""
+    AVERAGE = 16
+    """PULL, PARAMS: not the parameters of a shard, but their average over the steps."""
 
 
 class Reason(IntEnum):

@@ -81,6 +81,8 @@ class Backward:
         self._on_ready: OnReady | None = None
         self._open = False
         self._accumulating = False
+        self.forward_only = False
+        """Whether the model has other values at present than those that are trained."""
         self._again = False
         """Whether backward has come to the same parameter more than once."""
         self._taken: dict[BoundTensor, _Taken] = {}
@@ -158,6 +160,11 @@ class Backward:
 
     def _hook_for(self, bound: BoundTensor) -> Callable[[Tensor], None]:
         def hook(_tensor: Tensor) -> None:
+            if self.forward_only:
+                raise UsageError(
+                    f"{script_line()}: backward() inside `with worker.average()`, where the model has the average of "
+                    "its parameters: only evaluate there"
+                )
             if self._open and not self._accumulating:
                 self._take(bound)
 

@@ -18,6 +18,7 @@ from psa_store.config import Settings
 from psa_store.config.launcher import launched_world_size
 from psa_store.coordination import Coordination
 from psa_store.errors import Fenced, JobBusy, JobMismatch
+from psa_store.job.average import Average
 from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
 from psa_store.job.layout import Layout, describe_difference, layout_from_json
 from psa_store.job.mode import SYNC, Mode, parse_mode
@@ -39,6 +40,7 @@ class Wanted:
     optimizer: dict[str, Any]
     layout: str
     mode: Mode | None
+    average: Average | None = None
 
 
 def join_or_create(
@@ -126,6 +128,7 @@ def _asked(wanted: Wanted, settings: Settings, otherwise: JobConfig) -> JobConfi
         commit_every=otherwise.commit_every if settings.commit_every is None else settings.commit_every,
         skip_nonfinite=otherwise.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
         compression=parse_compression(settings.compress or str(otherwise.compression)),
+        average=wanted.average,
     )
 
 

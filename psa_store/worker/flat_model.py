@@ -10,7 +10,8 @@ Used by the worker, in the thread that runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +186,31 @@ class FlatModel:
         if self._window.shows and self._window.refresh():
             self._guard.refuse_write("of this model")
         self.backward.end()
+
+    @contextmanager
+    def evaluate(self, values: Mapping[int, Tensor]) -> Iterator[None]:
+        """Let the model have these values of its trained parameters inside, and then the present ones again.
+
+        ``values``: by index in the layout. The flat memory, in which parameters may come meanwhile, is left alone.
+
+        Raises:
+            UsageError: the script has written to one inside, or called ``backward()``.
+        """
+        before = [(bound, bound.tensor.data, bound.tensor._version) for bound in self._bound_trained]
+        self.backward.forward_only = True
+        try:
+            with torch.inference_mode(False):  # a parameter must not become a tensor of that mode
+                for bound, _, _ in before:
+                    bound.tensor.data = values[bound.index].to(bound.tensor)
+            yield
+            for bound, _, version in before:
+                if bound.tensor._version != version:
+                    self._guard.refuse_write(bound.name)
+        finally:
+            with torch.inference_mode(False):
+                for bound, data, _ in before:
+                    bound.tensor.data = data
+            self.backward.forward_only = False
 
     # --- binding
 

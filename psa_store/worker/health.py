@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from psa_store.observe import Activity
-from psa_store.observe.health import COMPUTING
+from psa_store.observe.health import COMPUTING, WAITING
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.wire import Traffic
@@ -44,6 +44,16 @@ class Progress:
             self.restarts += 1
         self.last_steps[rank_step.rank] = rank_step.step
         self.since_s, self.stage, self.step = now_s, COMPUTING, rank_step.step
+
+    def end(self, samples: int, loss: Tensor | float | None) -> None:
+        """It is computed, from so many samples. By assignments only: it costs every step."""
+        now_s = time.monotonic()
+        assert self.since_s is not None
+        self.compute_s += now_s - self.since_s
+        self.steps += 1
+        self.samples += samples
+        self.loss = loss.detach() if isinstance(loss, Tensor) else loss
+        self.since_s, self.stage = now_s, WAITING
 
 
 @dataclass(frozen=True, slots=True)

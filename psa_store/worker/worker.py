@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from types import FrameType, TracebackType
@@ -23,12 +22,12 @@ from psa_store.config import fill_addresses, load_settings
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import PsaError, UsageError
+from psa_store.job.average import Average
 from psa_store.job.config import check_job_name
 from psa_store.job.layout import make_layout
 from psa_store.job.mode import parse_mode
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Monitor
-from psa_store.observe.health import WAITING
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.optim.from_torch import from_torch, numbers_of, refuse_change
@@ -37,6 +36,7 @@ from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import Journal
 from psa_store.wire import Mailbox, announce
+from psa_store.worker.average import AverageInModel
 from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, join_or_create, new_config
 from psa_store.worker.draft import write_draft
@@ -64,6 +64,8 @@ class Worker:
         mode: how updates and ranks wait for each other: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see
             ``psa_store.job.mode``), fixed when the job is created. None: the stored one, or ``PSA_MODE``, or "sync".
         shard_bytes: size of a shard, a multiple of 4096. None: chosen by the size of the model.
+        average: of the parameters over the steps, ``psa.ema(0.999)``, which servers keep: for :meth:`average`,
+            ``psa.Store`` and exports. It belongs to the job; None: there is none.
         push_early: whether gradients are pushed while ``backward()`` runs, so that they can not be changed after it.
             None: if the script changes none in the first steps; what counts is then what it has at ``step()``.
 
@@ -92,6 +94,7 @@ class Worker:
         mode: str | None = None,
         shard_bytes: int | None = None,
         push_early: bool | None = None,
+        average: Average | None = None,
     ) -> None:
         if steps is not None and steps < 0:
             raise UsageError(f"steps={steps}: must not be negative")
@@ -111,6 +114,8 @@ class Worker:
             optimizer = from_torch(optimizer, model)
         elif not isinstance(optimizer, Optimizer):
             raise UsageError(f"optimizer={optimizer!r}: give one of psa.optim, such as psa.optim.AdamW(lr=1e-3)")
+        if average is not None and not isinstance(average, Average):
+            raise UsageError(f"average={average!r}: give psa.ema(0.999), or another decay")
         self._optimizer = optimizer
         self._layout = make_layout(describe_model(model, optimizer.group_of), shard_bytes)
         self._wanted = Wanted(
@@ -120,6 +125,7 @@ class Worker:
             optimizer=optimizer.to_dict(),
             layout=self._layout.fingerprint,
             mode=None if mode is None else parse_mode(mode),
+            average=average,
         )
 
         if self._settings.draft is not None:
@@ -214,6 +220,7 @@ class Worker:
                 ),
                 may_share=settings.carrier == "auto",
             )
+            self._average = AverageInModel(self._config, self._layout, self._flat_model, self._membership, store)
             metrics = Metrics(ProcessRole.WORKER, member)
             health = WorkerHealth(
                 metrics, self._progress, self._membership, servers.traffic, self._optimizer, coordination.lease_left_s
@@ -272,6 +279,7 @@ class Worker:
                 if on:
                     failpoint("worker.computing")
                 yield batch
+                self._average.refuse("the next batch")
                 if self._current is not None:
                     raise UsageError(
                         f"{script_line()}: the batch before was not followed by worker.step(). To add up several "
@@ -292,6 +300,7 @@ class Worker:
         """
         if self._current is None:
             raise UsageError("worker.step() without a batch from worker.batches()")
+        self._average.refuse("worker.step()")
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
         if self._torch_optimizer is not None and (numbers := numbers_of(self._torch_optimizer)) != self._torch_numbers:
@@ -300,14 +309,7 @@ class Worker:
             self._flat_model.end()
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
-        # By assignments only, see Progress: it costs every step.
-        progress, now_s = self._progress, time.monotonic()
-        assert progress.since_s is not None
-        progress.compute_s += now_s - progress.since_s
-        progress.steps += 1
-        progress.samples += self._samples
-        progress.loss = loss.detach() if isinstance(loss, Tensor) else loss
-        progress.since_s, progress.stage = now_s, WAITING
+        self._progress.end(self._samples, loss)
         self._current = None
         self._strategy.hand_over()
 
@@ -321,6 +323,20 @@ class Worker:
             raise UsageError("worker.skip() without a batch from worker.batches()")
         self._flat_model.backward.drop()
         self.step()
+
+    def average(self) -> AbstractContextManager[int]:
+        """Inside, the model has the average of its parameters, to evaluate with; then the present ones again.
+
+        Buffers stay as they are. ``as`` gives the step that the average is of: the present one in a worker that holds a
+        rank; else, and in modes async and ssp, the newest that is durable.
+
+        Raises:
+            UsageError: the job keeps no average, or there was no batch yet, with which the parameters come. In the
+                block: ``backward()``, :meth:`step`, the next batch, and what writes to parameters.
+        """
+        if not self._opened or (self._progress.step is None and not self.finished):
+            raise UsageError("worker.average() before the first batch, with which the job's parameters come, or after")
+        return self._average.show()
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""

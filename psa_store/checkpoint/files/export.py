@@ -10,7 +10,7 @@ an exporter that dies in between leaves what the next one recognises and removes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,8 +19,16 @@ from typing import Any, ClassVar
 
 from xxhash import xxh3_128_hexdigest
 
-from psa_store.checkpoint.files.folder import FileFacts, Folder, is_temporary
-from psa_store.checkpoint.files.tensor_files import MODEL, OPTIMIZER, FileSpec, index_of, slots_of, split_into_files
+from psa_store.checkpoint.files.folder import Draft, FileFacts, Folder, is_temporary
+from psa_store.checkpoint.files.tensor_files import (
+    MODEL,
+    OPTIMIZER,
+    FileSpec,
+    index_of,
+    slots_of,
+    split_average_into_files,
+    split_into_files,
+)
 from psa_store.checkpoint.reader import StoredVersion
 from psa_store.errors import DataIntegrity, PsaError, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
@@ -140,19 +148,7 @@ def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
     folder = Folder(url)
     _prepare(folder)
     with ExitStack() as stack:
-        drafts = []
-        for file in planned:
-            draft = stack.enter_context(folder.draft(file.name))
-            draft.write(file.header())
-            for data in _contents(version, file):
-                draft.write(data)
-            draft.finish()
-            drafts.append(draft)
-        for stem in (MODEL, OPTIMIZER):
-            if index := index_of(planned, stem):
-                drafts.append(stack.enter_context(folder.draft(index[0])))
-                drafts[-1].write(index[1].encode())
-                drafts[-1].finish()
+        drafts = _draft(version, planned, folder, stack)
         export = Export(
             folder.url,
             datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -174,6 +170,23 @@ def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
     return export
 
 
+def export_average(version: StoredVersion, url: str, max_file_bytes: int = MAX_FILE_BYTES) -> list[FileFacts]:
+    """Write the average of the parameters, and the buffers of the version, as files of a model into a new folder.
+
+    They are what ``from_pretrained`` and ``load_state_dict`` take. No job can go on from them: there is no manifest.
+    Arguments and errors as of :func:`export_version`; also UsageError if the job keeps no average.
+    """
+    version.check_average()
+    sections = {shard: manifest.sections for shard, manifest in sorted(version.manifests.items())}
+    planned = split_average_into_files(version.layout, sections, max_file_bytes)
+    folder = Folder(url)
+    _prepare(folder)
+    with ExitStack() as stack:
+        drafts = _draft(version, planned, folder, stack)
+        folder.publish(drafts)
+    return [draft.facts for draft in drafts]
+
+
 def origin_of(version: StoredVersion) -> str:
     """A digest that no other content has: a name may be used again, a version be made again, but not a commit."""
     commits = [(shard, each.version, each.term, each.nonce) for shard, each in sorted(version.manifests.items())]
@@ -190,7 +203,7 @@ def open_export(url: str) -> Export:
     folder = Folder(url)
     if MANIFEST not in folder.names():
         raise UsageError(
-            f"{url}: no {MANIFEST} in it, so it is no export, or one that was not finished. "
+            f"{url}: no {MANIFEST} in it, so it is no export, or one of an average alone, or was not finished. "
             "Files of other programs cannot be imported: load them into the model, and begin a new job with it."
         )
     return export_from_json(folder.url, folder.read(MANIFEST))
@@ -284,6 +297,24 @@ def _prepare(folder: Folder) -> None:
     for name in left:
         folder.remove(name)
     folder.make()
+
+
+def _draft(version: StoredVersion, planned: Sequence[FileSpec], folder: Folder, stack: ExitStack) -> list[Draft]:
+    """Write all files, and the index of those that are parts, under temporary names."""
+    drafts = []
+    for file in planned:
+        draft = stack.enter_context(folder.draft(file.name))
+        draft.write(file.header())
+        for data in _contents(version, file):
+            draft.write(data)
+        draft.finish()
+        drafts.append(draft)
+    for stem in (MODEL, OPTIMIZER):
+        if index := index_of(planned, stem):
+            drafts.append(stack.enter_context(folder.draft(index[0])))
+            drafts[-1].write(index[1].encode())
+            drafts[-1].finish()
+    return drafts
 
 
 def _contents(version: StoredVersion, file: FileSpec) -> Iterator[memoryview]:

@@ -22,6 +22,7 @@ from typing import Any
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, Piece, Shard, TensorSpec
+from psa_store.optim.slots import AVERAGE
 from psa_store.storage import Section
 from psa_store.storage.sections import PARAM, RANK
 
@@ -121,19 +122,56 @@ def split_into_files(layout: Layout, sections: Mapping[int, Sequence[Section]], 
         UsageError: ``max_file_bytes`` is not positive.
         DataIntegrity: neighbouring shards have different sections.
     """
-    if max_file_bytes < 1:
-        raise UsageError(f"max_file_bytes={max_file_bytes}: must be at least 1")
-    pieces: dict[int, list[tuple[Shard, Piece]]] = {index: [] for index in range(len(layout.tensors))}
-    for shard in layout.shards:
-        for piece in shard.pieces:
-            pieces[piece.tensor].append((shard, piece))
-    found = {shard: {section.name: section for section in its} for shard, its in sections.items()}
-    in_arena = sorted(pieces, key=lambda index: (layout.offsets_bytes[index], index))
+    tensors = _Tensors(layout, sections)
+    model: list[Entry] = []
+    rest: list[Entry] = []
+    for index in tensors.in_arena:
+        spec = layout.tensors[index]
+        (model if spec.persistent else rest).append(tensors.entry(param_key(spec), index, PARAM))
+    for slot in slots_of(sections):
+        for index in tensors.in_arena:
+            if tensors.has(index, slot):
+                rest.append(tensors.entry(slot_key(slot, layout.tensors[index]), index, slot))
+    for shard_index, its in sections.items():
+        for section in its:
+            if section.name.startswith(RANK):
+                whole = Cut(shard_index, section.name, 0, section.size_bytes)
+                rest.append(Entry(rank_key(section.name, shard_index), "uint8", (section.size_bytes,), (whole,)))
+    return [*_split(MODEL, model, max_file_bytes), *_split(OPTIMIZER, rest, max_file_bytes)]
 
-    def entry(key: str, spec: TensorSpec, index: int, section: str) -> Entry:
-        places = pieces[index]
+
+def split_average_into_files(
+    layout: Layout, sections: Mapping[int, Sequence[Section]], max_file_bytes: int
+) -> list[FileSpec]:
+    """The files of a model whose trained parameters are the average; arguments and errors as above."""
+    tensors = _Tensors(layout, sections)
+    entries = [
+        tensors.entry(param_key(layout.tensors[i]), i, AVERAGE if tensors.has(i, AVERAGE) else PARAM)
+        for i in tensors.in_arena
+        if layout.tensors[i].persistent
+    ]
+    return _split(MODEL, entries, max_file_bytes)
+
+
+class _Tensors:
+    """Where each tensor of a layout lies in the sections of its shards."""
+
+    def __init__(self, layout: Layout, sections: Mapping[int, Sequence[Section]]) -> None:
+        self._specs = layout.tensors
+        self._places: dict[int, list[tuple[Shard, Piece]]] = {index: [] for index in range(len(layout.tensors))}
+        for shard in layout.shards:
+            for piece in shard.pieces:
+                self._places[piece.tensor].append((shard, piece))
+        self._found = {shard: {section.name: section for section in its} for shard, its in sections.items()}
+        self.in_arena = sorted(self._places, key=lambda index: (layout.offsets_bytes[index], index))
+
+    def has(self, index: int, section: str) -> bool:
+        return any(section in self._found[shard.index] for shard, _ in self._places[index][:1])
+
+    def entry(self, key: str, index: int, section: str) -> Entry:
+        spec, places = self._specs[index], self._places[index]
         try:
-            (dtype,) = {found[shard.index][section].dtype for shard, _ in places} or {spec.dtype}
+            (dtype,) = {self._found[shard.index][section].dtype for shard, _ in places} or {spec.dtype}
         except (KeyError, ValueError) as error:
             raise DataIntegrity(
                 f"the shards of tensor {spec.name!r} do not have one section {section!r} each"
@@ -144,23 +182,6 @@ def split_into_files(layout: Layout, sections: Mapping[int, Sequence[Section]], 
             for shard, piece in places
         )
         return Entry(key, dtype, spec.shape, tuple(cuts))
-
-    model: list[Entry] = []
-    rest: list[Entry] = []
-    for index in in_arena:
-        spec = layout.tensors[index]
-        (model if spec.persistent else rest).append(entry(param_key(spec), spec, index, PARAM))
-    for slot in slots_of(sections):
-        for index in in_arena:
-            if pieces[index] and slot in found[pieces[index][0][0].index]:
-                spec = layout.tensors[index]
-                rest.append(entry(slot_key(slot, spec), spec, index, slot))
-    for shard_index, its in sections.items():
-        for section in its:
-            if section.name.startswith(RANK):
-                whole = Cut(shard_index, section.name, 0, section.size_bytes)
-                rest.append(Entry(rank_key(section.name, shard_index), "uint8", (section.size_bytes,), (whole,)))
-    return [*_split(MODEL, model, max_file_bytes), *_split(OPTIMIZER, rest, max_file_bytes)]
 
 
 def slots_of(sections: Mapping[int, Sequence[Section]]) -> list[str]:
@@ -221,6 +242,8 @@ def rank_key(section: str, shard: int) -> str:
 
 def _split(stem: str, entries: Sequence[Entry], max_file_bytes: int) -> list[FileSpec]:
     # Sorting is stable: within one size, the order of the arena stays.
+    if max_file_bytes < 1:
+        raise UsageError(f"max_file_bytes={max_file_bytes}: must be at least 1")
     parts: list[list[Entry]] = []
     room = 0
     for entry in sorted(entries, key=lambda entry: -ITEM_BYTES[entry.dtype]):

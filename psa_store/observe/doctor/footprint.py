@@ -20,7 +20,7 @@ class Footprint:
     """Bytes of a job in Redis, without what Redis adds to them."""
 
     version_bytes: int
-    """One version: parameters, buffers, the optimizer's slots, what is published beside them, rank state."""
+    """One version: parameters, buffers, slots of optimizer and average, what is published beside them, rank state."""
     frozen_bytes: int
     """What is stored once."""
     versions: int
@@ -46,7 +46,8 @@ def stored_bytes(config: JobConfig, shard: Shard) -> int:
     count = shard.size_bytes
     if shard.role is TensorRole.TRAINED:
         optimizer = from_dict(config.server_optimizer)
-        count += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slot_dtype(optimizer, shard.dtype).values())
+        slots = slot_dtype(optimizer, shard.dtype, config.average)
+        count += shard.numel * sum(ITEM_BYTES[dtype] for dtype in slots.values())
         if config.publishes_movements and config.compression.applies_to(shard.dtype):
             count += shard.size_bytes
     rank_state = rank_state_of(config, shard)

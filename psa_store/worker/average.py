@@ -1,0 +1,134 @@
+"""The average of the job's parameters in the model, for as long as the script evaluates with it.
+
+Servers keep it. All of it must be of one version:
+
+* A worker that holds a rank asks the servers: none of them moves on before that rank's gradient is here, so all are at
+  the version that the model has. The connection is another one than that of training, which is not disturbed.
+* Where shards move on meanwhile (in a worker that holds no rank, and always where each push is applied on arrival), and
+  where servers do not answer, the newest version that is durable is read from Redis.
+
+Used by the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psa_store import logs
+from psa_store.checkpoint.reader import read_newest
+from psa_store.cluster import Plan
+from psa_store.errors import Disconnected, UsageError
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import Layout, TensorRole
+from psa_store.optim.slots import AVERAGE, wide_dtype
+from psa_store.optim.tensors import as_bytes, to_torch
+from psa_store.storage import RedisStore
+from psa_store.wire import Flag, Header, Hello, Kind, fetch
+from psa_store.worker.flat_model import FlatModel
+from psa_store.worker.membership import Membership
+from psa_store.worker.script import script_line
+
+_SILENT_S = 10.0
+"""How long a server may be silent that is asked: one that takes over shards answers when it has them."""
+_TRIES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Averaged:
+    version: int
+    tensors: Mapping[int, Tensor]
+    """By index in the layout, of all trained parameters."""
+
+
+class AverageInModel:
+    """``store`` and ``membership`` stay the caller's."""
+
+    def __init__(
+        self, config: JobConfig, layout: Layout, model: FlatModel, membership: Membership, store: RedisStore
+    ) -> None:
+        self._config = config
+        self._layout = layout
+        self._model = model
+        self._membership = membership
+        self._store = store
+        self._log = logs.get_logger()
+        self._shown = False
+
+    def show(self) -> AbstractContextManager[int]:
+        """Let the model have the average inside; gives how many steps of each rank are in it.
+
+        Raises:
+            UsageError: the job keeps none. In the block: what trains, or writes to parameters.
+        """
+        if self._config.average is None:
+            raise UsageError(
+                f"{script_line()}: worker.average() in a job without one: psa.Worker(…, average=psa.ema(0.999))"
+            )
+        self.refuse("another worker.average()")
+        return self._showing()
+
+    @contextmanager
+    def _showing(self) -> Iterator[int]:
+        averaged = self._read()
+        self._shown = True
+        try:
+            with self._model.evaluate(averaged.tensors):
+                yield averaged.version * self._config.steps_per_version // self._config.updates_per_step
+        finally:
+            self._shown = False
+
+    def refuse(self, what: str) -> None:
+        """Raise UsageError if the model has the average now, which ``what`` does not go with."""
+        if self._shown:
+            raise UsageError(
+                f"{script_line()}: {what} inside `with worker.average()`, where the model has the average of its "
+                "parameters: only evaluate there"
+            )
+
+    def _read(self) -> _Averaged:
+        if self._config.shards_keep_step:
+            for _ in range(_TRIES):
+                plan = self._membership.standing.plan
+                with suppress(Disconnected):
+                    if plan is not None and plan.owners and (found := self._from_servers(plan)) is not None:
+                        return found
+        trained = [index for index, spec in enumerate(self._layout.tensors) if spec.role is TensorRole.TRAINED]
+        stored, tensors = read_newest(self._store, self._config.name, trained, AVERAGE)
+        self._log.info("evaluating with the average of the newest durable version", version=stored.version)
+        return _Averaged(stored.version, tensors)
+
+    def _from_servers(self, plan: Plan) -> _Averaged | None:
+        """What servers have now; None if some are at another version than others."""
+        shards = self._layout.shards_of(TensorRole.TRAINED)
+        flat = {each.index: torch.empty(each.numel, dtype=to_torch(wide_dtype(each.dtype))) for each in shards}
+        versions: set[int] = set()
+        hello = Hello(self._config.name, self._layout.fingerprint, f"{self._membership.standing.member}.average", False)
+        for server in plan.servers:
+            pulls = [
+                Header(Kind.PULL, plan.term, plan.revision, shard=shard, flags=Flag.AVERAGE)
+                for shard in plan.shards_of(server.id)
+                if shard in flat
+            ]
+            if pulls:
+                places = {pull.shard: as_bytes(flat[pull.shard]) for pull in pulls}
+                versions |= fetch(server.address, server.local, server.host, hello, pulls, places, _SILENT_S)
+        if len(versions) != 1:
+            return None
+        tensors: dict[int, Tensor] = {}
+        for shard in shards:
+            for piece in shard.pieces:
+                whole = tensors.setdefault(
+                    piece.tensor, torch.empty(self._layout.tensors[piece.tensor].numel, dtype=flat[shard.index].dtype)
+                )
+                low = piece.shard_start
+                whole[piece.tensor_start : piece.tensor_start + piece.length] = flat[shard.index][
+                    low : low + piece.length
+                ]
+        return _Averaged(
+            versions.pop(), {index: flat.view(self._layout.tensors[index].shape) for index, flat in tensors.items()}
+        )
