@@ -66,7 +66,19 @@ def _api() -> str:
 
 
 _OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adamax", "Adadelta", "Lion")
-_SCHEDULES = ("constant", "linear", "warmup_cosine")
+_SCHEDULES = (
+    "constant",
+    "linear",
+    "warmup_cosine",
+    "polynomial",
+    "step_decay",
+    "milestones",
+    "exponential",
+    "inverse_sqrt",
+    "one_cycle",
+    "warmup_stable_decay",
+    "table",
+)
 
 
 def _integrations() -> Iterator[str]:

@@ -11,7 +11,16 @@ An optimizer is a name from an allow-list and numbers. It travels as JSON and is
 kernels (``kernels.py``, ``rules.py``, ``reduce.py``), so no code ever comes from a job's configuration.
 """
 
-from psa_store.optim.schedule import Schedule, constant, linear, warmup_cosine
+from psa_store.optim.schedule import Schedule, constant, linear, polynomial, warmup_cosine
+from psa_store.optim.schedules import (
+    exponential,
+    inverse_sqrt,
+    milestones,
+    one_cycle,
+    step_decay,
+    table,
+    warmup_stable_decay,
+)
 from psa_store.optim.spec import (
     SGD,
     Adadelta,
@@ -44,8 +53,16 @@ __all__ = [
     "RMSprop",
     "Schedule",
     "constant",
+    "exponential",
     "from_dict",
     "group",
+    "inverse_sqrt",
     "linear",
+    "milestones",
+    "one_cycle",
+    "polynomial",
+    "step_decay",
+    "table",
     "warmup_cosine",
+    "warmup_stable_decay",
 ]

@@ -1,34 +1,55 @@
-"""Learning-rate schedules as data: a shape and four numbers, from which every server computes the same rate.
+"""Learning-rate schedules as data: a shape and a few numbers, from which every server computes the same rate.
 
-Pure float64 arithmetic; the rate of a step depends on nothing but the step.
+Pure float64 arithmetic; the rate of a step depends on nothing but the step. Here: what all have in common, and those
+that rise at first and then fall to a final rate. The others are in ``schedules.py``.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from psa_store.errors import UsageError
 from psa_store.optim.checks import checked, checked_steps
 
 
 class Shape(StrEnum):
-    """How the rate gets from ``peak`` to ``final``; the value is what is stored with the job."""
+    """What a schedule is; the value is what is stored with the job."""
 
     CONSTANT = "constant"
     COSINE = "cosine"
     LINEAR = "linear"
+    POLYNOMIAL = "polynomial"
+    STEP = "step"
+    MILESTONES = "milestones"
+    EXPONENTIAL = "exponential"
+    INVERSE_SQRT = "inverse-sqrt"
+    ONE_CYCLE = "one-cycle"
+    WARMUP_STABLE_DECAY = "warmup-stable-decay"
+    TABLE = "table"
+    PIECES = "pieces"
+
+
+class Schedule(ABC):
+    """A learning rate that depends on the step. Build one with the functions of ``psa.optim``."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def at(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 0."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object: the shape, and the arguments of the class that has it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """A learning rate that depends on the step.
-
-    It rises linearly over ``warmup`` steps, is ``peak`` at step ``warmup``, falls to ``final`` at step
-    ``total`` in the given shape, and stays there. Build one with :func:`constant`, :func:`warmup_cosine` or
-    :func:`linear`.
+class Fall(Schedule):
+    """It rises linearly over ``warmup`` steps, is ``peak`` at step ``warmup``, falls to ``final`` at step ``total`` in
+    the given shape, and stays there.
     """
 
     shape: Shape
@@ -38,18 +59,13 @@ class Schedule:
     final: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", _shape(self.shape))
-        object.__setattr__(self, "peak", checked("peak", self.peak))
-        object.__setattr__(self, "final", checked("final", self.final))
-        checked_steps("warmup", self.warmup)
-        checked_steps("total", self.total, low=self.warmup + 1)
+        check_fall(self, self.peak, self.warmup, self.total, self.final)
 
     def at(self, step: int) -> float:
-        """The learning rate of ``step``, counted from 0."""
         if self.shape is Shape.CONSTANT:
             return self.peak
         if step < self.warmup:
-            return self.peak * (step + 1) / (self.warmup + 1)
+            return rising(step, self.peak, self.warmup)
         if step >= self.total:
             return self.final
         progress = (step - self.warmup) / (self.total - self.warmup)
@@ -57,29 +73,66 @@ class Schedule:
         return self.final + remaining * (self.peak - self.final)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object whose members are the arguments of :class:`Schedule`."""
         return {**asdict(self), "shape": self.shape.value}
+
+
+@dataclass(frozen=True, slots=True)
+class Polynomial(Schedule):
+    """As :class:`Fall`; of the way down from ``peak``, ``(1 - progress) ** power`` remains."""
+
+    peak: float
+    warmup: int
+    total: int
+    final: float
+    power: float
+
+    def __post_init__(self) -> None:
+        check_fall(self, self.peak, self.warmup, self.total, self.final)
+        object.__setattr__(self, "power", checked("power", self.power))
+
+    def at(self, step: int) -> float:
+        if step < self.warmup:
+            return rising(step, self.peak, self.warmup)
+        if step >= self.total:
+            return self.final
+        remaining = 1.0 - (step - self.warmup) / (self.total - self.warmup)
+        return self.final + math.pow(remaining, self.power) * (self.peak - self.final)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"shape": Shape.POLYNOMIAL.value, **asdict(self)}
+
+
+def rising(step: int, peak: float, warmup: int) -> float:
+    """The rate of a step before ``warmup``."""
+    return peak * (step + 1) / (warmup + 1)
+
+
+def check_fall(schedule: Schedule, peak: float, warmup: int, total: int, final: float) -> None:
+    """Check what a schedule from ``peak`` to ``final`` is made of, and make its rates floats."""
+    object.__setattr__(schedule, "peak", checked("peak", peak))
+    object.__setattr__(schedule, "final", checked("final", final))
+    checked_steps("warmup", warmup)
+    checked_steps("total", total, low=warmup + 1)
 
 
 def constant(lr: float) -> Schedule:
     """The same rate at every step; the same as giving the number itself as ``lr``."""
-    return Schedule(Shape.CONSTANT, lr, warmup=0, total=1, final=lr)
+    return Fall(Shape.CONSTANT, lr, warmup=0, total=1, final=lr)
 
 
 def warmup_cosine(peak: float, warmup: int = 100, total: int = 2000, final: float = 1e-4) -> Schedule:
     """Rise linearly over ``warmup`` steps, fall along half a cosine to ``final`` at step ``total``, stay
     there."""
-    return Schedule(Shape.COSINE, peak, warmup, total, final)
+    return Fall(Shape.COSINE, peak, warmup, total, final)
 
 
 def linear(peak: float, warmup: int = 0, total: int = 2000, final: float = 0.0) -> Schedule:
     """Rise linearly over ``warmup`` steps, fall on a straight line to ``final`` at step ``total``, stay
     there."""
-    return Schedule(Shape.LINEAR, peak, warmup, total, final)
+    return Fall(Shape.LINEAR, peak, warmup, total, final)
 
 
-def _shape(value: object) -> Shape:
-    try:
-        return Shape(value)  # type: ignore[arg-type]  # any object may be asked for; unknown ones raise
-    except ValueError:
-        raise UsageError(f"shape={value!r}: must be one of {', '.join(Shape)}") from None
+def polynomial(peak: float, power: float = 1.0, warmup: int = 0, total: int = 2000, final: float = 0.0) -> Schedule:
+    """Rise linearly over ``warmup`` steps, fall to ``final`` at step ``total`` with the given power of what remains of
+    the way, stay there."""
+    return Polynomial(peak, warmup, total, final, power)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.optim.checks import checked
 from psa_store.optim.schedule import Schedule
+from psa_store.optim.schedules import schedule_from_dict
 
 EPS_MIN = 2.0**-126
 """The smallest normal float32. With a smaller ``eps``, an element that never had a gradient (padding between
@@ -314,7 +315,7 @@ def from_dict(document: Mapping[str, Any]) -> Optimizer:
         arguments = dict(document)
         cls = _BY_NAME[arguments.pop("name")]
         if isinstance(arguments.get("lr"), Mapping):
-            arguments["lr"] = Schedule(**arguments["lr"])
+            arguments["lr"] = schedule_from_dict(arguments["lr"])
         arguments["groups"] = [group(**entry) for entry in arguments.get("groups", ())]
         return cls(**arguments)
     except (ValueError, KeyError, TypeError, UsageError) as error:
