@@ -24,6 +24,7 @@ from psa_store.storage import RedisStore
 TRAIN = Path(__file__).parents[1] / "chaos" / "train.py"
 PSA = [sys.executable, "-m", "psa_store.cli"]
 _STEP = re.compile(r"^step (\d+)")
+_LABEL = re.compile(r"^\[(?:worker|server)-\d+\] ")
 PATIENCE_S = 240.0
 """How long a test waits for an event that must come. It bounds hangs only: a busy machine must not reach it."""
 
@@ -34,7 +35,7 @@ LIVE: list[Run] = []
 
 @dataclass
 class Run:
-    """A running `psa` command whose output is followed line by line."""
+    """A running `psa` command whose output is followed line by line, without the labels of `psa run`."""
 
     arguments: list[str]
     env: Mapping[str, str]
@@ -58,7 +59,7 @@ class Run:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._queue.put(line.rstrip("\n"))
+            self._queue.put(_LABEL.sub("", line.rstrip("\n")))
         self._queue.put(None)
 
     def wait_for_line(self, wanted: Callable[[str], bool], timeout_s: float = PATIENCE_S) -> str:

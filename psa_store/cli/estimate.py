@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from psa_store.cli.options import SCRIPT, Json, Script, begin, check_script, sigterm_interrupts
+from psa_store.cli.options import SCRIPT, Json, Module, Script, begin, check_script, sigterm_interrupts
 from psa_store.config import Settings, as_environment
 from psa_store.config.private_servers import redis_of
 from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
@@ -34,6 +34,7 @@ app = typer.Typer()
 def estimate(
     context: typer.Context,
     script: Script,
+    module: Module = False,
     workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
     servers: Annotated[int, typer.Option(min=1, help="server processes")] = 1,
     ranks: Annotated[int | None, typer.Option(min=1, help="world size [default: --workers]")] = None,
@@ -51,13 +52,13 @@ def estimate(
 
     Example: psa estimate --workers 8 --servers 2 train.py --layers 12
     """
-    check_script(script)
+    check_script(script, module)
     settings = begin("estimate")
     environment = {**os.environ, **as_environment(settings), "PSA_DEFAULT_RANKS": str(workers)}
     if ranks is not None:
         environment["PSA_RANKS"] = str(ranks)
     with sigterm_interrupts():
-        config, layout = ask_script(script, context.args, environment, _SCRIPT_S)
+        config, layout = ask_script(["-m", script] if module else [script], context.args, environment, _SCRIPT_S)
         redis_bytes_per_s, why_not = _measure_redis(settings)
         try:
             speeds = measure(config, layout, redis_bytes_per_s)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
 
-from psa_store.cli.options import SCRIPT, LogJson, Script, begin, check_script
+from psa_store import logs
+from psa_store.cli.options import SCRIPT, LogJson, Module, Script, begin, check_script
 from psa_store.config import as_environment
 
 app = typer.Typer()
+_HASH_SEED = "PYTHONHASHSEED"
 
 
 @app.command()
@@ -21,17 +24,23 @@ def server(job: Annotated[str, typer.Option(help="name of the job to serve")], l
     """
     from psa_store.server import serve
 
-    serve(job, begin("server", log_json=log_json))
+    settings = begin("server", log_json=log_json)
+    logs.entitle("server")
+    serve(job, settings)
 
 
 @app.command(context_settings=SCRIPT)
-def worker(context: typer.Context, script: Script, log_json: LogJson = False) -> None:
+def worker(context: typer.Context, script: Script, module: Module = False, log_json: LogJson = False) -> None:
     """Run a training script as one more worker of its job. May join and leave at any time.
 
     Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181 psa worker train.py --steps 2000
     """
-    from psa_store.launch.processes import run_script
-
+    settings = begin("worker", log_json=log_json)
+    program = check_script(script, module)
+    if _HASH_SEED not in os.environ:  # read when Python starts: sets of strings have one order in all workers
+        os.environ[_HASH_SEED] = "0"
+        os.execv(sys.executable, sys.orig_argv)
     # The script reads the settings again, maybe in another directory.
-    os.environ.update(as_environment(begin("worker", log_json=log_json)))
-    run_script(str(check_script(script)), context.args)
+    os.environ.update(as_environment(settings))
+    logs.entitle("worker")
+    program.run(context.args)

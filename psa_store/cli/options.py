@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,11 @@ from psa_store import logs
 from psa_store.config import Settings, check_environment, fill_addresses, load_settings
 from psa_store.errors import UsageError
 
-Script = Annotated[Path, typer.Argument(help="training script; what follows it are its arguments")]
+if TYPE_CHECKING:
+    from psa_store.launch.processes import Program
+
+Script = Annotated[str, typer.Argument(help="training script; what follows it are its arguments")]
+Module = Annotated[bool, typer.Option("-m", "--module", help="the script is the name of a module, as in `python -m`")]
 Job = Annotated[str, typer.Argument(help="name of the job")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, for programs")]
@@ -44,12 +48,14 @@ def read_settings() -> Settings:
     return load_settings()
 
 
-def check_script(script: Path) -> Path:
-    """Return the path of a script; raises UsageError if there is no such file."""
-    if not script.is_file():
-        meant = "; nor is there an option of that name" if str(script).startswith("-") else ""
+def check_script(script: str, module: bool) -> Program:
+    """Return the program of that name; raises UsageError if it is a script, and there is no such file."""
+    from psa_store.launch.processes import Program
+
+    if not module and not Path(script).is_file():
+        meant = "; nor is there an option of that name" if script.startswith("-") else ""
         raise UsageError(f"no script {script}{meant}")
-    return script
+    return Program(script, module)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from psa_store.cli.options import SCRIPT, LogJson, Script, begin, check_script
+from psa_store.cli.options import SCRIPT, LogJson, Module, Script, begin, check_script
 from psa_store.compression import parse_compression
 from psa_store.config import with_flags
 from psa_store.job.mode import parse_mode
@@ -19,6 +19,7 @@ app = typer.Typer()
 def run(
     context: typer.Context,
     script: Script,
+    module: Module = False,
     workers: Annotated[int, typer.Option(min=1, help="worker processes on this machine")] = 2,
     servers: Annotated[int, typer.Option(min=1, help="server processes on this machine")] = 1,
     ranks: Annotated[int | None, typer.Option(min=1, help="world size of a new job [default: --workers]")] = None,
@@ -45,6 +46,13 @@ def run(
         bool, typer.Option("--restore", help="if Redis has lost the job, go on from the newest of these files")
     ] = False,
     log_json: LogJson = False,
+    label: Annotated[
+        bool | None,
+        typer.Option("--label/--no-label", help="begin each line with its process [default: if workers are several]"),
+    ] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="folder to keep what each process prints as well, a file for each")
+    ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(help="folder for TensorBoard: loss, learning rate, norm, speed, recoveries")
     ] = None,
@@ -69,6 +77,8 @@ def run(
         checkpoint_files=checkpoint_files,
         restore=restore or None,
         tensorboard=tensorboard,
+        log_dir=log_dir,
     )
-    run = Run(check_script(script), tuple(context.args), workers, servers, max_restarts)
+    program = check_script(script, module)
+    run = Run(program, tuple(context.args), workers, servers, max_restarts, workers > 1 if label is None else label)
     raise typer.Exit(run_job(run, settings))

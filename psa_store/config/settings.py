@@ -112,6 +112,9 @@ class Settings(BaseSettings):
     tensorboard: _Folder | None = Field(
         default=None, description="folder in which `psa run` writes the curves of its job for TensorBoard"
     )
+    log_dir: _Folder | None = Field(
+        default=None, description="folder in which `psa run` keeps what each process prints, a file for each"
+    )
     journal: _Folder | None = Field(
         default=None, description="existing folder in which every process writes down what it does, for `psa chaos`"
     )

@@ -15,9 +15,11 @@ from psa_store.worker.draft import read_draft
 
 
 def ask_script(
-    script: Path, arguments: Sequence[str], environment: Mapping[str, str], timeout_s: float
+    script: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str], timeout_s: float
 ) -> tuple[JobConfig, Layout]:
     """Run ``python script arguments…`` until it makes a Worker. What it prints goes to standard error.
+
+    ``script``: its path, or ``-m`` and the name of a module.
 
     Raises:
         UserCodeFailed: it failed, or took longer than ``timeout_s``.
@@ -27,7 +29,7 @@ def ask_script(
         path = Path(folder) / "draft.json"
         try:
             done = subprocess.run(
-                [sys.executable, str(script), *arguments],
+                [sys.executable, *script, *arguments],
                 env={**environment, "PSA_DRAFT": str(path)},
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
@@ -36,7 +38,7 @@ def ask_script(
             )
         except subprocess.TimeoutExpired:
             raise UserCodeFailed(
-                f"{script} has made no psa.Worker in {timeout_s:g} s, and was ended. "
+                f"{script[-1]} has made no psa.Worker in {timeout_s:g} s, and was ended. "
                 "Make the Worker before anything that takes long, as training does."
             ) from None
         found = read_draft(path)
@@ -44,8 +46,8 @@ def ask_script(
         return found
     if done.returncode != 0:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise UserCodeFailed(f"{script} ended with {how} before it made a psa.Worker; what it printed stands above")
+        raise UserCodeFailed(f"{script[-1]} ended with {how} before it made a psa.Worker; what it printed stands above")
     raise UsageError(
-        f"{script} ended without making a psa.Worker, so there is nothing to estimate. Give it the arguments "
+        f"{script[-1]} ended without making a psa.Worker, so there is nothing to estimate. Give it the arguments "
         "with which it trains, and see that it trains when run as a program."
     )

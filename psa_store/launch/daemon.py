@@ -33,6 +33,7 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
 def main(home: Path, ensemble: int) -> int:
     """Run the servers of ``home``; returns the exit code."""
     logs.configure("info", "up")
+    logs.entitle(f"private servers of {home}")
     log = logs.get_logger()
     let_go = hold_home(home)
     if let_go is None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import signal
 
+from psa_store import logs
 from psa_store.launch.guard import die_with_parent
 
 # A supervisor that ended before this line has no children yet: then the pipe does end.
 die_with_parent(signal.SIGKILL)
 # Blocked, neither ignored nor handled: one that is sent to a child just forked waits until the child can take it.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+logs.entitle("fork server")

@@ -8,7 +8,6 @@ import signal
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from psa_store import logs
 from psa_store.cluster import ProcessRole
@@ -17,7 +16,8 @@ from psa_store.config.private_servers import hold_home, publish, with_addresses
 from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
 from psa_store.job.config import RUN_NODE
-from psa_store.launch.processes import server_main, worker_main
+from psa_store.launch.output import Output
+from psa_store.launch.processes import Program, module_main, server_main, worker_main
 from psa_store.launch.supervisor import Child, Supervisor
 from psa_store.launch.up import PrivateServers
 from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
@@ -30,13 +30,15 @@ _HOLD_GRACE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The processes that are wanted: a script with its arguments in so many workers, and servers beside them."""
+    """The processes that are wanted: a program with its arguments in so many workers, and servers beside them."""
 
-    script: Path
+    program: Program
     arguments: tuple[str, ...]
     workers: int
     servers: int
     restarts_max: int
+    label: bool
+    """Whether lines say whose they are."""
 
 
 def run_job(run: Run, settings: Settings) -> int:
@@ -53,12 +55,19 @@ def run_job(run: Run, settings: Settings) -> int:
         job = stack.enter_context(closing(_RunningJob(settings)))
         if settings.tensorboard is not None:
             check_tensorboard()
+        logs.entitle("supervisor")
+        output = _output(run, settings)
+        if output is not None:
+            stack.callback(output.close)
+        # Read when the fork server starts: sets of strings have the same order in all workers, and after a resume.
+        os.environ.setdefault("PYTHONHASHSEED", "0")
         supervisor = Supervisor(
             preload=["psa_store.launch.preload"],
             restarts_max=run.restarts_max,
             env=environment_of(settings, job.run_id, run.workers),
             on_exit=job.report_death,
             on_message=lambda message: start_servers(message["job"]),
+            output=output,
         )
         stack.callback(supervisor.close)
 
@@ -74,10 +83,14 @@ def run_job(run: Run, settings: Settings) -> int:
             if private is not None and not private.running:
                 logs.get_logger().warning("a private server died: starting it again")
                 private.start()
+            if output is not None and output.broken:
+                logs.get_logger().warning("nothing takes what the run prints any more: leaving")
+                return True
             return not supervisor.alive(ProcessRole.WORKER)
 
         for _ in range(run.workers):
-            supervisor.spawn(ProcessRole.WORKER, worker_main, str(run.script), run.arguments)
+            main = module_main if run.program.is_module else worker_main
+            supervisor.spawn(ProcessRole.WORKER, main, run.program.name, run.arguments)
         code = supervisor.run(until=finished)
         if supervisor.failure is not None:
             logs.complain(
@@ -158,6 +171,14 @@ def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | N
     publish(settings.home, servers.addresses)
     logs.get_logger().info("private Redis and ZooKeeper", home=str(settings.home))
     return servers
+
+
+def _output(run: Run, settings: Settings) -> Output | None:
+    """Where the lines of processes go; None if they need no help to go where ours do."""
+    label = run.label and not settings.log_json  # a line for programs says by itself whose it is
+    if settings.log_dir is not None:
+        logs.get_logger().info("what each process prints is kept", files=f"{settings.log_dir}/worker-1.log, …")
+    return Output(label=label, folder=settings.log_dir) if label or settings.log_dir is not None else None
 
 
 def _check(settings: Settings) -> None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import count
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,6 +29,7 @@ from psa_store import logs
 from psa_store.cluster import ProcessRole
 from psa_store.errors import UserCodeFailed
 from psa_store.launch.guard import die_with_parent
+from psa_store.launch.output import Followed, Output, Pipe, redirect
 
 _RETRYABLE_EXIT = 3
 _LOST_EXIT = 255  # what multiprocessing reports when the fork server was killed, and its children with it
@@ -69,8 +71,11 @@ class Child:
     role: ProcessRole
     member: str
     process: BaseProcess
+    number: int
+    """From 1; a child that is started again keeps it."""
     target: Callable[..., None]
     arguments: tuple[Any, ...]
+    output: Followed
 
     @property
     def exit_code(self) -> int:
@@ -90,6 +95,7 @@ class Supervisor:
         env: environment of every child, besides our own.
         on_exit: called with a child as soon as it has ended, before anything else is done about it.
         on_message: called with what a child announced.
+        output: where children's lines go; None: children write where we do.
     """
 
     def __init__(
@@ -100,10 +106,12 @@ class Supervisor:
         env: Mapping[str, str],
         on_exit: Callable[[Child], None],
         on_message: Callable[[dict[str, Any]], None],
+        output: Output | None = None,
     ) -> None:
         self._restarts_left = restarts_max
         self._on_exit = on_exit
         self._on_message = on_message
+        self._output = output
         self._log = logs.get_logger()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["psa_store.launch.forkserver_guard", *preload])
@@ -131,9 +139,14 @@ class Supervisor:
         """Start a process that calls ``target(*arguments)``, which must be importable."""
         member = f"{role.value}-{secrets.token_hex(4)}"
         env = {**self._env, "PSA_MEMBER": member}
-        process = self._context.Process(target=_child_main, args=(env, target, arguments), name=member)
+        taken = {child.number for child in self.alive(role)}
+        number = next(free for free in count(1) if free not in taken)
+        pipes = self._output.pipes() if self._output is not None else []
+        title = f"{role} {number}"
+        process = self._context.Process(target=_child_main, args=(title, pipes, env, target, arguments), name=member)
         _start(process)
-        child = Child(role, member, process, target, arguments)
+        output = self._output.follow(f"{role}-{number}", number, pipes) if self._output is not None else Followed()
+        child = Child(role, member, process, number, target, arguments, output)
         self._children.append(child)
         return child
 
@@ -216,6 +229,7 @@ class Supervisor:
     def _reap(self, child: Child) -> int | None:
         child.process.join()
         self._on_exit(child)
+        child.output.drain()
         self._children.remove(child)
         failure = self._failures.pop(child.member, None)
         is_new = failure is not None and failure not in self._known_failures
@@ -253,7 +267,13 @@ def _start(process: BaseProcess) -> None:
             time.sleep(_START_AGAIN_S)
 
 
-def _child_main(env: Mapping[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _child_main(
+    title: str,
+    pipes: Sequence[Pipe],
+    env: Mapping[str, str],
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
     """In the child: die with the fork server (which dies with the supervisor), then do what we are for."""
     die_with_parent(signal.SIGTERM)
     supervisor = multiprocessing.parent_process()
@@ -264,6 +284,8 @@ def _child_main(env: Mapping[str, str], target: Callable[..., None], arguments: 
     # Ctrl-C in a terminal reaches the whole group; the supervisor alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(env)
+    redirect(pipes)
+    logs.entitle(title)
     try:
         target(*arguments)
     except SystemExit as left:

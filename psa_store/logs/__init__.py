@@ -2,12 +2,14 @@
 
 from psa_store.logs.secrets import hide_passwords, printable
 from psa_store.logs.setup import Log, complain, configure, configure_once, get_logger, identify
+from psa_store.logs.title import entitle
 
 __all__ = [
     "Log",
     "complain",
     "configure",
     "configure_once",
+    "entitle",
     "get_logger",
     "hide_passwords",
     "identify",

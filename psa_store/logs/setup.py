@@ -22,6 +22,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from psa_store.logs.secrets import HIDDEN, hide_passwords, names_secret
+from psa_store.logs.title import entitle_with_job
 
 if TYPE_CHECKING:
     import structlog
@@ -96,10 +97,11 @@ def get_logger() -> Log:
     return logger
 
 
-def identify(**marks: str) -> None:
-    """Add ``job``, ``member`` to all later lines for programs. Does nothing where :func:`configure` was not called."""
+def identify(*, job: str, **marks: str) -> None:
+    """Add ``job``, ``member`` to all later lines for programs, if :func:`configure` was called, and to the title."""
+    entitle_with_job(job)
     if _setup is not None:
-        _setup.marks.add(marks)
+        _setup.marks.add({"job": job, **marks})
 
 
 def complain(text: str, *, with_traceback: bool = False) -> None:

@@ -25,7 +25,7 @@ STEPS = 300
 LEFT_OUT = "..."
 DEADLINE_S = 900.0
 _BLOCK = re.compile(r"^```(python|console|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_STAMP = re.compile(r"^[\d:.]+ \[\w+ *\] ")
+_STAMP = re.compile(r"^(\[(worker|server)-\d\] )?([\d:.]+ \[\w+ *\] )?")
 _VARIES = re.compile(r"\b[0-9a-f]{8}\b|\d|unix://|\w+=")
 _FRAME = re.compile(r"[─━┏┓┳┡┩╇└┘┴]+")
 
@@ -80,7 +80,7 @@ class Reader:
         """Read on in the terminal that trains; the last step is its end."""
         assert self._training is not None
         for line in expected:
-            if line.startswith("step 5000:"):
+            if "step 5000:" in line:
                 assert self._training.finish(DEADLINE_S) == 0, self._training.output
                 assert f"step {STEPS}:" in self._training.output
             elif wanted := "".join(essences([line])):

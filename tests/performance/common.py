@@ -53,9 +53,10 @@ class Servers:
 
     @contextmanager
     def psa(self, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-        """Start a `psa` command whose output is piped; SIGTERM it on leaving."""
+        """Start a `psa` command whose output is piped, lines as the script prints them; SIGTERM it on leaving."""
+        plain = ["--no-label"] if arguments[:1] == ("run",) else []
         with subprocess.Popen(
-            [*PSA, *arguments],
+            [*PSA, *arguments[:1], *plain, *arguments[1:]],
             env=self.env | dict(env or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

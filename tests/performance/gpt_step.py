@@ -102,7 +102,7 @@ def variants(data: Path | None, steps: int) -> tuple[Variant, ...]:
     text = (f"--data={data.resolve()}",) if data else ()
     common = (f"--steps={steps}", "--eval-batches=0", "--sample=0", *text)
     plain = (sys.executable, "-m", "tests.performance.gpt_step", "plain", f"--threads={PLAIN_THREADS}")
-    psa = (sys.executable, "-m", "psa_store.cli", "run", f"--workers={WORKERS}", "--servers=1")
+    psa = (sys.executable, "-m", "psa_store.cli", "run", "--no-label", f"--workers={WORKERS}", "--servers=1")
     example = (str(Path(gpt.__file__)), f"--ranks={WORKERS}", "--threads=1")
     return (
         Variant("plain loop", plain + common, {}),
