@@ -88,6 +88,11 @@ class Mode:
         """Whether a step may be complete without the worker that holds a rank of it."""
         return self.backup > 0 or self.speculate
 
+    @property
+    def weighs_ranks(self) -> bool:
+        """Whether a version is made of a mean over ranks in which one may count more than another."""
+        return not (self.on_arrival or self.in_rounds)
+
     def exchanges(self, shard: int, version: int) -> bool:
         """Whether the ranks push this trained shard for the version after ``version``."""
         return (shard - version) % self.fragments == 0

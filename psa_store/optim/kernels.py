@@ -26,12 +26,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from psa_store.job.average import Average
-from psa_store.job.layout import Layout, Shard
+from psa_store.job.layout import Layout, Piece, Shard
 from psa_store.optim.reduce import squared_norm, sum_in_order
 from psa_store.optim.rules import DIVIDING, RULES, Moment, Rule, State
 from psa_store.optim.slots import AVERAGE, MASTER, slot_dtype, state_names
@@ -41,6 +42,8 @@ from psa_store.optim.tensors import name_of, to_torch
 BLOCK_ELEMENTS = 1 << 18
 """1 MiB of float32: small enough for the second-level cache to hold most of it, and large enough that memory is read in
 long runs and that the calls (a few microseconds each, with Python's lock held) do not count."""
+
+_NONE_SKIPPED: Mapping[int, int] = MappingProxyType({})
 
 
 def init_slots(
@@ -93,16 +96,17 @@ class ShardKernel:
         self._wide_dtype = wide.dtype
         self._kept: Tensor | None = None
         """The memory for the sum of the one block."""
-        state = {name: slots[name] for name in state_names(optimizer)}
-        runs = _runs(layout, shard)
-        chain = [tensor for tensor in (wide if wide is not param else None, param, rounded) if tensor is not None]
-        self._blocks = [
-            _Block.of(optimizer, low, min(low + BLOCK_ELEMENTS, shard.numel), runs, chain, state, slots.get(AVERAGE))
-            for low in range(0, shard.numel, BLOCK_ELEMENTS)
-        ]
+        self._layout = layout
+        self._shard = shard
+        self._state = {name: slots[name] for name in state_names(optimizer)}
+        self._chain = [tensor for tensor in (wide if wide is not param else None, param, rounded) if tensor is not None]
+        self._averages = slots.get(AVERAGE)
+        self._blocks = self._make_blocks(frozenset(), {})
+        self._uneven: tuple[object, list[_Block]] = None, []
+        """The blocks of the last update that left tensors out, or came after such, and what they were made for."""
 
-    def squared_norm(self, parts: Sequence[Tensor], scratch: Tensor) -> float:
-        """|mean of parts|²; inf or nan if an element of it is."""
+    def squared_norm(self, parts: Sequence[Tensor], scratch: Tensor, weights: Sequence[float] | None = None) -> float:
+        """|mean of parts|²; inf or nan if an element of it is. ``weights``: see :meth:`apply`."""
         place = scratch.view(self._wide_dtype)
         if len(self._blocks) == 1:
             if self._kept is None:
@@ -110,8 +114,8 @@ class ShardKernel:
             place = self._kept
         total = 0.0
         for block in self._blocks:
-            total += squared_norm(sum_in_order(parts, block.low, block.high, place))
-        return total / len(parts) ** 2
+            total += squared_norm(sum_in_order(parts, block.low, block.high, place, weights))
+        return total / _count(parts, weights) ** 2
 
     def apply(
         self,
@@ -122,32 +126,40 @@ class ShardKernel:
         opt_step: int,
         grad_scale: float,
         measured: bool = False,
+        weights: Sequence[float] | None = None,
+        absent: frozenset[int] = frozenset(),
+        skipped: Mapping[int, int] = _NONE_SKIPPED,
     ) -> None:
         """Apply one update with the mean of ``parts``.
 
         Args:
+            weights: of each part in the mean, greater than 0; None: they count alike.
+            absent: tensors of the layout that are left out, with their state.
+            skipped: by tensor, from how many updates it was left out before.
             measured: whether the last :meth:`squared_norm` was that of these parts, since which no update was made.
             step: the step, for the learning-rate schedule.
             opt_step: updates applied before this one, for Adam's bias correction and SGD's first step.
             grad_scale: multiplies the gradient; the factor of ``clip_grad_norm``, or 1.0.
         """
         place = scratch.view(self._wide_dtype)
-        divisor = len(parts) / grad_scale * (-1.0 if self._optimizer.maximize else 1.0)
+        divisor = _count(parts, weights) / grad_scale * (-1.0 if self._optimizer.maximize else 1.0)
+        blocks = self._blocks if not absent and not skipped else self._uneven_blocks(absent, skipped)
         in_passing = self._wide_dtype is torch.float32 and isinstance(self._optimizer, DIVIDING)
         moments = {
-            group: Moment(self._optimizer.lr_at(step, group), opt_step, divisor if in_passing else 1.0)
-            for group in {part.group for block in self._blocks for part in block.parts}
+            (group, skips): Moment(self._optimizer.lr_at(step, group), opt_step - skips, divisor if in_passing else 1.0)
+            for group, skips in {(part.group, part.skipped) for block in blocks for part in block.parts}
         }
-        for block in self._blocks:
+        for block in blocks:
             if measured and self._kept is not None:
                 total = self._kept
             else:
-                total = sum_in_order(parts, block.low, block.high, place)
+                total = sum_in_order(parts, block.low, block.high, place, weights)
             if divisor != 1.0 and not in_passing:
                 total.div_(divisor)
             grads = total.split_with_sizes(block.lengths)
             for part in block.parts:
-                part.rule(part.optimizer, moments[part.group], part.params, [grads[i] for i in part.runs], part.state)
+                moment = moments[part.group, part.skipped]
+                part.rule(part.optimizer, moment, part.params, [grads[i] for i in part.runs], part.state)
             for source, follower in pairwise(block.chain):
                 follower.copy_(source)
             if block.average is not None and self._average is not None:
@@ -156,12 +168,41 @@ class ShardKernel:
                 else:
                     block.average.lerp_(block.chain[0], 1.0 - self._average.decay)
 
+    def _uneven_blocks(self, absent: frozenset[int], skipped: Mapping[int, int]) -> list[_Block]:
+        """Where tensors differ in how many updates they have had; mostly they are those of the update before."""
+        made_for = absent, {tensor: count for tensor, count in skipped.items() if tensor not in absent}
+        if self._uneven[0] != made_for:
+            self._uneven = made_for, self._make_blocks(*made_for)
+        return self._uneven[1]
+
+    def _make_blocks(self, absent: frozenset[int], skipped: Mapping[int, int]) -> list[_Block]:
+        runs = _runs(self._layout, self._shard, absent, skipped)
+        return [
+            _Block.of(
+                self._optimizer,
+                low,
+                min(low + BLOCK_ELEMENTS, self._shard.numel),
+                runs,
+                self._chain,
+                self._state,
+                self._averages,
+            )
+            for low in range(0, self._shard.numel, BLOCK_ELEMENTS)
+        ]
+
+
+def _count(parts: Sequence[Tensor], weights: Sequence[float] | None) -> float:
+    """By what the sum of the parts is divided to be their mean."""
+    return len(parts) if weights is None else sum(weights)
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """All runs of one group in one block, ready to be updated by one call."""
+    """All runs of one block that are updated alike, ready to be updated by one call."""
 
     group: int
+    skipped: int
+    """From how many updates they were left out before."""
     optimizer: Optimizer
     rule: Rule
     runs: Sequence[int]
@@ -193,16 +234,19 @@ class _Block:
         average: Tensor | None,
     ) -> _Block:
         inside = [
-            _Run(run.group, max(low, run.low), min(high, run.high)) for run in runs if run.low < high and low < run.high
+            _Run(run.group, run.skipped, max(low, run.low), min(high, run.high))
+            for run in runs
+            if run.low < high and low < run.high
         ]
         lengths = [run.high - run.low for run in inside]
         parts = []
-        for group in sorted({run.group for run in inside}):
-            own = [i for i, run in enumerate(inside) if run.group == group]
+        for group, skipped in sorted({(run.group, run.skipped) for run in inside if run.skipped is not None}):
+            own = [i for i, run in enumerate(inside) if (run.group, run.skipped) == (group, skipped)]
             spans = [(inside[i].low, inside[i].high) for i in own]
             parts.append(
                 _Part(
                     group,
+                    skipped,
                     optimizer.in_group(group),
                     RULES[type(optimizer)],
                     own,
@@ -216,18 +260,22 @@ class _Block:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Neighbouring elements of one group."""
+    """Neighbouring elements that are updated alike. ``skipped``: None if they are left out of this update."""
 
     group: int
+    skipped: int | None
     low: int
     high: int
 
 
-def _runs(layout: Layout, shard: Shard) -> list[_Run]:
-    """The runs that tile a shard; a run ends where a piece of another group starts."""
-    starts = []
-    for group, pieces in groupby(shard.pieces, key=lambda piece: layout.tensors[piece.tensor].group):
-        starts.append((group, next(pieces).shard_start))
+def _runs(layout: Layout, shard: Shard, absent: frozenset[int], skipped: Mapping[int, int]) -> list[_Run]:
+    """The runs that tile a shard; a run ends where a piece starts that is updated otherwise."""
+
+    def likeness(piece: Piece) -> tuple[int, int | None]:
+        tensor = piece.tensor
+        return layout.tensors[tensor].group, None if tensor in absent else skipped.get(tensor, 0)
+
+    starts = [(like, next(pieces).shard_start) for like, pieces in groupby(shard.pieces, key=likeness)]
     assert starts[0][1] == 0, "a shard starts with a tensor: padding ends where the next 64 bytes begin"
     ends = [*(start for _, start in starts[1:]), shard.numel]
-    return [_Run(group, start, end) for (group, start), end in zip(starts, ends, strict=True)]
+    return [_Run(*like, start, end) for (like, start), end in zip(starts, ends, strict=True)]

@@ -17,10 +17,20 @@ _ROW_ELEMENTS = 1 << 12
 the largest shard: every sum here is made by one thread, in one order."""
 
 
-def sum_in_order(parts: Sequence[Tensor], low: int, high: int, place: Tensor) -> Tensor:
-    """Add up elements [low, high) of all parts, first to last, in the dtype of ``place`` and at its start."""
+def sum_in_order(
+    parts: Sequence[Tensor], low: int, high: int, place: Tensor, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Add up elements [low, high) of all parts, first to last, in the dtype of ``place`` and at its start.
+
+    ``weights``: of each part; None: they count alike.
+    """
     total = place[: high - low]
     blocks = [part[low:high] for part in parts]
+    if weights is not None:
+        torch.mul(blocks[0].to(place.dtype), weights[0], out=total)
+        for block, weight in zip(blocks[1:], weights[1:], strict=True):
+            total.add_(block.to(place.dtype), alpha=weight)
+        return total
     if len(blocks) > 1 and blocks[0].dtype is place.dtype:
         torch.add(blocks[0], blocks[1], out=total)
         rest = blocks[2:]

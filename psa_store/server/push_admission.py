@@ -11,7 +11,8 @@ the rank goes to another worker, or the same gradient comes over another connect
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from psa_store.errors import Refused
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
+from psa_store.optim.note import PLAIN, GradientNote, from_marks
 from psa_store.optim.rank_state import rank_state_of
 from psa_store.optim.tensors import as_bytes
 from psa_store.server.aggregator import Aggregator, Rules
@@ -38,7 +40,8 @@ class Take:
     """Receive one shard into ``memory``.
 
     ``place``: the memory of the gradient; None if the push brings only state. Without ``encoded`` it is ``memory``.
-    ``encoded``: what arrives is no gradient as it is, and has ``state_bytes`` of its rank's state at its end.
+    ``encoded``: what arrives is not only a gradient as it is: ``state_bytes`` of its rank's state follow, and then
+    ``mark_bytes`` of marks, see :mod:`psa_store.optim.note`.
     """
 
     shard: int
@@ -47,13 +50,16 @@ class Take:
     place: Tensor | None
     encoded: Tensor | None
     state_bytes: int
+    mark_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class TakeReference:
-    """Nothing comes: the gradients of these shards lie in shared memory."""
+    """The gradients of these shards lie in shared memory. ``marks``: what comes, by shard its part of it."""
 
     gradients: Sequence[tuple[int, Tensor]]
+    marks: Mapping[int, memoryview]
+    memory: memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,8 @@ class _Form:
             config.compression.payload_bytes(shard.numel) if self.compressed else wire.size_bytes(shard)
         )
         self.state_bytes = state.size_bytes if state is not None else 0
-        self.bytes_max = max(shard.size_bytes, self.gradient_bytes) + self.state_bytes
+        self.mark_bytes = len(shard.pieces)
+        self.bytes_max = max(shard.size_bytes, self.gradient_bytes) + self.state_bytes + self.mark_bytes
         self.why_no_reference = ""
         if self.compressed:
             self.why_no_reference = "this job compresses its gradients"
@@ -94,7 +101,9 @@ class PushAdmission:
         self._shares_memory = config.shares_memory
         self._frozen = frozenset(shard.index for shard in layout.shards_of(TensorRole.FROZEN))
         self._forms = [_Form(config, layout, wire, shard) for shard in layout.shards]
-        self._scratch = memoryview(bytearray(max(form.bytes_max for form in self._forms)))
+        marks_max = sum(form.mark_bytes for form in self._forms)
+        self._scratch = memoryview(bytearray(max(marks_max, *(form.bytes_max for form in self._forms))))
+        self._layout = layout
         self._decided: dict[Connection, Take | TakeReference | Drop] = {}
 
     def admit(
@@ -115,7 +124,7 @@ class PushAdmission:
             case TakeReference():
                 for shard, _ in decision.gradients:
                     self._divert_former(shard, header.rank, connection)
-                memory = _NOTHING
+                memory = decision.memory
             case Drop():
                 if header.length > len(self._scratch):
                     raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {len(self._scratch)}")
@@ -131,9 +140,12 @@ class PushAdmission:
         assert aggregator is not None
         if isinstance(decision, TakeReference):
             for shard, gradient in decision.gradients:
-                aggregator.accept(header, shard, gradient)
+                aggregator.accept(header, shard, gradient, note=self._note(header, shard, decision.marks.get(shard)))
             return Reason.NONE
-        place, encoded, state = decision.place, decision.encoded, None
+        place, encoded, state, marks = decision.place, decision.encoded, None, None
+        if encoded is not None and decision.mark_bytes:
+            marks = as_bytes(encoded)[-decision.mark_bytes :]
+            encoded = encoded[: -decision.mark_bytes]
         if encoded is not None:
             gradient_bytes = len(encoded) - decision.state_bytes
             if place is not None and self._forms[decision.shard].compressed:
@@ -141,8 +153,14 @@ class PushAdmission:
             elif place is not None:
                 place.view(torch.uint8).copy_(encoded[:gradient_bytes])
             state = encoded[gradient_bytes:].clone() if decision.state_bytes else None
-        aggregator.accept(header, decision.shard, place, state)
+        aggregator.accept(header, decision.shard, place, state, self._note(header, decision.shard, marks))
         return Reason.NONE
+
+    def _note(self, header: Header, shard: int, marks: memoryview | None) -> GradientNote:
+        if marks is None and header.weight == 1.0:
+            return PLAIN
+        absent = frozenset[int]() if marks is None else from_marks(marks, self._layout.shards[shard])
+        return GradientNote(header.weight, absent)
 
     # --- while bytes come
 
@@ -187,6 +205,8 @@ class PushAdmission:
             raise Refused(f"PUSH of {header.shards} shards from shard {header.shard}: there are not so many")
         if header.flags & Flag.NONFINITE and not self._rules.skips_nonfinite:
             raise Refused("PUSH of a gradient with NaN or Inf, which this job does not skip")
+        if not 0.0 <= header.weight < math.inf:
+            raise Refused(f"PUSH of weight {header.weight}")
         reason = self._reason_against(aggregator, connection, header, shards)
         if reason is not None:
             return Drop(reason)
@@ -199,9 +219,13 @@ class PushAdmission:
         if by_reference:
             return self._referred(client, header, shards, wanted)
         gradient_bytes, state_bytes = self._bytes_due(aggregator, header)
-        if header.length != gradient_bytes + state_bytes:
-            raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {gradient_bytes + state_bytes}")
-        return self._received(aggregator, header, gradient_bytes, state_bytes) if wanted else Drop(Reason.NONE)
+        mark_bytes = self._mark_bytes(header, shards)
+        due = gradient_bytes + state_bytes + mark_bytes
+        if header.length != due:
+            raise Refused(f"PUSH of {header.length} bytes for shard {header.shard} of {due}")
+        if not wanted:
+            return Drop(Reason.NONE)
+        return self._received(aggregator, header, gradient_bytes, state_bytes, mark_bytes)
 
     def _reason_against(
         self, aggregator: Aggregator, connection: Connection, header: Header, shards: range
@@ -227,16 +251,26 @@ class PushAdmission:
         exchanged = not form.trained or aggregator.exchanges(header.shard, header.step)
         return form.gradient_bytes if exchanged else 0, form.state_bytes if due else 0
 
-    def _received(self, aggregator: Aggregator, header: Header, gradient_bytes: int, state_bytes: int) -> Take:
+    def _mark_bytes(self, header: Header, shards: Sequence[int]) -> int:
+        """The bytes of marks that come with a push."""
+        if not header.flags & Flag.ABSENT:
+            return 0
+        if not all(self._forms[shard].trained for shard in shards):
+            raise Refused(f"PUSH of shard {header.shard} says of parameters what is none")
+        return sum(self._forms[shard].mark_bytes for shard in shards)
+
+    def _received(
+        self, aggregator: Aggregator, header: Header, gradient_bytes: int, state_bytes: int, mark_bytes: int
+    ) -> Take:
         place = aggregator.owned_shards[header.shard].own_place(header.rank) if gradient_bytes else None
-        as_it_is = place is not None and not state_bytes and not self._forms[header.shard].compressed
+        as_it_is = place is not None and header.length == gradient_bytes and not self._forms[header.shard].compressed
         if place is not None and as_it_is and not self._rules.workers_race:
-            return Take(header.shard, header.rank, as_bytes(place), place, None, 0)
+            return Take(header.shard, header.rank, as_bytes(place), place, None, 0, 0)
         encoded = torch.empty(header.length, dtype=torch.uint8)
-        return Take(header.shard, header.rank, as_bytes(encoded), place, encoded, state_bytes)
+        return Take(header.shard, header.rank, as_bytes(encoded), place, encoded, state_bytes, mark_bytes)
 
     def _referred(
-        self, client: Client | None, header: Header, shards: Iterable[int], wanted: Iterable[int]
+        self, client: Client | None, header: Header, shards: Sequence[int], wanted: Iterable[int]
     ) -> TakeReference:
         if not self._shares_memory:
             raise Refused("PUSH by reference: in this job's mode no memory is shared")
@@ -248,4 +282,13 @@ class PushAdmission:
         gradients = client.gradients.get(header.memory)
         if gradients is None:
             raise Refused(f"PUSH from memory {header.memory}, which was not shared")
-        return TakeReference([(shard, gradients[shard]) for shard in wanted])
+        taken = [(shard, gradients[shard]) for shard in wanted]
+        if header.length != self._mark_bytes(header, shards):
+            raise Refused(f"PUSH by reference of {header.length} bytes: not marks of its shards")
+        if not header.length:
+            return TakeReference(taken, {}, _NOTHING)
+        memory, marks, low = memoryview(bytearray(header.length)), {}, 0
+        for shard in shards:
+            marks[shard] = memory[low : low + self._forms[shard].mark_bytes]
+            low += self._forms[shard].mark_bytes
+        return TakeReference(taken, marks, memory)

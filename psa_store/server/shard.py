@@ -21,10 +21,11 @@ from psa_store.job.sampling import rounding_stream
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import ShardKernel, init_slots
+from psa_store.optim.note import PLAIN, GradientNote, left_out
 from psa_store.optim.slots import slot_dtype, slot_names
 from psa_store.optim.tensors import as_bytes, name_of, to_torch
 from psa_store.storage import Manifest
-from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, PUBLISHED, RANK
+from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, PUBLISHED, RANK, SKIPPED
 from psa_store.wire import SharedMemory
 
 _NO_RANK = 65536
@@ -90,6 +91,10 @@ class OwnedShard:
         self._kernel: ShardKernel | None = None
         self._own_places: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
+        self._notes: dict[int, GradientNote] = {}
+        """By rank, what is said of its gradient, where that is out of the ordinary."""
+        self._skipped: dict[int, int] = {}
+        """By tensor, from how many updates it was left out; without those that were in all."""
         self._measured = False
         """Whether these gradients are the ones that the kernel measured last."""
         self.rank_states: dict[int, Tensor] = {}
@@ -98,6 +103,7 @@ class OwnedShard:
         """The same for the version that is being collected."""
         self._snapshot: dict[str, Tensor] = {}
         self._snapshot_opt_step = 0
+        self._snapshot_skipped: dict[int, int] = {}
 
     # --- loading
 
@@ -123,6 +129,11 @@ class OwnedShard:
             self.published.copy_(self.param)
         self._make_kernel()
         self.opt_step = int(manifest.scalars.get(OPT_STEP, 0))
+        self._skipped = {
+            int(name.removeprefix(SKIPPED)): int(count)
+            for name, count in manifest.scalars.items()
+            if name.startswith(SKIPPED)
+        }
         self.clocks = [int(manifest.scalars.get(f"{CLOCK}{rank}", 0)) for rank in range(len(self.clocks))]
         self.committed = manifest
 
@@ -151,9 +162,11 @@ class OwnedShard:
             self._own_places[rank] = torch.empty_like(self.published)
         return self._own_places[rank]
 
-    def take_gradient(self, rank: int, gradient: Tensor) -> None:
+    def take_gradient(self, rank: int, gradient: Tensor, note: GradientNote = PLAIN) -> None:
         """The gradient of a rank has arrived, and lies there until the step is over."""
         self._gradients[rank] = gradient
+        if note is not PLAIN:
+            self._notes[rank] = note
         self._measured = False
 
     def take_state(self, rank: int, state: Tensor) -> None:
@@ -172,16 +185,20 @@ class OwnedShard:
     def squared_norm(self, scratch: Tensor) -> float:
         """|mean gradient|², before it is clipped."""
         assert self._kernel is not None
+        parts, weights = self._parts(sorted(self._gradients))
+        if not parts:
+            return 0.0
         self._measured = True
-        return self._kernel.squared_norm(self._parts(), scratch)
+        return self._kernel.squared_norm(parts, scratch, weights)
 
     def apply_one(self, rank: int, scratch: Tensor, *, step: int, finite: bool) -> None:
         """Update parameters and state in place with the push of one rank; one that is not finite only counts."""
         if finite and self._kernel is None:
             self.param.copy_(self._gradients[rank])
         elif finite:
-            self._update([self._gradients[rank]], scratch, step=step, grad_scale=1.0)
+            self._update([rank], scratch, step=step, grad_scale=1.0)
         del self._gradients[rank]
+        self._notes.pop(rank, None)
         self.clocks[rank] += 1
 
     def apply(self, scratch: Tensor, *, step: int, grad_scale: float) -> None:
@@ -190,10 +207,11 @@ class OwnedShard:
             (values,) = self._gradients.values()
             self.param.copy_(values)
         else:
-            self._update(self._parts(), scratch, step=step, grad_scale=grad_scale)
+            self._update(sorted(self._gradients), scratch, step=step, grad_scale=grad_scale)
             if self.movement is not None:
                 self._publish(self.movement, step)
         self._gradients.clear()
+        self._notes.clear()
 
     def _publish(self, movement: Tensor, step: int) -> None:
         """Let what workers see follow the parameters, by an amount that has few bytes."""
@@ -207,18 +225,41 @@ class OwnedShard:
     def drop_pushes(self) -> None:
         """What was pushed for the present step does not count: it is over without an update, or its term is."""
         self._gradients.clear()
+        self._notes.clear()
         self._measured = False
         self._coming_states.clear()
 
-    def _parts(self) -> list[Tensor]:
-        """The gradients that are here, in the order of ranks."""
-        return [self._gradients[rank] for rank in sorted(self._gradients)]
+    def _parts(self, ranks: Sequence[int]) -> tuple[list[Tensor], list[float] | None]:
+        """The gradients of these ranks that count, and their weights; None: they count alike."""
+        if not self._notes:
+            return [self._gradients[rank] for rank in ranks], None
+        weights = {rank: self._notes.get(rank, PLAIN).weight for rank in ranks}
+        parts = [self._gradients[rank] for rank in ranks if weights[rank] > 0.0]
+        counting = [weight for weight in weights.values() if weight > 0.0]
+        return parts, counting if any(weight != 1.0 for weight in counting) else None
 
-    def _update(self, parts: Sequence[Tensor], scratch: Tensor, *, step: int, grad_scale: float) -> None:
+    def _update(self, ranks: Sequence[int], scratch: Tensor, *, step: int, grad_scale: float) -> None:
+        """Update with the mean of the gradients of these ranks, all tensors that one of them gave a gradient."""
         assert self._kernel is not None
-        self._kernel.apply(
-            parts, scratch, step=step, opt_step=self.opt_step, grad_scale=grad_scale, measured=self._measured
-        )
+        absent: frozenset[int] = frozenset()
+        if self._notes:
+            tensors = {piece.tensor for piece in self.shard.pieces}
+            absent = left_out([self._notes.get(rank, PLAIN) for rank in ranks], tensors)
+        parts, weights = self._parts(ranks)
+        if parts:
+            self._kernel.apply(
+                parts,
+                scratch,
+                step=step,
+                opt_step=self.opt_step,
+                grad_scale=grad_scale,
+                measured=self._measured,
+                weights=weights,
+                absent=absent,
+                skipped=self._skipped,
+            )
+        for tensor in absent:
+            self._skipped[tensor] = self._skipped.get(tensor, 0) + 1
         self._measured = False
         self.opt_step += 1
 
@@ -233,14 +274,15 @@ class OwnedShard:
             if name not in self._snapshot:
                 self._snapshot[name] = torch.empty_like(tensor)
             self._snapshot[name].copy_(tensor)
-        self._snapshot_opt_step = self.opt_step
+        self._snapshot_opt_step, self._snapshot_skipped = self.opt_step, self._skipped.copy()
         self.copied_clocks = self.clocks.copy()
 
     def snapshot(self) -> tuple[Mapping[str, tuple[str, memoryview]], dict[str, float | int]]:
         """Sections and scalars of the snapshot, as storage takes them."""
         arrays = {name: (name_of(tensor.dtype), as_bytes(tensor)) for name, tensor in self._snapshot.items()}
         clocks = {f"{CLOCK}{rank}": clock for rank, clock in enumerate(self.copied_clocks)}
-        return arrays, {OPT_STEP: self._snapshot_opt_step, **clocks}
+        skipped = {f"{SKIPPED}{tensor}": count for tensor, count in sorted(self._snapshot_skipped.items())}
+        return arrays, {OPT_STEP: self._snapshot_opt_step, **clocks, **skipped}
 
     def _sections(self) -> dict[str, Tensor]:
         """All that is committed, by name."""

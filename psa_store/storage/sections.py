@@ -11,5 +11,8 @@ RANK = "rank."
 """Begins the name of a section that holds rank state, see :mod:`psa_store.optim.rank_state`."""
 CLOCK = "clock."
 """Begins the name of a scalar that counts the pushes of a rank, where they are applied on arrival."""
+SKIPPED = "skipped."
+"""Begins the name of a scalar that counts from how many updates a tensor was left out, for lack of a gradient; without
+it, from none."""
 OPT_STEP = "opt_step"
 """Scalar: updates that the optimizer's state has behind it."""

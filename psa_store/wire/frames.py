@@ -38,7 +38,7 @@ from psa_store.errors import Refused
 
 PROTOCOL = 7
 MAGIC = b"PSA\x02"
-_HEADER = struct.Struct("<4sBBHIIQQqQIII4x")
+_HEADER = struct.Struct("<4sBBHIIQQqQIIIf")
 HEADER_BYTES = _HEADER.size
 PAYLOAD_BYTES_MAX = 1 << 32
 TEXT_BYTES_MAX = 1 << 20
@@ -78,6 +78,8 @@ class Flag(IntFlag, boundary=STRICT):
     """The gradient holds NaN or Inf; the job skips such steps."""
     STATE = 4
     """PULL: not the parameters, but the state of a rank. PUSH: that comes behind the gradient, though none is due."""
+    ABSENT = 16
+    """PUSH: at its end is a byte for each piece of its shards, 1 where a tensor got no gradient."""
     MOVEMENT = 8
     """PARAMS: what the version adds to the one before, encoded as the job's gradients are."""
     AVERAGE = 16
@@ -98,7 +100,8 @@ class Header(NamedTuple):
     """``step``: the step of a gradient, or the version of parameters. ``reason`` is set in REFUSED only.
 
     ``shards``: how many shards a PUSH by reference is about, ``shard`` being the first. ``memory``: the number of
-    shared memory, in SHARE, PUSH and VERSION. ``barrier``: that of the checkpoint, in CUT.
+    shared memory, in SHARE, PUSH and VERSION. ``barrier``: that of the checkpoint, in CUT. ``weight``: of a PUSH in the
+    mean over ranks, as float32.
     """
 
     kind: Kind
@@ -113,12 +116,13 @@ class Header(NamedTuple):
     memory: int = 0
     shards: int = 1
     barrier: int = 0
+    weight: float = 1.0
 
     def pack(self) -> bytes:
         """Encode: the fields in the order in which machines of any byte order read them."""
-        kind, term, revision, step, rank, shard, length, reason, flags, memory, shards, barrier = self
+        kind, term, revision, step, rank, shard, length, reason, flags, memory, shards, barrier, weight = self
         return _HEADER.pack(
-            MAGIC, kind, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier
+            MAGIC, kind, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight
         )
 
 
@@ -128,9 +132,8 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     Raises:
         Refused: wrong magic, unknown kind, or a length beyond the limits; the connection cannot be used further.
     """
-    magic, number, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier = _HEADER.unpack(
-        data
-    )
+    fields = _HEADER.unpack(data)
+    magic, number, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight = fields
     if magic != MAGIC:
         raise Refused(f"not a psa frame: starts with {bytes(magic)!r}")
     try:
@@ -138,10 +141,12 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     except KeyError as error:
         raise Refused(f"frame of another protocol version: {error} is not known here") from error
     if length:
-        limit = 0 if flag & Flag.BY_REFERENCE else _LENGTH_MAX[kind]
+        limit = _LENGTH_MAX[kind]
+        if flag & Flag.BY_REFERENCE:
+            limit = TEXT_BYTES_MAX if flag & Flag.ABSENT else 0
         if length > limit:
             raise Refused(f"{kind.name} announces {length} bytes; at most {limit} are possible")
-    return Header(kind, term, revision, step, rank, shard, length, why, flag, memory, shards, barrier)
+    return Header(kind, term, revision, step, rank, shard, length, why, flag, memory, shards, barrier, weight)
 
 
 # Each frame is decoded while a step waits for it, and a table is faster than the call of an enum.

@@ -24,6 +24,7 @@ from xxhash import xxh3_64_intdigest
 
 from psa_store.errors import UsageError
 from psa_store.job.layout import TensorRole
+from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.optim.tensors import as_bytes
 from psa_store.worker.gradients import GradientMemory
 from psa_store.worker.script import script_line
@@ -105,6 +106,7 @@ class Backward:
         ``on_ready``: called with every shard once; None: none is wanted before :meth:`end`.
         """
         self._gradients = gradients
+        self._gradients.note = PLAIN
         self._on_ready = on_ready
         for bound in self._trained:
             bound.tensor.grad = None
@@ -114,15 +116,23 @@ class Backward:
         self._turn += 1
         self._open = True
 
-    def end(self) -> None:
-        """Take the gradients as they are now, those that have not left. A parameter without one counts as zero.
+    def end(self, weight: float = 1.0) -> None:
+        """Take the gradients as they are now, those that have not left.
+
+        ``weight``: of this rank in the mean over ranks, at least 0.
 
         Raises:
-            UsageError: one that has left was changed meanwhile.
+            UsageError: one that has left was changed meanwhile, or is to have another weight.
         """
         self._open = False
         changed = next((bound for bound, taken in self._taken.items() if self._is_changed(bound, taken)), None)
         if self._leaves_early:
+            if weight != 1.0 and self._taken:
+                raise UsageError(
+                    f"{f'weight={weight}' if weight else 'worker.skip()'}: gradients have left already. The "
+                    f"{WATCHED_STEPS} first steps of this process changed none and gave no weight, so they are pushed "
+                    "while backward() runs. Write psa.Worker(…, push_early=False)"
+                )
             if changed is not None:
                 raise UsageError(
                     f"the gradient of {changed.name} was changed between backward() and worker.step(), when it "
@@ -132,7 +142,10 @@ class Backward:
             rest = [bound for bound in self._trained if bound not in self._taken]
         else:
             rest = list(self._trained)
-            self._watch(changed is not None)
+            self._watch(changed is not None or weight not in (0.0, 1.0))
+        absent = frozenset(bound.index for bound in rest if bound.tensor.grad is None)
+        if absent or weight != 1.0:
+            self._gradients.note = GradientNote(weight, absent)
         complete: list[int] = []
         for bound in rest:
             self._bring(bound)

@@ -176,7 +176,7 @@ class FlatModel:
                 self._bind(bound)
         self.backward.begin(gradients, on_ready)
 
-    def end(self) -> None:
+    def end(self, weight: float) -> None:
         """The gradients are what they are now; see :meth:`Backward.end`.
 
         Raises:
@@ -185,7 +185,7 @@ class FlatModel:
         self._guard.check()
         if self._window.shows and self._window.refresh():
             self._guard.refuse_write("of this model")
-        self.backward.end()
+        self.backward.end(weight)
 
     @contextmanager
     def evaluate(self, values: Mapping[int, Tensor]) -> Iterator[None]:

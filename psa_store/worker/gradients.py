@@ -14,6 +14,7 @@ from xxhash import xxh3_64_intdigest
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.job.wire_layout import WireLayout
+from psa_store.optim.note import PLAIN
 from psa_store.optim.reduce import clip_factor, squared_norm
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.wire import SharedMemory
@@ -31,6 +32,8 @@ class GradientMemory:
         self.shared = SharedMemory.create("gradient", wire.gradient_bytes)
         self.passed = False
         """Whether a server has its descriptor."""
+        self.note = PLAIN
+        """What is said of this gradient beside its numbers."""
         self._layout = layout
         flat = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
 

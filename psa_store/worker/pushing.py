@@ -14,6 +14,7 @@ from psa_store.errors import NonFiniteGradient
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.job.sampling import rounding_stream
+from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.optim.tensors import as_bytes
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import Journal, fingerprint_text
@@ -80,9 +81,21 @@ class GradientPush:
                 self._encode(some)
             if self._session.recording:
                 self._fingerprint += sum(self._digest(shard) for shard in some)
-            self.send(self.rank_step, some, self.gradients, self.payloads, finite=finite and not flaw)
+            self.send(self.rank_step, some, self.gradients, self.payloads, self.note, finite=finite and not flaw)
             if self._session.failpoints:
                 failpoint("push.middle", some[-1])
+
+    @property
+    def note(self) -> GradientNote:
+        """What is said of the present gradient.
+
+        Where compression holds something back, each push also brings what was held back before. That is not lost: such
+        a gradient always counts, as zero if there is none.
+        """
+        note = self.gradients.note
+        if note is PLAIN or not self._config.compression.needs_residual:
+            return note
+        return GradientNote(note.weight or 1.0)
 
     def send(
         self,
@@ -90,6 +103,7 @@ class GradientPush:
         shards: Sequence[int],
         gradients: GradientMemory | None,
         payloads: Mapping[int, Tensor],
+        note: GradientNote,
         *,
         finite: bool,
     ) -> None:
@@ -102,11 +116,11 @@ class GradientPush:
                 payload = payloads[shard]
                 if state_of:
                     payload = torch.cat([payload, state_of[shard]()])
-                self._servers.push_value(step, rank, shard, as_bytes(payload), flags)
+                self._servers.push_value(step, rank, shard, as_bytes(payload), flags, note)
             shards = [shard for shard in shards if shard not in payloads]
         if shards:
             assert gradients is not None
-            self._servers.push(step, rank, shards, gradients, finite=finite)
+            self._servers.push(step, rank, shards, gradients, note, finite=finite)
 
     def done(self) -> None:
         """The whole gradient is on its way, and what belongs to it."""

@@ -18,6 +18,7 @@ from psa_store import logs
 from psa_store.cluster import Cut, Plan, Server
 from psa_store.errors import Disconnected, Refused
 from psa_store.job.layout import Layout
+from psa_store.optim.note import PLAIN, GradientNote, to_marks
 from psa_store.wire import (
     Connection,
     Flag,
@@ -116,7 +117,16 @@ class ServerConnections:
             self._send(server.id, Header(Kind.HELLO, length=len(hello)), hello)
         return True
 
-    def push(self, step: int, rank: int, shards: Sequence[int], gradients: GradientMemory, *, finite: bool) -> None:
+    def push(
+        self,
+        step: int,
+        rank: int,
+        shards: Sequence[int],
+        gradients: GradientMemory,
+        note: GradientNote = PLAIN,
+        *,
+        finite: bool,
+    ) -> None:
         """Push the gradients of some shards. A dead peer shows in :meth:`pump`.
 
         By value, ``gradients`` must not change until :attr:`sending` is false; by reference, not before the next
@@ -133,7 +143,7 @@ class ServerConnections:
             if numbers is None:
                 flags = Flag.NONE if finite else Flag.NONFINITE
                 for shard in shards[start:end]:
-                    self.push_value(step, rank, shard, gradients.bytes_of(shard), flags)
+                    self.push_value(step, rank, shard, gradients.bytes_of(shard), flags, note)
             else:
                 number = numbers.get(gradients)
                 if number is None:
@@ -142,14 +152,33 @@ class ServerConnections:
                 header = Header(
                     Kind.PUSH, term, revision, step, rank, first, flags=flags, memory=number, shards=end - start
                 )
-                self._send(server, header)
+                marks = b""
+                if note is not PLAIN:
+                    marks = b"".join(self._marks(note, shard) for shard in shards[start:end])
+                    header = _with_note(header, note, marks)
+                self._send(server, header, marks)
             start = end
 
-    def push_value(self, step: int, rank: int, shard: int, payload: memoryview, flags: Flag = Flag.NONE) -> None:
+    def push_value(
+        self,
+        step: int,
+        rank: int,
+        shard: int,
+        payload: memoryview | bytes,
+        flags: Flag = Flag.NONE,
+        note: GradientNote = PLAIN,
+    ) -> None:
         """Push one shard by value, whatever the carrier; ``payload`` must not change until it is sent."""
         plan = self._plan
         header = Header(Kind.PUSH, plan.term, plan.revision, step, rank, shard, len(payload), flags=flags)
+        if note is not PLAIN:
+            marks = self._marks(note, shard)
+            payload = b"".join((payload, marks))
+            header = _with_note(header, note, marks)
         self._send(self._owners[shard], header, payload)
+
+    def _marks(self, note: GradientNote, shard: int) -> bytes:
+        return to_marks(note.absent, self._layout.shards[shard]) if note.absent else b""
 
     def _pass_on(self, server: str, gradients: GradientMemory) -> int:
         """Give a server of this host the memory of gradients; returns its number there."""
@@ -294,6 +323,12 @@ class ServerConnections:
         if self._masks.pop(server, 0):
             self._selector.unregister(connection)
         connection.close()
+
+
+def _with_note(header: Header, note: GradientNote, marks: bytes) -> Header:
+    """Say in the header of a push what is said of the gradient; ``marks`` follow all else."""
+    flags = header.flags | (Flag.ABSENT if marks else Flag.NONE)
+    return header._replace(length=header.length + len(marks), flags=flags, weight=note.weight)
 
 
 def is_about_plan(reason: Reason) -> bool:

@@ -6,6 +6,7 @@ the plan, and the monitor's. What a step is, and what waits for what, is up to t
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -287,15 +289,18 @@ class Worker:
                         "worker.skip()"
                     )
 
-    def step(self, loss: Tensor | float | None = None) -> None:
+    def step(self, loss: Tensor | float | None = None, *, weight: float = 1.0) -> None:
         """Push the gradient of the present batch; with it the step's last, wait for the next version and load it.
 
         Args:
             loss: that of this batch, one number, for what shows the job. It is read by another thread, now and then, so
                 that no step waits for it, on a GPU either.
+            weight: of this rank in the mean of the gradients over ranks, such as the number of tokens over which
+                ``loss`` is the mean; float32. 0 leaves the rank out. In modes ``async``, ``ssp`` and ``local`` no
+                gradients are averaged, so only 0 and 1 are possible.
 
         Raises:
-            UsageError: there is no batch, or ``loss`` is not one number.
+            UsageError: there is no batch, ``loss`` is not one number, or ``weight`` is not possible.
             NonFiniteGradient: the gradient holds NaN or Inf and the job refuses such.
         """
         if self._current is None:
@@ -303,10 +308,12 @@ class Worker:
         self._average.refuse("worker.step()")
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
+        if weight != 1.0:
+            weight = self._checked_weight(weight)
         if self._torch_optimizer is not None and (numbers := numbers_of(self._torch_optimizer)) != self._torch_numbers:
             refuse_change(self._torch_numbers, numbers)
         try:
-            self._flat_model.end()
+            self._flat_model.end(weight)
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
         self._progress.end(self._samples, loss)
@@ -314,7 +321,10 @@ class Worker:
         self._strategy.hand_over()
 
     def skip(self) -> None:
-        """Leave the present batch out: its rank's gradient counts as zero in this step.
+        """Leave the present batch out: the step is made of the other ranks' gradients; without any, nothing changes.
+
+        The learning rate goes on with the step. Where compression holds parts of gradients back, what was held back
+        before is due all the same: there the batch counts as one whose gradient is zero.
 
         Raises:
             UsageError: there is no batch, or a part of its gradient has left already.
@@ -322,7 +332,7 @@ class Worker:
         if self._current is None:
             raise UsageError("worker.skip() without a batch from worker.batches()")
         self._flat_model.backward.drop()
-        self.step()
+        self.step(weight=0.0)
 
     def average(self) -> AbstractContextManager[int]:
         """Inside, the model has the average of its parameters, to evaluate with; then the present ones again.
@@ -341,6 +351,22 @@ class Worker:
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""
         return self._flat_model.backward.accumulate()
+
+    def _checked_weight(self, weight: float) -> float:
+        """As float32 has it, in which it travels."""
+        try:
+            rounded = float(np.float32(weight))
+        except (TypeError, ValueError):
+            rounded = math.nan
+        if not 0.0 <= rounded < math.inf:
+            raise UsageError(f"{script_line()}: worker.step(weight={weight!r}): must be a number that is not negative")
+        mode = self._config.mode
+        if rounded not in (0.0, 1.0) and not mode.weighs_ranks:
+            raise UsageError(
+                f"{script_line()}: worker.step(weight={weight!r}): in mode {mode} no gradients of ranks are averaged, "
+                "so they have no weights; use mode sync, or scale the loss"
+            )
+        return rounded
 
     # --- from other threads and signals
 

@@ -37,6 +37,7 @@ numbers = st.integers(0, 2**32 - 1)
         shards=numbers,
         length=st.just(0),
         barrier=numbers,
+        weight=st.floats(0.0, width=32),
     )
 )
 def test_headers_survive(header: Header) -> None:

@@ -17,6 +17,7 @@ from psa_store.cluster import Plan
 from psa_store.consistency import Arrivals, Push
 from psa_store.consistency.instructions import Applied, ApplyPushes, Copied, Event, Instruction, RankCut
 from psa_store.job.layout import TensorRole
+from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.server.aggregator.base import Aggregator, Tools
 from psa_store.server.messages import Committed
 from psa_store.server.shard import OwnedShard
@@ -38,10 +39,17 @@ class AsyncAggregator(Aggregator):
         )
         super().__init__(tools, plan, owned_shards, self._arrivals)
 
-    def accept(self, header: Header, shard: int, gradient: Tensor | None, state: Tensor | None = None) -> None:
+    def accept(
+        self,
+        header: Header,
+        shard: int,
+        gradient: Tensor | None,
+        state: Tensor | None = None,
+        note: GradientNote = PLAIN,
+    ) -> None:
         assert gradient is not None and state is None, "on arrival, ranks keep nothing with servers"
         if self._arrivals.accept(header.step, shard, header.rank, finite=not header.flags & Flag.NONFINITE):
-            self.owned_shards[shard].take_gradient(header.rank, gradient)
+            self.owned_shards[shard].take_gradient(header.rank, gradient, note)
 
     def on_rank_cut(self, cut: RankCut) -> None:
         self._arrivals.handle(cut)

@@ -42,6 +42,7 @@ from psa_store.job.layout import Layout, TensorRole
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.optim.kernels import make_scratch
+from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.server.arithmetic import Arithmetic, ShardWork
 from psa_store.server.clients import SharedParameters
 from psa_store.server.committer import Committer
@@ -113,7 +114,14 @@ class Aggregator(ABC):
         return self._machine.offer(header.step, shard, header.rank)
 
     @abstractmethod
-    def accept(self, header: Header, shard: int, gradient: Tensor | None, state: Tensor | None = None) -> None:
+    def accept(
+        self,
+        header: Header,
+        shard: int,
+        gradient: Tensor | None,
+        state: Tensor | None = None,
+        note: GradientNote = PLAIN,
+    ) -> None:
         """A push is here, whole; whether it is still wanted is seen now.
 
         ``gradient``: None if this step only brings the ``state`` of the rank (see :mod:`psa_store.optim.rank_state`).

@@ -27,6 +27,7 @@ from psa_store.consistency.instructions import (
 )
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
+from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.optim.rank_state import rank_state_of
 from psa_store.optim.reduce import clip_factor
 from psa_store.server.aggregator.base import Aggregator, Tools
@@ -66,11 +67,18 @@ class SyncAggregator(Aggregator):
 
     # --- pushes
 
-    def accept(self, header: Header, shard: int, gradient: Tensor | None, state: Tensor | None = None) -> None:
+    def accept(
+        self,
+        header: Header,
+        shard: int,
+        gradient: Tensor | None,
+        state: Tensor | None = None,
+        note: GradientNote = PLAIN,
+    ) -> None:
         if self._step.accept(header.step, shard, header.rank, finite=not header.flags & Flag.NONFINITE):
             owned = self.owned_shards[shard]
             if gradient is not None:
-                owned.take_gradient(header.rank, gradient)
+                owned.take_gradient(header.rank, gradient, note)
             if state is not None:
                 owned.take_state(header.rank, state)
 

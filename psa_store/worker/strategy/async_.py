@@ -24,6 +24,7 @@ from psa_store.consistency.worker_instructions import AskClocks, Compute, Finish
 from psa_store.consistency.worker_pushes import Bring, Drop, Forget, PushAgain, WorkerPushes
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim import from_dict
+from psa_store.optim.note import GradientNote
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
@@ -47,6 +48,7 @@ class Kept:
 
     gradients: GradientMemory | None
     payloads: Mapping[int, Tensor]
+    note: GradientNote
     finite: bool
     buffers: Mapping[int, bytes]
 
@@ -137,7 +139,7 @@ class AsyncStrategy:
         if len(push.payloads) == len(self._trained):
             self._pool.put_back(self._gradients, read=False)
             gradients = None
-        self._kept[rank_step.rank, rank_step.step] = Kept(gradients, push.payloads, self._finite, buffers)
+        self._kept[rank_step.rank, rank_step.step] = Kept(gradients, push.payloads, push.note, self._finite, buffers)
         push.done()
         self._pushes.pushed(rank_step.rank)
         self.version = rank_step.step + 1
@@ -170,7 +172,7 @@ class AsyncStrategy:
 
     def _push_again(self, rank_step: RankStep) -> None:
         kept = self._kept[rank_step.rank, rank_step.step]
-        self._push.send(rank_step, self._trained, kept.gradients, kept.payloads, finite=kept.finite)
+        self._push.send(rank_step, self._trained, kept.gradients, kept.payloads, kept.note, finite=kept.finite)
         self._push_buffers(rank_step, kept.buffers)
 
     # --- checkpoints

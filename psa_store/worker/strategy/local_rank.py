@@ -53,8 +53,11 @@ class LocalRank:
     def apply(self, gradients: GradientMemory, step: int, factor: float) -> None:
         """Make a step of its own, in the model."""
         scratch, updates = self._parameters.scratch, self.memory.updates
+        absent = gradients.note.absent
         for shard, kernel in self._kernels.items():
-            kernel.apply([gradients.numbers[shard]], scratch, step=step, opt_step=updates, grad_scale=factor)
+            kernel.apply(
+                [gradients.numbers[shard]], scratch, step=step, opt_step=updates, grad_scale=factor, absent=absent
+            )
         self.memory.updates += 1
 
     def leave_model(self, *, with_buffers: bool) -> None:

@@ -159,6 +159,8 @@ class LocalSGDStrategy:
                 refuse(turn, flaw)
             self._log.warning("skipping a step with NaN or Inf gradients", step=turn.step, rank=turn.rank)
             return None
+        if gradients.note.weight == 0.0:
+            return None
         return 1.0 if self._clip is None else gradients.clip_factor(self._clip)
 
     def _push_round(self, rank: int, number: int) -> None:
