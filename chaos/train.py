@@ -96,6 +96,7 @@ def main() -> None:
         groups=[psa.optim.group("matrices", weight_decay=0.1)],
     )
     journal = Journal(load_settings().journal, "train", str(os.getpid()))
+    to_meet = args.meet
     with (
         closing(journal),
         psa.Worker(
@@ -112,10 +113,11 @@ def main() -> None:
             if journal.enabled:
                 seen = tensors_digest(model.state_dict())
                 journal.record("batch", term=worker.term, version=worker.version, rank=worker.rank, digest=seen)
-            while worker.version == MEETING_STEP and worker.members < args.meet:
-                time.sleep(0.01)  # user code can only poll members; the test has a deadline
-            if worker.version == MEETING_STEP and args.meet:
+            if to_meet and worker.version == MEETING_STEP:
+                while worker.members < to_meet:
+                    time.sleep(0.01)  # user code can only poll members; the test has a deadline
                 print(f"met {worker.members}", flush=True)
+                to_meet = 0  # once: they may leave before this step is over, and their ranks are computed here then
             if args.paced_until is None or not args.paced_until.exists():
                 time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import signal
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -355,8 +355,8 @@ class Worker:
     def _checked_weight(self, weight: float) -> float:
         """As float32 has it, in which it travels."""
         try:
-            rounded = float(np.float32(weight))
-        except (TypeError, ValueError):
+            (rounded,) = struct.unpack("<f", struct.pack("<f", weight))
+        except (struct.error, OverflowError):
             rounded = math.nan
         if not 0.0 <= rounded < math.inf:
             raise UsageError(f"{script_line()}: worker.step(weight={weight!r}): must be a number that is not negative")

@@ -228,8 +228,8 @@ def test_a_second_backward_that_comes_later_is_refused(job: str) -> None:
         train(job, again)
 
 
-def test_a_batch_that_is_left_out_counts_as_zero(job: str) -> None:
-    """Whether its backward() has run or not."""
+def test_a_batch_that_is_left_out_leaves_the_other_ranks(job: str) -> None:
+    """Whether its backward() has run or not; weights are those of what is left."""
     model, data = make_model(), make_data()
     rule = psa.optim.SGD(lr=0.1)
     with psa.Worker(job, model, optimizer=rule, ranks=RANKS, steps=STEPS, seed=SEED, push_early=False) as worker:
@@ -241,16 +241,131 @@ def test_a_batch_that_is_left_out_counts_as_zero(job: str) -> None:
             if worker.rank == 0:
                 worker.skip()
             else:
-                worker.step()
+                worker.step(weight=7)
+    assert_close(model, weighted(lambda rank: float(rank == 1)))
 
-    turns = iter(rank for _ in range(STEPS) for rank in range(RANKS))
 
-    def drop_of_rank_0(plain_model: nn.Sequential) -> None:
-        if next(turns) == 0:
-            for parameter in plain_model.parameters():
-                parameter.grad = None
+def weighted(weight_of: Callable[[int], float]) -> nn.Sequential:
+    """SGD with the weighted mean of the ranks' gradients."""
+    model, data = make_model(), make_data()
+    for step in range(STEPS):
+        model.zero_grad()
+        for rank in range(RANKS):
+            indices = sample_indices(SEED, step, rank, ranks=RANKS, batch_size=BATCH, n=len(data))
+            x, y = (torch.stack([data[i][part] for i in indices]) for part in (0, 1))
+            share = weight_of(rank) / sum(map(weight_of, range(RANKS)))
+            (nn.functional.mse_loss(model(x), y) * share).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad is not None
+                p -= 0.1 * p.grad
+    return model
 
-    assert_close(model, plain(drop_of_rank_0))
+
+@pytest.mark.parametrize("carrier", ["auto", "tcp"])
+def test_ranks_count_by_their_weights(job: str, carrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSA_CARRIER", carrier)
+    model, data = make_model(), make_data()
+    rule = psa.optim.SGD(lr=0.1)
+    with psa.Worker(job, model, optimizer=rule, ranks=RANKS, steps=STEPS, seed=SEED) as worker:
+        for x, y in worker.batches(data, batch_size=BATCH):
+            loss = nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            worker.step(loss, weight=3 if worker.rank == 0 else 17)
+    assert_close(model, weighted(lambda rank: (3.0, 17.0)[rank]))
+
+
+def train_weighted(job: str, weight_of: Callable[[int], object], mode: str = "sync") -> None:
+    """Give a weight with each step; ``weight_of``: by version."""
+    model = make_model()
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), steps=STEPS, seed=SEED, mode=mode) as worker:
+        for x, y in worker.batches(make_data(), batch_size=BATCH):
+            nn.functional.mse_loss(model(x), y).backward()
+            worker.step(weight=weight_of(worker.version))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), 1e39, "many"])
+def test_a_weight_that_is_none_is_refused(job: str, weight: object) -> None:
+    with pytest.raises(UsageError, match=r"test_gradients\.py:\d+: worker\.step\(weight="):
+        train_weighted(job, lambda _: weight)
+
+
+@pytest.mark.parametrize("mode", ["async", "local:steps=2"])
+def test_weights_are_refused_where_no_mean_is_made(job: str, mode: str) -> None:
+    with pytest.raises(UsageError, match=f"in mode {mode}.* scale the loss"):
+        train_weighted(job, lambda _: 2, mode)
+
+
+def test_a_weight_that_comes_later_is_refused(job: str) -> None:
+    with pytest.raises(UsageError, match=r"weight=2\.0: gradients have left already.*push_early=False"):
+        train_weighted(job, lambda version: 2 if version > WATCHED_STEPS else 1)
+
+
+class TwoHeads(nn.Module):
+    """Each of them is used in some steps only; ``never`` in none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.heads, self.never = (
+            nn.Linear(6, 8),
+            nn.ModuleList(nn.Linear(8, 1) for _ in range(2)),
+            nn.Linear(2, 2),
+        )
+
+    def loss(self, x: torch.Tensor, step: int, rank: int) -> torch.Tensor:
+        """In step 5 one rank of two uses the first head."""
+        head = int(step % 3 == 0 or (step == 5 and rank == 0))
+        return self.heads[head](torch.tanh(self.body(x))).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("mode", "carrier", "ranks"),
+    [("sync", "auto", 2), ("sync", "tcp", 2), ("async", "auto", 1), ("local:steps=2", "auto", 1)],
+    ids=lambda each: str(each).partition(":")[0],
+)
+def test_a_parameter_without_a_gradient_is_skipped(
+    job: str, mode: str, carrier: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No decay, no momentum, no step count, as torch has it where ``.grad`` is None."""
+    monkeypatch.setenv("PSA_CARRIER", carrier)
+    model, reference, data = TwoHeads(), TwoHeads(), make_data()
+    rule = psa.optim.AdamW(lr=0.01, weight_decay=0.5)
+    with psa.Worker(job, model, optimizer=rule, ranks=ranks, steps=STEPS, seed=SEED, mode=mode) as worker:
+        for x, _ in worker.batches(data, batch_size=BATCH):
+            model.loss(x, worker.version, worker.rank).backward()
+            worker.step()
+    if mode.startswith("local"):
+        assert torch.equal(model.never.weight, reference.never.weight)
+        assert not torch.equal(model.body.weight, reference.body.weight)
+        return
+    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.5)
+    for step in range(STEPS):
+        theirs.zero_grad()
+        for rank in range(ranks):
+            indices = sample_indices(SEED, step, rank, ranks=ranks, batch_size=BATCH, n=len(data))
+            (reference.loss(torch.stack([data[i][0] for i in indices]), step, rank) / ranks).backward()
+        theirs.step()
+    assert_close(model, reference)
+
+
+def test_it_is_skipped_alike_after_a_resume(site: Site) -> None:
+    """The counts of updates are committed with the shards."""
+
+    def run(name: str, *ends: int) -> TwoHeads:
+        for steps in ends:
+            servers = Servers(site, name, 2)
+            model = TwoHeads()
+            rule = psa.optim.AdamW(lr=0.01, weight_decay=0.5)
+            with psa.Worker(name, model, optimizer=rule, ranks=2, steps=steps, seed=SEED) as worker:
+                for x, _ in worker.batches(make_data(), batch_size=BATCH):
+                    model.loss(x, worker.version, worker.rank).backward()
+                    worker.step()
+            servers.stop()
+        return model
+
+    for whole, parts in zip(run("whole", STEPS).parameters(), run("parts", 4, 7, STEPS).parameters(), strict=True):
+        assert torch.equal(whole, parts)
 
 
 def test_what_is_refused_names_the_line_of_the_script(job: str) -> None:
