@@ -354,6 +354,7 @@ class Worker:
 
     def _checked_weight(self, weight: float) -> float:
         """As float32 has it, in which it travels."""
+        rounded: float
         try:
             (rounded,) = struct.unpack("<f", struct.pack("<f", weight))
         except (struct.error, OverflowError):

@@ -76,8 +76,12 @@ def commit(
     mode: str = "sync",
     clocks: Mapping[int, list[int]] | None = None,
     seed: int = 0,
+    skipped: Mapping[int, int] | None = None,
 ) -> StoredVersion:
-    """Put a job into Redis at one version, with random bits and zeros between tensors."""
+    """Put a job into Redis at one version, with random bits and zeros between tensors.
+
+    ``skipped``: by tensor, from how many updates it was left out.
+    """
     layout = make_layout(SPECS, shard_bytes)
     config = JobConfig(job, 2, 3, psa.optim.AdamW(lr=0.1).to_dict(), layout.fingerprint, mode=parse_mode(mode))
     draw = np.random.default_rng(seed)
@@ -99,7 +103,8 @@ def commit(
             {f"clock.{rank}": clock for rank, clock in enumerate(clocks.get(shard.index, clocks[0]))} if clocks else {}
         )
         updates = VERSION if shard.role is TensorRole.TRAINED else 0
-        scalars = {} if frozen else {"opt_step": updates, **its}
+        left_out = {f"skipped.{t}": n for t, n in (skipped or {}).items() if t in {p.tensor for p in shard.pieces}}
+        scalars = {} if frozen else {"opt_step": updates, **its, **left_out}
         state = ShardState(shard.index, arrays, scalars, expect=None)
         list(store.commit_each(job, 1, 0 if frozen else version, [state], keep=3))
     store.create_job(job, config.to_json(), layout.to_json())
@@ -143,13 +148,18 @@ def test_another_shard_size_and_world_size_hold_the_same(
     store: RedisStore, site: Site, tmp_path: Path, shard_bytes: int
 ) -> None:
     job = f"moved-{shard_bytes}"
-    export = export_version(commit(store, f"{job}-from"), str(tmp_path / "out"), 7000)
+    skipped = {0: 4, 2: 6}
+    export = export_version(commit(store, f"{job}-from", skipped=skipped), str(tmp_path / "out"), 7000)
     with coordination(site, job) as ours:
         config = import_export(export, job, store, ours, ranks=5, shard_bytes=shard_bytes)
         assert ours.read_config() == config
     assert (config.ranks, config.seed) == (5, 3)
     again = open_version(store, job)
     assert again.version == VERSION and again.layout.shard_bytes == shard_bytes and again.config == config
+    for shard in again.layout.shards:
+        its = {piece.tensor for piece in shard.pieces}
+        found = {n: v for n, v in again.manifests[shard.index].scalars.items() if n.startswith("skipped.")}
+        assert found == {f"skipped.{tensor}": count for tensor, count in skipped.items() if tensor in its}
     export_version(again, str(tmp_path / "again"))
     before, after = tensors_in(tmp_path / "out"), tensors_in(tmp_path / "again")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

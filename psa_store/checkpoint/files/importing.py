@@ -30,7 +30,7 @@ from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, Shard, TensorRole, make_layout
 from psa_store.storage import RedisStore, ShardState
-from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, RANK
+from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, RANK, SKIPPED
 
 
 def import_export(
@@ -191,16 +191,18 @@ class Source:
         if self._same_layout:
             scalars = dict(self._export.scalars[shard.index])
         else:
+            former = [self._export.scalars[old.index] for old in self._export.layout.shards_of(shard.role)]
             alike = [
-                {name: value for name, value in self._export.scalars[old.index].items() if not name.startswith(CLOCK)}
-                for old in self._export.layout.shards_of(shard.role)
+                {name: value for name, value in each.items() if not name.startswith((CLOCK, SKIPPED))}
+                for each in former
             ]
             if any(each != alike[0] for each in alike):
                 raise UsageError(
                     f"{self._export.url}: its shards have had different numbers of updates ({OPT_STEP}), so they "
                     f"cannot be cut anew: import it with {self._export.layout.shard_bytes} bytes a shard"
                 )
-            scalars = dict(alike[0])
+            skipped = [f"{SKIPPED}{piece.tensor}" for piece in shard.pieces]
+            scalars = alike[0] | {name: each[name] for name in skipped for each in former if name in each}
         if not scalars:
             return scalars  # never updated, as when it was created
         scalars = {name: value for name, value in scalars.items() if not name.startswith(CLOCK)}
