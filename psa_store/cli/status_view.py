@@ -98,6 +98,7 @@ def _numbers(status: JobStatus) -> Text:
         f"version {whole(status.version)}, committed version {whole(status.committed)}{lag}",
         f"{whole(status.samples_per_s)} samples/s",
         f"loss {UNKNOWN}" if status.loss is None else f"loss {status.loss:.4f}",
+        *(f"{name} {value:.4g}" for name, value in sorted(status.metrics.items())),
         f"term {whole(status.term)} since version {whole(status.resumed_at)}",
         f"controller {status.controller or UNKNOWN}",
     ]

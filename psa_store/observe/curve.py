@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator
 
 from psa_store.cluster import ProcessRole
-from psa_store.observe.heartbeat import Heartbeat
+from psa_store.observe.heartbeat import Heartbeat, mean_reported
 
 FRESH_S = 5.0
 """A heartbeat that is older than this does not count."""
@@ -53,6 +53,8 @@ class Point:
     steps_per_s: float = 0.0
     workers: int = 0
     servers: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What scripts gave to ``worker.step(metrics=)``: the weighted mean of the newest of each rank."""
 
 
 class Curve:
@@ -94,6 +96,7 @@ class Curve:
             steps_per_s=round(self._per_s, 3),
             workers=len(workers),
             servers=len(servers),
+            metrics=mean_reported(workers),
         )
         return None if self._kept == (point.term, point.version) else point
 

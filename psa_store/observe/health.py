@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from psa_store.observe.heartbeat import Reported
 
 COMPUTING, WAITING = "computing", "waiting"
 """Stages of a worker: between a batch and its step, and in the step until the next batch."""
@@ -18,6 +21,8 @@ class Activity:
     """That a server owns."""
     ranks: tuple[int, ...] = ()
     """That the plan gives to a worker."""
+    reported: Mapping[int, Reported] = field(default_factory=dict)
+    """By rank, what a script said with its newest step."""
 
 
 class Health(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,14 @@ from typing import ClassVar
 from psa_store.cluster import ProcessRole
 
 _WINDOW_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What the script said with the newest step of one rank: numbers of its own, by name, and how much they count."""
+
+    weight: float
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,8 @@ class Heartbeat:
     steps_per_s: float | None = None
     """Of a worker, over the last few seconds; all of its ranks count."""
     samples_per_s: float | None = None
+    reported: Mapping[int, Reported] = field(default_factory=dict)
+    """By rank that a worker computes, where its script gives metrics to ``worker.step()``."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Numbers by the names of :data:`psa_store.observe.metrics.METRICS`; those that are not known are absent."""
 
@@ -68,6 +78,17 @@ class Rates:
         return {
             name: round((value - old) / passed_s, 3) for name, value, old in zip(self._names, values, then, strict=True)
         }
+
+
+def mean_reported(heartbeats: Iterable[Heartbeat]) -> dict[str, float]:
+    """What scripts reported, by name: the weighted mean over ranks, as their gradients are averaged."""
+    ranks = {rank: said for each in heartbeats for rank, said in each.reported.items() if rank in each.ranks}
+    sums: dict[str, tuple[float, float]] = {}
+    for _, said in sorted(ranks.items()):
+        for name, value in said.metrics.items():
+            total, weight = sums.get(name, (0.0, 0.0))
+            sums[name] = total + said.weight * value, weight + said.weight
+    return {name: total / weight for name, (total, weight) in sums.items() if weight > 0.0}
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:

@@ -139,6 +139,7 @@ class Monitor:
             ranks=activity.ranks,
             steps_per_s=rates.get("steps"),
             samples_per_s=rates.get("samples"),
+            reported=activity.reported,
             metrics=read,
         )
 

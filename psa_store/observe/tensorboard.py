@@ -80,7 +80,9 @@ class Board:
             return
         self._version = point.version
         values = ((name, getattr(point, name)) for name in CURVE)
-        self._add(point.time, point.version, {name: float(value) for name, value in values if value is not None})
+        numbers = {name: float(value) for name, value in values if value is not None}
+        own = {f"metrics/{name}": value for name, value in sorted(point.metrics.items())}
+        self._add(point.time, point.version, numbers | own)
 
     def _event(self, event: Event) -> None:
         if event.kind is EventKind.RECOVERED:

@@ -5,9 +5,12 @@ Pure, and without torch.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from psa_store.errors import UsageError
 from psa_store.job.layout import Shard
 
 
@@ -20,6 +23,18 @@ class GradientNote(NamedTuple):
 
     weight: float = 1.0
     absent: frozenset[int] = frozenset()
+
+
+def checked_weight(weight: float) -> float:
+    """Return a rank's weight as float32 has it, in which it travels; raises UsageError if it can be none."""
+    rounded: float
+    try:
+        (rounded,) = struct.unpack("<f", struct.pack("<f", weight))
+    except (struct.error, OverflowError):
+        rounded = math.nan
+    if not 0.0 <= rounded < math.inf:
+        raise UsageError(f"worker.step(weight={weight!r}): must be a number that is not negative")
+    return rounded
 
 
 PLAIN = GradientNote()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from psa_store.observe import Activity
 from psa_store.observe.health import COMPUTING, WAITING
+from psa_store.observe.health import COMPUTING
+from psa_store.observe.heartbeat import Reported, finite
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.wire import Traffic
@@ -27,6 +29,8 @@ class Progress:
     step: int | None = None
     loss: Tensor | float | None = None
     """One number, which that thread does not look at: on a GPU, that would wait for it."""
+    reported: dict[int, tuple[float, Mapping[str, Tensor | float]]] = field(default_factory=dict)
+    """By rank, the weight and the numbers of its newest step."""
     steps: int = 0
     samples: int = 0
     compute_s: float = 0.0
@@ -97,7 +101,11 @@ class WorkerHealth:
 
     @property
     def activity(self) -> Activity:
-        return Activity(self.progress.stage, ranks=self.membership.standing.held)
+        reported = {
+            rank: Reported(weight, finite({name: float(value) for name, value in numbers.items()}))
+            for rank, (weight, numbers) in self.progress.reported.copy().items()
+        }
+        return Activity(self.progress.stage, ranks=self.membership.standing.held, reported=reported)
 
     def why_not_alive(self) -> str:
         """The script may compute as long as it likes; only what follows the plan must go on."""

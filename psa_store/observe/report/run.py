@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -74,6 +74,8 @@ class Run:
     """About so many: the sum of what the points say per second."""
     loss: float | None
     loss_min: float | None
+    metrics: Mapping[str, float]
+    """Of the script, the newest that are known."""
     terms: int
     workers: tuple[int, int]
     """The least and the most that there were, when there were some."""
@@ -129,6 +131,7 @@ def describe_run(job: str, points: Iterable[Point], events: Iterable[Event], che
         samples=round(sum(b.samples_per_s * min(b.time - a.time, gap_s) for a, b in pairwise(known))),
         loss=losses[-1] if losses else None,
         loss_min=min(losses, default=None),
+        metrics=next((each.metrics for each in reversed(known) if each.metrics), {}),
         terms=len({each.term for each in known}),
         workers=_range([each.workers for each in known if each.workers]),
         servers=_range([each.servers for each in known if each.servers]),

@@ -42,6 +42,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("members", f"{_least_to_most(run.workers)} workers, {_least_to_most(run.servers)} servers"),
         ("checkpoints", str(len(run.checkpoints))),
     ]
+    rows[6:6] = [(name, f"{value:.4g}") for name, value in sorted(run.metrics.items())]
     if run.clock_back_s > 0.0:
         rows.append(("clocks", f"went back by {duration(run.clock_back_s)}: times near it are wrong"))
     return rows

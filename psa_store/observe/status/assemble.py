@@ -12,7 +12,7 @@ from psa_store.cluster import NO_WORKER, Member, Phase, Plan, ProcessRole
 from psa_store.coordination import ZooKeeperMember
 from psa_store.job.config import JobConfig
 from psa_store.observe.events import Event
-from psa_store.observe.heartbeat import Heartbeat
+from psa_store.observe.heartbeat import Heartbeat, mean_reported
 from psa_store.observe.status.diagnosis import diagnose
 from psa_store.observe.status.model import (
     GoneMember,
@@ -162,6 +162,7 @@ def assemble(
         controller=zookeeper.controller,
         samples_per_s=_sum(each.samples_per_s for each in workers),
         loss=next((each.loss for each in workers if 0 in each.ranks), None),
+        metrics=mean_reported(each for each in redis.heartbeats.values() if each is not None),
         servers=servers,
         workers=workers,
         missing=tuple(sorted(each.id for each in gone)),

@@ -7,6 +7,7 @@ known is None. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
@@ -188,6 +189,8 @@ class JobStatus:
     samples_per_s: float | None
     loss: float | None
     """Of rank 0."""
+    metrics: Mapping[str, float]
+    """What scripts gave to ``worker.step(metrics=)``: the weighted mean of the newest of each rank."""
     # its members
     servers: tuple[ServerStatus, ...]
     workers: tuple[WorkerStatus, ...]
