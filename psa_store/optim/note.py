@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from psa_store.errors import UsageError
 from psa_store.job.layout import Shard
+from psa_store.job.mode import Mode
 
 
 class GradientNote(NamedTuple):
@@ -25,7 +26,7 @@ class GradientNote(NamedTuple):
     absent: frozenset[int] = frozenset()
 
 
-def checked_weight(weight: float) -> float:
+def checked_weight(weight: float, mode: Mode) -> float:
     """Return a rank's weight as float32 has it, in which it travels; raises UsageError if it can be none."""
     rounded: float
     try:
@@ -34,6 +35,11 @@ def checked_weight(weight: float) -> float:
         rounded = math.nan
     if not 0.0 <= rounded < math.inf:
         raise UsageError(f"worker.step(weight={weight!r}): must be a number that is not negative")
+    if rounded not in (0.0, 1.0) and not mode.weighs_ranks:
+        raise UsageError(
+            f"worker.step(weight={weight!r}): in mode {mode} no gradients of ranks are averaged, so they have no "
+            "weights; use mode sync, or scale the loss"
+        )
     return rounded
 
 

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
+from psa_store.errors import UsageError
 from psa_store.observe import Activity
 from psa_store.observe.health import COMPUTING, WAITING
-from psa_store.observe.health import COMPUTING
 from psa_store.observe.heartbeat import Reported, finite
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
@@ -56,7 +57,7 @@ class Progress:
         self.compute_s += now_s - self.since_s
         self.steps += 1
         self.samples += samples
-        self.loss = loss.detach() if isinstance(loss, Tensor) else loss
+        self.loss = loss
         self.since_s, self.stage = now_s, WAITING
 
 
@@ -116,3 +117,21 @@ class WorkerHealth:
         if standing.failure is not None:
             return str(standing.failure)
         return "" if standing.plan and standing.plan.owners else "there is no plan yet: no server has taken the shards"
+
+
+def as_reported(
+    loss: Tensor | float | None, metrics: Mapping[str, Tensor | float]
+) -> tuple[Tensor | float | None, Mapping[str, Tensor | float]]:
+    """Return what a script reports in a form that another thread may read later; raises UsageError if it is no such."""
+    told = {"loss": loss, **{f"metrics[{name!r}]": value for name, value in metrics.items()}}
+    for name, value in told.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            shape = tuple(value.shape)
+            raise UsageError(f"worker.step({name}): a tensor of shape {shape}; give one number, or nothing")
+        if not isinstance(value, Tensor | float | int | np.number | None):
+            raise UsageError(f"worker.step({name}): a {type(value).__name__}; give one number, or nothing")
+    return None if loss is None else _detached(loss), {name: _detached(value) for name, value in metrics.items()}
+
+
+def _detached(value: Tensor | float) -> Tensor | float:
+    return value.detach() if isinstance(value, Tensor) else value

@@ -96,9 +96,9 @@ class ScriptState:
         buffer = self._bytes()
         if len(encoded) > len(buffer):
             raise UsageError(
-                f"worker.state has {len(encoded)} bytes, and this job has room for {len(buffer)}: {_ROOM} times of what "
-                f"it had in the beginning, at least {_STATE_BYTES_MIN} and at most {STATE_BYTES_MAX}. Begin with larger "
-                "tensors in psa.Worker(…, state=), or keep large things elsewhere"
+                f"worker.state has {len(encoded)} bytes, and there is room for {len(buffer)}: {_ROOM} times what it "
+                f"had in the beginning, at least {_STATE_BYTES_MIN} and at most {STATE_BYTES_MAX}. Begin with larger "
+                "values in psa.Worker(…, state=), or keep large things elsewhere"
             )
         if buffer[: _HEAD.size] != encoded[: _HEAD.size]:
             buffer[: len(encoded)] = encoded

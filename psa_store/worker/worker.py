@@ -6,13 +6,11 @@ the plan, and the monitor's. What a step is, and what waits for what, is up to t
 
 from __future__ import annotations
 
-import math
 import signal
-import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from psa_store.observe import Monitor
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.optim.from_torch import from_torch, numbers_of, refuse_change
+from psa_store.optim.note import checked_weight
 from psa_store.storage import RedisStore
 from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
@@ -43,11 +42,12 @@ from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, join_or_create, new_config
 from psa_store.worker.draft import write_draft
 from psa_store.worker.flat_model import FlatModel, describe_model
-from psa_store.worker.health import Progress, WorkerHealth
+from psa_store.worker.health import Progress, WorkerHealth, as_reported
 from psa_store.worker.membership import Membership
 from psa_store.worker.script import script_line
 from psa_store.worker.server_connections import ServerConnections
 from psa_store.worker.session import Tools
+from psa_store.worker.state import ScriptState
 from psa_store.worker.strategy import Strategy, strategy_of
 
 
@@ -68,6 +68,7 @@ class Worker:
         shard_bytes: size of a shard, a multiple of 4096. None: chosen by the size of the model.
         average: of the parameters over the steps, ``psa.ema(0.999)``, which servers keep: for :meth:`average`,
             ``psa.Store`` and exports. It belongs to the job; None: there is none.
+        state: what :attr:`state` is in the beginning; None: the script has none.
         push_early: whether gradients are pushed while ``backward()`` runs, so that they can not be changed after it.
             None: if the script changes none in the first steps; what counts is then what it has at ``step()``.
 
@@ -97,6 +98,7 @@ class Worker:
         shard_bytes: int | None = None,
         push_early: bool | None = None,
         average: Average | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         if steps is not None and steps < 0:
             raise UsageError(f"steps={steps}: must not be negative")
@@ -119,6 +121,7 @@ class Worker:
         if average is not None and not isinstance(average, Average):
             raise UsageError(f"average={average!r}: give psa.ema(0.999), or another decay")
         self._optimizer = optimizer
+        self._script_state = None if state is None else ScriptState(model, state)
         self._layout = make_layout(describe_model(model, optimizer.group_of), shard_bytes)
         self._wanted = Wanted(
             name=name,
@@ -180,8 +183,23 @@ class Worker:
 
     @property
     def finished(self) -> bool:
-        """True once all steps are done and durable; False in a worker that leaves before."""
-        return self._strategy.session.finished
+        """True after the last step, False in a worker that leaves before. After the ``with`` all steps are durable."""
+        return self._steps is not None and self.version >= self._steps
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The script's own state at the present version: what ``psa.Worker(…, state=)`` began with, to be changed.
+
+        It belongs to rank 0: what the script leaves in it until rank 0's :meth:`step` makes the next version, as its
+        gradient does, is committed with it, and is what all workers find in it then, after a resume as well. Numbers,
+        strings, lists, dictionaries and tensors; at most 1 MB.
+
+        Raises:
+            UsageError: the worker was made without.
+        """
+        if self._script_state is None:
+            raise UsageError("worker.state: write psa.Worker(…, state={}), with what it is in the beginning")
+        return self._script_state.values
 
     # --- life
 
@@ -196,6 +214,8 @@ class Worker:
             store = stack.enter_context(closing(RedisStore.from_settings(settings)))
             coordination = stack.enter_context(closing(Coordination.from_settings(settings, name, wake=woken.set)))
             servers = stack.enter_context(closing(ServerConnections(self._layout, self._mailbox)))
+            if self._script_state is not None:
+                stack.callback(self._script_state.close)
             # Closed before the connections are: servers leave alone what a worker reads until it is gone.
             self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout, self._push_early)))
             stack.enter_context(_sigterm_calls(self._on_sigterm))
@@ -206,6 +226,11 @@ class Worker:
             self._config = join_or_create(
                 self._wanted, self._flat_model, self._layout, settings, member, store, coordination
             )
+            if self._script_state is not None and not self._config.mode.keeps_script_state:
+                raise UsageError(
+                    f"psa.Worker(state=) goes with mode sync, without backup and speculate, not with "
+                    f"{self._config.mode}: there is no one version that it could belong to"
+                )
             wire = WireLayout(self._layout, self._config.compression)
             self._flat_model.receive_as(wire)
             self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
@@ -274,6 +299,8 @@ class Worker:
             while (rank_step := strategy.next_rank_step()) is not None:
                 batch = batches.get(rank_step, self._membership.standing.held)
                 strategy.begin(rank_step)
+                if self._script_state is not None:
+                    self._script_state.begin(rank_step.rank)
                 seed_everything(config.seed, rank_step, "compute")
                 self._current = rank_step
                 self._samples = batches.samples
@@ -289,7 +316,13 @@ class Worker:
                         "worker.skip()"
                     )
 
-    def step(self, loss: Tensor | float | None = None, *, weight: float = 1.0) -> None:
+    def step(
+        self,
+        loss: Tensor | float | None = None,
+        *,
+        weight: float = 1.0,
+        metrics: Mapping[str, Tensor | float] = MappingProxyType({}),
+    ) -> None:
         """Push the gradient of the present batch; with it the step's last, wait for the next version and load it.
 
         Args:
@@ -298,27 +331,36 @@ class Worker:
             weight: of this rank in the mean of the gradients over ranks, such as the number of tokens over which
                 ``loss`` is the mean; float32. 0 leaves the rank out. In modes ``async``, ``ssp`` and ``local`` no
                 gradients are averaged, so only 0 and 1 are possible.
+            metrics: other numbers of this batch, by name. Their mean over ranks, weighted alike, is in status, report,
+                curve and TensorBoard; like ``loss`` they are read now and then.
 
         Raises:
-            UsageError: there is no batch, ``loss`` is not one number, or ``weight`` is not possible.
+            UsageError: there is no batch, ``loss`` or one of ``metrics`` is not one number, or ``weight`` or what is in
+                :attr:`state` is not possible.
             NonFiniteGradient: the gradient holds NaN or Inf and the job refuses such.
         """
         if self._current is None:
             raise UsageError("worker.step() without a batch from worker.batches()")
         self._average.refuse("worker.step()")
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise UsageError(f"worker.step(loss): a tensor of shape {tuple(loss.shape)}; give one number, or nothing")
-        if weight != 1.0:
-            weight = self._checked_weight(weight)
         if self._torch_optimizer is not None and (numbers := numbers_of(self._torch_optimizer)) != self._torch_numbers:
             refuse_change(self._torch_numbers, numbers)
+        rank = self._current.rank
         try:
+            if weight != 1.0:
+                weight = checked_weight(weight, self._config.mode)
+            loss, metrics = as_reported(loss, metrics)
+            if self._script_state is not None:
+                self._script_state.save(rank)
             self._flat_model.end(weight)
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
         self._progress.end(self._samples, loss)
+        if metrics:
+            self._progress.reported[rank] = weight, metrics
         self._current = None
         self._strategy.hand_over()
+        if self._script_state is not None:
+            self._script_state.load()
 
     def skip(self) -> None:
         """Leave the present batch out: the step is made of the other ranks' gradients; without any, nothing changes.
@@ -351,23 +393,6 @@ class Worker:
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""
         return self._flat_model.backward.accumulate()
-
-    def _checked_weight(self, weight: float) -> float:
-        """As float32 has it, in which it travels."""
-        rounded: float
-        try:
-            (rounded,) = struct.unpack("<f", struct.pack("<f", weight))
-        except (struct.error, OverflowError):
-            rounded = math.nan
-        if not 0.0 <= rounded < math.inf:
-            raise UsageError(f"{script_line()}: worker.step(weight={weight!r}): must be a number that is not negative")
-        mode = self._config.mode
-        if rounded not in (0.0, 1.0) and not mode.weighs_ranks:
-            raise UsageError(
-                f"{script_line()}: worker.step(weight={weight!r}): in mode {mode} no gradients of ranks are averaged, "
-                "so they have no weights; use mode sync, or scale the loss"
-            )
-        return rounded
 
     # --- from other threads and signals
 

@@ -17,6 +17,7 @@ import pytest
 import psa_store
 from psa_store.compression import parse_compression
 from psa_store.errors import DataIntegrity
+from psa_store.job.average import Average
 from psa_store.job.config import JobConfig
 from psa_store.job.document import from_text, to_fields, to_text
 from psa_store.job.mode import parse_mode
@@ -24,6 +25,7 @@ from psa_store.observe.doctor.check import Check
 
 PACKAGE = Path(psa_store.__file__).parent
 EXAMPLES = {
+    Average: {"decay": 0.5},
     JobConfig: {
         "name": "demo",
         "ranks": 2,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psa_store.cluster import Member, Plan, ProcessRole, Server, TakeOver, View
-from psa_store.job.document import from_fields, to_fields
+from psa_store.job.document import from_fields, from_text, to_fields, to_text
 from psa_store.observe import Event, EventKind, Events
 from psa_store.observe.curve import Curve, Point
-from psa_store.observe.heartbeat import Heartbeat, Rates, finite
+from psa_store.observe.heartbeat import Heartbeat, Rates, Reported, finite, mean_reported
 
 PLAN = Plan(
     term=7,
@@ -187,6 +187,16 @@ class TestCurve:
 
     def test_old_heartbeats_say_nothing(self) -> None:
         assert Curve().point(100.0, [server(90.0, 41)]) is None
+
+    def test_metrics_of_scripts_are_averaged_over_ranks_by_their_weights(self) -> None:
+        def said(*ranks: int, **weights: float) -> Heartbeat:
+            reported = {int(rank[1:]): Reported(weight, {"accuracy": weight}) for rank, weight in weights.items()}
+            return Heartbeat("w", ProcessRole.WORKER, 0.0, ranks=ranks, reported=reported)
+
+        beats = [said(1, r1=3.0), said(0, 2, r0=1.0, r2=0.0, r1=100.0)]  # it held rank 1 before
+        assert mean_reported(beats) == {"accuracy": 10.0 / 4.0}
+        assert from_text(Heartbeat, to_text(beats[1]), "heartbeat") == beats[1]
+        assert mean_reported([said(0, r0=0.0)]) == {}
 
     def test_there_is_no_new_point_until_the_job_moves(self) -> None:
         curve = Curve()
