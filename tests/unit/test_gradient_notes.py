@@ -14,7 +14,7 @@ from psa_store.server.shard import OwnedShard
 from psa_store.storage import Manifest
 from psa_store.storage.head import Section
 from psa_store.wire import SharedMemory
-from tests.unit.optimizers import EVERY_OPTIMIZER, OPTIMIZERS
+from tests.unit.optimizers import EVERY_OPTIMIZER, OPTIMIZERS, Lion
 
 SIZES = (70, 33, 1, 500)
 STEPS = 30
@@ -48,7 +48,7 @@ def absent_in(step: int) -> frozenset[int]:
 def torch_twin(optimizer: optim.Optimizer, owned: OwnedShard) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     twins = [torch.nn.Parameter(each.float().clone()) for each in cut(owned, owned.param)]
     numbers = {k: v for k, v in optimizer.to_dict().items() if k not in ("name", "clip_grad_norm", "groups")}
-    return twins, getattr(torch.optim, type(optimizer).__name__)(twins, foreach=False, **numbers)
+    return twins, getattr(torch.optim, type(optimizer).__name__, Lion)(twins, foreach=False, **numbers)
 
 
 def draw_gradients(step: int, absent: frozenset[int]) -> list[torch.Tensor | None]:
