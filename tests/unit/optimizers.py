@@ -46,6 +46,8 @@ class Lion(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
             for param in group["params"]:
+                if param.grad is None:
+                    continue
                 grad = -param.grad if group["maximize"] else param.grad
                 mean = self.state[param].setdefault("exp_avg", torch.zeros_like(param))
                 update = (mean * beta1 + grad * (1 - beta1)).sign()
