@@ -158,6 +158,16 @@ class JobConfig:
         return self.shares_memory and not self.mode.on_arrival
 
     @property
+    def weighs_ranks(self) -> bool:
+        """Whether a version is made of a mean over ranks in which one may count more than another."""
+        return not (self.mode.on_arrival or self.mode.in_rounds)
+
+    @property
+    def keeps_script_state(self) -> bool:
+        """Whether one worker alone makes what a version has of rank 0, and all see it with the version."""
+        return self.weighs_ranks and not self.mode.may_miss_versions
+
+    @property
     def pushes_all_buffers(self) -> bool:
         """Whether each rank pushes buffers: it is not known in time whose push counts."""
         return self.mode.on_arrival or self.mode.backup > 0

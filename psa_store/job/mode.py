@@ -88,16 +88,6 @@ class Mode:
         """Whether a step may be complete without the worker that holds a rank of it."""
         return self.backup > 0 or self.speculate
 
-    @property
-    def weighs_ranks(self) -> bool:
-        """Whether a version is made of a mean over ranks in which one may count more than another."""
-        return not (self.on_arrival or self.in_rounds)
-
-    @property
-    def keeps_script_state(self) -> bool:
-        """Whether one worker alone makes what a version has of rank 0, and all see it with the version."""
-        return self.name is ModeName.SYNC and not self.may_miss_versions
-
     def exchanges(self, shard: int, version: int) -> bool:
         """Whether the ranks push this trained shard for the version after ``version``."""
         return (shard - version) % self.fragments == 0

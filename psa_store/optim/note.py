@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from psa_store.errors import UsageError
+from psa_store.job.config import JobConfig
 from psa_store.job.layout import Shard
-from psa_store.job.mode import Mode
 
 
 class GradientNote(NamedTuple):
@@ -26,7 +26,7 @@ class GradientNote(NamedTuple):
     absent: frozenset[int] = frozenset()
 
 
-def checked_weight(weight: float, mode: Mode) -> float:
+def checked_weight(weight: float, config: JobConfig) -> float:
     """Return a rank's weight as float32 has it, in which it travels; raises UsageError if it can be none."""
     rounded: float
     try:
@@ -35,9 +35,9 @@ def checked_weight(weight: float, mode: Mode) -> float:
         rounded = math.nan
     if not 0.0 <= rounded < math.inf:
         raise UsageError(f"worker.step(weight={weight!r}): must be a number that is not negative")
-    if rounded not in (0.0, 1.0) and not mode.weighs_ranks:
+    if rounded not in (0.0, 1.0) and not config.weighs_ranks:
         raise UsageError(
-            f"worker.step(weight={weight!r}): in mode {mode} no gradients of ranks are averaged, so they have no "
+            f"worker.step(weight={weight!r}): in mode {config.mode} no gradients of ranks are averaged, so they have no "
             "weights; use mode sync, or scale the loss"
         )
     return rounded

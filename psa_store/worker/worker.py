@@ -226,7 +226,7 @@ class Worker:
             self._config = join_or_create(
                 self._wanted, self._flat_model, self._layout, settings, member, store, coordination
             )
-            if self._script_state is not None and not self._config.mode.keeps_script_state:
+            if self._script_state is not None and not self._config.keeps_script_state:
                 raise UsageError(
                     f"psa.Worker(state=) goes with mode sync, without backup and speculate, not with "
                     f"{self._config.mode}: there is no one version that it could belong to"
@@ -347,7 +347,7 @@ class Worker:
         rank = self._current.rank
         try:
             if weight != 1.0:
-                weight = checked_weight(weight, self._config.mode)
+                weight = checked_weight(weight, self._config)
             loss, metrics = as_reported(loss, metrics)
             if self._script_state is not None:
                 self._script_state.save(rank)
