@@ -37,8 +37,8 @@ def checked_weight(weight: float, config: JobConfig) -> float:
         raise UsageError(f"worker.step(weight={weight!r}): must be a number that is not negative")
     if rounded not in (0.0, 1.0) and not config.weighs_ranks:
         raise UsageError(
-            f"worker.step(weight={weight!r}): in mode {config.mode} no gradients of ranks are averaged, so they have no "
-            "weights; use mode sync, or scale the loss"
+            f"worker.step(weight={weight!r}): in mode {config.mode} no gradients of ranks are averaged, so they "
+            "have no weights; use mode sync, or scale the loss"
         )
     return rounded
 

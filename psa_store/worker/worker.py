@@ -117,7 +117,10 @@ class Worker:
             self._torch_optimizer, self._torch_numbers = optimizer, numbers_of(optimizer)
             optimizer = from_torch(optimizer, model)
         elif not isinstance(optimizer, Optimizer):
-            raise UsageError(f"optimizer={optimizer!r}: give one of psa.optim, such as psa.optim.AdamW(lr=1e-3)")
+            raise UsageError(
+                f"optimizer={optimizer!r}: give one of psa.optim, such as psa.optim.AdamW(lr=1e-3). Instead of two, "
+                "give one with groups: parameters that get no gradient in a step are left out of it"
+            )
         if average is not None and not isinstance(average, Average):
             raise UsageError(f"average={average!r}: give psa.ema(0.999), or another decay")
         self._optimizer = optimizer
@@ -313,7 +316,7 @@ class Worker:
                     raise UsageError(
                         f"{script_line()}: the batch before was not followed by worker.step(). To add up several "
                         "gradients, call backward() on parts of one larger batch; to leave a batch out, call "
-                        "worker.skip()"
+                        "worker.skip(). A batch comes with the parameters of its step, so none can be read ahead"
                     )
 
     def step(
