@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from contextlib import closing, suppress
@@ -22,7 +21,7 @@ from psa_store.checkpoint.reader import find_damage
 from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
 from psa_store.checkpoint.take import take
-from psa_store.cli.options import Job, Json, reach
+from psa_store.cli.options import Job, Json, Yes, confirm, reach
 from psa_store.cli.transfer import export_files, import_files
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
@@ -39,7 +38,6 @@ app = typer.Typer(
 )
 
 What = Annotated[str, typer.Argument(help="a checkpoint, or the number of a version")]
-Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
 
 
 @app.command("save")
@@ -166,7 +164,7 @@ def checkpoint_rollback(job: Job, what: What, yes: Yes = False) -> None:
         kept = {each.version for each in stored.checkpoints.values()}
         lost = [each for each in stored.versions() if each > version and each not in kept]
         loss = f" Versions {', '.join(map(str, lost))} are lost." if lost else ""
-        _confirm(f"Job {job} returns to version {version}.{loss}", yes)
+        confirm(f"Job {job} returns to version {version}.{loss}", yes)
         done = roll_back(store, coordination, job, what)
         if settings.monitor:
             _tell_history(job, what, done, settings)
@@ -246,7 +244,7 @@ def checkpoint_prune(
         found = catalog.superfluous(stored.checkpoints.values(), keep=keep, older_than_s=older_than)
         gone = list(dict.fromkeys([*names, *found]))
         if gone:
-            _confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)
+            confirm(f"Checkpoints {', '.join(gone)} of job {job} are removed.", yes)
         catalog.remove(store, job, stored.layout, gone)
         catalog.sweep(store, job, stored.layout)
     print(f"removed: {', '.join(gone) or 'none'}")
@@ -285,12 +283,3 @@ def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> 
     event = Event(time.time(), EventKind.ROLLBACK, text, term=done.term, version=done.version)
     with suppress(DependencyUnreachable), closing(JobHistory.from_settings(job, settings)) as history:
         history.add(event)  # the job has gone back, written here or not
-
-
-def _confirm(what: str, yes: bool) -> None:
-    """Ask, unless that was answered beforehand; raises UsageError where no person can be asked."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError(f"{what} Confirm with --yes.")
-    typer.confirm(f"{what} Go on?", abort=True)

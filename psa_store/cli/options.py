@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Script = Annotated[str, typer.Argument(help="training script; what follows it are its arguments")]
 Module = Annotated[bool, typer.Option("-m", "--module", help="the script is the name of a module, as in `python -m`")]
 Job = Annotated[str, typer.Argument(help="name of the job")]
+Yes = Annotated[bool, typer.Option("--yes", help="do not ask")]
 Json = Annotated[bool, typer.Option("--json", help="for programs")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="log as JSON, one object a line, for programs")]
 
@@ -56,6 +58,15 @@ def check_script(script: str, module: bool) -> Program:
         meant = "; nor is there an option of that name" if script.startswith("-") else ""
         raise UsageError(f"no script {script}{meant}")
     return Program(script, module)
+
+
+def confirm(what: str, yes: bool) -> None:
+    """Ask, unless that was answered beforehand; raises UsageError where no person can be asked."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{what} Confirm with --yes.")
+    typer.confirm(f"{what} Go on?", abort=True)
 
 
 @contextmanager

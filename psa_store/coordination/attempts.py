@@ -57,12 +57,13 @@ def release(znodes: Znodes, path: str) -> None:
         znodes.delete(path)
 
 
-def delete_tree(znodes: Znodes, path: str) -> None:
-    """Repeats while members that do not know of it yet put something back."""
+def delete_tree(znodes: Znodes, path: str) -> int:
+    """Repeats while members that do not know of it yet put something back. Returns how many nodes there were."""
+    deleted = 1
     while names := znodes.children(path):
         children = [f"{path}/{name}" for name in names]
         znodes.delete(*children)
         for child in children:
-            if znodes.get(child) is not None:
-                delete_tree(znodes, child)
+            deleted += delete_tree(znodes, child) if znodes.get(child) is not None else 1
     znodes.delete(path)
+    return deleted

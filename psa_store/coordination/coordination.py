@@ -311,9 +311,9 @@ class Coordination:
 
     # --- the whole
 
-    def delete_job(self) -> None:
-        """Delete everything that ZooKeeper knows of the job. Idempotent."""
-        self._session.run(lambda znodes: attempts.delete_tree(znodes, self._job))
+    def delete_job(self) -> int:
+        """Delete everything that ZooKeeper knows of the job; returns how many znodes. Idempotent."""
+        return self._session.run(lambda znodes: attempts.delete_tree(znodes, self._job))
 
     def jobs(self) -> list[str]:
         """Names of the jobs that ZooKeeper knows."""

@@ -19,6 +19,7 @@ from psa_store.storage.caller import Caller
 from psa_store.storage.chunk_reader import read_into
 from psa_store.storage.commit import Commit, Outcomes, ShardState
 from psa_store.storage.connection import known_redis, text, translated
+from psa_store.storage.erasing import erase, keys_of
 from psa_store.storage.examination import RedisFacts, facts_of
 from psa_store.storage.head import Head, Manifest, head_from_fields, pin_field, split_chunks, term_text, version_field
 from psa_store.storage.pins import Pins
@@ -119,6 +120,14 @@ class RedisStore:
             self._caller.retrying(partial(self._client.unlink, keys.head(job, head.shard), *gone))
         self._caller.retrying(lambda: self._client.unlink(*keys.documents(job)))
         self._caller.retrying(lambda: self._client.srem(keys.JOBS, job))
+
+    def erase_job(self, job: str) -> tuple[int, int]:
+        """Remove every key that has the job's name, however damaged; returns how many, and their bytes in Redis."""
+        return erase(self._caller, job)
+
+    def has_traces(self, job: str) -> bool:
+        """Whether there is any key that has the job's name."""
+        return bool(keys_of(self._caller, job))
 
     # --- the fence
 
