@@ -6,12 +6,14 @@ The object is read once and never stepped: servers apply the update. Pure.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from psa_store.errors import UsageError
+from psa_store.optim.from_scheduler import Rates
 from psa_store.optim.spec import (
     SGD,
     Adadelta,
@@ -48,12 +50,15 @@ _WHY_NOT = {
     "Lion": "write psa.optim.Lion(lr=…, betas=…, weight_decay=…)",
 }
 """By name, as not every release of torch has each of them."""
-_HOW_FAST = frozenset({"foreach", "fused", "capturable"})
+_HOW_FAST = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Options that say how torch computes, not what."""
 
 
-def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
+def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Rates | None = None) -> Optimizer:
     """Return what servers apply instead of this optimizer.
+
+    Args:
+        rates: those of its groups at every step; None: they stay what they are.
 
     Raises:
         UsageError: another class, an option that servers do not know, an optimizer that has made steps, or parameters
@@ -64,29 +69,40 @@ def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module) -> Optimizer:
     if any(float(state.get("step", 1)) > 0 for state in optimizer.state.values()):
         raise UsageError(f"optimizer={name}: it has made steps already, and servers would begin without its state")
     names = _names(optimizer, model)
-    options = [_options(name, each) for each in optimizer.param_groups]
+    options = [_options(name, optimizer.defaults.keys(), each) for each in optimizer.param_groups]
     if kind in (Adam, AdamW):
         decoupled = [each.pop("decoupled_weight_decay", False) for each in options]
         if len(set(decoupled)) > 1:
             _refuse_difference(name, "decoupled_weight_decay")
         kind = AdamW if kind is AdamW or decoupled[0] else Adam
-    base = max(options, key=lambda each: float(each["lr"]))  # others are a part of it, and no number divides by zero
+    rates = rates or _constant_rates(optimizer)
+    base = options[max(range(len(options)), key=lambda index: rates.scales[index])]
     groups: list[Group] = []
-    for own, selected in zip(options, names, strict=True):
-        overrides = {key: value for key, value in own.items() if key != "lr" and value != base[key]}
-        if own["lr"] != base["lr"]:
-            overrides["lr_scale"] = own["lr"] / base["lr"]
+    for own, scale, selected in zip(options, rates.scales, names, strict=True):
+        overrides = {key: value for key, value in own.items() if value != base[key]}
+        if scale != 1.0:
+            overrides["lr_scale"] = scale
         for key in overrides.keys() - kind.overridable:
             _refuse_difference(name, key)
         if overrides:
             groups.append(group(selected, **overrides))
-    return kind(**base, groups=groups)
+    return kind(rates.lr, **base, groups=groups)
+
+
+def _constant_rates(optimizer: torch.optim.Optimizer) -> Rates:
+    rates = [float(each["lr"]) for each in optimizer.param_groups]
+    largest = max(rates)  # others are a part of it, and no number is divided by zero
+    return Rates(largest, [1.0 if rate == largest else rate / largest for rate in rates])
 
 
 def numbers_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """By group, what would be a change if it were another one later."""
-    left_out = ("params", "initial_lr")  # the latter is a note of torch's schedulers
-    return [{key: value for key, value in each.items() if key not in left_out} for each in optimizer.param_groups]
+    """By group, what would be a change if it were another one later; not what others have noted in the groups."""
+    return [{key: _number(each[key]) for key in optimizer.defaults} for each in optimizer.param_groups]
+
+
+def _number(value: Any) -> Any:
+    """A rate may be a tensor, which changes in place."""
+    return float(value) if isinstance(value, torch.Tensor) else value
 
 
 def refuse_change(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> NoReturn:
@@ -96,8 +112,9 @@ def refuse_change(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> 
             if old.get(key) != new.get(key):
                 raise UsageError(
                     f"{key} of the optimizer's group {index} was changed from {old.get(key)!r} to {new.get(key)!r}: "
-                    "servers have read it when psa.Worker was made. For a rate that changes with the step give "
-                    "psa.optim with a schedule, such as psa.optim.warmup_cosine"
+                    "servers have read it when psa.Worker was made. For a rate that changes with the step write "
+                    "psa.Worker(…, optimizer=…, lr_scheduler=…), or psa.optim with a schedule, such as "
+                    "psa.optim.warmup_cosine"
                 )
     raise UsageError(f"the optimizer had {len(before)} groups of parameters when psa.Worker was made, now {len(after)}")
 
@@ -117,15 +134,11 @@ def _refuse_difference(name: str, option: str) -> NoReturn:
     raise UsageError(f"optimizer={name}: its groups differ in {option}, which servers know one of for a job")
 
 
-def _options(name: str, param_group: Mapping[str, Any]) -> dict[str, Any]:
-    options = {}
-    for key, value in param_group.items():
-        if key == "differentiable":
-            if value:
-                raise UsageError(f"optimizer={name}: differentiable=True is nothing that servers can do")
-        elif key not in _HOW_FAST and key not in ("params", "param_names", "initial_lr"):
-            options[key] = float(value) if isinstance(value, torch.Tensor) else value
-    return options
+def _options(name: str, known: AbstractSet[str], param_group: Mapping[str, Any]) -> dict[str, Any]:
+    """``known``: to the class; a group may have notes of schedulers and of the script as well."""
+    if param_group.get("differentiable"):
+        raise UsageError(f"optimizer={name}: differentiable=True is nothing that servers can do")
+    return {key: _number(param_group[key]) for key in known - _HOW_FAST - {"lr"}}
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:

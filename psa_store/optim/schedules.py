@@ -202,14 +202,17 @@ class Pieces(Schedule):
     """A rate of each step, as ``pieces.py`` makes it of samples.
 
     ``pieces``: where each starts, and the coefficients of its polynomial of the steps since, lowest first.
-    ``total``: steps that were sampled; the last rate is that of all later ones.
+    ``total``: steps that were sampled. Later ones have the last rate; if it ``repeats``, those from the start again.
     """
 
     pieces: Sequence[tuple[int, Sequence[float]]]
     total: int
+    repeats: bool = False
 
     def __post_init__(self) -> None:
         checked_steps("total", self.total, low=1)
+        if not isinstance(self.repeats, bool):
+            raise UsageError(f"repeats={self.repeats!r}: must be True or False")
         pieces = tuple(
             (checked_steps("start", start), tuple(checked("coefficient", each, low=-math.inf) for each in numbers))
             for start, numbers in self.pieces
@@ -222,7 +225,7 @@ class Pieces(Schedule):
         object.__setattr__(self, "pieces", pieces)
 
     def at(self, step: int) -> float:
-        step = min(step, self.total - 1)
+        step = step % self.total if self.repeats else min(step, self.total - 1)
         start, numbers = self.pieces[bisect_right(self.pieces, step, key=lambda piece: piece[0]) - 1]
         rate = numbers[-1]
         for number in reversed(numbers[:-1]):
@@ -231,7 +234,7 @@ class Pieces(Schedule):
 
     def to_dict(self) -> dict[str, Any]:
         pieces = [[start, list(numbers)] for start, numbers in self.pieces]
-        return {"shape": Shape.PIECES.value, "pieces": pieces, "total": self.total}
+        return {"shape": Shape.PIECES.value, "pieces": pieces, "total": self.total, "repeats": self.repeats}
 
 
 def step_decay(peak: float, every: int, gamma: float = 0.1) -> Schedule:

@@ -30,7 +30,6 @@ from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Monitor
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
-from psa_store.optim.from_torch import from_torch, numbers_of, refuse_change
 from psa_store.optim.note import checked_weight
 from psa_store.storage import RedisStore
 from psa_store.testing import failpoints
@@ -42,6 +41,7 @@ from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, join_or_create, new_config
 from psa_store.worker.draft import write_draft
 from psa_store.worker.flat_model import FlatModel, describe_model
+from psa_store.worker.given_optimizer import GivenOptimizer
 from psa_store.worker.health import Progress, WorkerHealth, as_reported
 from psa_store.worker.membership import Membership
 from psa_store.worker.script import script_line
@@ -59,6 +59,8 @@ class Worker:
         model: any module. Its parameters and buffers become views of one flat memory while the worker lives.
         optimizer: from ``psa.optim``, or one of ``torch.optim`` that is not stepped; its update is applied by the
             servers.
+        lr_scheduler: of ``torch.optim``, made of that optimizer; one tick is one ``step()``. The script may tick it
+            after each ``step()``, or not at all.
         ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or the number of
             workers of `psa run`, or torchrun's WORLD_SIZE, or 1.
         steps: where the job ends; None: never.
@@ -91,6 +93,7 @@ class Worker:
         model: nn.Module,
         *,
         optimizer: Optimizer | torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         ranks: int | None = None,
         steps: int | None = None,
         seed: int = 0,
@@ -112,25 +115,17 @@ class Worker:
         self._push_early = push_early
         self._log = logs.get_logger()
         self._model = model
-        self._torch_optimizer: torch.optim.Optimizer | None = None
-        if isinstance(optimizer, torch.optim.Optimizer):
-            self._torch_optimizer, self._torch_numbers = optimizer, numbers_of(optimizer)
-            optimizer = from_torch(optimizer, model)
-        elif not isinstance(optimizer, Optimizer):
-            raise UsageError(
-                f"optimizer={optimizer!r}: give one of psa.optim, such as psa.optim.AdamW(lr=1e-3). Instead of two, "
-                "give one with groups: parameters that get no gradient in a step are left out of it"
-            )
+        self._given = GivenOptimizer(optimizer, lr_scheduler, model, steps)
         if average is not None and not isinstance(average, Average):
             raise UsageError(f"average={average!r}: give psa.ema(0.999), or another decay")
-        self._optimizer = optimizer
+        self._optimizer = self._given.optimizer
         self._script_state = None if state is None else ScriptState(model, state)
-        self._layout = make_layout(describe_model(model, optimizer.group_of), shard_bytes)
+        self._layout = make_layout(describe_model(model, self._optimizer.group_of), shard_bytes)
         self._wanted = Wanted(
             name=name,
             ranks=ranks,
             seed=seed,
-            optimizer=optimizer.to_dict(),
+            optimizer=self._optimizer.to_dict(),
             layout=self._layout.fingerprint,
             mode=None if mode is None else parse_mode(mode),
             average=average,
@@ -222,6 +217,7 @@ class Worker:
             # Closed before the connections are: servers leave alone what a worker reads until it is gone.
             self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout, self._push_early)))
             stack.enter_context(_sigterm_calls(self._on_sigterm))
+            stack.enter_context(self._given.watched())
             store.check()
             coordination.start()
             if settings.supervisor is not None:
@@ -306,6 +302,7 @@ class Worker:
                     self._script_state.begin(rank_step.rank)
                 seed_everything(config.seed, rank_step, "compute")
                 self._current = rank_step
+                self._given.begin(rank_step.step)
                 self._samples = batches.samples
                 self._progress.begin(rank_step)
                 if on:
@@ -345,10 +342,9 @@ class Worker:
         if self._current is None:
             raise UsageError("worker.step() without a batch from worker.batches()")
         self._average.refuse("worker.step()")
-        if self._torch_optimizer is not None and (numbers := numbers_of(self._torch_optimizer)) != self._torch_numbers:
-            refuse_change(self._torch_numbers, numbers)
         rank = self._current.rank
         try:
+            self._given.end()
             if weight != 1.0:
                 weight = checked_weight(weight, self._config)
             loss, metrics = as_reported(loss, metrics)
@@ -377,6 +373,7 @@ class Worker:
         if self._current is None:
             raise UsageError("worker.skip() without a batch from worker.batches()")
         self._flat_model.backward.drop()
+        self._given.skip()
         self.step(weight=0.0)
 
     def average(self) -> AbstractContextManager[int]:

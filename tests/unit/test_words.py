@@ -68,6 +68,10 @@ ALLOWED_IN = {
     "tests/unit/test_sampling.py": ("epoch", "epochs"),
     "tests/unit/test_sampler_order.py": ("epoch", "epochs"),
     "psa_store/docs/how-to/from-ddp.md": ("epoch", "epochs"),
+    "psa_store/docs/explanation/optimizers.md": ("epoch",),  # an argument of torch
+    "psa_store/optim/from_scheduler.py": ("epoch",),
+    "psa_store/worker/given_optimizer.py": ("epoch",),
+    "tests/integration/test_lr_scheduler.py": ("epoch",),
     "psa_store/docs/explanation/words.md": ("epoch",),
     "psa_store/config/settings.py": ("transport",),  # names the setting that took its place
     "tests/unit/test_config.py": ("transport",),

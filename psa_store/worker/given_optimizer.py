@@ -1,0 +1,126 @@
+"""What the script gave as ``optimizer=`` and ``lr_scheduler=``: read once, then watched.
+
+Servers apply what was read. A script that changes a number of its optimizer later is refused by name. It may go on
+ticking its scheduler: ``scheduler.step()`` once after each ``worker.step()``, as in plain torch, and not at all, are
+both right, because the job counts its steps itself. So the call computes nothing any more; it sets the rates of the
+optimizer and ``get_last_lr()`` to the job's, also after a resume or a step back. Another rhythm, such as a tick a pass
+over the data, would mean other rates than those that were read, and is refused at the first such call.
+
+Used by the worker, in the thread that runs the script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from psa_store.errors import UsageError
+from psa_store.optim import Optimizer
+from psa_store.optim.from_scheduler import Rates, rates_of
+from psa_store.optim.from_torch import from_torch, numbers_of, refuse_change
+from psa_store.worker.script import script_line
+
+
+class GivenOptimizer:
+    """``steps``: where the job ends, if it does."""
+
+    optimizer: Optimizer
+    """What servers apply."""
+
+    def __init__(self, optimizer: object, lr_scheduler: object, model: nn.Module, steps: int | None) -> None:
+        self._theirs: torch.optim.Optimizer | None = None
+        self._scheduler: Any = lr_scheduler
+        self._rates: Rates | None = None
+        self._step = 0
+        self._steps_since_tick = self._skipped_since_tick = 0
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._theirs = optimizer
+            if lr_scheduler is not None:
+                self._rates = rates_of(lr_scheduler, optimizer, steps)
+            self.optimizer = from_torch(optimizer, model, self._rates)
+            self._numbers = numbers_of(optimizer)
+        elif not isinstance(optimizer, Optimizer):
+            raise UsageError(
+                f"optimizer={optimizer!r}: give one of psa.optim, such as psa.optim.AdamW(lr=1e-3). Instead of two, "
+                "give one with groups: parameters that get no gradient in a step are left out of it"
+            )
+        elif lr_scheduler is not None:
+            raise UsageError(
+                "lr_scheduler= goes with an optimizer of torch; to one of psa.optim give the schedule as its lr, such "
+                "as lr=psa.optim.warmup_cosine(1e-3)"
+            )
+        else:
+            self.optimizer = optimizer
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take the scheduler's ticks while this lasts."""
+        if self._rates is None:
+            yield
+            return
+        scheduler, kind = self._scheduler, type(self._scheduler)
+
+        def step(_: object, *arguments: object, **named: object) -> None:
+            self._tick(bool(arguments or named))
+
+        # A class of its own, as the object's attributes are what it saves as its state.
+        scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+        try:
+            yield
+        finally:
+            scheduler.__class__ = kind
+
+    def begin(self, step: int) -> None:
+        """Show the rates of a step, of which a batch comes."""
+        if self._rates is not None:
+            self._check()
+            self._step = step
+            self._show(step)
+
+    def end(self) -> None:
+        """Count a batch that ends.
+
+        Raises:
+            UsageError: the script has changed its optimizer.
+        """
+        self._check()
+        self._steps_since_tick += 1
+
+    def skip(self) -> None:
+        """Let the batch that ends next go with or without a tick."""
+        self._steps_since_tick -= 1
+        self._skipped_since_tick += 1
+
+    def _check(self) -> None:
+        if self._theirs is not None and (numbers := numbers_of(self._theirs)) != self._numbers:
+            refuse_change(self._numbers, numbers)
+
+    def _show(self, step: int) -> None:
+        assert self._theirs is not None and self._rates is not None
+        lr = self._rates.lr
+        rate = lr if isinstance(lr, float) else lr.at(step)
+        for group, scale, numbers in zip(self._theirs.param_groups, self._rates.scales, self._numbers, strict=False):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate * scale)
+            else:
+                group["lr"] = rate * scale
+            numbers["lr"] = float(group["lr"])
+        self._scheduler.last_epoch = step
+        self._scheduler._last_lr = [rate * scale for scale in self._rates.scales]
+
+    def _tick(self, with_arguments: bool) -> None:
+        if with_arguments:
+            raise UsageError(f"{script_line()}: scheduler.step() takes no argument here: a tick is one step of the job")
+        if not self._steps_since_tick <= 1 <= self._steps_since_tick + self._skipped_since_tick:
+            raise UsageError(
+                f"{script_line()}: scheduler.step() after {self._steps_since_tick} calls of worker.step() since the "
+                "last one. The scheduler was given as lr_scheduler=, where a tick is one step: call it after each "
+                "worker.step(), or not at all, and make it with numbers that count steps, such as "
+                "StepLR(optimizer, 30 * len(loader))"
+            )
+        self._steps_since_tick = self._skipped_since_tick = 0
+        self._show(self._step + 1)
