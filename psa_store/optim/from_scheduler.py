@@ -91,7 +91,7 @@ def _sampled(scheduler: theirs.LRScheduler, steps: int | None) -> Rates:
             f"lr_scheduler={name}: its rates over {ticks} steps follow no rule that {PIECES_MAX} pieces can tell; "
             f"write psa.optim with lr=psa.optim.table(…), which takes up to {POINTS_MAX} points"
         )
-    return Rates(replace(pieces, repeats=period is not None), scales)
+    return Rates(replace(pieces, total=period, repeats=True) if period else pieces, scales)
 
 
 def _all_of(scheduler: object) -> Iterator[object]:

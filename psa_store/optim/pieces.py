@@ -26,7 +26,10 @@ _Rates = npt.NDArray[np.float64]
 
 
 def pieces_of(rates: Sequence[float]) -> Pieces | None:
-    """The schedule that gives these rates, within ``TOLERANCE`` of each; None if it takes too many pieces."""
+    """The schedule that gives these rates, within ``TOLERANCE`` of each; None if it takes too many pieces.
+
+    A last rate that stays is sampled once, so that rates that come to rest are one document for any number of steps.
+    """
     known = np.array([round_rate(rate) for rate in rates])
     tolerances = TOLERANCE * known + 1e-12 * known.max()
     pieces: list[tuple[int, tuple[float, ...]]] = []
@@ -37,7 +40,8 @@ def pieces_of(rates: Sequence[float]) -> Pieces | None:
         length, numbers = _longest(known[start:], tolerances[start:])
         pieces.append((start, numbers))
         start += length
-    return Pieces(tuple(pieces), len(known))
+    last, numbers = pieces[-1]
+    return Pieces(tuple(pieces), last + 1 if len(numbers) == 1 else len(known))
 
 
 def round_rate(rate: float) -> float:

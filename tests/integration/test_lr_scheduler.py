@@ -16,6 +16,7 @@ from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.sampling import sample_indices
 from tests.harness import Site
 from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.unit.optimizers import OPTIMIZERS
 
 STEPS = 12
 RANKS = 2
@@ -144,6 +145,24 @@ def test_a_resumed_job_goes_on_with_the_rates_of_its_step(job: str) -> None:
     assert_close(second.model.state_dict(), theirs)
 
 
+@pytest.mark.parametrize("name", ["amsgrad", "adamax", "adadelta", "lion"])
+def test_the_state_of_an_optimizer_is_what_it_was_after_a_resume(site: Site, name: str) -> None:
+    models = []
+    for job, breaks in ((f"whole-{name}", ()), (f"resumed-{name}", (4, 9))):
+        servers = Servers(site, job, 1)
+        for end in (*breaks, STEPS):
+            model = make_model()
+            with psa.Worker(job, model, optimizer=OPTIMIZERS[name], ranks=RANKS, steps=STEPS, seed=SEED) as worker:
+                for x, y in worker.batches(make_data(), batch_size=BATCH):
+                    nn.functional.mse_loss(model(x), y).backward()
+                    worker.step()
+                    if worker.version == end:
+                        break
+        servers.stop()
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
 def test_another_scheduler_is_another_job(job: str) -> None:
     with Script(job, stairs).worker:
         pass
@@ -213,6 +232,7 @@ def test_a_batch_that_is_left_out_may_go_without_a_tick(job: str) -> None:
     assert worker.version == STEPS
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_a_scheduler_that_was_not_given_is_refused_at_its_first_change(job: str) -> None:
     script = Script(job, stairs, lr_scheduler=None)
     with pytest.raises(UsageError, match=r"test_lr_scheduler\.py:\d+: lr of .*lr_scheduler=…"), script.worker as worker:

@@ -150,6 +150,15 @@ def test_what_has_a_rule_is_the_same_document_for_any_number_of_steps(name: str)
     assert all(document == documents[0] for document in documents)
 
 
+def test_rates_that_come_to_rest_are_the_same_document_for_any_number_of_steps() -> None:
+    documents = []
+    for steps in (40, STEPS):
+        optimizer = make_optimizer(make_model(), 0.1)
+        scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+        documents.append(rates_of(scheduler, optimizer, steps))
+    assert documents[0] == documents[1]
+
+
 def test_a_scheduler_with_a_formula_is_stored_as_that() -> None:
     optimizer = make_optimizer(make_model(), 0.1)
     assert rates_of(StepLR(optimizer, 30), optimizer, STEPS).lr == optim.step_decay(0.1, every=30)
