@@ -17,6 +17,7 @@ from psa_store.coordination.identity import new_member_id
 from psa_store.errors import Fenced, JobBusy
 from psa_store.job.config import CREATOR_NODE, JobConfig
 from psa_store.job.layout import Layout, TensorRole
+from psa_store.job.position import DataRecord
 from psa_store.storage import Head, Manifest, RedisStore, ShardState
 from psa_store.testing.failpoints import failpoint
 
@@ -49,12 +50,14 @@ def write_new_job(
     states: Iterable[ShardState],
     store: RedisStore,
     coordination: Coordination,
+    data: DataRecord | None = None,
 ) -> None:
     """Create a job that Redis does not have, with these shards; the caller holds ``CREATOR_NODE``.
 
     Args:
         version: of the shards that change; frozen ones are written at version 0.
         states: one of each shard, in any order, taken as they are written.
+        data: how the job has walked through its data so far; None: it begins.
 
     Raises:
         UsageError: its mode does not fit its layout; nothing was written.
@@ -70,8 +73,17 @@ def write_new_job(
         for _, outcome in store.commit_each(job, term, at, some, keep=config.versions_kept):
             if not isinstance(outcome, Manifest):
                 raise outcome
+    if data is not None:
+        write_data_record(job, data, store)
     failpoint("create.before_documents")
     store.create_job(job, config.to_json(), layout.to_json())
+
+
+def write_data_record(job: str, data: DataRecord, store: RedisStore) -> None:
+    """Let a job that is being created walk through its data as another one did."""
+    stored = store.data_record(job)
+    seen, _ = stored.read()
+    stored.replace(seen, data)
 
 
 def begin_new_job(job: str, layout: Layout, store: RedisStore, coordination: Coordination) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psa_store.checkpoint.catalog import FORK_PREFIX, read_job
-from psa_store.checkpoint.creation import begin_new_job, right_to_create
+from psa_store.checkpoint.creation import begin_new_job, right_to_create, write_data_record
 from psa_store.checkpoint.take import announce
 from psa_store.coordination import Coordination
 from psa_store.errors import JobMismatch
@@ -45,6 +45,9 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         term = begin_new_job(new, stored.layout, store, coordination)
         for shard, manifest in shared.items():
             store.adopt(new, shard, manifest, term)
+        _, data = store.data_record(job).read()
+        if data is not None:
+            write_data_record(new, data.known_to(()), store)
         failpoint("fork.adopted")
         config = replace(stored.config, name=new)
         store.create_job(new, config.to_json(), stored.layout.to_json())

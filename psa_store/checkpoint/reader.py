@@ -26,6 +26,7 @@ from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
+from psa_store.job.position import DataRecord
 from psa_store.optim.slots import AVERAGE, wide_dtype
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.storage import Manifest, RedisStore
@@ -80,6 +81,11 @@ class StoredVersion:
                 f"job {self.config.name!r}: version {self.version} was replaced by newer ones while it was read. "
                 "Try again, or read a version that a checkpoint pins."
             ) from error
+
+    def data_record(self) -> DataRecord | None:
+        """How the job walks through its data, for another job that goes on from here; None if that is not known."""
+        _, record = self.store.data_record(self.config.name).read()
+        return None if record is None else record.known_to(())
 
     def sections(self, shard: int) -> dict[str, memoryview]:
         """All sections of a shard, by name."""

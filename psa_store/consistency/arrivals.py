@@ -224,6 +224,13 @@ class Arrivals:
         """By rank, how many of its pushes are in every shard here."""
         return _least(self._clocks.values())
 
+    @property
+    def untouched(self) -> int:
+        """The first step of which nothing has arrived here, of any rank."""
+        arrived = [clock for clocks in self._clocks.values() for clock in clocks]
+        waiting = [push.step + 1 for pushes in self._waiting.values() for push in pushes]
+        return max([*arrived, *waiting], default=0)
+
     def may_start(self, step: int, rank: int) -> bool:
         """Whether a rank may read parameters for this step: its own pushes are in, and it is not too far ahead."""
         if not self._clocks:

@@ -171,6 +171,11 @@ class SyncStep:
             for rank in range(ranks)
         ]
 
+    @property
+    def untouched(self) -> int:
+        """The first step of which nothing has arrived here."""
+        return self.version + any(self._arrived.values())
+
     # --- events
 
     def handle(self, event: Event) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psa_store.errors import UsageError
+from psa_store.job.position import Reading
 
 SAMPLES_MAX = 1 << 62
 
@@ -73,6 +74,8 @@ class SampleOrder:
                 f"batch_size={batch_size} counts the samples of all ranks together and must be divisible by "
                 f"ranks={ranks}: use {max(1, round(batch_size / ranks)) * ranks}, or another number of ranks"
             )
+        self.reading = Reading(batch_size, n, n)
+        """How a job reads that goes through this order from its first step on."""
         self._seed = seed
         self._ranks = ranks
         self._batch_size = batch_size
@@ -92,10 +95,14 @@ class SampleOrder:
         if step < 0:
             raise UsageError(f"step={step}: steps are counted from 0")
         share = self._batch_size // self._ranks
-        low = step * self._batch_size + rank * share
-        if not self._low <= low <= low + share <= self._low + len(self._window):
-            self._low, self._window = low, self._order(low, low + max(share, _WINDOW))
-        return self._window[low - self._low : low - self._low + share]
+        return self.at(step * self._batch_size + rank * share, share)
+
+    def at(self, position: int, count: int) -> list[int]:
+        """The samples from this position on, which is counted over all data epochs."""
+        low = position
+        if not self._low <= low <= low + count <= self._low + len(self._window):
+            self._low, self._window = low, self._order(low, low + max(count, _WINDOW))
+        return self._window[low - self._low : low - self._low + count]
 
     def _order(self, position: int, end: int) -> list[int]:
         """The samples at these positions."""

@@ -225,6 +225,7 @@ class FrameHandler:
             aggregator.version,
             aggregator.committed,
             len(aggregator.owned_shards),
+            aggregator.untouched,
         )
 
 

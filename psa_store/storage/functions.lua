@@ -95,6 +95,15 @@ local function create(keys, args)
   return {redis.call('GET', keys[1]), redis.call('GET', keys[2])}
 end
 
+-- psa_replace: store a document in the place of the one that the caller has read. keys: the document.
+-- args: that one ('' for none), the new one. returns {'ok'}, or {'changed'} if another is stored. Idempotent.
+local function replace(keys, args)
+  local now = redis.call('GET', keys[1]) or ''
+  if now ~= args[1] and now ~= args[2] then return {'changed'} end
+  redis.call('SET', keys[1], args[2])
+  return {'ok'}
+end
+
 local EVENTS_COMPARED = 64
 local POINT_EARLY_MS = 500
 
@@ -135,3 +144,4 @@ redis.register_function('psa_commit', commit)
 redis.register_function{function_name = 'psa_sweep', callback = sweep, flags = {'allow-oom'}}
 redis.register_function('psa_drop', drop)
 redis.register_function('psa_create', create)
+redis.register_function('psa_replace', replace)

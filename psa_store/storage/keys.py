@@ -15,6 +15,11 @@ def layout(job: str) -> str:
     return f"psa:{{{job}}}:layout"
 
 
+def data(job: str) -> str:
+    """How it walks through its data: a JSON document, replaced by compare-and-set when that changes."""
+    return f"psa:{{{job}}}:data"
+
+
 def checkpoints(job: str) -> str:
     """Its checkpoints: a hash from name to JSON document."""
     return f"psa:{{{job}}}:checkpoints"
@@ -47,7 +52,7 @@ def history(job: str) -> list[str]:
 
 def documents(job: str) -> list[str]:
     """All that is stored of a job but its shards."""
-    return [config(job), layout(job), checkpoints(job), *history(job)]
+    return [config(job), layout(job), data(job), checkpoints(job), *history(job)]
 
 
 def head(job: str, shard: int) -> str:

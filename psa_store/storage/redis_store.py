@@ -19,6 +19,7 @@ from psa_store.storage.caller import Caller
 from psa_store.storage.chunk_reader import read_into
 from psa_store.storage.commit import Commit, Outcomes, ShardState
 from psa_store.storage.connection import known_redis, text, translated
+from psa_store.storage.data_record import StoredDataRecord
 from psa_store.storage.erasing import erase, keys_of
 from psa_store.storage.examination import RedisFacts, facts_of
 from psa_store.storage.head import Head, Manifest, head_from_fields, pin_field, split_chunks, term_text, version_field
@@ -101,6 +102,10 @@ class RedisStore:
         """The job's configuration and layout as they were created; None if there is no such job."""
         found: list[Any] = self._caller.retrying(lambda: self._client.mget(keys.config(job), keys.layout(job)))
         return (text(found[0]), text(found[1])) if found[0] and found[1] else None
+
+    def data_record(self, job: str) -> StoredDataRecord:
+        """The document that says how the job walks through its data."""
+        return StoredDataRecord(self._caller, job)
 
     def has_job(self, job: str) -> bool:
         """Whether :meth:`read_job` would find it."""

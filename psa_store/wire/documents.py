@@ -48,6 +48,8 @@ class Report:
     version: int | None
     committed: int | None
     shards: int
+    untouched: int | None = None
+    """The first step of which the shards here have nothing that a rank pushed."""
 
 
 @dataclass(frozen=True, slots=True)

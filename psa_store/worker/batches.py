@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from psa_store.errors import UsageError
+from psa_store.job.position import DataRecord, Reading, begin
 from psa_store.job.sampling import SampleOrder, stream_seed
 from psa_store.worker.randomness import seed_all
 from psa_store.worker.sampler_order import SamplerOrder, order_of
@@ -36,19 +37,36 @@ class _Fetched(Dataset[Any]):
     """Maps a rank step to its collated batch, in this process or in a DataLoader's."""
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], seed: int, order: SampleOrder | SamplerOrder
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        seed: int,
+        ranks: int,
+        order: SampleOrder | SamplerOrder,
     ) -> None:
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
         self._order = order
+        self._ranks = ranks
+        self.record = begin(order.reading)
 
     def __getitem__(self, rank_step: RankStep) -> Any:
-        indices = self._order.indices(rank_step.step, rank_step.rank)  # before: a sampler needs seeds of its own
+        indices = self._indices(rank_step)  # before: a sampler needs seeds of its own
         seed_everything(self._seed, rank_step, "data")
         fetch_many = getattr(self._dataset, "__getitems__", None)
         samples = fetch_many(indices) if fetch_many else [self._dataset[index] for index in indices]
         return self._collate(samples)
+
+    def _indices(self, rank_step: RankStep) -> Sequence[Any]:
+        stretch = self.record.stretch_at(rank_step.step)
+        share, left = divmod(stretch.reading.batch, self._ranks)
+        if left:
+            raise UsageError(
+                f"step {rank_step.step} was made with {stretch.reading.batch} samples, which {self._ranks} ranks "
+                "cannot share: go back to a version with which this number of ranks began"
+            )
+        return self._order.at(stretch.position_of(rank_step.step) + rank_step.rank * share, share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +95,19 @@ class Batches:
         batch_size: samples per step over *all* ranks; None takes ``DataLoader.batch_size`` times the ranks, or, from a
             ``batch_sampler``, a batch for each rank.
         round_steps: steps that a rank makes in a row.
+        record_for: the job's record, of which this reading is the newest; None: one that begins with it.
     """
 
-    def __init__(self, data: Any, batch_size: int | None, *, seed: int, ranks: int, round_steps: int = 1) -> None:
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int | None,
+        *,
+        seed: int,
+        ranks: int,
+        round_steps: int = 1,
+        record_for: Callable[[Reading], DataRecord] | None = None,
+    ) -> None:
         loader = data if isinstance(data, DataLoader) else None
         dataset: Any = loader.dataset if loader is not None else data
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
@@ -101,8 +129,10 @@ class Batches:
             assert batch_size is not None
             order = SampleOrder(seed, ranks=ranks, batch_size=batch_size, n=len(dataset))
         collate = loader.collate_fn if loader is not None else default_collate
-        self._fetched = _Fetched(dataset, collate, seed, order)
-        self.samples = len(order.indices(0, 0)) if batch_size is None else batch_size // ranks
+        self._fetched = _Fetched(dataset, collate, seed, ranks, order)
+        self._reading = order.reading
+        self._record_for = record_for
+        self.samples = len(order.at(0, 1)) if batch_size is None else batch_size // ranks
         """In the batch of one rank step; those of a batch_sampler may differ from its first."""
         self._round_steps = round_steps
         self._loader = loader if loader is not None and loader.num_workers > 0 else None
@@ -111,6 +141,9 @@ class Batches:
 
     def get(self, rank_step: RankStep, ranks: Sequence[int]) -> Any:
         """The batch of ``rank_step``; ``ranks`` are all ranks that this worker holds, for reading ahead."""
+        if self._record_for is not None and (record := self._record_for(self._reading)) is not self._fetched.record:
+            self._fetched.record = record
+            self._ahead = None  # its processes have the former one
         if self._loader is None:
             return self._fetched[rank_step]
         if self._ahead is None or next(self._expected) != rank_step:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from psa_store.errors import UsageError
+from psa_store.job.position import Reading
 from psa_store.job.sampling import SampleOrder, stream_seed
 from psa_store.worker.randomness import seed_all
 
@@ -26,28 +27,37 @@ def order_of(loader: DataLoader[Any], seed: int, *, ranks: int, batch_size: int 
     Raises:
         UsageError: an order that cannot be found again, or batches that cannot be shared out.
     """
+    n = len(loader.dataset)  # type: ignore[arg-type]
     if batch_size is None:
-        return SamplerOrder(loader.batch_sampler, seed, ranks=ranks)
-    sampler, n = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
+        return SamplerOrder(loader.batch_sampler, seed, samples=n, ranks=ranks)
+    sampler = loader.sampler
     order = SampleOrder(seed, ranks=ranks, batch_size=batch_size, n=n)  # checks the numbers, too
     shuffles = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == n
     if shuffles and not loader.drop_last:
         return order
     chosen = _Shuffled(seed, n) if shuffles else sampler
-    return SamplerOrder(chosen, seed, ranks=ranks, batch_size=batch_size, drop_last=loader.drop_last)
+    return SamplerOrder(chosen, seed, samples=n, ranks=ranks, batch_size=batch_size, drop_last=loader.drop_last)
 
 
 class SamplerOrder:
     """What a sampler gives, epoch after epoch, all of the same length. Not thread-safe.
 
     Args:
+        samples: of the data set.
         batch_size: samples of a step, which the ranks share; None: the sampler gives batches, and each rank takes one.
         drop_last: whether the samples at the end of an epoch that make no whole step are left out; otherwise a step may
             span the end of an epoch.
     """
 
     def __init__(
-        self, sampler: Any, seed: int, *, ranks: int, batch_size: int | None = None, drop_last: bool = False
+        self,
+        sampler: Any,
+        seed: int,
+        *,
+        samples: int,
+        ranks: int,
+        batch_size: int | None = None,
+        drop_last: bool = False,
     ) -> None:
         if isinstance(sampler, DistributedSampler) or isinstance(getattr(sampler, "sampler", None), DistributedSampler):
             raise UsageError(
@@ -55,8 +65,7 @@ class SamplerOrder:
             )
         self._sampler = sampler
         self._seed = seed
-        self._ranks = ranks
-        self._batch_size = batch_size
+        self._makes_batches = batch_size is None
         self._made: dict[int, Sequence[Any]] = {}
         first = self._run(0)
         self._length = len(first)
@@ -67,21 +76,22 @@ class SamplerOrder:
                 f"{self._name} gives another order when it is run again with the same seeds, so no process could find "
                 "the samples of a step again: draw its random numbers from torch, numpy or random when it is iterated"
             )
-        self._steps = self._length // batch_size if batch_size is not None and drop_last else None
-        if self._steps == 0:
+        batch = ranks if batch_size is None else batch_size
+        self.reading = Reading(batch, self._length, samples, whole_steps=drop_last)
+        """How a job reads that goes through this order from its first step on."""
+        if drop_last and self._length < batch:
             raise UsageError(f"drop_last=True: {self._length} samples make no batch of {batch_size}")
 
-    def indices(self, step: int, rank: int) -> Sequence[Any]:
-        """What ``rank`` computes at ``step``, as the dataset takes it."""
-        if self._batch_size is None:
-            batch: Sequence[Any] = self._at(step * self._ranks + rank)
+    def at(self, position: int, count: int) -> Sequence[Any]:
+        """What a rank computes that takes so many samples from this position on, as the dataset takes it.
+
+        Where the sampler gives batches, these are counted, and a rank takes one.
+        """
+        if self._makes_batches:
+            assert count == 1
+            batch: Sequence[Any] = self._at(position)
             return batch
-        low = step * self._batch_size
-        if self._steps is not None:
-            epoch, within = divmod(step, self._steps)
-            low = epoch * self._length + within * self._batch_size
-        share = self._batch_size // self._ranks
-        return [self._at(low + rank * share + i) for i in range(share)]
+        return [self._at(position + i) for i in range(count)]
 
     def _at(self, position: int) -> Any:
         """What is at this position, counted over all epochs."""

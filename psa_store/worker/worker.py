@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from functools import partial
 from types import FrameType, MappingProxyType, TracebackType
 from typing import Any
 
@@ -39,6 +40,7 @@ from psa_store.wire import Mailbox, announce
 from psa_store.worker.average import AverageInModel
 from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, join_or_create, new_config
+from psa_store.worker.data_position import DataPosition
 from psa_store.worker.draft import write_draft
 from psa_store.worker.flat_model import FlatModel, describe_model
 from psa_store.worker.given_optimizer import GivenOptimizer
@@ -246,6 +248,7 @@ class Worker:
                 ),
                 may_share=settings.carrier == "auto",
             )
+            self._data_position = DataPosition(name, store, coordination, self._membership, settings.session_timeout_s)
             self._average = AverageInModel(self._config, self._layout, self._flat_model, self._membership, store)
             metrics = Metrics(ProcessRole.WORKER, member)
             health = WorkerHealth(
@@ -279,13 +282,15 @@ class Worker:
 
     # --- training
 
-    def batches(self, data: Any, batch_size: int | None = None) -> Iterator[Any]:
+    def batches(self, data: Any, batch_size: int | None = None, *, changed_data: bool = False) -> Iterator[Any]:
         """Yield this worker's batches until the job ends, or until this worker is told to leave.
 
         Args:
             data: a map-style dataset, which is shuffled, or a DataLoader: its dataset, sampler, collate function and
                 processes are used. A sampler is run anew for each pass over the data, with seeds of the job.
-            batch_size: samples per step over all ranks; each rank gets an equal share.
+            batch_size: samples per step over all ranks; each rank gets an equal share. A resumed job may have another
+                one: it goes on with the sample that is next.
+            changed_data: whether a resumed job may go on with another number of samples, and a new pass over them.
 
         After a crash anywhere the sequence may go back to an earlier step; the model goes back with it.
         """
@@ -293,7 +298,9 @@ class Worker:
             raise UsageError("use the worker in a `with` statement")
         config, strategy = self._config, self._strategy
         on = failpoints.are_on()
-        batches = Batches(data, batch_size, seed=config.seed, ranks=config.ranks, round_steps=config.steps_per_version)
+        record_for = partial(self._data_position.record_for, changed_data=changed_data)
+        of_job = {"seed": config.seed, "ranks": config.ranks, "round_steps": config.steps_per_version}
+        batches = Batches(data, batch_size, record_for=record_for, **of_job)
         with closing(batches):
             while (rank_step := strategy.next_rank_step()) is not None:
                 batch = batches.get(rank_step, self._membership.standing.held)

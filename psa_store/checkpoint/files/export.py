@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -32,8 +32,9 @@ from psa_store.checkpoint.files.tensor_files import (
 from psa_store.checkpoint.reader import StoredVersion
 from psa_store.errors import DataIntegrity, PsaError, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
-from psa_store.job.document import from_fields, to_fields
+from psa_store.job.document import ADDED_LATER, from_fields, to_fields
 from psa_store.job.layout import Layout, layout_from_json
+from psa_store.job.position import DataRecord
 from psa_store.storage.sections import CLOCK
 
 MANIFEST = "psa.json"
@@ -61,6 +62,8 @@ class Export:
     files: tuple[FileFacts, ...]
     origin: str = ""
     """Tells what it was written from, see :func:`origin_of`; exports of old have none."""
+    data: DataRecord | None = None
+    """How the job walks through its data, as far as that is known."""
 
     @property
     def step(self) -> int:
@@ -80,6 +83,7 @@ class Export:
                 scalars=self.scalars,
                 slots=self.slots,
                 files=self.files,
+                data=self.data,
             )
         )
         return json.dumps({"digest": _digest(manifest), "manifest": manifest}, indent=1)
@@ -101,6 +105,7 @@ class _Manifest:
     slots: tuple[str, ...]
     files: tuple[FileFacts, ...]
     origin: str = ""
+    data: DataRecord | None = field(default=None, metadata=ADDED_LATER)
 
 
 def export_from_json(url: str, text: bytes) -> Export:
@@ -125,6 +130,7 @@ def export_from_json(url: str, text: bytes) -> Export:
         slots=manifest.slots,
         files=manifest.files,
         origin=manifest.origin,
+        data=manifest.data,
     )
 
 
@@ -160,6 +166,7 @@ def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
             tuple(slots_of(sections)),
             tuple(draft.facts for draft in drafts),
             origin_of(version),
+            version.data_record(),
         )
         last = stack.enter_context(folder.draft(MANIFEST))
         last.write(export.to_json().encode())

@@ -73,7 +73,7 @@ def import_export(
     source.look()
     with nullcontext() if restore else right_to_create(job, "import", coordination):
         _refuse_known(config, store, coordination, restore=restore)
-        write_new_job(config, layout, source.version, source.states(), store, coordination)
+        write_new_job(config, layout, source.version, source.states(), store, coordination, export.data)
     coordination.create_config(config)
     return config
 

@@ -212,6 +212,11 @@ class Aggregator(ABC):
         return self._machine.version
 
     @property
+    def untouched(self) -> int:
+        """The first step of which the shards here have nothing that a rank pushed."""
+        return self._machine.untouched * self._tools.config.steps_per_version
+
+    @property
     def committed(self) -> int:
         """The newest version that this server has made durable."""
         return self._machine.committed

@@ -1,0 +1,115 @@
+"""Where a job is in its data, counted in samples: what each step reads, also after the batch size has changed.
+
+A job walks through its data in *stretches*: from some step on, all steps take as many samples, of passes that are as
+long. The stretches are one document of the job, so that every process finds the samples of a step again, whatever its
+script says by now.
+
+Pure: no I/O, no threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from psa_store.errors import JobMismatch
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a script reads its data. Where its sampler makes batches, these are counted, and not samples."""
+
+    batch: int
+    """Samples that all ranks together take in a step."""
+    length: int
+    """Samples of one pass over the data."""
+    samples: int
+    """Of the data set: a sampler may give fewer of them in a pass, or more."""
+    whole_steps: bool = False
+    """Whether samples at the end of a pass are left out that make no whole step (``drop_last``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Steps from ``step`` on. ``position``: of the first sample of that step, counted over all passes."""
+
+    step: int
+    position: int
+    reading: Reading
+
+    def position_of(self, step: int) -> int:
+        """The position of the first sample of a step."""
+        steps, reading = step - self.step, self.reading
+        if not reading.whole_steps:
+            return self.position + steps * reading.batch
+        passes, within = divmod(self.position, reading.length)
+        in_this_pass = (reading.length - within) // reading.batch
+        if steps < in_this_pass:
+            return self.position + steps * reading.batch
+        more, steps = divmod(steps - in_this_pass, reading.length // reading.batch)
+        return (passes + 1 + more) * reading.length + steps * reading.batch
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """The stretches of a job, ascending, and the workers that know the last one: all others are refused."""
+
+    FORMAT: ClassVar[int] = 1
+
+    stretches: tuple[Stretch, ...]
+    readers: tuple[str, ...] = ()
+
+    @property
+    def reading(self) -> Reading:
+        """The newest one."""
+        return self.stretches[-1].reading
+
+    def stretch_at(self, step: int) -> Stretch:
+        """The stretch of a step."""
+        return next(each for each in reversed(self.stretches) if each.step <= step)
+
+    def known_to(self, readers: Iterable[str]) -> DataRecord:
+        """The same, for these workers."""
+        return replace(self, readers=tuple(sorted(set(readers))))
+
+    def changed(self, reading: Reading, step: int) -> DataRecord:
+        """Read like this from ``step`` on; what was to come after it is dropped.
+
+        Another batch size goes on with the sample that is next, another data set with a new pass.
+        """
+        former = self.stretch_at(step)
+        position = former.position_of(step)
+        if _data(reading) != _data(former.reading):
+            position = -(-position // former.reading.length) * reading.length
+        kept = [each for each in self.stretches if each.step < step]
+        if not kept or kept[-1].reading != reading:
+            kept.append(Stretch(step, position, reading))
+        return replace(self, stretches=tuple(kept))
+
+    def check_data(self, job: str, reading: Reading) -> None:
+        """Refuse another data set than that of the newest stretch.
+
+        Raises:
+            JobMismatch: it names what differs, and says how to go on.
+        """
+        stored = self.reading
+        if reading.samples != stored.samples:
+            what, theirs, ours = "samples", stored.samples, reading.samples
+        elif reading.length != stored.length:
+            what, theirs, ours = "samples a pass, as its sampler gives them", stored.length, reading.length
+        else:
+            return
+        raise JobMismatch(
+            f"job {job!r} exists with a data set of {theirs} {what}, this process has {ours}. Use the same, or, if "
+            "the change is meant, worker.batches(…, changed_data=True): a new pass begins with it"
+        )
+
+
+def begin(reading: Reading) -> DataRecord:
+    """The record of a job that reads like this from its first step on."""
+    return DataRecord((Stretch(0, 0, reading),))
+
+
+def _data(reading: Reading) -> tuple[int, int]:
+    return reading.samples, reading.length

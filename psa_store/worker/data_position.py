@@ -1,0 +1,121 @@
+"""How a job walks through its data, agreed upon by its workers: one record in Redis, which one of them changes at most.
+
+A worker reads the record before it computes anything, again in each term, and under each name that it has:
+
+* The job has none: it begins with what this script says.
+* The script reads as the record says last: this worker is noted there.
+* It reads otherwise, and a worker lives that is noted: that one goes on, and this one is refused.
+* It reads otherwise, and none lives: the change holds from the first step of which servers have no gradient. So all
+  ranks of a step read alike, and steps that are made again after a loss read as they did.
+
+Used by the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+from psa_store import logs
+from psa_store.cluster import ProcessRole
+from psa_store.coordination import Coordination
+from psa_store.errors import DependencyUnreachable, Disconnected, JobMismatch
+from psa_store.job.position import DataRecord, Reading, begin
+from psa_store.storage import RedisStore
+from psa_store.wire import inspect
+from psa_store.worker.membership import Membership
+
+_POLL_S = 0.1
+_GRACE_S = 2.0
+_INSPECT_S = 2.0
+_SERVERS_S = 60.0
+"""How long servers may take to begin a term."""
+
+
+class DataPosition:
+    """``store``, ``coordination`` and ``membership`` stay the caller's.
+
+    ``session_timeout_s``: after so long ZooKeeper knows that a worker has died.
+    """
+
+    def __init__(
+        self, job: str, store: RedisStore, coordination: Coordination, membership: Membership, session_timeout_s: float
+    ) -> None:
+        self._job = job
+        self._stored = store.data_record(job)
+        self._coordination = coordination
+        self._membership = membership
+        self._patience_s = 2 * session_timeout_s + _GRACE_S
+        self._log = logs.get_logger()
+        self._names: set[str] = set()
+        """Those that this worker has, or had."""
+        self._agreed: tuple[str, int, Reading] | None = None
+        self._record: DataRecord | None = None
+
+    def record_for(self, reading: Reading, *, changed_data: bool) -> DataRecord:
+        """The record, of which ``reading`` is the newest; without asking Redis where it was asked already.
+
+        Raises:
+            JobMismatch: other workers read otherwise, or another data set was not announced by ``changed_data``.
+            DependencyUnreachable: Redis, ZooKeeper or servers do not answer.
+        """
+        standing = self._membership.standing
+        now = standing.member, standing.plan.term if standing.plan else 0, reading
+        if self._record is None or now != self._agreed:
+            self._names.add(standing.member)
+            self._record = self._agree(reading, changed_data)
+            self._agreed = now
+        return self._record
+
+    def _agree(self, reading: Reading, changed_data: bool) -> DataRecord:
+        deadline_s, waits = time.monotonic() + self._patience_s, False
+        while True:
+            seen, record = self._stored.read()
+            if record is None:  # Redis may have lost it: then this worker knows better
+                record = self._record or begin(reading)
+            living = self._coordination.members(ProcessRole.WORKER).keys()
+            others = {each for each in record.readers if each in living and each not in self._names}
+            if record.reading != reading:
+                if not changed_data:
+                    record.check_data(self._job, reading)
+                if others and time.monotonic() < deadline_s:
+                    if not waits:
+                        self._log.info("waiting for workers to be gone that read other batches", workers=sorted(others))
+                    waits = True
+                    time.sleep(_POLL_S)
+                    continue
+                if others:
+                    self._refuse(record.reading, reading, sorted(others)[0])
+                step = self._first_untouched()
+                self._log.info("batches change", step=step, before=asdict(record.reading), after=asdict(reading))
+                record = record.changed(reading, step)
+            record = record.known_to(others | {self._membership.standing.member})
+            if self._stored.replace(seen, record):
+                return record
+
+    def _refuse(self, stored: Reading, reading: Reading, other: str) -> None:
+        theirs, ours = asdict(stored), asdict(reading)
+        what = next(name for name in theirs if theirs[name] != ours[name])
+        name = {"batch": "batch_size"}.get(what, what)
+        raise JobMismatch(
+            f"job {self._job!r} trains with {name}={theirs[what]!r} in worker {other} at this moment, this process has "
+            f"{name}={ours[what]!r}. End it first: then the job goes on with the new value"
+        )
+
+    def _first_untouched(self) -> int:
+        """The first step of which no server has a gradient."""
+        deadline_s = time.monotonic() + _SERVERS_S
+        while time.monotonic() < deadline_s:
+            plan = self._membership.standing.plan
+            if plan is not None and plan.owners:
+                owners = [server for server in plan.servers if plan.shards_of(server.id)]
+                try:
+                    reports = [inspect(each.address, each.local, each.host, _INSPECT_S) for each in owners]
+                except Disconnected:
+                    reports = []
+                steps = [report.untouched for report in reports if report.term == plan.term]
+                known = [step for step in steps if step is not None]
+                if len(known) == len(owners):
+                    return max(known)
+            time.sleep(_POLL_S)
+        raise DependencyUnreachable(f"job {self._job!r}: its servers do not say where it stands: see `psa status`")

@@ -1,0 +1,124 @@
+"""A job that is resumed with another batch size goes on with the next sample; another data set is refused by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from psa_store.checkpoint.fork import fork
+from psa_store.checkpoint.rollback import rollback
+from psa_store.cli.transfer import export_files, import_files
+from psa_store.coordination import Coordination
+from psa_store.storage import RedisStore
+from tests.harness import Run, Site
+
+SCRIPT = Path(__file__).with_name("reading.py")
+MISMATCH = 2
+Seen = dict[tuple[int, int], list[int]]
+
+
+def start(site: Site, job: str, *extra: str, **options: object) -> Run:
+    defaults: dict[str, object] = {"workers": 2, "servers": 1, "ranks": 2, "commit_every": 5}
+    return site.run(job, *extra, script=SCRIPT, **{**defaults, **options})
+
+
+def seen(*runs: Run) -> Seen:
+    """By step and rank; a step that was made again must have the samples that it had."""
+    found: Seen = {}
+    for run in runs:
+        for line in run.lines:
+            if line.startswith("seen "):
+                step, rank, *samples = map(int, line.split()[1:])
+                assert found.setdefault((step, rank), samples) == samples, f"step {step} was another one again"
+    return found
+
+
+def train(site: Site, job: str, *extra: str, **options: object) -> Run:
+    run = start(site, job, *extra, **options)
+    assert run.finish() == 0, run.output
+    return run
+
+
+def times(samples: Seen, first: int = 0) -> Counter[int]:
+    return Counter(each for (step, _), some in samples.items() for each in some if step >= first)
+
+
+@pytest.mark.parametrize("mode", ["sync", "local:steps=5", "async"])
+def test_another_batch_size_goes_on_with_the_next_sample(site: Site, mode: str) -> None:
+    job = f"position-{mode.partition(':')[0]}"
+    first = train(site, job, mode=mode)
+    second = train(site, job, "--batch", "16", "--steps", "15")
+    all_seen = seen(first, second)
+    assert times(all_seen) == Counter(range(160)), "each sample once"
+    third = train(site, job, "--batch", "4", "--steps", "25", "--processes", "1")
+    assert len(times(seen(third))) == 40
+
+
+def test_with_drop_last_a_pass_ends_where_no_step_fits(site: Site) -> None:
+    first = train(site, "position-drop", "--samples", "50", "--drop-last", "--steps", "4")
+    second = train(site, "position-drop", "--samples", "50", "--drop-last", "--batch", "12", "--steps", "6")
+    samples = seen(first, second)
+    one_pass = {key: each for key, each in samples.items() if key[0] < 5}
+    assert max(times(one_pass).values()) == 1 and sum(times(one_pass).values()) == 44
+    assert len(samples) == 12
+
+
+def test_steps_that_are_made_again_read_as_they_did(site: Site) -> None:
+    """Servers and workers die after the change; the job goes back to before it; forks and imports know of it."""
+    train(site, "position-again", "--steps", "5")
+    saved = Run(["checkpoint", "save", "position-again", "--name", "early"], site.env)
+    assert saved.finish() == 0, saved.output
+    first = train(site, "position-again")
+    second = start(site, "position-again", "--batch", "16", "--steps", "40", "--pace-s", "0.02", commit_every=5)
+    second.wait_for_step(13)
+    for role in ("servers", "workers"):
+        for pid in site.pids("position-again", role):
+            os.kill(pid, signal.SIGKILL)
+        second.wait_for_line(lambda line: "restarting" in line)
+        second.wait_for_step(18)
+    assert second.finish() == 0, second.output
+    before = seen(first, second)
+    assert len(times({key: each for key, each in before.items() if key[0] < 15})) == 120
+    with RedisStore.from_settings(site.settings) as store:
+        with Coordination.from_settings(site.settings, "position-again") as coordination:
+            rollback(store, coordination, "position-again", "early")
+        with Coordination.from_settings(site.settings, "position-fork") as coordination:
+            fork(store, coordination, "position-again", "early", "position-fork")
+    for job in ("position-again", "position-fork"):
+        again = seen(train(site, job, "--batch", "16", "--steps", "20"))
+        assert again.items() <= before.items() and len(again) == 30
+
+
+def test_a_job_that_was_exported_keeps_its_position(site: Site, tmp_path: Path) -> None:
+    first = train(site, "position-out")
+    second = train(site, "position-out", "--batch", "16", "--steps", "12")
+    export_files("position-out", None, str(tmp_path / "out"), site.settings)
+    import_files(str(tmp_path / "out"), "position-in", site.settings, 4, None)
+    third = train(site, "position-in", "--batch", "16", "--steps", "15", ranks=4)
+    assert times(seen(first, second)) + times(seen(third)) == Counter(range(160))
+
+
+def test_another_data_set_is_refused_or_begins_a_new_pass(site: Site) -> None:
+    train(site, "position-data")
+    refused = start(site, "position-data", "--samples", "200", "--steps", "35")
+    assert refused.finish() == MISMATCH, refused.output
+    assert "data set of 160 samples, this process has 200" in refused.output
+    assert "changed_data=True" in refused.output
+    accepted = train(site, "position-data", "--samples", "200", "--steps", "35", "--changed-data")
+    assert times(seen(accepted)) == Counter(range(200)), "one pass over the new data"
+    train(site, "position-data", "--samples", "200", "--steps", "36")
+
+
+def test_a_worker_with_another_batch_size_than_one_that_trains_is_refused(site: Site, tmp_path: Path) -> None:
+    run = start(site, "position-two", "--hold-at", "5", "--until", str(tmp_path / "go"), workers=1, ranks=2)
+    run.wait_for_step(5)
+    other = Run(["worker", str(SCRIPT), "--job", "position-two", "--batch", "16"], site.env)
+    assert other.finish() == MISMATCH, other.output
+    assert "trains with batch_size=8 in worker" in other.output
+    (tmp_path / "go").touch()
+    assert run.finish() == 0, run.output
+    assert len(times(seen(run))) == 80
