@@ -109,12 +109,10 @@ class RedisStore:
 
     def has_job(self, job: str) -> bool:
         """Whether :meth:`read_job` would find it."""
-        wanted = [keys.config(job), keys.layout(job)]
-        return bool(self._caller.retrying(lambda: self._client.exists(*wanted)) == len(wanted))
+        return bool(self._caller.retrying(lambda: self._client.exists(keys.config(job), keys.layout(job))) == 2)
 
     def jobs(self) -> list[str]:
-        members: Iterable[Any] = self._caller.retrying(lambda: self._client.smembers(keys.JOBS))
-        names = sorted(text(member) for member in members)
+        names = sorted(map(text, self._caller.retrying(lambda: self._client.smembers(keys.JOBS))))
         exist = self._pipelined([("EXISTS", keys.config(name)) for name in names])
         return [name for name, there in zip(names, exist, strict=True) if there]
 
@@ -245,8 +243,7 @@ class RedisStore:
         Raises:
             Fenced, Rewound: ``term`` does not own a shard, or the version is gone. Some others may be pinned.
         """
-        wanted = version_field(version)
-        self._pins(job).copy(shards, lambda _: (wanted, pin_field(name)), term)
+        self._pins(job).copy(shards, lambda _: (version_field(version), pin_field(name)), term)
 
     def share(self, job: str, nonces: Mapping[int, str], name: str) -> None:
         """Keep, under a name, those versions of these shards that have these nonces, wherever they are named now.
@@ -277,8 +274,7 @@ class RedisStore:
         """
         failpoint("rollback.begun")
         if name is not None:
-            there = version_field(version)
-            self._pins(job).copy(shards, lambda _: (pin_field(name), there), term)
+            self._pins(job).copy(shards, lambda _: (pin_field(name), version_field(version)), term)
         failpoint("rollback.restored")
         self.trim(job, shards, term, version)
 
