@@ -81,16 +81,16 @@ def test_steps_that_are_made_again_read_as_they_did(site: Site) -> None:
         second.wait_for_line(lambda line: "restarting" in line)
         second.wait_for_step(18)
     assert second.finish() == 0, second.output
-    before = seen(first, second)
-    assert len(times({key: each for key, each in before.items() if key[0] < 15})) == 120
     with RedisStore.from_settings(site.settings) as store:
         with Coordination.from_settings(site.settings, "position-again") as coordination:
             rollback(store, coordination, "position-again", "early")
         with Coordination.from_settings(site.settings, "position-fork") as coordination:
             fork(store, coordination, "position-again", "early", "position-fork")
     for job in ("position-again", "position-fork"):
-        again = seen(train(site, job, "--batch", "16", "--steps", "20"))
-        assert again.items() <= before.items() and len(again) == 30
+        again = train(site, job, "--batch", "16", "--steps", "20")
+        every = seen(first, second, again)  # a worker that was killed may not have said what it had done
+        assert len(seen(again)) == 30
+        assert len(times({key: each for key, each in every.items() if key[0] < 15})) == 120
 
 
 def test_a_job_that_was_exported_keeps_its_position(site: Site, tmp_path: Path) -> None:
