@@ -32,7 +32,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Steps from ``step`` on. ``position``: of the first sample of that step, counted over all passes."""
+    """Steps from ``step`` on. ``position``: where the samples before it end, counted over all passes."""
 
     step: int
     position: int
@@ -49,6 +49,10 @@ class Stretch:
             return self.position + steps * reading.batch
         more, steps = divmod(steps - in_this_pass, reading.length // reading.batch)
         return (passes + 1 + more) * reading.length + steps * reading.batch
+
+    def end_before(self, step: int) -> int:
+        """Where the samples of the step before end; a step of another size may find room in the rest of that pass."""
+        return self.position if step == self.step else self.position_of(step - 1) + self.reading.batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class DataRecord:
         Another batch size goes on with the sample that is next, another data set with a new pass.
         """
         former = self.stretch_at(step)
-        position = former.position_of(step)
+        position = former.end_before(step)
         if _data(reading) != _data(former.reading):
             position = -(-position // former.reading.length) * reading.length
         kept = [each for each in self.stretches if each.step < step]
