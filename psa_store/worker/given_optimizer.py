@@ -101,8 +101,7 @@ class GivenOptimizer:
 
     def _show(self, step: int) -> None:
         assert self._theirs is not None and self._rates is not None
-        lr = self._rates.lr
-        rate = lr if isinstance(lr, float) else lr.at(step)
+        rate = self.optimizer.lr_at(step)
         for group, scale, numbers in zip(self._theirs.param_groups, self._rates.scales, self._numbers, strict=False):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate * scale)
