@@ -108,7 +108,7 @@ def _number(value: Any) -> Any:
 def refuse_change(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> NoReturn:
     """Name what differs between two :func:`numbers_of`."""
     for index, (old, new) in enumerate(zip(before, after, strict=False)):
-        for key in old.keys() | new.keys():
+        for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "lr", key)):
             if old.get(key) != new.get(key):
                 raise UsageError(
                     f"{key} of the optimizer's group {index} was changed from {old.get(key)!r} to {new.get(key)!r}: "

@@ -58,7 +58,7 @@ class Group:
         return fnmatch.fnmatchcase(name, self.select)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"select": self.select, **{name: _plain(value) for name, value in self.overrides}}
+        return {"select": _plain(self.select), **{name: _plain(value) for name, value in self.overrides}}
 
 
 def group(select: str | Sequence[str], **overrides: float | Sequence[float]) -> Group:

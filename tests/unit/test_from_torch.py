@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -113,6 +114,7 @@ def test_a_stored_group_of_names_is_read_back() -> None:
     model = make_model()
     spec = from_torch(torch.optim.SGD(groups_of(model, lr=0.5), lr=1.0), model)
     assert optim.from_dict(spec.to_dict()) == spec
+    assert json.loads(json.dumps(spec.to_dict())) == spec.to_dict()
     assert spec.group_of("0.bias", (50,)) == 1 and spec.group_of("0.weight", (50, 6)) == 0
 
 
