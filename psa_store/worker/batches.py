@@ -130,7 +130,7 @@ class Batches:
             order = SampleOrder(seed, ranks=ranks, batch_size=batch_size, n=len(dataset))
         collate = loader.collate_fn if loader is not None else default_collate
         self._fetched = _Fetched(dataset, collate, seed, ranks, order)
-        self._reading = order.reading
+        self.reading = order.reading
         self._record_for = record_for
         self.samples = len(order.at(0, 1)) if batch_size is None else batch_size // ranks
         """In the batch of one rank step; those of a batch_sampler may differ from its first."""
@@ -141,7 +141,7 @@ class Batches:
 
     def get(self, rank_step: RankStep, ranks: Sequence[int]) -> Any:
         """The batch of ``rank_step``; ``ranks`` are all ranks that this worker holds, for reading ahead."""
-        if self._record_for is not None and (record := self._record_for(self._reading)) is not self._fetched.record:
+        if self._record_for is not None and (record := self._record_for(self.reading)) is not self._fetched.record:
             self._fetched.record = record
             self._ahead = None  # its processes have the former one
         if self._loader is None:

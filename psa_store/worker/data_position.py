@@ -53,7 +53,7 @@ class DataPosition:
         self._record: DataRecord | None = None
 
     def record_for(self, reading: Reading, *, changed_data: bool) -> DataRecord:
-        """The record, of which ``reading`` is the newest; without asking Redis where it was asked already.
+        """The record, of which ``reading`` is the newest. Redis is asked in each term, and under each name, once.
 
         Raises:
             JobMismatch: other workers read otherwise, or another data set was not announced by ``changed_data``.
@@ -61,11 +61,29 @@ class DataPosition:
         """
         standing = self._membership.standing
         now = standing.member, standing.plan.term if standing.plan else 0, reading
-        if self._record is None or now != self._agreed:
-            self._names.add(standing.member)
+        if self._record is not None and now == self._agreed:
+            return self._record
+        self._names.add(standing.member)
+        try:
             self._record = self._agree(reading, changed_data)
-            self._agreed = now
+        except DependencyUnreachable as error:
+            only_the_term = self._agreed is not None and (self._agreed[0], self._agreed[2]) == (now[0], now[2])
+            if self._record is None or not only_the_term:
+                raise
+            # This worker is noted there under this name, so no other can have changed the record.
+            self._log.warning("going on with the known position in the data", why=str(error))
+        self._agreed = now
         return self._record
+
+    def check(self, reading: Reading) -> None:
+        """Refuse another data set than that of the job at once, also where no step is left to compute.
+
+        Raises:
+            JobMismatch, DependencyUnreachable: as above.
+        """
+        _, record = self._stored.read()
+        if record is not None:
+            record.check_data(self._job, reading)
 
     def _agree(self, reading: Reading, changed_data: bool) -> DataRecord:
         deadline_s, waits = time.monotonic() + self._patience_s, False

@@ -298,9 +298,16 @@ class Worker:
             raise UsageError("use the worker in a `with` statement")
         config, strategy = self._config, self._strategy
         on = failpoints.are_on()
-        record_for = partial(self._data_position.record_for, changed_data=changed_data)
-        of_job = {"seed": config.seed, "ranks": config.ranks, "round_steps": config.steps_per_version}
-        batches = Batches(data, batch_size, record_for=record_for, **of_job)
+        batches = Batches(
+            data,
+            batch_size,
+            seed=config.seed,
+            ranks=config.ranks,
+            round_steps=config.steps_per_version,
+            record_for=partial(self._data_position.record_for, changed_data=changed_data),
+        )
+        if not changed_data:
+            self._data_position.check(batches.reading)
         with closing(batches):
             while (rank_step := strategy.next_rank_step()) is not None:
                 batch = batches.get(rank_step, self._membership.standing.held)

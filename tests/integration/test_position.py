@@ -104,10 +104,11 @@ def test_a_job_that_was_exported_keeps_its_position(site: Site, tmp_path: Path) 
 
 def test_another_data_set_is_refused_or_begins_a_new_pass(site: Site) -> None:
     train(site, "position-data")
-    refused = start(site, "position-data", "--samples", "200", "--steps", "35")
-    assert refused.finish() == MISMATCH, refused.output
-    assert "data set of 160 samples, this process has 200" in refused.output
-    assert "changed_data=True" in refused.output
+    for steps in ("10", "35"):  # also where none is left to do
+        refused = start(site, "position-data", "--samples", "200", "--steps", steps)
+        assert refused.finish() == MISMATCH, refused.output
+        assert "data set of 160 samples, this process has 200" in refused.output
+        assert "changed_data=True" in refused.output
     accepted = train(site, "position-data", "--samples", "200", "--steps", "35", "--changed-data")
     assert times(seen(accepted)) == Counter(range(200)), "one pass over the new data"
     train(site, "position-data", "--samples", "200", "--steps", "36")
