@@ -16,6 +16,12 @@ def create_document(znodes: Znodes, path: str, text: str) -> bool:
     return node is not None and node.text == text
 
 
+def put_document(znodes: Znodes, path: str, text: str) -> None:
+    """The same text written twice is the same."""
+    while znodes.set(path, text) is None and znodes.create(path, text) is None:
+        pass  # created or deleted between the two
+
+
 def compare_and_set(znodes: Znodes, path: str, text: str, expected: int | None) -> Znode | None:
     """After an attempt that was cut off, our text at the version that we wanted to write is our own success."""
     if expected is None:

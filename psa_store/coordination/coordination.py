@@ -152,6 +152,10 @@ class Coordination:
             lambda znodes: attempts.create_document(znodes, f"{self._job}/config", config.to_json())
         )
 
+    def replace_config(self, config: JobConfig) -> None:
+        """Store what the job is, in place of what is there."""
+        self._session.run(lambda znodes: attempts.put_document(znodes, f"{self._job}/config", config.to_json()))
+
     def next_term(self, at_least: int = 0) -> int:
         """Take a term that is greater than ``at_least`` and than all that were ever taken."""
         return self._session.run(lambda znodes: terms.take(znodes, self._term, at_least))

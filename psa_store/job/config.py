@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from psa_store.compression import NONE, Compression, parse_compression
 from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.average import Average
+from psa_store.job.change import NUMBERS, Change
 from psa_store.job.document import ADDED_LATER, from_text, to_fields, to_text
 from psa_store.job.mode import SYNC, Mode, parse_mode
 
@@ -45,7 +46,7 @@ def _read_with(parse: Callable[[str], _Value]) -> BeforeValidator:
 
 
 _AS_TEXT = PlainSerializer(str)
-_AGREED = ("ranks", "seed", "optimizer", "mode", "commit_every", "skip_nonfinite", "compression", "average")
+_AGREED = ("ranks", "seed", "mode", "commit_every", "skip_nonfinite", "compression", "average")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
 
@@ -84,6 +85,8 @@ class JobConfig:
     mode: Annotated[Mode, _read_with(parse_mode), _AS_TEXT] = SYNC
     compression: Annotated[Compression, _read_with(parse_compression), _AS_TEXT] = NONE
     average: Average | None = field(default=None, metadata=ADDED_LATER)
+    changes: tuple[Change, ...] = field(default=(), metadata=ADDED_LATER)
+    """Of numbers of the optimizer, since the job began; each counts from a step on."""
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
@@ -102,6 +105,10 @@ class JobConfig:
                 f"compression {self.compression} in mode {self.mode}: what a rank holds back cannot be followed where "
                 "others may compute it, or none. Use int8."
             )
+
+    def step_of(self, version: int) -> int:
+        """How many steps each rank has made at a version; on arrival, in the mean."""
+        return version * self.steps_per_version // self.updates_per_step
 
     @property
     def updates_per_step(self) -> int:
@@ -243,6 +250,7 @@ class JobConfig:
             JobMismatch: naming the first fact that differs, both values, and the way out.
         """
         ours, stored_facts = self.facts(), stored.facts()
+        self._must_agree_on_optimizer(stored)
         for what in _AGREED:
             mine, theirs = ours.get(what), stored_facts.get(what)
             if what == "average" and theirs is None and mine is not None:
@@ -255,6 +263,28 @@ class JobConfig:
                     f"job {self.name!r} exists with {what}={theirs!r}, this process has {what}={mine!r}. "
                     f"Use the stored value, or another job name to start over."
                 )
+
+    def _must_agree_on_optimizer(self, stored: JobConfig) -> None:
+        """A script may say what the job began with, or what it has now."""
+        now = stored.optimizer
+        for change in stored.changes:
+            now = change.applied_to(now)
+        mine, theirs = self.optimizer, stored.optimizer
+        if mine in (theirs, now):
+            return
+        wrong = [name for name in {**theirs, **mine} if mine.get(name) != now.get(name)]
+        first = wrong[0] if "name" not in wrong else "name"
+        what = "optimizer" if first == "name" else first
+        way = ""
+        if all(name in NUMBERS for name in wrong):
+            to_set = " ".join(f"{name}={mine.get(name) or 0}" for name in wrong)
+            way = f"`psa job set {self.name} {to_set}` changes it from now on. "
+            if any(isinstance(mine.get(name), dict) for name in wrong):
+                way = f"`psa job set {self.name} lr=…` gives it another constant rate from now on. "
+        raise JobMismatch(
+            f"job {self.name!r} exists with {what}={now.get(first)!r}, this process has {what}={mine.get(first)!r}. "
+            f"{way}Use the stored value, or another job name to start over."
+        )
 
 
 def job_config_from_json(text: str, what: str = "the stored job configuration") -> JobConfig:

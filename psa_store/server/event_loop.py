@@ -20,7 +20,6 @@ from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe.metrics import Metrics
-from psa_store.optim import Optimizer
 from psa_store.server.arithmetic import Arithmetic
 from psa_store.server.committer import Committer
 from psa_store.server.frame_handler import FrameHandler
@@ -57,7 +56,6 @@ class EventLoop:
         config: JobConfig,
         layout: Layout,
         wire: WireLayout,
-        optimizer: Optimizer,
         threads: int,
         listeners: Sequence[socket.socket],
         lease: Lease,
@@ -90,7 +88,6 @@ class EventLoop:
         self._serving = Serving(
             config=config,
             layout=layout,
-            optimizer=optimizer,
             arithmetic=self._arithmetic,
             committer=self._committer,
             frames=self._frames,

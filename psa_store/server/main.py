@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, suppress
 
 import torch
 
-from psa_store import logs, optim
+from psa_store import logs
 from psa_store.checkpoint.catalog import CheckpointPolicy
 from psa_store.checkpoint.take import take_at_end
 from psa_store.cluster import Member, ProcessRole
@@ -81,7 +81,6 @@ def serve(job: str, settings: Settings) -> None:
         if found is None:
             return
         config, layout = found
-        optimizer = optim.from_dict(config.server_optimizer)
         journal = stack.enter_context(closing(Journal(settings.journal, "server", member_id)))
         tcp, address = listen_tcp(settings.bind)
         local_name = f"psa-{member_id}"
@@ -108,7 +107,7 @@ def serve(job: str, settings: Settings) -> None:
             events=events,
             wake=woken.set,
         )
-        loader = ShardLoader(config, layout, wire, optimizer, store, journal)
+        loader = ShardLoader(config, layout, wire, store, coordination, journal)
         plan_follower = PlanFollower(
             member=member,
             coordination=coordination,
@@ -124,7 +123,6 @@ def serve(job: str, settings: Settings) -> None:
             config=config,
             layout=layout,
             wire=wire,
-            optimizer=optimizer,
             threads=settings.server_threads,
             listeners=[tcp] if local is None else [tcp, local],
             lease=coordination.lease,

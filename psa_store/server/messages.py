@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from psa_store.cluster import Cut, Plan
 from psa_store.consistency.instructions import Applied, Copied, Measured, Moved, Report
+from psa_store.optim.history import OptimizerHistory
 from psa_store.server.shard import OwnedShard
 from psa_store.storage import Manifest
 from psa_store.wire import SharedMemory
@@ -25,14 +26,15 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Serve these shards under this plan. ``memory``: where their parameters are published; ``peers``: connections to
-    the other servers of the plan."""
+    """Serve these shards under this plan. ``memory``: where their parameters are published; ``history``: the
+    optimizer of each step; ``peers``: connections to the other servers of the plan."""
 
     member: str
     """The name of this server in the plan: it is another after its session has expired."""
     plan: Plan
     owned_shards: Mapping[int, OwnedShard]
     memory: SharedMemory
+    history: OptimizerHistory
     peers: Mapping[str, socket.socket]
 
 

@@ -209,18 +209,19 @@ class PlanFollower:
             event_loop.post(Revise(plan))
             self._plan = plan
             return
+        history = self._loader.history()
         held = self._release(event_loop, plan.term)
         mine = plan.shards_of(self._member.id)
         memory = SharedMemory.create(self._member.id, self._memory_bytes)
         try:
-            owned_shards = self._loader.load(plan, mine, held, memory)
+            owned_shards = self._loader.load(plan, mine, held, memory, history)
         except NotLoaded as error:
             self._ask_for_take_over(plan.term, str(error))
             self._announce()
         else:
             failpoint("serve.loaded")
             peers = self._reach_others(plan) if mine else {}
-            event_loop.post(Serve(self._member.id, plan, owned_shards, memory, peers))
+            event_loop.post(Serve(self._member.id, plan, owned_shards, memory, history, peers))
         self._plan = plan
 
     def _reach_others(self, plan: Plan) -> dict[str, socket.socket]:

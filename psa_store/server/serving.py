@@ -12,7 +12,6 @@ from psa_store.cluster import Plan
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.observe.metrics import Metrics
-from psa_store.optim import Optimizer
 from psa_store.server.aggregator import Aggregator, Tools, make_aggregator
 from psa_store.server.arithmetic import Arithmetic
 from psa_store.server.committer import Committer
@@ -29,7 +28,6 @@ class Serving:
         *,
         config: JobConfig,
         layout: Layout,
-        optimizer: Optimizer,
         arithmetic: Arithmetic,
         committer: Committer,
         frames: FrameHandler,
@@ -50,7 +48,6 @@ class Serving:
         self._tools = Tools(
             config=config,
             layout=layout,
-            optimizer=optimizer,
             arithmetic=arithmetic,
             committer=committer,
             shared_parameters=frames.parameters,
@@ -77,7 +74,7 @@ class Serving:
         plan = serve.plan
         if plan.servers:
             self._is_first = plan.servers[0].id == serve.member
-        aggregator = make_aggregator(self._tools, plan, dict(serve.owned_shards))
+        aggregator = make_aggregator(self._tools, plan, dict(serve.owned_shards), serve.history)
         self._frames.begin(serve.member, serve.memory, aggregator)
         for server, sock in serve.peers.items():
             self._frames.add_peer(server, sock)

@@ -20,6 +20,7 @@ from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.sampling import rounding_stream
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim import Optimizer
+from psa_store.optim.history import OptimizerHistory
 from psa_store.optim.kernels import ShardKernel, init_slots
 from psa_store.optim.note import PLAIN, GradientNote, left_out
 from psa_store.optim.slots import slot_dtype, slot_names
@@ -72,6 +73,8 @@ class OwnedShard:
         self._layout = layout
         self._wire = wire
         self._optimizer = optimizer
+        self.history = OptimizerHistory(optimizer)
+        """The optimizer of each step."""
         self.opt_step = 0
         self.clocks = [0] * clocks
         """By rank, how many of its pushes are in this shard, where each is an update of its own."""
@@ -240,6 +243,10 @@ class OwnedShard:
 
     def _update(self, ranks: Sequence[int], scratch: Tensor, *, step: int, grad_scale: float) -> None:
         """Update with the mean of the gradients of these ranks, all tensors that one of them gave a gradient."""
+        optimizer = self.history.at(step)
+        if optimizer is not self._optimizer:
+            self._optimizer = optimizer
+            self._make_kernel()
         assert self._kernel is not None
         absent: frozenset[int] = frozenset()
         if self._notes:

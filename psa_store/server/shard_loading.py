@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from psa_store import logs
+from psa_store.checkpoint.change import newest_config
 from psa_store.cluster import Plan, newest_common
 from psa_store.compression import NONE
+from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, Fenced, Rewound
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.job.wire_layout import WireLayout
-from psa_store.optim import Optimizer
+from psa_store.optim.history import OptimizerHistory, of_servers
 from psa_store.server.messages import Released
 from psa_store.server.shard import OwnedShard
 from psa_store.storage import Head, RedisStore
@@ -35,20 +37,26 @@ class ShardLoader:
         config: JobConfig,
         layout: Layout,
         wire: WireLayout,
-        optimizer: Optimizer,
         store: RedisStore,
+        coordination: Coordination,
         journal: Journal,
     ) -> None:
         self._config = config
         self._job = config.name
         self._layout = layout
         self._wire = wire
-        self._optimizer = optimizer
+        self._coordination = coordination
         self._store = store
         self._journal = journal
         self._log = logs.get_logger()
 
-    def load(self, plan: Plan, shards: Sequence[int], held: Released, memory: SharedMemory) -> dict[int, OwnedShard]:
+    def history(self) -> OptimizerHistory:
+        """What servers apply in the term that begins, with all changes; raises DependencyUnreachable."""
+        return of_servers(newest_config(self._store, self._coordination, self._job))
+
+    def load(
+        self, plan: Plan, shards: Sequence[int], held: Released, memory: SharedMemory, history: OptimizerHistory
+    ) -> dict[int, OwnedShard]:
         """Read these shards. ``held``: what this server served before, and need not read again.
 
         Raises:
@@ -59,17 +67,22 @@ class ShardLoader:
         if any(head.term != plan.term or head.manifest(self._version(i, plan)) is None for i, head in heads.items()):
             raise NotLoaded("the shards in Redis are not as the plan left them")
         with ThreadPoolExecutor(_LOADERS, thread_name_prefix="psa-load") as loaders:
-            load = partial(self._load_one, plan=plan, held=held, memory=memory)
+            load = partial(self._load_one, plan=plan, held=held, memory=memory, history=history)
             found = list(loaders.map(load, [heads[index] for index in shards]))
         damaged = [each for each in found if isinstance(each, NotLoaded)]
         if damaged:
             raise damaged[0]
-        return {owned.shard.index: owned for owned in found if isinstance(owned, OwnedShard)}
+        owned_shards = {owned.shard.index: owned for owned in found if isinstance(owned, OwnedShard)}
+        for owned in owned_shards.values():
+            owned.history = history
+        return owned_shards
 
     def _version(self, shard: int, plan: Plan) -> int:
         return 0 if self._layout.shards[shard].role is TensorRole.FROZEN else plan.resume
 
-    def _load_one(self, head: Head, plan: Plan, held: Released, memory: SharedMemory) -> OwnedShard | NotLoaded:
+    def _load_one(
+        self, head: Head, plan: Plan, held: Released, memory: SharedMemory, history: OptimizerHistory
+    ) -> OwnedShard | NotLoaded:
         version = self._version(head.shard, plan)
         manifest = head.manifest(version)
         assert manifest is not None
@@ -83,7 +96,7 @@ class ShardLoader:
             self._layout.shards[head.shard],
             self._layout,
             self._wire,
-            self._optimizer,
+            history.at(0),
             memory,
             config.clocks,
             movements=config.compression if config.publishes_movements else NONE,

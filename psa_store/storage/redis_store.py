@@ -98,6 +98,11 @@ class RedisStore:
         if [text(each) for each in stored] != [config_json, layout_json]:
             raise JobMismatch(f"job {job!r} was created by another process at the same time: run again to join it")
 
+    def replace_config(self, job: str, before: str, after: str) -> bool:
+        """Put another configuration in place of exactly this one; False if there is another."""
+        (reply,) = self._caller.functions([("psa_replace", [keys.config(job)], [before, after])])
+        return bool(reply[0] == b"ok")
+
     def read_job(self, job: str) -> tuple[str, str] | None:
         """The job's configuration and layout as they were created; None if there is no such job."""
         found: list[Any] = self._caller.retrying(lambda: self._client.mget(keys.config(job), keys.layout(job)))

@@ -69,7 +69,7 @@ class WorkerHealth:
     progress: Progress
     membership: Membership
     traffic: Traffic
-    optimizer: Optimizer
+    optimizer_at: Callable[[int], Optimizer]
     lease_left_s: Callable[[], float]
 
     @property
@@ -94,7 +94,7 @@ class WorkerHealth:
             values["term"] = standing.plan.term
         if step is not None:
             values["step"] = step
-            values["learning_rate"] = self.optimizer.lr_at(step)
+            values["learning_rate"] = self.optimizer_at(step).lr_at(step)
         if loss is not None:
             values["loss"] = float(loss)
         for name, value in values.items():

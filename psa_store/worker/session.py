@@ -22,10 +22,11 @@ from typing import Protocol
 
 from psa_store import logs
 from psa_store.cluster import Plan
-from psa_store.errors import Disconnected, Refused
+from psa_store.errors import DependencyUnreachable, Disconnected, Refused
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
+from psa_store.optim.history import of_ranks
 from psa_store.testing import failpoints
 from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Kind
@@ -49,6 +50,8 @@ class Tools:
     servers: ServerConnections
     membership: Membership
     journal: Journal
+    read_config: Callable[[], JobConfig]
+    """What the job is now, with all its changes; raises DependencyUnreachable."""
 
 
 class Follower(Protocol):
@@ -88,6 +91,9 @@ class PlanSession:
         self._layout = tools.layout
         self._job = tools.config.name
         self._follower = follower
+        self._read_config = tools.read_config
+        self.history = of_ranks(tools.config)
+        """The optimizer of each step, as it is in this term."""
         self._log = logs.get_logger()
         self._standing: Standing | None = None
         self._needed = (0, 0)
@@ -99,8 +105,6 @@ class PlanSession:
         """Both are asked once: a step passes many places that do something for tests only."""
         self.leaving = False
         """The worker was told to leave, by a signal."""
-        self.finished = False
-        """All steps are done and durable."""
         self.stands = False
         """Whether this worker stands in the newest plan's term with all servers, as far as it knows."""
         self.term: int | None = None
@@ -130,6 +134,11 @@ class PlanSession:
         if plan.term != self.term:
             self.lose(f"term {plan.term}")
             self._adopt(standing, plan)
+            try:
+                self.history = of_ranks(self._read_config())
+            except DependencyUnreachable as error:
+                self._log.warning("waiting for a dependency", error=str(error))
+                return False
             if not (self._servers.connect(self._job, standing.member) and self._follower.load(plan)):
                 return False
             self.term = plan.term
@@ -229,18 +238,22 @@ class PlanSession:
         self._frozen_missing = ()
         return True
 
+    def finish(self, servers: Iterable[str], version: int) -> bool:
+        """Have these servers commit the job's last version; False if there is something else to do before."""
+        finished = self.make_durable(servers, version)
+        if finished:
+            self._journal.record("finished", version=version)
+        return finished
+
     def make_durable(self, servers: Iterable[str], version: int) -> bool:
-        """Have these servers commit a version, the job's last; False if there is something else to do before."""
+        """Have these servers commit a version that they have; False if there is something else to do before."""
         self._durable.clear()
         wanted = set(servers)
-        self.finished = self.ask(
+        return self.ask(
             lambda: self._servers.finish(wanted, version),
             lambda: self._durable >= wanted,
             self.plan_is_over,
         )
-        if self.finished:
-            self._journal.record("finished", version=version)
-        return self.finished
 
     def _place(self, header: Header) -> memoryview:
         if header.shard >= len(self._layout.shards):

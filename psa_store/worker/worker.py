@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from psa_store import logs
+from psa_store.checkpoint.change import change_job, newest_config
 from psa_store.cluster import NO_WORKER, ProcessRole
 from psa_store.config import fill_addresses, load_settings
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import PsaError, UsageError
 from psa_store.job.average import Average
+from psa_store.job.change import Numbers
 from psa_store.job.config import check_job_name
 from psa_store.job.layout import make_layout
 from psa_store.job.mode import parse_mode
@@ -245,6 +247,7 @@ class Worker:
                     servers=servers,
                     membership=self._membership,
                     journal=journal,
+                    read_config=lambda: newest_config(store, coordination, name),
                 ),
                 may_share=settings.carrier == "auto",
             )
@@ -252,8 +255,14 @@ class Worker:
             self._average = AverageInModel(self._config, self._layout, self._flat_model, self._membership, store)
             metrics = Metrics(ProcessRole.WORKER, member)
             health = WorkerHealth(
-                metrics, self._progress, self._membership, servers.traffic, self._optimizer, coordination.lease_left_s
+                metrics,
+                self._progress,
+                self._membership,
+                servers.traffic,
+                lambda step: self._strategy.session.history.at(step),
+                coordination.lease_left_s,
             )
+            self._change_job = partial(change_job, store, coordination, name)
             if settings.monitor:
                 stack.enter_context(closing(Monitor(name, metrics, health, settings)))
             self._resources = stack.pop_all()
@@ -403,6 +412,40 @@ class Worker:
         if not self._opened or (self._progress.step is None and not self.finished):
             raise UsageError("worker.average() before the first batch, with which the job's parameters come, or after")
         return self._average.show()
+
+    def change(
+        self, *, lr: float | None = None, weight_decay: float | None = None, clip_grad_norm: float | None = None
+    ) -> None:
+        """Change numbers of the optimizer from the present version on, for all ranks and for good.
+
+        To be called where :attr:`is_main`, between :meth:`step` and the next batch. The job keeps the change with the
+        version: it is what it was after a resume, a rollback or a fork. It takes about as long as a take-over.
+
+        Args:
+            lr: a constant rate from now on.
+            clip_grad_norm: 0 for no limit.
+
+        Raises:
+            UsageError: there is a batch, this worker is not main, a number is not possible, or the mode has no version
+                that all ranks share; then `psa job set` does it.
+            DependencyUnreachable: Redis or ZooKeeper does not answer.
+        """
+        numbers = Numbers(lr, weight_decay, clip_grad_norm)
+        if self._current is not None or not self.is_main:
+            raise UsageError(
+                f"{script_line()}: worker.change() comes between worker.step() and the next batch, where is_main"
+            )
+        if not self._config.keeps_script_state:
+            raise UsageError(
+                f"{script_line()}: worker.change() goes with mode sync, without backup and speculate; in mode "
+                f"{self._config.mode} use `psa job set {self._wanted.name} {numbers}`"
+            )
+        session, version = self._strategy.session, self._strategy.version
+        while not (session.settle() and session.make_durable([each.id for each in session.plan.servers], version)):
+            if session.leaving:
+                return
+            session.wait()
+        self._change_job(numbers)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""

@@ -40,7 +40,6 @@ from psa_store.errors import Refused
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.observe.metrics import Metrics
-from psa_store.optim import Optimizer
 from psa_store.optim.kernels import make_scratch
 from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.server.arithmetic import Arithmetic, ShardWork
@@ -66,7 +65,6 @@ class Tools:
 
     config: JobConfig
     layout: Layout
-    optimizer: Optimizer
     arithmetic: Arithmetic
     committer: Committer
     shared_parameters: SharedParameters

@@ -27,6 +27,7 @@ from psa_store.consistency.instructions import (
 )
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
+from psa_store.optim.history import OptimizerHistory
 from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.optim.rank_state import rank_state_of
 from psa_store.optim.reduce import clip_factor
@@ -43,7 +44,10 @@ from psa_store.wire import Connection, Flag, Header, Kind, SharedMemory
 class SyncAggregator(Aggregator):
     """Carries out what :class:`~psa_store.consistency.SyncStep` decides."""
 
-    def __init__(self, tools: Tools, plan: Plan, owned_shards: Mapping[int, OwnedShard]) -> None:
+    def __init__(
+        self, tools: Tools, plan: Plan, owned_shards: Mapping[int, OwnedShard], history: OptimizerHistory
+    ) -> None:
+        self._history = history
         config = tools.config
         roles = {i: owned.shard.role for i, owned in owned_shards.items()}
         self._exchanges_in_turn = config.mode.fragments > 1
@@ -54,7 +58,7 @@ class SyncAggregator(Aggregator):
             trained=[i for i, role in roles.items() if role is TensorRole.TRAINED],
             buffers=[i for i, role in roles.items() if role is TensorRole.BUFFER],
             all_shards=[shard.index for shard in tools.layout.versioned],
-            needs_norms=tools.optimizer.clip_grad_norm is not None,
+            needs_norms=history.clips,
             backup=config.mode.backup,
             # No method of this: in a cycle, the shards of a term that is over would keep their memory for long.
             pushed=partial(_is_pushed, config, tools.layout) if self._exchanges_in_turn else None,
@@ -154,7 +158,7 @@ class SyncAggregator(Aggregator):
 
     def _apply(self, apply: Apply) -> None:
         """Update all shards in place: no worker reads the present version in this memory any more."""
-        step, limit = apply.step, self._tools.optimizer.clip_grad_norm
+        step, limit = apply.step, self._history.at(apply.step).clip_grad_norm
         if self._exchanges_in_turn:
             self._changed = self._changed_by(step)
         if self._failpoints:

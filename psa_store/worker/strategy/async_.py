@@ -23,7 +23,6 @@ from psa_store.cluster import Plan
 from psa_store.consistency.worker_instructions import AskClocks, Compute, Finish, Listen
 from psa_store.consistency.worker_pushes import Bring, Drop, Forget, PushAgain, WorkerPushes
 from psa_store.job.layout import Shard, TensorRole
-from psa_store.optim import from_dict
 from psa_store.optim.note import GradientNote
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
@@ -67,8 +66,6 @@ class AsyncStrategy:
         self._log = logs.get_logger()
         self._pool = GradientPool(tools.layout, tools.wire)
         self._push = GradientPush(tools, self.session, self._residual)
-        self._clip = from_dict(tools.config.optimizer).clip_grad_norm
-        self._waits_for_whole = self._clip is not None or tools.config.skip_nonfinite
         self._trained = [shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)]
         self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
         self._pushes = WorkerPushes(tools.steps, tools.config.window)
@@ -78,6 +75,8 @@ class AsyncStrategy:
         self._awaited: tuple[int, int] | None = None
         self._gradients: GradientMemory
         self._finite = True
+        self._clip: float | None = None
+        self._waits_for_whole = False
         self._told_cut: tuple[int, str] | None = None
         """Term and barrier of the checkpoint of which the servers were told, on these connections."""
         self._cut_at: tuple[str, dict[int, int]] | None = None
@@ -113,7 +112,7 @@ class AsyncStrategy:
                     return RankStep(step, rank)
                 case Finish(last):
                     version = last * self._config.ranks
-                    if self._fetch_last(last, version) and session.make_durable(session.owners, version):
+                    if self._fetch_last(last, version) and session.finish(session.owners, version):
                         return None
                 case Listen():
                     session.wait()
@@ -122,6 +121,8 @@ class AsyncStrategy:
     def begin(self, rank_step: RankStep) -> None:
         self._finite = True
         self._push.begin(rank_step, self._gradients)
+        self._clip = self.session.history.at(rank_step.step).clip_grad_norm
+        self._waits_for_whole = self._clip is not None or self._config.skip_nonfinite
         # Where something must be known of the whole gradient before, none of it is pushed until it is here.
         self._flat_model.begin(self._gradients, None if self._waits_for_whole else self._push.push)
 

@@ -10,7 +10,7 @@ from psa_store.errors import NonFiniteGradient
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard
 from psa_store.job.sampling import rounding_stream
-from psa_store.optim import from_dict
+from psa_store.optim import Optimizer, from_dict
 from psa_store.optim.kernels import ShardKernel, init_slots
 from psa_store.optim.rank_state import LOCAL, RESIDUAL, START
 from psa_store.optim.slots import MASTER
@@ -30,11 +30,9 @@ class LocalRank:
         self._layout = layout
         self._parameters = parameters
         self.memory = memory or _new_memory(config, layout, parameters)
+        self._optimizer: Optimizer | None = None
         self._kernels: dict[int, ShardKernel] = {}
-        for shard in parameters.trained:
-            model, parts = parameters.model[shard.index], self.memory.parts[shard.index]
-            slots = {name: tensor for name, tensor in parts.items() if name not in (START, LOCAL, RESIDUAL)}
-            self._kernels[shard.index] = ShardKernel(from_dict(config.optimizer), layout, shard, model, slots)
+        """They apply this optimizer, if it has been used already."""
         self.buffers: list[tuple[int, Tensor]] = []
         """Those of the model after its last step, by shard, if all ranks get them."""
         self.pushed: list[tuple[int, Tensor]] = []
@@ -50,8 +48,11 @@ class LocalRank:
                 parts[MASTER].copy_(parts[LOCAL])
         self._parameters.show_buffers()
 
-    def apply(self, gradients: GradientMemory, step: int, factor: float) -> None:
+    def apply(self, gradients: GradientMemory, step: int, factor: float, optimizer: Optimizer) -> None:
         """Make a step of its own, in the model."""
+        if optimizer is not self._optimizer:
+            self._optimizer = optimizer
+            self._make_kernels(optimizer)
         scratch, updates = self._parameters.scratch, self.memory.updates
         absent = gradients.note.absent
         for shard, kernel in self._kernels.items():
@@ -59,6 +60,12 @@ class LocalRank:
                 [gradients.numbers[shard]], scratch, step=step, opt_step=updates, grad_scale=factor, absent=absent
             )
         self.memory.updates += 1
+
+    def _make_kernels(self, optimizer: Optimizer) -> None:
+        for shard in self._parameters.trained:
+            model, parts = self._parameters.model[shard.index], self.memory.parts[shard.index]
+            slots = {name: tensor for name, tensor in parts.items() if name not in (START, LOCAL, RESIDUAL)}
+            self._kernels[shard.index] = ShardKernel(optimizer, self._layout, shard, model, slots)
 
     def leave_model(self, *, with_buffers: bool) -> None:
         """The last step of the round is made: keep what is in the model."""

@@ -27,7 +27,6 @@ from psa_store.consistency.worker_instructions import Await, Compute, Finish, Li
 from psa_store.errors import UsageError
 from psa_store.job.layout import Shard
 from psa_store.job.wire_layout import WireLayout
-from psa_store.optim import from_dict
 from psa_store.optim.tensors import as_bytes
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
@@ -65,7 +64,6 @@ class LocalSGDStrategy:
         self._log = logs.get_logger()
         # A gradient that does not travel is not rounded for the way.
         self._pool = GradientPool(layout, WireLayout(layout))
-        self._clip = from_dict(config.optimizer).clip_grad_norm
         self._states = RankStates(tools, self.session, last)
         self._parameters = GlobalParameters(tools)
         self._gradients: GradientMemory
@@ -108,10 +106,10 @@ class LocalSGDStrategy:
                 case Listen() | Watch(last=None):
                     session.wait()
                 case Watch(int() as last):
-                    if session.make_durable(session.owners, last):
+                    if session.finish(session.owners, last):
                         machine.ended()
                 case Finish(last):
-                    if self._fetch_last(last) and session.make_durable(session.owners, last):
+                    if self._fetch_last(last) and session.finish(session.owners, last):
                         return None
         return None
 
@@ -126,7 +124,7 @@ class LocalSGDStrategy:
         turn, rank = self._turn, self._ranks[self._turn.rank]
         factor = self._grad_factor()
         if factor is not None:
-            rank.apply(self._gradients, turn.step, factor)
+            rank.apply(self._gradients, turn.step, factor, self.session.history.at(turn.step))
         self._pool.release()
         self._flat_model.show_parameters()
         self.version = turn.step + 1
@@ -161,7 +159,8 @@ class LocalSGDStrategy:
             return None
         if gradients.note.weight == 0.0:
             return None
-        return 1.0 if self._clip is None else gradients.clip_factor(self._clip)
+        clip = self.session.history.at(turn.step).clip_grad_norm
+        return 1.0 if clip is None else gradients.clip_factor(clip)
 
     def _push_round(self, rank: int, number: int) -> None:
         """Push what this rank has moved in the shards that are exchanged now, and its state, if that is due."""

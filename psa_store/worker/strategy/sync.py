@@ -76,7 +76,7 @@ class SyncStrategy:
         while (decided := self._decide()) is not None:
             match decided:
                 case Finish(version):
-                    if self.session.make_durable([server.id for server in self.session.plan.servers], version):
+                    if self.session.finish([server.id for server in self.session.plan.servers], version):
                         return None
                 case Compute(step, rank) | Help(step, rank):
                     if not self._take_gradient_memory(step):

@@ -1,0 +1,102 @@
+"""Change numbers of a job that runs or rests, from a version on: a new term that begins with the change.
+
+Take a term, seal, write the change into the job's configuration, publish a plan that begins at the newest version that
+all shards have committed. What is newer is computed again, with the new numbers. Killed before the change is written,
+nothing has changed; after it, the next term begins with it.
+
+Redis and ZooKeeper both have the configuration, and changes are only ever added: where one of them has fewer, it has
+been set back, or its writer has died, and it is brought up to date.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from psa_store import logs
+from psa_store.checkpoint.catalog import read_job
+from psa_store.cluster import Phase
+from psa_store.coordination import Coordination
+from psa_store.errors import DependencyUnreachable, Fenced, Rewound
+from psa_store.job.change import Change, Numbers
+from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.storage import RedisStore
+from psa_store.testing.failpoints import failpoint
+
+_TRIES_MAX = 10
+"""Each fails only if another process began a term, or changed the job, meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """From which version on a change counts, and in which term that begins."""
+
+    version: int
+    term: int
+
+
+def change_job(store: RedisStore, coordination: Coordination, job: str, numbers: Numbers) -> Changed:
+    """Let ``numbers`` count from the newest version that is durable.
+
+    Raises:
+        UnknownJob: there is no such job.
+        DependencyUnreachable: Redis or ZooKeeper does not answer, or other terms began all the time.
+    """
+    log = logs.get_logger()
+    for _ in range(_TRIES_MAX):
+        seen = coordination.read_plan()
+        before = seen.plan if seen else None
+        config = newest_config(store, coordination, job)
+        stored = read_job(store, job)
+        known = max((head.term for head in stored.heads.values()), default=0)
+        term = coordination.next_term(at_least=max(known, before.term if before else 0))
+        try:
+            store.seal(job, stored.heads, term, stored.layout.fingerprint)
+            version = stored.reread(store).version_of(None)
+            store.trim(job, [shard.index for shard in stored.layout.versioned], term, version)
+        except (Fenced, Rewound) as error:
+            log.info("a controller was faster: again", term=term, why=str(error))
+            continue
+        changed = replace(config, changes=(*config.changes, Change(config.step_of(version), numbers)))
+        if not store.replace_config(job, config.to_json(), changed.to_json()):
+            continue
+        failpoint("change.written")
+        coordination.replace_config(changed)
+        if seen is not None and before is not None and before.owners:
+            plan = replace(
+                before,
+                term=term,
+                revision=before.revision + 1,
+                resume=version,
+                phase=Phase.RUN,
+                freeze_revision=None,
+                stop_version=None,
+                cut=None,
+            )
+            coordination.write_plan(plan, seen)  # a controller that was faster begins a term with the change as well
+        return Changed(version, term)
+    raise DependencyUnreachable(
+        f"job {job!r}: {_TRIES_MAX} terms began while it was to be changed. See `psa status {job}`, and repeat."
+    )
+
+
+def newest_config(store: RedisStore, coordination: Coordination, job: str) -> JobConfig:
+    """What the job is, with all its changes; Redis or ZooKeeper is brought up to date, if one of them is behind.
+
+    Raises:
+        UnknownJob: neither has such a job.
+        DependencyUnreachable: Redis or ZooKeeper does not answer.
+    """
+    for _ in range(_TRIES_MAX):
+        text, _ = store.read_job(job) or (None, None)
+        there = coordination.read_config()
+        if text is None:
+            return there or read_job(store, job).config
+        here = job_config_from_json(text)
+        if there is None or len(there.changes) == len(here.changes):
+            return here
+        if len(there.changes) < len(here.changes):
+            coordination.replace_config(here)
+            return here
+        if store.replace_config(job, text, there.to_json()):
+            return there
+    raise DependencyUnreachable(f"job {job!r}: it is being changed all the time")

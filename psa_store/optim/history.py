@@ -1,0 +1,42 @@
+"""The optimizer of each step: that with which the job began, and what was changed since. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+from psa_store.job.change import Change
+from psa_store.job.config import JobConfig
+from psa_store.optim.spec import Optimizer, from_dict
+
+
+class OptimizerHistory:
+    """Immutable. ``first``: the optimizer of step 0. Later changes win where their steps are the same."""
+
+    def __init__(self, first: Optimizer, changes: Iterable[Change] = ()) -> None:
+        self._steps: list[int] = []
+        self._optimizers = [first]
+        document = first.to_dict()
+        for change in changes:
+            document = change.applied_to(document)
+            self._steps.append(change.step)
+            self._optimizers.append(from_dict(document))
+
+    def at(self, step: int) -> Optimizer:
+        """The optimizer that makes the update of ``step``; the same object as long as it is the same."""
+        return self._optimizers[bisect_right(self._steps, step)]
+
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped in some step."""
+        return any(each.clip_grad_norm is not None for each in self._optimizers)
+
+
+def of_ranks(config: JobConfig) -> OptimizerHistory:
+    """The job's optimizer, as the script gave it: applied by servers, or in rounds by each rank."""
+    return OptimizerHistory(from_dict(config.optimizer), config.changes)
+
+
+def of_servers(config: JobConfig) -> OptimizerHistory:
+    """What servers apply: in rounds, to what ranks have moved; nothing of that changes."""
+    return OptimizerHistory(from_dict(config.server_optimizer), () if config.ranks_update else config.changes)
