@@ -20,7 +20,6 @@ from psa_store.errors import DependencyUnreachable, Fenced, Rewound
 from psa_store.job.change import Change, Numbers
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.storage import RedisStore
-from psa_store.testing.failpoints import failpoint
 
 _TRIES_MAX = 10
 """Each fails only if another process began a term, or changed the job, meanwhile."""
@@ -59,7 +58,6 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
         changed = replace(config, changes=(*config.changes, Change(config.step_of(version), numbers)))
         if not store.replace_config(job, config.to_json(), changed.to_json()):
             continue
-        failpoint("change.written")
         coordination.replace_config(changed)
         if seen is not None and before is not None and before.owners:
             plan = replace(

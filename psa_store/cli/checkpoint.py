@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import closing, suppress
 from dataclasses import asdict
 from typing import Annotated
 
@@ -25,9 +24,9 @@ from psa_store.cli.options import Job, Json, Yes, confirm, reach
 from psa_store.cli.transfer import export_files, import_files
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
+from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.config import check_job_name
-from psa_store.observe import Event, EventKind, JobHistory
+from psa_store.observe import Event, EventKind, add_if_possible
 from psa_store.observe.formatting import date, size
 from psa_store.storage import RedisStore
 
@@ -166,8 +165,7 @@ def checkpoint_rollback(job: Job, what: What, yes: Yes = False) -> None:
         loss = f" Versions {', '.join(map(str, lost))} are lost." if lost else ""
         confirm(f"Job {job} returns to version {version}.{loss}", yes)
         done = roll_back(store, coordination, job, what)
-        if settings.monitor:
-            _tell_history(job, what, done, settings)
+        _tell_history(job, what, done, settings)
     print(f"job {job} is at version {done.version}, term {done.term}")
 
 
@@ -281,5 +279,4 @@ def _tell_history(job: str, what: str, done: RolledBack, settings: Settings) -> 
     name = "" if what == str(done.version) else f"checkpoint {what}, "
     text = f"the job was told to go back to {name}version {done.version}; term {done.term} began there"
     event = Event(time.time(), EventKind.ROLLBACK, text, term=done.term, version=done.version)
-    with suppress(DependencyUnreachable), closing(JobHistory.from_settings(job, settings)) as history:
-        history.add(event)  # the job has gone back, written here or not
+    add_if_possible(job, settings, event)

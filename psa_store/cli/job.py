@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
 
 from psa_store.checkpoint.catalog import read_job
+from psa_store.checkpoint.change import change_job
 from psa_store.checkpoint.removal import check_removable, remove_job
 from psa_store.cli.options import Yes, confirm, reach
 from psa_store.coordination import Coordination
-from psa_store.errors import DataIntegrity, UnknownJob
+from psa_store.errors import DataIntegrity, UnknownJob, UsageError
+from psa_store.job.change import NUMBERS, Numbers
 from psa_store.job.config import check_job_name
+from psa_store.observe import Event, EventKind, add_if_possible
 from psa_store.observe.formatting import size
 from psa_store.storage import RedisStore
 
@@ -21,6 +25,50 @@ app = typer.Typer(name="job", help="A job as a whole.")
 @app.callback()
 def _job() -> None:
     """A job as a whole. `psa status` lists all jobs."""
+
+
+@app.command("set")
+def job_set(
+    name: Annotated[str, typer.Argument(help="name of the job")],
+    numbers: Annotated[list[str], typer.Argument(help="lr=, weight_decay=, clip_grad_norm= (0: no limit)")],
+    yes: Yes = False,
+) -> None:
+    """Change numbers of a job's optimizer, from its newest durable version on. It may run or rest.
+
+    A job that runs goes back to that version, at most commit_every steps, and on with the change. The change belongs to
+    the job: it is there after a resume, a rollback, in a fork and in exports. The script may say either what the job
+    began with, or what it has now.
+
+    Example: psa job set shakespeare lr=1e-4 clip_grad_norm=0.5
+    """
+    wanted = _numbers(numbers)
+    settings = reach("job")
+    with (
+        RedisStore.from_settings(settings) as store,
+        Coordination.from_settings(settings, check_job_name(name)) as coordination,
+    ):
+        store.check()
+        version = read_job(store, name).version_of(None)
+        confirm(f"Job {name} goes on from version {version} with {wanted}.", yes)
+        done = change_job(store, coordination, name, wanted)
+        text = f"from version {done.version} on {wanted}; term {done.term} began there"
+        event = Event(time.time(), EventKind.CHANGED, text, term=done.term, version=done.version)
+        add_if_possible(name, settings, event)
+    print(f"job {name}: from version {done.version} on {wanted}")
+
+
+def _numbers(texts: list[str]) -> Numbers:
+    """Read ``lr=0.1`` and the like."""
+    given: dict[str, float] = {}
+    for each in texts:
+        name, _, value = each.partition("=")
+        if name not in NUMBERS:
+            raise UsageError(f"{each!r}: a job's {', '.join(NUMBERS)} can be set, as in lr=0.001")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            raise UsageError(f"{each!r}: {value!r} is no number") from None
+    return Numbers(**given)
 
 
 @app.command("rm")

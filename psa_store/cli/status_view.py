@@ -109,6 +109,7 @@ def _numbers(status: JobStatus) -> Text:
     if status.ranks is not None:
         facts = f"mode {status.mode}, {status.ranks} ranks, {status.shards} shards, "
         facts += f"{size(status.bytes)}, commits every {status.commit_every} steps"
+        facts += "".join(f"\nfrom step {each.step} on {each.numbers}" for each in status.changes)
         numbers.append(f"\n{facts}", style="dim")
     return numbers
 

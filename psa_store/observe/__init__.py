@@ -8,8 +8,19 @@ what cannot be written in time is not written.
 from psa_store.observe.endpoint import Endpoint
 from psa_store.observe.events import Event, EventKind, Events
 from psa_store.observe.health import Activity, Health
-from psa_store.observe.history import JobHistory
+from psa_store.observe.history import JobHistory, add_if_possible
 from psa_store.observe.monitor import Monitor
 from psa_store.observe.page.page import Page
 
-__all__ = ["Activity", "Endpoint", "Event", "EventKind", "Events", "Health", "JobHistory", "Monitor", "Page"]
+__all__ = [
+    "Activity",
+    "Endpoint",
+    "Event",
+    "EventKind",
+    "Events",
+    "Health",
+    "JobHistory",
+    "Monitor",
+    "Page",
+    "add_if_possible",
+]

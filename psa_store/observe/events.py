@@ -28,6 +28,8 @@ class EventKind(StrEnum):
     RECOVERED = "recovered"
     CHECKPOINT = "checkpoint"
     ROLLBACK = "rollback"
+    CHANGED = "changed"
+    """Of numbers of the optimizer."""
     FINISHED = "finished"
     SERVER_GONE = "server-gone"
     WORKER_GONE = "worker-gone"

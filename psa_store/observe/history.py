@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import closing, suppress
 from typing import TypeVar
 
 from psa_store.config import Settings
-from psa_store.errors import DataIntegrity
+from psa_store.errors import DataIntegrity, DependencyUnreachable
 from psa_store.job.document import Document, from_fields, to_text
 from psa_store.observe.curve import Point
 from psa_store.observe.events import Event
@@ -67,6 +68,13 @@ class JobHistory:
     def curve(self) -> list[Point]:
         """All points that can be read, the oldest first."""
         return _readable(Point, keys.curve(self._job), self._history.curve())
+
+
+def add_if_possible(job: str, settings: Settings, event: Event) -> None:
+    """Add an event of what was done to a job by a person or a script; it is done, written here or not."""
+    if settings.monitor:
+        with suppress(DependencyUnreachable), closing(JobHistory.from_settings(job, settings)) as history:
+            history.add(event)
 
 
 def _readable(kind: type[D], key: str, texts: Iterable[str]) -> list[D]:

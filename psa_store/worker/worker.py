@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
@@ -30,7 +31,7 @@ from psa_store.job.config import check_job_name
 from psa_store.job.layout import make_layout
 from psa_store.job.mode import parse_mode
 from psa_store.job.wire_layout import WireLayout
-from psa_store.observe import Monitor
+from psa_store.observe import Event, EventKind, Monitor, add_if_possible
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import Optimizer
 from psa_store.optim.note import checked_weight
@@ -445,7 +446,10 @@ class Worker:
             if session.leaving:
                 return
             session.wait()
-        self._change_job(numbers)
+        done = self._change_job(numbers)
+        text = f"the script said: from version {done.version} on {numbers}; term {done.term} began there"
+        event = Event(time.time(), EventKind.CHANGED, text, term=done.term, version=done.version)
+        add_if_possible(self._wanted.name, self._settings, event)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import cast
 
 from psa_store.cluster import Plan, Server
+from psa_store.job.config import JobConfig
+from psa_store.optim import SGD
 from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Kind, Reason
 from psa_store.worker.membership import Standing
@@ -31,8 +33,10 @@ class Scene:
             disconnect=lambda: None,
             pump=lambda timeout_s: [self.answers.pop()] if self.answers else [],
         )
+        config = JobConfig("demo", 1, 0, SGD().to_dict(), "layout")
         tools = SimpleNamespace(
-            config=SimpleNamespace(name="demo"),
+            config=config,
+            read_config=lambda: config,
             layout=SimpleNamespace(versioned=(), shards_of=lambda role: ()),
             servers=servers,
             membership=self.membership,

@@ -11,6 +11,8 @@ from psa_store.cluster import Plan, ProcessRole
 from psa_store.consistency.instructions import Applied
 from psa_store.job.mode import SYNC
 from psa_store.observe.metrics import Metrics
+from psa_store.optim import SGD
+from psa_store.optim.history import OptimizerHistory
 from psa_store.server.aggregator.base import Tools
 from psa_store.server.aggregator.sync import SyncAggregator
 from psa_store.server.messages import Done
@@ -40,7 +42,6 @@ def aggregator_of_nothing(arithmetic: Lazy) -> SyncAggregator:
     tools = SimpleNamespace(
         config=SimpleNamespace(ranks=2, commit_every=0, commit_interval=0, mode=SYNC),
         layout=SimpleNamespace(versioned=()),
-        optimizer=SimpleNamespace(clip_grad_norm=None),
         arithmetic=arithmetic,
         committer=nothing,
         shared_parameters=nothing,
@@ -52,7 +53,7 @@ def aggregator_of_nothing(arithmetic: Lazy) -> SyncAggregator:
         report=lambda report: None,
     )
     plan = Plan(term=1, revision=1, resume=7, servers=(), owners=(), ranks=("a", "b"))
-    return SyncAggregator(cast(Tools, tools), plan, {})
+    return SyncAggregator(cast(Tools, tools), plan, {}, OptimizerHistory(SGD()))
 
 
 def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:

@@ -148,6 +148,7 @@ def assemble(
         compression=str(config.compression) if config else None,
         commit_every=config.commit_every if config else None,
         commit_interval=config.commit_interval if config else None,
+        changes=config.changes if config else (),
         shards=redis.shards if redis.shards is not None or plan is None else len(plan.owners),
         bytes=redis.arena_bytes,
         version=min((each.version for each in owning if each.version is not None), default=None),

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from psa_store.cluster import Phase, ProcessRole
+from psa_store.job.change import Change
 from psa_store.observe.events import Event
 
 
@@ -165,6 +166,8 @@ class JobStatus:
     commit_every: int | None
     commit_interval: int | None
     """Versions between two commits."""
+    changes: tuple[Change, ...]
+    """Of numbers of the optimizer, since the job began."""
     shards: int | None
     bytes: int | None
     """Of parameters and buffers."""

@@ -1,0 +1,220 @@
+"""Numbers of the optimizer that change while a job lives: from a version on, with the same bits whatever dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import psa_store as psa
+from psa_store.checkpoint.change import change_job, newest_config
+from psa_store.coordination import Coordination
+from psa_store.errors import JobMismatch, UsageError
+from psa_store.job.change import Numbers
+from psa_store.job.config import job_config_from_json
+from psa_store.job.sampling import sample_indices
+from tests.harness import PSA, Site
+from tests.integration.test_worker_api import Servers, make_data, make_model
+
+SEED = 5
+RANKS = 2
+PATIENCE_S = 120.0
+
+
+def psa_command(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PSA, *arguments], env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
+
+
+Turn = Callable[[psa.Worker], None]
+
+
+@pytest.fixture(autouse=True)
+def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in site.env.items():
+        monkeypatch.setenv(name, value)
+
+
+def coordination(site: Site, job: str) -> Coordination:
+    return Coordination(site.zookeeper, job, session_timeout_s=8, connect_timeout_s=30, wake=threading.Event().set)
+
+
+def run(
+    site: Site, job: str, steps: int, after: Turn = lambda worker: None, lr: float = 0.1, **options: Any
+) -> nn.Module:
+    """One stretch of a job."""
+    servers = Servers(site, job, 2)
+    model = make_model()
+    options = {"ranks": RANKS, "optimizer": psa.optim.AdamW(lr=lr, weight_decay=0.1, clip_grad_norm=1.0)} | options
+    try:
+        with psa.Worker(job, model, steps=steps, seed=SEED, shard_bytes=4096, **options) as worker:
+            for x, y in worker.batches(make_data(), batch_size=8):
+                nn.functional.mse_loss(model(x), y).backward()
+                version = worker.version
+                worker.step()
+                if worker.version > version:
+                    after(worker)
+    finally:
+        servers.stop()
+    return model
+
+
+def plain(steps: int, numbers_at: Callable[[int], dict[str, float]]) -> nn.Module:
+    model, data = make_model(), make_data()
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(steps):
+        adamw.zero_grad()
+        for rank in range(RANKS):
+            indices = sample_indices(SEED, step, rank, ranks=RANKS, batch_size=8, n=len(data))
+            x, y = (torch.stack([data[i][part] for i in indices]) for part in (0, 1))
+            (nn.functional.mse_loss(model(x), y) / RANKS).backward()
+        numbers = numbers_at(step)
+        if numbers["clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), numbers["clip"])
+        adamw.param_groups[0] |= {"lr": numbers["lr"], "weight_decay": numbers["weight_decay"]}
+        adamw.step()
+    return model
+
+
+def assert_equal(left: nn.Module, right: nn.Module) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+
+
+def assert_close(left: nn.Module, right: nn.Module) -> None:
+    for a, b in zip(left.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+BEFORE = {"lr": 0.1, "weight_decay": 0.1, "clip": 1.0}
+AFTER = {"lr": 0.01, "weight_decay": 0.0, "clip": 0.0}
+
+
+def test_a_script_changes_numbers_from_the_present_version_on(site: Site) -> None:
+    """Nothing is computed again for it: the versions that the script sees only grow."""
+    seen: list[int] = []
+
+    def after(worker: psa.Worker) -> None:
+        seen.append(worker.version)
+        if worker.version == 5:
+            worker.change(lr=0.01, weight_decay=0.0, clip_grad_norm=0.0)
+
+    model = run(site, "change-script", 12, after)
+    assert seen == list(range(1, 13))
+    assert_close(model, plain(12, lambda step: BEFORE if step < 5 else AFTER))
+
+
+def test_the_change_is_there_after_a_resume_and_a_rollback(site: Site) -> None:
+    """Also where training goes on from before it."""
+
+    def after(worker: psa.Worker) -> None:
+        if worker.version == 5 and not worker.state.get("changed"):
+            worker.state["changed"] = True
+            worker.change(lr=0.01)
+
+    whole = run(site, "change-whole", 12, after, state={})
+    run(site, "change-parts", 4, after, state={})
+    done = psa_command(site.env, "checkpoint", "save", "change-parts", "--name", "early")
+    assert done.returncode == 0, done.stderr
+    run(site, "change-parts", 7, after, state={})
+    parts = run(site, "change-parts", 12, after, state={})
+    assert_equal(whole, parts)
+    done = psa_command(site.env, "checkpoint", "rollback", "change-parts", "early", "--yes")
+    assert done.returncode == 0, done.stderr
+    again = run(site, "change-parts", 12, state={})
+    assert_equal(whole, again)
+
+
+def test_a_person_changes_a_job_at_rest(site: Site) -> None:
+    run(site, "change-rest", 5)
+    done = psa_command(site.env, "job", "set", "change-rest", "lr=0.01", "weight_decay=0", "clip_grad_norm=0", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "from version 5 on lr=0.01 weight_decay=0 clip_grad_norm=0" in done.stdout
+    model = run(site, "change-rest", 12)
+    assert_close(model, plain(12, lambda step: BEFORE if step < 5 else AFTER))
+    status = psa_command(site.env, "status", "change-rest")
+    assert "from step 5 on lr=0.01" in status.stdout
+    assert "changed" in psa_command(site.env, "status", "change-rest", "--json").stdout
+
+
+def test_a_job_that_runs_goes_on_from_its_newest_durable_version(site: Site) -> None:
+    changed: list[int] = []
+
+    def after(worker: psa.Worker) -> None:
+        if worker.version == 6 and not changed:
+            with site.store() as store, coordination(site, "change-live") as zk:
+                changed.append(change_job(store, zk, "change-live", Numbers(lr=0.01)).version)
+
+    model = run(site, "change-live", 12, after)
+    (version,) = changed
+    assert version <= 6
+    numbers = BEFORE | {"lr": 0.01}
+    assert_close(model, plain(12, lambda step: BEFORE if step < version else numbers))
+
+
+@pytest.mark.parametrize("mode", ["async", "local:steps=2,momentum=0"])
+def test_other_modes_follow_a_change(site: Site, mode: str) -> None:
+    """With one rank async computes what plain AdamW does; in rounds a rate of 0 stands still."""
+    job = f"change-{mode.partition(':')[0]}"
+    before = run(site, job, 4, mode=mode, ranks=1)
+    done = psa_command(site.env, "job", "set", job, "lr=0", "--yes")
+    assert done.returncode == 0, done.stderr
+    after = run(site, job, 8, mode=mode, ranks=1)
+    assert_equal(before, after)
+
+
+def test_a_script_may_say_what_was_or_what_is_now(site: Site) -> None:
+    run(site, "change-said", 3)
+    with pytest.raises(JobMismatch, match=r"lr=0\.1, this process has lr=0\.02.*`psa job set change-said lr=0\.02`"):
+        run(site, "change-said", 4, lr=0.02)
+    assert psa_command(site.env, "job", "set", "change-said", "lr=0.02", "--yes").returncode == 0
+    run(site, "change-said", 4, lr=0.02)
+    run(site, "change-said", 5, lr=0.1)
+    with pytest.raises(JobMismatch, match=r"exists with optimizer='AdamW', this process has optimizer='SGD'"):
+        run(site, "change-said", 6, optimizer=psa.optim.SGD(lr=0.1))
+    with pytest.raises(JobMismatch, match=r"exists with eps="):
+        run(site, "change-said", 6, optimizer=psa.optim.AdamW(0.02, weight_decay=0.1, clip_grad_norm=1.0, eps=1e-3))
+
+
+@pytest.mark.parametrize("text", ["lr", "lr=fast", "momentum=0.9", "lr=-1", "lr=nan"])
+def test_what_can_not_be_set_is_refused(site: Site, text: str) -> None:
+    done = psa_command(site.env, "job", "set", "nobodys", text, "--yes")
+    assert done.returncode == 2
+    assert text.partition("=")[0] in done.stderr and done.stderr.startswith("psa: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_change_is_refused_where_it_could_not_be_exact(site: Site) -> None:
+    servers = Servers(site, "change-async", 1)
+    model, rule = make_model(), psa.optim.SGD(lr=0.1)
+    with (
+        pytest.raises(UsageError, match=r"test_changes\.py:\d+.*in mode async use `psa job set"),
+        psa.Worker("change-async", model, optimizer=rule, steps=4, mode="async") as worker,
+    ):
+        for _ in worker.batches(make_data(), batch_size=8):
+            with pytest.raises(UsageError, match=r"between worker\.step"):
+                worker.change(lr=0.01)
+            worker.step()
+            worker.change(lr=0.01)
+    servers.stop()
+
+
+def test_where_redis_or_zookeeper_has_fewer_changes_it_is_brought_up_to_date(site: Site) -> None:
+    run(site, "change-behind", 3)
+    with site.store() as store, coordination(site, "change-behind") as zk:
+        first = newest_config(store, zk, "change-behind")
+        change_job(store, zk, "change-behind", Numbers(lr=0.5))
+        changed = newest_config(store, zk, "change-behind")
+        assert [each.step for each in changed.changes] == [3]
+        zk.replace_config(first)
+        assert newest_config(store, zk, "change-behind") == changed == zk.read_config()
+        assert store.replace_config("change-behind", changed.to_json(), first.to_json())
+        assert newest_config(store, zk, "change-behind") == changed
+        found = store.read_job("change-behind")
+        assert found is not None and job_config_from_json(found[0]) == changed
