@@ -266,10 +266,10 @@ class JobConfig:
 
     def _must_agree_on_optimizer(self, stored: JobConfig) -> None:
         """A script may say what the job began with, or what it has now."""
-        now = stored.optimizer
+        mine, theirs = self.facts()["optimizer"], stored.facts()["optimizer"]
+        now = theirs
         for change in stored.changes:
             now = change.applied_to(now)
-        mine, theirs = self.optimizer, stored.optimizer
         if mine in (theirs, now):
             return
         wrong = [name for name in {**theirs, **mine} if mine.get(name) != now.get(name)]
