@@ -2,8 +2,8 @@
 
 Redis may come back older than it was (a lost tail of the log, a replica that was behind), or empty. Then the seal is
 renewed and the newest committed version is written again from the snapshot that is still in memory, or the one at which
-the term began, so that the loss heals within about a second and not with the next commit. What never changes (the
-documents of the job, its frozen shards) is written again as well where it is missing.
+the term began, so that the loss heals within about a second and not with the next commit. What hardly ever changes (the
+documents of the job, its frozen shards, how it walks through its data) is written again as well where it is missing.
 
 Used by the committer's thread, which holds the snapshots meanwhile.
 """
@@ -11,12 +11,14 @@ Used by the committer's thread, which holds the snapshots meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from psa_store import logs
-from psa_store.errors import DependencyUnreachable, Rewound
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Rewound
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
+from psa_store.job.position import DataRecord
 from psa_store.server.work import Work
 from psa_store.storage import Manifest, RedisStore
 
@@ -32,6 +34,9 @@ class Healing:
         self._keep = config.versions_kept
         self._log = logs.get_logger()
         self._run_id: str | None = None
+        self._stored_data = store.data_record(config.name)
+        self._data: DataRecord | None = None
+        """How the job walks through its data, as far as this server knows."""
 
     def read_run_id(self) -> str | None:
         """Ask Redis which one it is; None if it does not answer."""
@@ -54,6 +59,7 @@ class Healing:
         """
         try:
             run_id = self._store.server_run_id()
+            self._keep_data()
             if run_id == self._run_id and self._has_all(last):
                 return
             self._restore_what_never_changes(last)
@@ -75,6 +81,15 @@ class Healing:
         self._store.seal(self._job, [index], work.term, self._layout)
         snapshot = work.owned_shards[index].snapshot()
         return self._store.commit(self._job, index, work.term, work.version, *snapshot, keep=self._keep, expect=None)
+
+    def _keep_data(self) -> None:
+        """Remember the record, or write it again."""
+        with suppress(DataIntegrity):  # of a newer release: its workers read it
+            seen, found = self._stored_data.read()
+            if found is not None:
+                self._data = found
+            elif self._data is not None:
+                self._stored_data.replace(seen, self._data)
 
     def _has_all(self, work: Work) -> bool:
         return self._store.has_job(self._job) and not self._store.missing(self._job, [*work.owned_shards, *work.frozen])

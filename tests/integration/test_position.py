@@ -13,6 +13,11 @@ from psa_store.checkpoint.fork import fork
 from psa_store.checkpoint.rollback import rollback
 from psa_store.cli.transfer import export_files, import_files
 from psa_store.coordination import Coordination
+from psa_store.job.config import JobConfig
+from psa_store.job.layout import TensorRole, TensorSpec, make_layout
+from psa_store.job.position import Reading, begin
+from psa_store.server.healing import Healing
+from psa_store.server.work import Work
 from psa_store.storage import RedisStore
 from tests.harness import Run, Site
 
@@ -123,3 +128,20 @@ def test_a_worker_with_another_batch_size_than_one_that_trains_is_refused(site: 
     (tmp_path / "go").touch()
     assert run.finish() == 0, run.output
     assert len(times(seen(run))) == 80
+
+
+def test_a_server_writes_the_record_again_that_redis_lost(site: Site) -> None:
+    layout = make_layout([TensorSpec(("w",), (8,), "float32", TensorRole.TRAINED)])
+    config = JobConfig("position-lost", 2, 0, {"name": "SGD"}, layout.fingerprint)
+    record = begin(Reading(8, 160, 160)).changed(Reading(16, 160, 160), 10)
+    with RedisStore.from_settings(site.settings) as store:
+        store.check()
+        store.create_job(config.name, config.to_json(), layout.to_json())
+        stored, healing = store.data_record(config.name), Healing(store, config, layout)
+        work = Work(1, 0, {}, {})
+        assert stored.replace("", record) and not stored.replace("", begin(Reading(1, 1, 1)))
+        healing.heal(work, lambda lost: None)
+        store.delete_job(config.name, 0)
+        assert stored.read() == ("", None)
+        healing.heal(work, lambda lost: None)
+        assert stored.read()[1] == record and store.has_job(config.name)
