@@ -2,58 +2,45 @@
 
 Everything here runs in the thread of the user's script; there is no background thread but Kazoo's, the one that reads
 the plan, and the monitor's. What a step is, and what waits for what, is up to the strategy of the job's mode.
+
+The class is longer than others here: it is all that user code sees, and more than half of it is its reference.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
-from types import FrameType, MappingProxyType, TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psa_store import logs
-from psa_store.checkpoint.change import change_job, newest_config
 from psa_store.cluster import NO_WORKER, ProcessRole
-from psa_store.config import fill_addresses, load_settings
-from psa_store.coordination import Coordination
-from psa_store.coordination.identity import new_member_id
-from psa_store.errors import PsaError, UsageError
+from psa_store.config import load_settings
+from psa_store.errors import UsageError
 from psa_store.job.average import Average
 from psa_store.job.change import Numbers
 from psa_store.job.config import check_job_name
 from psa_store.job.layout import make_layout
 from psa_store.job.mode import parse_mode
-from psa_store.job.wire_layout import WireLayout
-from psa_store.observe import Event, EventKind, Monitor, add_if_possible
-from psa_store.observe.metrics import Metrics
+from psa_store.observe import Event, EventKind, add_if_possible
 from psa_store.optim import Optimizer
 from psa_store.optim.note import checked_weight
-from psa_store.storage import RedisStore
 from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
-from psa_store.testing.journal import Journal
-from psa_store.wire import Mailbox, announce
-from psa_store.worker.average import AverageInModel
 from psa_store.worker.batches import Batches, RankStep, seed_everything
-from psa_store.worker.creation import Wanted, join_or_create, new_config
-from psa_store.worker.data_position import DataPosition
+from psa_store.worker.creation import Wanted, new_config
 from psa_store.worker.draft import write_draft
-from psa_store.worker.flat_model import FlatModel, describe_model
+from psa_store.worker.flat_model import describe_model
 from psa_store.worker.given_optimizer import GivenOptimizer
-from psa_store.worker.health import Progress, WorkerHealth, as_reported
-from psa_store.worker.membership import Membership
+from psa_store.worker.health import Progress, as_reported
+from psa_store.worker.opening import Given, Opened, announce_failure, open_worker
 from psa_store.worker.script import script_line
-from psa_store.worker.server_connections import ServerConnections
-from psa_store.worker.session import Tools
 from psa_store.worker.state import ScriptState
-from psa_store.worker.strategy import Strategy, strategy_of
 
 
 class Worker:
@@ -116,44 +103,39 @@ class Worker:
         if not name:
             raise UsageError("the job has no name: give psa.Worker a name or set PSA_JOB")
         check_job_name(name)
-        self._steps = steps
-        self._push_early = push_early
-        self._log = logs.get_logger()
-        self._model = model
-        self._given = GivenOptimizer(optimizer, lr_scheduler, model, steps)
         if average is not None and not isinstance(average, Average):
             raise UsageError(f"average={average!r}: give psa.ema(0.999), or another decay")
-        self._optimizer = self._given.optimizer
+        self._steps = steps
+        self._optimizer = GivenOptimizer(optimizer, lr_scheduler, model, steps)
         self._script_state = None if state is None else ScriptState(model, state)
-        self._layout = make_layout(describe_model(model, self._optimizer.group_of), shard_bytes)
-        self._wanted = Wanted(
+        rule = self._optimizer.optimizer
+        layout = make_layout(describe_model(model, rule.group_of), shard_bytes)
+        wanted = Wanted(
             name=name,
             ranks=ranks,
             seed=seed,
-            optimizer=self._optimizer.to_dict(),
-            layout=self._layout.fingerprint,
+            optimizer=rule.to_dict(),
+            layout=layout.fingerprint,
             mode=None if mode is None else parse_mode(mode),
             average=average,
         )
-
+        self._given = Given(wanted, model, layout, self._optimizer, self._script_state, steps, push_early)
         if self._settings.draft is not None:
             # `psa estimate` wants to know what the job would be: nothing else of the script is to happen.
-            write_draft(new_config(self._wanted, self._settings), self._layout, self._settings.draft)
+            write_draft(new_config(wanted, self._settings), layout, self._settings.draft)
             raise SystemExit(0)
 
         self._current: RankStep | None = None
-        self._strategy: Strategy
         self._progress = Progress()
-        self._leaving = False
-        self._opened = False
-        self._entered = False
+        self._opened: Opened | None = None
+        self._is_open = False
 
     # --- what user code may ask
 
     @property
     def version(self) -> int:
         """Steps that the parameters in the model have behind them; 0 before the ``with`` statement."""
-        return self._strategy.version if self._entered else 0
+        return self._strategy.version if self._opened is not None else 0
 
     @property
     def rank(self) -> int:
@@ -207,87 +189,27 @@ class Worker:
     # --- life
 
     def __enter__(self) -> Worker:
-        settings = fill_addresses(self._settings)
-        name, member = self._wanted.name, settings.member or new_member_id("worker")
-        logs.identify(job=name, member=member)
         with ExitStack() as stack:
-            journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
-            self._mailbox = stack.enter_context(closing(Mailbox[None]()))
-            woken = threading.Event()
-            store = stack.enter_context(closing(RedisStore.from_settings(settings)))
-            coordination = stack.enter_context(closing(Coordination.from_settings(settings, name, wake=woken.set)))
-            servers = stack.enter_context(closing(ServerConnections(self._layout, self._mailbox)))
-            if self._script_state is not None:
-                stack.callback(self._script_state.close)
-            # Closed before the connections are: servers leave alone what a worker reads until it is gone.
-            self._flat_model = stack.enter_context(closing(FlatModel(self._model, self._layout, self._push_early)))
-            stack.enter_context(_sigterm_calls(self._on_sigterm))
-            stack.enter_context(self._given.watched())
-            store.check()
-            coordination.start()
-            if settings.supervisor is not None:
-                announce(settings.supervisor, {"event": "job", "job": name, "member": member})
-            self._config = join_or_create(
-                self._wanted, self._flat_model, self._layout, settings, member, store, coordination
-            )
-            if self._script_state is not None and not self._config.keeps_script_state:
-                raise UsageError(
-                    f"psa.Worker(state=) goes with mode sync, without backup and speculate, not with "
-                    f"{self._config.mode}: there is no one version that it could belong to"
-                )
-            wire = WireLayout(self._layout, self._config.compression)
-            self._flat_model.receive_as(wire)
-            self._membership = stack.enter_context(closing(Membership(member, coordination, woken, self._mailbox)))
-            self._strategy = strategy_of(
-                Tools(
-                    config=self._config,
-                    layout=self._layout,
-                    wire=wire,
-                    steps=self._steps,
-                    model=self._flat_model,
-                    servers=servers,
-                    membership=self._membership,
-                    journal=journal,
-                    read_config=lambda: newest_config(store, coordination, name),
-                ),
-                may_share=settings.carrier == "auto",
-            )
-            self._data_position = DataPosition(name, store, coordination, self._membership, settings.session_timeout_s)
-            self._average = AverageInModel(self._config, self._layout, self._flat_model, self._membership, store)
-            metrics = Metrics(ProcessRole.WORKER, member)
-            health = WorkerHealth(
-                metrics,
-                self._progress,
-                self._membership,
-                servers.traffic,
-                lambda step: self._strategy.session.history.at(step),
-                coordination.lease_left_s,
-            )
-            self._change_job = partial(change_job, store, coordination, name)
-            if settings.monitor:
-                stack.enter_context(closing(Monitor(name, metrics, health, settings)))
+            opened = open_worker(stack, self._given, self._settings, self._progress)
             self._resources = stack.pop_all()
-        self._opened = self._entered = True
-        if self._leaving:  # told before there was a session to tell
-            self._strategy.session.leaving = True
+        self._config, self._membership, self._strategy = opened.config, opened.membership, opened.strategy
+        self._flat_model, self._average, self._opened = opened.model, opened.average, opened
+        self._is_open = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        supervisor = self._settings.supervisor
-        if supervisor and self._settings.member and isinstance(error, Exception) and not isinstance(error, PsaError):
-            # It may be a disk that did not answer once: tried again, unless it comes at the same place again.
-            now = self._current
-            where = f"step {self.version}" if now is None else f"step {now.step}, rank {now.rank}"
-            how = f"{type(error).__name__} at {where}"
-            announce(supervisor, {"event": "failed", "member": self._settings.member, "how": how})
+        now = self._current
+        announce_failure(
+            self._settings, error, f"step {self.version}" if now is None else f"step {now.step}, rank {now.rank}"
+        )
         self.close()
 
     def close(self) -> None:
         """Leave the job: other workers get the ranks. The model keeps its parameters. Idempotent."""
-        if self._opened:
-            self._opened = False
+        if self._is_open:
+            self._is_open = False
             self._resources.close()
 
     # --- training
@@ -304,7 +226,7 @@ class Worker:
 
         After a crash anywhere the sequence may go back to an earlier step; the model goes back with it.
         """
-        if not self._opened:
+        if self._opened is None or not self._is_open:
             raise UsageError("use the worker in a `with` statement")
         config, strategy = self._config, self._strategy
         on = failpoints.are_on()
@@ -314,10 +236,10 @@ class Worker:
             seed=config.seed,
             ranks=config.ranks,
             round_steps=config.steps_per_version,
-            record_for=partial(self._data_position.record_for, changed_data=changed_data),
+            record_for=partial(self._opened.data_position.record_for, changed_data=changed_data),
         )
         if not changed_data:
-            self._data_position.check(batches.reading)
+            self._opened.data_position.check(batches.reading)
         with closing(batches):
             while (rank_step := strategy.next_rank_step()) is not None:
                 batch = batches.get(rank_step, self._membership.standing.held)
@@ -326,7 +248,7 @@ class Worker:
                     self._script_state.begin(rank_step.rank)
                 seed_everything(config.seed, rank_step, "compute")
                 self._current = rank_step
-                self._given.begin(rank_step.step)
+                self._optimizer.begin(rank_step.step)
                 self._samples = batches.samples
                 self._progress.begin(rank_step)
                 if on:
@@ -368,7 +290,7 @@ class Worker:
         self._average.refuse("worker.step()")
         rank = self._current.rank
         try:
-            self._given.end()
+            self._optimizer.end()
             if weight != 1.0:
                 weight = checked_weight(weight, self._config)
             loss, metrics = as_reported(loss, metrics)
@@ -397,7 +319,7 @@ class Worker:
         if self._current is None:
             raise UsageError("worker.skip() without a batch from worker.batches()")
         self._flat_model.backward.drop()
-        self._given.skip()
+        self._optimizer.skip()
         self.step(weight=0.0)
 
     def average(self) -> AbstractContextManager[int]:
@@ -410,7 +332,7 @@ class Worker:
             UsageError: the job keeps no average, or there was no batch yet, with which the parameters come. In the
                 block: ``backward()``, :meth:`step`, the next batch, and what writes to parameters.
         """
-        if not self._opened or (self._progress.step is None and not self.finished):
+        if not self._is_open or (self._progress.step is None and not self.finished):
             raise UsageError("worker.average() before the first batch, with which the job's parameters come, or after")
         return self._average.show()
 
@@ -439,39 +361,19 @@ class Worker:
         if not self._config.keeps_script_state:
             raise UsageError(
                 f"{script_line()}: worker.change() goes with mode sync, without backup and speculate; in mode "
-                f"{self._config.mode} use `psa job set {self._wanted.name} {numbers}`"
+                f"{self._config.mode} use `psa job set {self._config.name} {numbers}`"
             )
         session, version = self._strategy.session, self._strategy.version
         while not (session.settle() and session.make_durable([each.id for each in session.plan.servers], version)):
             if session.leaving:
                 return
             session.wait()
-        done = self._change_job(numbers)
+        assert self._opened is not None
+        done = self._opened.change_job(numbers)
         text = f"the script said: from version {done.version} on {numbers}; term {done.term} began there"
         event = Event(time.time(), EventKind.CHANGED, text, term=done.term, version=done.version)
-        add_if_possible(self._wanted.name, self._settings, event)
+        add_if_possible(self._config.name, self._settings, event)
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""
         return self._flat_model.backward.accumulate()
-
-    # --- from other threads and signals
-
-    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
-        self._leaving = True
-        if self._opened:
-            self._strategy.session.leaving = True
-        self._mailbox.nudge()
-
-
-@contextmanager
-def _sigterm_calls(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Route SIGTERM to ``handler``, if this is the main thread, where alone that is possible."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)

@@ -191,11 +191,11 @@ def test_what_can_not_be_set_is_refused(site: Site, text: str) -> None:
 
 
 def test_change_is_refused_where_it_could_not_be_exact(site: Site) -> None:
-    servers = Servers(site, "change-async", 1)
+    servers = Servers(site, "change-refused", 1)
     model, rule = make_model(), psa.optim.SGD(lr=0.1)
     with (
         pytest.raises(UsageError, match=r"test_changes\.py:\d+.*in mode async use `psa job set"),
-        psa.Worker("change-async", model, optimizer=rule, steps=4, mode="async") as worker,
+        psa.Worker("change-refused", model, optimizer=rule, steps=4, mode="async") as worker,
     ):
         for _ in worker.batches(make_data(), batch_size=8):
             with pytest.raises(UsageError, match=r"between worker\.step"):
