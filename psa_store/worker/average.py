@@ -63,13 +63,18 @@ class AverageInModel:
         """Let the model have the average inside; gives how many steps of each rank are in it.
 
         Raises:
-            UsageError: the job keeps none. In the block: what trains, or writes to parameters.
+            UsageError: the job keeps none, or gradients are on their way. In the block: what trains or writes.
         """
         if self._config.average is None:
             raise UsageError(
                 f"{script_line()}: worker.average() in a job without one: psa.Worker(…, average=psa.ema(0.999))"
             )
         self.refuse("another worker.average()")
+        if self._model.backward.under_way:
+            raise UsageError(
+                f"{script_line()}: worker.average() between backward() and worker.step(), where servers may have made "
+                "the next step already: evaluate after worker.step(), or before backward()"
+            )
         return self._showing()
 
     @contextmanager

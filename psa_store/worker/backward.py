@@ -168,6 +168,11 @@ class Backward:
             self._accumulating = False
 
     @property
+    def under_way(self) -> bool:
+        """Whether gradients of the present batch are whole, and may have left."""
+        return self._open and bool(self._taken)
+
+    @property
     def _leaves_early(self) -> bool:
         return self._early and self._on_ready is not None
 

@@ -329,8 +329,9 @@ class Worker:
         rank; else, and in modes async and ssp, the newest that is durable.
 
         Raises:
-            UsageError: the job keeps no average, or there was no batch yet, with which the parameters come. In the
-                block: ``backward()``, :meth:`step`, the next batch, and what writes to parameters.
+            UsageError: the job keeps no average, there was no batch yet, with which the parameters come, or
+                ``backward()`` was called for this one. In the block: ``backward()``, :meth:`step`, the next batch, and
+                what writes to parameters.
         """
         if not self._is_open or (self._progress.step is None and not self.finished):
             raise UsageError("worker.average() before the first batch, with which the job's parameters come, or after")

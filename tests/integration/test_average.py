@@ -129,9 +129,12 @@ def test_evaluating_changes_no_bit_of_training(site: Site) -> None:
                         model[0](x)
                 loss.backward()
                 if decay is not None:
+                    with pytest.raises(UsageError, match=r"between backward\(\) and worker\.step\(\)"):
+                        worker.average()
+                worker.step()
+                if decay is not None:
                     with worker.average():
                         copies(model)
-                worker.step()
         results.append(copies(model))
     evaluated, left_out = results
     assert all(torch.equal(evaluated[name], left_out[name]) for name in left_out)
