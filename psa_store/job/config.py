@@ -57,6 +57,7 @@ def commit_every_default(mode: Mode) -> int:
     return COMMIT_EVERY_ON_ARRIVAL if mode.on_arrival else COMMIT_EVERY_DEFAULT
 
 
+_SHOWN_MAX = 120
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -282,9 +283,16 @@ class JobConfig:
             if any(isinstance(mine.get(name), dict) for name in wrong):
                 way = f"`psa job set {self.name} lr=…` gives it another constant rate from now on. "
         raise JobMismatch(
-            f"job {self.name!r} exists with {what}={now.get(first)!r}, this process has {what}={mine.get(first)!r}. "
+            f"job {self.name!r} exists with {what}={_shown(now.get(first))}, this process has "
+            f"{what}={_shown(mine.get(first))}. "
             f"{way}Use the stored value, or another job name to start over."
         )
+
+
+def _shown(value: object) -> str:
+    """A value for an error; a schedule may be long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_MAX else f"{text[: _SHOWN_MAX - 2]} …"
 
 
 def job_config_from_json(text: str, what: str = "the stored job configuration") -> JobConfig:

@@ -114,7 +114,7 @@ def _check_class(scheduler: object) -> None:
     if isinstance(scheduler, theirs.ReduceLROnPlateau):
         raise UsageError(
             f"lr_scheduler={name}: its rates depend on results, and servers know those of a step before it is made; "
-            "use a scheduler that depends on the step, such as CosineAnnealingLR"
+            "use one that depends on the step, such as CosineAnnealingLR, or lower the rate by worker.change(lr=…)"
         )
     known = ", ".join(each.__name__ for each in _KNOWN)
     raise UsageError(

@@ -11,7 +11,7 @@ Used by the worker, in the thread that runs the script.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,9 @@ class GivenOptimizer:
     """``steps``: where the job ends, if it does."""
 
     optimizer: Optimizer
-    """What servers apply."""
+    """What servers apply when the job begins."""
+    at: Callable[[int], Optimizer]
+    """What they apply in a step; as the job knows it, once this worker is a member of it."""
 
     def __init__(self, optimizer: object, lr_scheduler: object, model: nn.Module, steps: int | None) -> None:
         self._theirs: torch.optim.Optimizer | None = None
@@ -55,6 +57,7 @@ class GivenOptimizer:
             )
         else:
             self.optimizer = optimizer
+        self.at = lambda step: self.optimizer
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -101,7 +104,7 @@ class GivenOptimizer:
 
     def _show(self, step: int) -> None:
         assert self._theirs is not None and self._rates is not None
-        rate = self.optimizer.lr_at(step)
+        rate = self.at(step).lr_at(step)
         for group, scale, numbers in zip(self._theirs.param_groups, self._rates.scales, self._numbers, strict=False):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate * scale)

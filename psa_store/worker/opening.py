@@ -127,13 +127,14 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         ),
         may_share=settings.carrier == "auto",
     )
+    given.optimizer.at = lambda step: strategy.session.history.at(step)
     metrics = Metrics(ProcessRole.WORKER, member)
     health = WorkerHealth(
         metrics,
         progress,
         membership,
         servers.traffic,
-        lambda step: strategy.session.history.at(step),
+        given.optimizer.at,
         coordination.lease_left_s,
     )
     if settings.monitor:
