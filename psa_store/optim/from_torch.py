@@ -84,7 +84,7 @@ def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Rates 
             overrides["lr_scale"] = scale
         for key in overrides.keys() - kind.overridable:
             _refuse_difference(name, key)
-        if overrides:
+        if overrides and selected:
             groups.append(group(selected, **overrides))
     return kind(rates.lr, **base, groups=groups)
 

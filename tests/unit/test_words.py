@@ -72,6 +72,8 @@ ALLOWED_IN = {
     "psa_store/optim/from_scheduler.py": ("epoch",),
     "psa_store/worker/given_optimizer.py": ("epoch",),
     "tests/integration/test_lr_scheduler.py": ("epoch",),
+    "psa_store/docs/how-to/transformers.md": ("epoch", "epochs"),
+    "psa_store/integrations/transformers/trainer.py": ("epoch", "epochs"),
     "psa_store/docs/explanation/words.md": ("epoch",),
     "psa_store/config/settings.py": ("transport",),  # names the setting that took its place
     "tests/unit/test_config.py": ("transport",),
