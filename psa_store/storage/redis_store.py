@@ -10,19 +10,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from xxhash import xxh3_128_hexdigest
-
 from psa_store.config import Settings
-from psa_store.errors import DataIntegrity, DependencyUnfit, Fenced, JobMismatch
+from psa_store.errors import DependencyUnfit, Fenced, JobMismatch
 from psa_store.storage import keys
 from psa_store.storage.caller import Caller
-from psa_store.storage.chunk_reader import read_into
 from psa_store.storage.commit import Commit, Outcomes, ShardState
 from psa_store.storage.connection import known_redis, text, translated
 from psa_store.storage.data_record import StoredDataRecord
 from psa_store.storage.erasing import erase, keys_of
 from psa_store.storage.examination import RedisFacts, facts_of
-from psa_store.storage.head import Head, Manifest, head_from_fields, pin_field, split_chunks, term_text, version_field
+from psa_store.storage.head import Head, Manifest, head_from_fields, pin_field, term_text, version_field
+from psa_store.storage.loading import load_sections
 from psa_store.storage.pins import Pins
 from psa_store.testing.failpoints import failpoint
 
@@ -311,23 +309,7 @@ class RedisStore:
         Raises:
             DataIntegrity: a chunk is missing, has another length or another digest; names it.
         """
-        wanted: list[tuple[str, memoryview, str, str]] = []
-        for section in manifest.sections:
-            if section.name not in into:
-                continue
-            place = into[section.name].cast("B")
-            where = f"job {job!r}, shard {shard}, version {manifest.version}, section {section.name}"
-            if len(place) != section.size_bytes:
-                raise DataIntegrity(f"{where}: {section.size_bytes} bytes stored, {len(place)} expected")
-            for index, (part, digest) in enumerate(zip(split_chunks(place), section.digests, strict=True)):
-                key = manifest.chunk_key(job, shard, section.name, index)
-                wanted.append((key, part, digest, f"{where}, chunk {index}"))
-        found = self._caller.retrying(lambda: read_into(self._caller.pool, [(key, part) for key, part, _, _ in wanted]))
-        for (_, part, digest, where), problem in zip(wanted, found, strict=True):
-            if problem:
-                raise DataIntegrity(f"{where}: {problem}")
-            if xxh3_128_hexdigest(part) != digest:
-                raise DataIntegrity(f"{where}: damaged, its digest does not match")
+        load_sections(self._caller, job, shard, manifest, into)
 
     def _pins(self, job: str) -> Pins:
         return Pins(self._caller, partial(self.heads, job), job)
