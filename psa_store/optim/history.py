@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 
-from psa_store.job.change import Change
+from psa_store.job.change import Change, Numbers
 from psa_store.job.config import JobConfig
 from psa_store.optim.spec import Optimizer, from_dict
 
@@ -25,6 +25,11 @@ class OptimizerHistory:
     def at(self, step: int) -> Optimizer:
         """The optimizer that makes the update of ``step``; the same object as long as it is the same."""
         return self._optimizers[bisect_right(self._steps, step)]
+
+    def has(self, numbers: Numbers, step: int) -> bool:
+        """Whether the optimizer of a step has these numbers already."""
+        document = self.at(step).to_dict()
+        return Change(step, numbers).applied_to(document) == document
 
     @property
     def clips(self) -> bool:

@@ -343,7 +343,8 @@ class Worker:
         """Change numbers of the optimizer from the present version on, for all ranks and for good.
 
         To be called where :attr:`is_main`, between :meth:`step` and the next batch. The job keeps the change with the
-        version: it is what it was after a resume, a rollback or a fork. It takes about as long as a take-over.
+        version: it is what it was after a resume, a rollback or a fork. It takes about as long as a take-over, and no
+        time where the numbers are these already.
 
         Args:
             lr: a constant rate from now on.
@@ -365,6 +366,8 @@ class Worker:
                 f"{self._config.mode} use `psa job set {self._config.name} {numbers}`"
             )
         session, version = self._strategy.session, self._strategy.version
+        if session.history.has(numbers, version):
+            return  # made again after a loss: the job kept the change
         while not (session.settle() and session.make_durable([each.id for each in session.plan.servers], version)):
             if session.leaving:
                 return

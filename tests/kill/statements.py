@@ -1,0 +1,63 @@
+"""A script that says much to its worker: weights, metrics, state, a change, parameters out of use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+from torch import nn
+
+import psa_store as psa
+from tests.integration.test_worker_api import make_data
+
+CHANGE_AT = 25
+
+
+class Heads(nn.Module):
+    """In each step one of two heads has its turn; ``never`` has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.never = nn.Linear(6, 40), nn.Linear(3, 3)
+        self.heads = nn.ModuleList(nn.Linear(40, 1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, step: int) -> torch.Tensor:
+        return self.heads[int(step % 3 == 0)](torch.tanh(self.body(x)))  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--job", required=True)
+    options.add_argument("--steps", type=int, required=True)
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    model = Heads()
+    rule = psa.optim.AdamW(lr=0.02, weight_decay=0.3, clip_grad_norm=1.0)
+    state = {"tokens": 0, "best": None, "mean": torch.zeros(6)}
+    with psa.Worker(args.job, model, optimizer=rule, steps=args.steps, seed=3, shard_bytes=4096, state=state) as worker:
+        for x, y in worker.batches(make_data(), batch_size=8):
+            time.sleep(0.004)  # what a larger model would compute
+            tokens, step = 1 + int(x.abs().sum()), worker.version
+            loss = nn.functional.mse_loss(model(x, step), y)
+            loss.backward()
+            if worker.rank == 0:
+                worker.state["tokens"] += tokens
+                worker.state["best"] = min(loss.item(), worker.state["best"] or 9.0)
+                worker.state["mean"] += x.mean(0) / args.steps
+            worker.step(loss, weight=tokens, metrics={"tokens": tokens})
+            if worker.is_main and worker.version == step + 1:
+                print(f"step {worker.version}", flush=True)
+                if worker.version == CHANGE_AT:
+                    worker.change(lr=0.005, weight_decay=0.0)
+        if worker.is_main:
+            end = worker.state | {"mean": worker.state["mean"].tolist()}
+            print(f"state {json.dumps(end, sort_keys=True)}", flush=True)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
