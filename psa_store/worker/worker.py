@@ -261,6 +261,8 @@ class Worker:
                         "gradients, call backward() on parts of one larger batch; to leave a batch out, call "
                         "worker.skip(). A batch comes with the parameters of its step, so none can be read ahead"
                     )
+        if self._script_state is not None:
+            self._script_state.load()  # a worker that came when all was done has seen none yet
 
     def step(
         self,

@@ -136,6 +136,12 @@ def test_the_same_command_resumes_and_checkpoint_folders_are_understood(site: Si
     again = train(site, "parts", tmp_path / "out", *flags, "--resume", "True")
     assert site.digest("parts", 12) == site.digest("whole", 12)
     assert [line for line in told(whole) if "done" in line] == [line for line in told(again) if "done" in line]
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    once_more = train(site, "parts", tmp_path / "out", *flags, workers=1)
+    assert [line for line in told(once_more) if "done" in line] == [line for line in told(again) if "done" in line]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before, (
+        "a run that finds all done saves what is there"
+    )
     state = json.loads((tmp_path / "out" / "checkpoint-12" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [4, 8, 12]
 
