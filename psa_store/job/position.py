@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from psa_store.errors import JobMismatch
+from psa_store.errors import JobMismatch, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,21 @@ class DataRecord:
     def stretch_at(self, step: int) -> Stretch:
         """The stretch of a step."""
         return next(each for each in reversed(self.stretches) if each.step <= step)
+
+    def place_of(self, step: int, rank: int, ranks: int) -> tuple[int, int]:
+        """Where the samples of a rank begin in a step, and how many they are.
+
+        Raises:
+            UsageError: the step was made with a number that so many ranks cannot share.
+        """
+        stretch = self.stretch_at(step)
+        share, left = divmod(stretch.reading.batch, ranks)
+        if left:
+            raise UsageError(
+                f"step {step} was made with {stretch.reading.batch} samples, which {ranks} ranks cannot share: go back "
+                "to a version with which this number of ranks began"
+            )
+        return stretch.position_of(step) + rank * share, share
 
     def known_to(self, readers: Iterable[str]) -> DataRecord:
         """The same, for these workers."""

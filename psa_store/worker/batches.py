@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from psa_store.errors import UsageError
 from psa_store.job.position import DataRecord, Reading, begin
 from psa_store.job.sampling import SampleOrder, stream_seed
+from psa_store.worker.loader_processes import EndsWithWorker
 from psa_store.worker.randomness import seed_all
 from psa_store.worker.sampler_order import SamplerOrder, order_of
 
@@ -59,14 +60,7 @@ class _Fetched(Dataset[Any]):
         return self._collate(samples)
 
     def _indices(self, rank_step: RankStep) -> Sequence[Any]:
-        stretch = self.record.stretch_at(rank_step.step)
-        share, left = divmod(stretch.reading.batch, self._ranks)
-        if left:
-            raise UsageError(
-                f"step {rank_step.step} was made with {stretch.reading.batch} samples, which {self._ranks} ranks "
-                "cannot share: go back to a version with which this number of ranks began"
-            )
-        return self._order.at(stretch.position_of(rank_step.step) + rank_step.rank * share, share)
+        return self._order.at(*self.record.place_of(rank_step.step, rank_step.rank, self._ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +104,10 @@ class Batches:
     ) -> None:
         loader = data if isinstance(data, DataLoader) else None
         dataset: Any = loader.dataset if loader is not None else data
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        if not hasattr(dataset, "__getitem__"):
             raise UsageError(
-                "batches() needs a map-style dataset (with __len__ and __getitem__): a stream has no samples "
-                "that could be found again after a crash"
+                f"batches() of a {type(dataset).__name__}: give a map-style dataset (with __len__ and __getitem__), a "
+                "stream (with __iter__), or a DataLoader over one of them"
             )
         makes_batches = loader is not None and loader.batch_size is None and loader.batch_sampler is not None
         if batch_size is None and loader is not None and loader.batch_size is not None:
@@ -165,7 +159,7 @@ class Batches:
                 sampler=_Foresight(rank_step, ranks, self._round_steps),
                 num_workers=loader.num_workers,
                 pin_memory=loader.pin_memory,
-                worker_init_fn=loader.worker_init_fn,
+                worker_init_fn=EndsWithWorker(loader.worker_init_fn),
                 multiprocessing_context=loader.multiprocessing_context,
                 prefetch_factor=loader.prefetch_factor,
                 timeout=loader.timeout,

@@ -41,6 +41,7 @@ from psa_store.worker.health import Progress, as_reported
 from psa_store.worker.opening import Given, Opened, announce_failure, open_worker
 from psa_store.worker.script import script_line
 from psa_store.worker.state import ScriptState
+from psa_store.worker.streams import StreamBatches, is_stream
 
 
 class Worker:
@@ -219,7 +220,9 @@ class Worker:
 
         Args:
             data: a map-style dataset, which is shuffled, or a DataLoader: its dataset, sampler, collate function and
-                processes are used. A sampler is run anew for each pass over the data, with seeds of the job.
+                processes are used. A sampler is run anew for each pass over the data, with seeds of the job. A stream
+                (an iterable dataset, or a DataLoader over one) is read in its order by each process, which leaves out
+                what is for other ranks; it must give the same each time.
             batch_size: samples per step over all ranks; each rank gets an equal share. A resumed job may have another
                 one: it goes on with the sample that is next.
             changed_data: whether a resumed job may go on with another number of samples, and a new pass over them.
@@ -230,14 +233,19 @@ class Worker:
             raise UsageError("use the worker in a `with` statement")
         config, strategy = self._config, self._strategy
         on = failpoints.are_on()
-        batches = Batches(
-            data,
-            batch_size,
-            seed=config.seed,
-            ranks=config.ranks,
-            round_steps=config.steps_per_version,
-            record_for=partial(self._opened.data_position.record_for, changed_data=changed_data),
-        )
+        record_for = partial(self._opened.data_position.record_for, changed_data=changed_data)
+        batches: Batches | StreamBatches
+        if is_stream(data):
+            batches = StreamBatches(data, batch_size, seed=config.seed, ranks=config.ranks, record_for=record_for)
+        else:
+            batches = Batches(
+                data,
+                batch_size,
+                seed=config.seed,
+                ranks=config.ranks,
+                round_steps=config.steps_per_version,
+                record_for=record_for,
+            )
         if not changed_data:
             self._opened.data_position.check(batches.reading)
         with closing(batches):

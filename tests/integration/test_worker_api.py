@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 import psa_store as psa
 from psa_store.errors import UsageError
@@ -170,18 +170,7 @@ def test_a_parameter_that_is_not_used_counts_as_zero(servers: str) -> None:
     assert torch.equal(model.get_parameter("spare").detach(), torch.ones(5))
 
 
-class Stream(IterableDataset[int]):
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(10))
-
-
 class TestWithoutServers:
-    def test_a_stream_cannot_be_resumed_and_is_refused(self) -> None:
-        from psa_store.worker.batches import Batches
-
-        with pytest.raises(UsageError, match="map-style"):
-            Batches(Stream(), 4, seed=0, ranks=1)
-
     @pytest.mark.parametrize(
         ("job", "words"), [("no spaces", "letters, digits"), ("", "no name"), ("x" * 101, "up to 100")]
     )

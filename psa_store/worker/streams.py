@@ -1,0 +1,227 @@
+"""Batches of a stream: a dataset that can only be read from its beginning on, and has no length.
+
+The stream is a sequence of units, pass after pass: samples, or, of a DataLoader, the batches that it makes. Which units
+a rank takes in a step is the same function of the job's position as for other data. A process reads on until it comes
+to them, and leaves the others out; so each unit is trained on once, whichever process computes which rank, and however
+often one dies. A process that begins late, or goes back, reads from the beginning: it says how far it is.
+
+So a stream must give the same each time. Its random numbers are the job's, seeded by the pass; what can only be read
+once is refused, and one that begins otherwise when it is read again is found out.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+from xxhash import xxh3_64_intdigest
+
+from psa_store import logs
+from psa_store.errors import UsageError
+from psa_store.job.position import DataRecord, Reading, begin
+from psa_store.job.sampling import stream_seed
+from psa_store.optim.tensors import as_bytes
+from psa_store.worker.batches import RankStep, seed_everything
+from psa_store.worker.loader_processes import EndsWithWorker
+from psa_store.worker.randomness import seed_all
+
+_ENDLESS = 1 << 62
+"""The length of a pass over a stream, as far as the job's record is concerned."""
+_SAY_AFTER_S = 5.0
+
+
+def is_stream(data: Any) -> bool:
+    """Whether ``data`` can only be read one after the other."""
+    if isinstance(data, DataLoader):
+        return isinstance(data.dataset, IterableDataset) or not hasattr(data.dataset, "__getitem__")
+    return isinstance(data, IterableDataset) or (not hasattr(data, "__getitem__") and hasattr(data, "__iter__"))
+
+
+class StreamBatches:
+    """The batch of any rank step, as :class:`psa_store.worker.batches.Batches` gives it.
+
+    Args:
+        data: an iterable dataset, or a DataLoader over one, which makes the batches.
+        batch_size: samples per step over *all* ranks; None with a DataLoader, of which each rank takes a batch.
+        record_for: the job's record, of which this reading is the newest; None: one that begins with it.
+
+    Raises:
+        UsageError: it can be read once only, or batches cannot be shared out.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int | None,
+        *,
+        seed: int,
+        ranks: int,
+        record_for: Callable[[Reading], DataRecord] | None = None,
+    ) -> None:
+        self._seed = seed
+        self._ranks = ranks
+        self._record_for = record_for
+        self._source: Any = data
+        self._collate: Callable[[list[Any]], Any] | None = None
+        if isinstance(data, DataLoader):
+            if batch_size is not None:
+                raise UsageError(f"batch_size={batch_size}: the DataLoader makes the batches of a stream; leave it out")
+            if data.persistent_workers:
+                raise UsageError("a DataLoader over a stream needs persistent_workers=False: it may be read from anew")
+            if not isinstance(data.worker_init_fn, EndsWithWorker):
+                data.worker_init_fn = EndsWithWorker(data.worker_init_fn)
+            units, self.samples = ranks, data.batch_size or 1
+        else:
+            if batch_size is None:
+                raise UsageError("batches() needs batch_size=: the number of samples per step over all ranks")
+            if batch_size < ranks or batch_size % ranks:
+                raise UsageError(f"batch_size={batch_size} with ranks={ranks}: must be a multiple of it")
+            units, self.samples, self._collate = batch_size, batch_size // ranks, default_collate
+        if hasattr(data, "__next__"):
+            raise UsageError(
+                f"batches() of a {type(data).__name__}, which can be read once only: give a dataset that begins anew "
+                "with each iter(), so that its samples are found again after a crash"
+            )
+        self.reading = Reading(units, _ENDLESS, _ENDLESS)
+        self._record = begin(self.reading)
+        self._readers: list[_Reader] = []
+        self._first_units: dict[int, int] = {}
+
+    def get(self, rank_step: RankStep, ranks: Sequence[int]) -> Any:
+        """The batch of ``rank_step``; ``ranks`` are all ranks that this worker holds."""
+        if self._record_for is not None:
+            self._record = self._record_for(self.reading)
+        position, share = self._record.place_of(rank_step.step, rank_step.rank, self._ranks)
+        units = self._reader_before(position, len(ranks)).read(position, share)
+        if self._collate is None:
+            (batch,) = units
+            return batch
+        seed_everything(self._seed, rank_step, "data")
+        return self._collate(units)
+
+    def close(self) -> None:
+        self._readers.clear()
+
+    def _reader_before(self, position: int, ranks: int) -> _Reader:
+        """The one that has the shortest way to go. Ranks at different steps need one each, none of which goes back."""
+        before = [reader for reader in self._readers if reader.position <= position]
+        if before:
+            return max(before, key=lambda reader: reader.position)
+        if len(self._readers) >= max(1, ranks):
+            self._readers.remove(max(self._readers, key=lambda reader: reader.position))
+        self._readers.append(_Reader(self._source, self._seed, self._first_units))
+        return self._readers[-1]
+
+
+class _Reader:
+    """Reads the units of a stream one after the other; ``position``: that of the next one.
+
+    ``first_units``: by pass, a digest of its first unit; all readers of the stream compare.
+    """
+
+    def __init__(self, source: Iterable[Any], seed: int, first_units: dict[int, int]) -> None:
+        self.position = 0
+        self._source: Any = source
+        self._seed = seed
+        self._first_units = first_units
+        self._pass = 0
+        self._at_begin = True
+        self._log = logs.get_logger()
+        self._generators = _Generators()
+        self._units: Iterator[Any]
+        with self._generators.used():
+            self._begin_pass()
+
+    def read(self, position: int, count: int) -> list[Any]:
+        """Read on to these units."""
+        since_s = time.monotonic()
+        with self._generators.used():
+            self._tell_pass()  # another reader of the same source may be in another
+            while self.position < position:
+                self._next()
+                if time.monotonic() - since_s > _SAY_AFTER_S:
+                    since_s = time.monotonic()
+                    self._log.info("reading on in the stream", at=self.position, to=position)
+            return [self._next() for _ in range(count)]
+
+    def _next(self) -> Any:
+        for _ in range(2):
+            try:
+                unit = next(self._units)
+            except StopIteration:
+                self._pass += 1
+                self._begin_pass()
+                continue
+            self.position += 1
+            if self._at_begin:
+                self._at_begin = False
+                self._compare(unit)
+            return unit
+        raise UsageError(f"batches(): the stream of {type(self._source).__name__} is empty in pass {self._pass}")
+
+    def _compare(self, unit: Any) -> None:
+        digest = _digest(unit)
+        if digest is None:
+            return
+        if self._first_units.setdefault(self._pass, digest) != digest:
+            raise UsageError(
+                f"batches(): pass {self._pass} of {type(self._source).__name__} begins with something else than "
+                "when it was read before, so its samples cannot be found again: let it depend on the pass, "
+                "and on the global generators of random numbers, only"
+            )
+
+    def _begin_pass(self) -> None:
+        self._at_begin = True
+        seed_all(stream_seed(self._seed, self._pass, 0, "stream"))
+        self._tell_pass()
+        self._units = iter(self._source)
+
+    def _tell_pass(self) -> None:
+        for source in (self._source, getattr(self._source, "dataset", None)):
+            told = getattr(source, "set_epoch", None)
+            if told is not None:
+                told(self._pass)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as their bytes: torch's own form has another number in it each time."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return bytes, (bytes(as_bytes(value.detach().cpu().contiguous().view(-1))),)
+        return NotImplemented
+
+
+def _digest(unit: Any) -> int | None:
+    """Of one unit; None if it cannot be told from others so."""
+    data = io.BytesIO()
+    try:
+        _Pickler(data).dump(unit)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):
+        return None
+    return xxh3_64_intdigest(data.getbuffer())
+
+
+class _Generators:
+    """Global generators of random numbers, as the reader of a stream left them."""
+
+    def __init__(self) -> None:
+        self._state: tuple[Any, Any, Any] | None = None
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, they go on from there; the script's own seeds come after each batch."""
+        if self._state is not None:
+            torch.set_rng_state(self._state[0])
+            np.random.set_state(self._state[1])
+            random.setstate(self._state[2])
+        yield
+        self._state = torch.get_rng_state(), np.random.get_state(), random.getstate()
