@@ -364,7 +364,9 @@ def test_it_is_skipped_alike_after_a_resume(site: Site) -> None:
             servers.stop()
         return model
 
-    for whole, parts in zip(run("whole", STEPS).parameters(), run("parts", 4, 7, STEPS).parameters(), strict=True):
+    for whole, parts in zip(
+        run("skipped-whole", STEPS).parameters(), run("skipped-parts", 4, 7, STEPS).parameters(), strict=True
+    ):
         assert torch.equal(whole, parts)
 
 

@@ -30,7 +30,7 @@ def finished(site: Site) -> tuple[str, str]:
     ("arguments", "options", "words"),
     [
         (["--width", "32"], {}, ["another model", "shape (32, 12)", "(64, 12) in the job"]),
-        (["--lr", "0.5"], {}, ["optimizer=", "0.5", "another job name"]),
+        (["--lr", "0.5"], {}, ["exists with lr=", "0.5", "psa job set refusals lr=", "another job name"]),
         ([], {"ranks": 3}, ["ranks=2", "ranks=3"]),
         ([], {"commit_every": 7}, ["commit_every=10", "commit_every=7"]),
     ],
