@@ -55,8 +55,10 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class TakeReference:
-    """The gradients of these shards lie in shared memory. ``marks``: what comes, by shard its part of it."""
+    """The gradients of these shards lie in shared memory. ``marks``: what comes, if anything, by shard its part of
+    it, in ``memory``."""
 
+    rank: int
     gradients: Sequence[tuple[int, Tensor]]
     marks: Mapping[int, memoryview]
     memory: memoryview
@@ -167,13 +169,13 @@ class PushAdmission:
     def revise(self, plan: Plan) -> None:
         """Ranks may have gone to other workers: what is still to come of their gradients is not wanted."""
         for connection, decision in self._decided.items():
-            if isinstance(decision, Take) and not self._may_push(plan, decision.rank, connection):
+            if not isinstance(decision, Drop) and not self._may_push(plan, decision.rank, connection):
                 self._divert(connection, Reason.NOT_HOLDER)
 
     def end(self) -> None:
         """The term is over, and the places of its shards are not to be touched any more."""
         for connection, decision in self._decided.items():
-            if isinstance(decision, Take):
+            if not isinstance(decision, Drop):
                 self._divert(connection, Reason.STALE)
 
     def forget(self, connection: Connection) -> None:
@@ -286,9 +288,9 @@ class PushAdmission:
         if header.length != self._mark_bytes(header, shards):
             raise Refused(f"PUSH by reference of {header.length} bytes: not marks of its shards")
         if not header.length:
-            return TakeReference(taken, {}, _NOTHING)
+            return TakeReference(header.rank, taken, {}, _NOTHING)
         memory, marks, low = memoryview(bytearray(header.length)), {}, 0
         for shard in shards:
             marks[shard] = memory[low : low + self._forms[shard].mark_bytes]
             low += self._forms[shard].mark_bytes
-        return TakeReference(taken, marks, memory)
+        return TakeReference(header.rank, taken, marks, memory)

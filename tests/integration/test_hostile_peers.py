@@ -6,6 +6,7 @@ One file, since all peers are let loose on one running job, whose result is comp
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import random
 import re
@@ -271,6 +272,28 @@ def a_push_that_admits_to_hold_nan(scene: Scene, carrier: str) -> None:
         about = {"step": step, "rank": scene.ranks - 1, "shard": shard.index}
         peer.say(Kind.PUSH, bytes(shard.size_bytes), flags=Flag.NONFINITE, **about)
         peer.is_thrown_out("NaN or Inf")
+
+
+@deed
+def a_push_of_a_weight_that_is_none(scene: Scene, carrier: str) -> None:
+    for weight in (-1.0, math.nan, math.inf):
+        with scene.in_the_name_of_the_holder() as pose:
+            peer, step = pose(carrier)
+            shard = scene.shard()
+            about = {"step": step, "rank": scene.ranks - 1, "shard": shard.index}
+            peer.say(Kind.PUSH, bytes(shard.size_bytes), weight=weight, **about)
+            peer.is_thrown_out("PUSH of weight")
+
+
+@deed
+def a_push_whose_marks_are_not_those_of_its_shards(scene: Scene, carrier: str) -> None:
+    shard = scene.shard()
+    for payload in (bytes(shard.size_bytes), bytes(shard.size_bytes + len(shard.pieces) + 1)):
+        with scene.in_the_name_of_the_holder() as pose:
+            peer, step = pose(carrier)
+            about = {"step": step, "rank": scene.ranks - 1, "shard": shard.index}
+            peer.say(Kind.PUSH, payload, flags=Flag.ABSENT, **about)
+            peer.is_thrown_out(f"PUSH of {len(payload)} bytes for shard")
 
 
 @deed
