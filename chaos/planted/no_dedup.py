@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from psa_store.consistency import RANK_OF_BUFFERS, Offer, SyncStep
+from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.server.shard import OwnedShard
 
 
@@ -26,12 +27,12 @@ def plant() -> None:
 
     fresh: set[tuple[int, int]] = set()
 
-    def add(self: OwnedShard, rank: int, gradient: Tensor) -> None:
+    def add(self: OwnedShard, rank: int, gradient: Tensor, note: GradientNote = PLAIN) -> None:
         key = (self.shard.index, rank)
         if key in fresh and not (self.shard.role.name == "BUFFER" and rank == RANK_OF_BUFFERS):
             gradient = gradient + self._gradients[rank]
         fresh.add(key)
-        take(self, rank, gradient)
+        take(self, rank, gradient, note)
 
     def apply_and_forget(self: OwnedShard, *arguments: Any, **named: Any) -> None:
         fresh.difference_update({each for each in fresh if each[0] == self.shard.index})

@@ -26,6 +26,7 @@ from psa_store.optim import Optimizer
 from psa_store.optim.from_torch import from_torch
 from psa_store.storage import RedisStore
 from psa_store.worker import Worker
+from psa_store.worker.randomness import generators_kept
 
 _KEPT = ("best_metric", "best_global_step", "total_flos", "num_input_tokens_seen")
 _NONE = -1
@@ -169,12 +170,13 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
 
     def _train(self, worker: Worker, model: Any, loader: DataLoader[Any], fixed: _Fixed) -> None:
         for micro_batches in worker.batches(loader):
-            if worker.version != self._handled:  # the first one here, or one to which the job went back
-                self._handle(worker, model, fixed)
+            with generators_kept():  # the batch is here, and its random numbers are those of its step and rank
+                if worker.version != self._handled:  # the first one here, or one to which the job went back
+                    self._handle(worker, model, fixed)
+                if worker.rank == 0 and self._save_owed == worker.version and not self.control.should_training_stop:
+                    self._save_checkpoint(model, None)  # its saver died in doing so
             if self.control.should_training_stop:
                 break
-            if worker.rank == 0 and self._save_owed == worker.version:  # its saver died in doing so
-                self._save_checkpoint(model, None)
             if worker.version != self._begun:
                 self._begun, self._was_main = worker.version, False
                 self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
