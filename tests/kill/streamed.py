@@ -38,11 +38,12 @@ def main() -> None:
         for index, x in worker.batches(data, batch_size=None if args.loader else 8):
             time.sleep(0.004)  # what a larger model would compute
             step, rank = worker.version, worker.rank
+            # Before the step: a worker may die right after it. At once: workers share the pipe.
+            os.write(1, f"read {step} {rank} {' '.join(map(str, index.tolist()))}\n".encode())
             model(x).square().mean().backward()
             worker.step()
-            line = f"read {step} {rank} {' '.join(map(str, index.tolist()))}\n"
-            line += f"step {worker.version}\n" if worker.is_main and worker.version == step + 1 else ""
-            os.write(1, line.encode())  # at once: workers share the pipe
+            if worker.is_main and worker.version == step + 1:
+                os.write(1, f"step {worker.version}\n".encode())
     sys.exit(0)
 
 
