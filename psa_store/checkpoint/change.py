@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from psa_store import logs
 from psa_store.checkpoint.catalog import read_job
-from psa_store.cluster import Phase
 from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, Fenced, Rewound
 from psa_store.job.change import Change, Numbers
@@ -60,17 +59,8 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
             continue
         coordination.replace_config(changed)
         if seen is not None and before is not None and before.owners:
-            plan = replace(
-                before,
-                term=term,
-                revision=before.revision + 1,
-                resume=version,
-                phase=Phase.RUN,
-                freeze_revision=None,
-                stop_version=None,
-                cut=None,
-            )
-            coordination.write_plan(plan, seen)  # a controller that was faster begins a term with the change as well
+            # A controller that was faster begins a term with the change as well.
+            coordination.write_plan(before.begun_again(term, version), seen)
         return Changed(version, term)
     raise DependencyUnreachable(
         f"job {job!r}: {_TRIES_MAX} terms began while it was to be changed. See `psa status {job}`, and repeat."

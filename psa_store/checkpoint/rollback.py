@@ -6,12 +6,11 @@ live follow it as they would after a death; where none does, the next one finds 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from psa_store import logs
 from psa_store.checkpoint.catalog import read_job
 from psa_store.checkpoint.reader import find_damage
-from psa_store.cluster import Phase
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import RedisStore
@@ -61,17 +60,7 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
         done = RolledBack(version, term)
         if seen is None or before is None or not before.owners:
             return done
-        plan = replace(
-            before,
-            term=term,
-            revision=before.revision + 1,
-            resume=version,
-            phase=Phase.RUN,
-            freeze_revision=None,
-            stop_version=None,
-            cut=None,
-        )
-        if coordination.write_plan(plan, seen) is not None:
+        if coordination.write_plan(before.begun_again(term, version), seen) is not None:
             return done
     raise DependencyUnreachable(
         f"job {job!r}: {_TRIES_MAX} terms began while it was to go back to {what}. See `psa status {job}`, and repeat."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import ClassVar
@@ -85,6 +85,19 @@ class Plan:
 
     def ranks_of(self, worker: str) -> tuple[int, ...]:
         return tuple(rank for rank, holder in enumerate(self.ranks) if holder == worker)
+
+    def begun_again(self, term: int, version: int) -> Plan:
+        """The plan with which the same members go on in a new term, from this version."""
+        return replace(
+            self,
+            term=term,
+            revision=self.revision + 1,
+            resume=version,
+            phase=Phase.RUN,
+            freeze_revision=None,
+            stop_version=None,
+            cut=None,
+        )
 
     def to_json(self) -> str:
         fields = to_fields(self)

@@ -380,6 +380,7 @@ class Worker:
             return  # made again after a loss: the job kept the change
         while not (session.settle() and session.make_durable([each.id for each in session.plan.servers], version)):
             if session.leaving:
+                logs.get_logger().warning("told to leave before a change was made: it is not made", change=str(numbers))
                 return
             session.wait()
         assert self._opened is not None

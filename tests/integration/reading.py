@@ -54,8 +54,8 @@ def main() -> None:
             step, rank = worker.version, worker.rank
             if step == args.hold_at:
                 while not args.until.exists():
-                    time.sleep(0.01)
-            time.sleep(args.pace_s)
+                    time.sleep(0.01)  # files send no events; the test has a deadline
+            time.sleep(args.pace_s)  # what a larger model would compute
             model(x).sum().backward()
             worker.step()
             say(f"seen {step} {rank} {' '.join(map(str, indices.tolist()))}")
