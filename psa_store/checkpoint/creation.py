@@ -17,6 +17,7 @@ from psa_store.coordination.identity import new_member_id
 from psa_store.errors import Fenced, JobBusy
 from psa_store.job.config import CREATOR_NODE, JobConfig
 from psa_store.job.layout import Layout, TensorRole
+from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
 from psa_store.storage import Head, Manifest, RedisStore, ShardState
 from psa_store.testing.failpoints import failpoint
@@ -51,6 +52,7 @@ def write_new_job(
     store: RedisStore,
     coordination: Coordination,
     data: DataRecord | None = None,
+    files: ModelFiles | None = None,
 ) -> None:
     """Create a job that Redis does not have, with these shards; the caller holds ``CREATOR_NODE``.
 
@@ -58,6 +60,7 @@ def write_new_job(
         version: of the shards that change; frozen ones are written at version 0.
         states: one of each shard, in any order, taken as they are written.
         data: how the job has walked through its data so far; None: it begins.
+        files: of its model.
 
     Raises:
         UsageError: its mode does not fit its layout; nothing was written.
@@ -75,6 +78,8 @@ def write_new_job(
                 raise outcome
     if data is not None:
         write_data_record(job, data, store)
+    if files is not None:
+        store.model_files(job).write(files)
     failpoint("create.before_documents")
     store.create_job(job, config.to_json(), layout.to_json())
 

@@ -48,6 +48,8 @@ def fork(store: RedisStore, coordination: Coordination, job: str, what: str, new
         _, data = store.data_record(job).read()
         if data is not None:
             write_data_record(new, data.known_to(()), store)
+        if (files := store.model_files(job).read()) is not None:
+            store.model_files(new).write(files)
         failpoint("fork.adopted")
         config = replace(stored.config, name=new)
         store.create_job(new, config.to_json(), stored.layout.to_json())

@@ -26,6 +26,7 @@ from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
+from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
 from psa_store.optim.slots import AVERAGE, wide_dtype
 from psa_store.optim.tensors import as_bytes, to_torch
@@ -86,6 +87,10 @@ class StoredVersion:
         """How the job walks through its data, for another job that goes on from here; None if that is not known."""
         _, record = self.store.data_record(self.config.name).read()
         return None if record is None else record.known_to(())
+
+    def model_files(self) -> ModelFiles | None:
+        """The small files of the job's model; None if none are known."""
+        return self.store.model_files(self.config.name).read()
 
     def sections(self, shard: int) -> dict[str, memoryview]:
         """All sections of a shard, by name."""

@@ -197,6 +197,8 @@ def checkpoint_export(
 ) -> None:
     """Write a checkpoint to files: safetensors with the names of state_dict, and all that a job needs to go on.
 
+    Of a model of transformers from_pretrained loads the folder: config.json is in it, and the script's tokenizer.
+
     Example: psa checkpoint export shakespeare s3://models/shakespeare-1 before-lr-change
     """
     export_files(job, what, url, reach("checkpoint"), int(max_file_gb * 1e9), average=average)

@@ -3,7 +3,8 @@
 Redis may come back older than it was (a lost tail of the log, a replica that was behind), or empty. Then the seal is
 renewed and the newest committed version is written again from the snapshot that is still in memory, or the one at which
 the term began, so that the loss heals within about a second and not with the next commit. What hardly ever changes (the
-documents of the job, its frozen shards, how it walks through its data) is written again as well where it is missing.
+documents of the job, its frozen shards, how it walks through its data, small files of its model) is written again as
+well where it is missing.
 
 Used by the committer's thread, which holds the snapshots meanwhile.
 """
@@ -18,6 +19,7 @@ from psa_store import logs
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Rewound
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
+from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
 from psa_store.server.work import Work
 from psa_store.storage import Manifest, RedisStore
@@ -37,6 +39,9 @@ class Healing:
         self._stored_data = store.data_record(config.name)
         self._data: DataRecord | None = None
         """How the job walks through its data, as far as this server knows."""
+        self._stored_files = store.model_files(config.name)
+        self._files: ModelFiles | None = None
+        self._files_digest = ""
 
     def read_run_id(self) -> str | None:
         """Ask Redis which one it is; None if it does not answer."""
@@ -60,6 +65,7 @@ class Healing:
         try:
             run_id = self._store.server_run_id()
             self._keep_data()
+            self._keep_files()
             if run_id == self._run_id and self._has_all(last):
                 return
             self._restore_what_never_changes(last)
@@ -90,6 +96,15 @@ class Healing:
                 self._data = found
             elif self._data is not None:
                 self._stored_data.replace(seen, self._data)
+
+    def _keep_files(self) -> None:
+        """The same for the small files of the model: they are read when their digest is another one."""
+        digest = self._stored_files.digest()
+        if not digest and self._files is not None:
+            self._stored_files.write(self._files)
+        elif digest != self._files_digest:
+            with suppress(DataIntegrity):
+                self._files, self._files_digest = self._stored_files.read(), digest
 
     def _has_all(self, work: Work) -> bool:
         return self._store.has_job(self._job) and not self._store.missing(self._job, [*work.owned_shards, *work.frozen])

@@ -20,6 +20,11 @@ def data(job: str) -> str:
     return f"psa:{{{job}}}:data"
 
 
+def model_files(job: str) -> str:
+    """The small files of its model, for exports: a hash of a JSON document and its digest, replaced as a whole."""
+    return f"psa:{{{job}}}:model-files"
+
+
 def checkpoints(job: str) -> str:
     """Its checkpoints: a hash from name to JSON document."""
     return f"psa:{{{job}}}:checkpoints"
@@ -52,7 +57,7 @@ def history(job: str) -> list[str]:
 
 def documents(job: str) -> list[str]:
     """All that is stored of a job but its shards."""
-    return [config(job), layout(job), data(job), checkpoints(job), *history(job)]
+    return [config(job), layout(job), data(job), model_files(job), checkpoints(job), *history(job)]
 
 
 def head(job: str, shard: int) -> str:

@@ -21,6 +21,7 @@ from psa_store.storage.erasing import erase, keys_of
 from psa_store.storage.examination import RedisFacts, facts_of
 from psa_store.storage.head import Head, Manifest, head_from_fields, pin_field, term_text, version_field
 from psa_store.storage.loading import load_sections
+from psa_store.storage.model_files import StoredModelFiles
 from psa_store.storage.pins import Pins
 from psa_store.testing.failpoints import failpoint
 
@@ -109,6 +110,10 @@ class RedisStore:
     def data_record(self, job: str) -> StoredDataRecord:
         """The document that says how the job walks through its data."""
         return StoredDataRecord(self._caller, job)
+
+    def model_files(self, job: str) -> StoredModelFiles:
+        """The small files of the job's model."""
+        return StoredModelFiles(self._caller, job)
 
     def has_job(self, job: str) -> bool:
         """Whether :meth:`read_job` would find it."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,7 @@ from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.given_optimizer import GivenOptimizer
 from psa_store.worker.health import Progress, WorkerHealth
 from psa_store.worker.membership import Membership
+from psa_store.worker.model_files import model_files
 from psa_store.worker.server_connections import ServerConnections
 from psa_store.worker.session import Tools
 from psa_store.worker.state import ScriptState
@@ -52,6 +54,7 @@ class Given:
     state: ScriptState | None
     steps: int | None
     push_early: bool | None
+    tokenizer: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
             f"psa.Worker(state=) goes with mode sync, without backup and speculate, not with {config.mode}: there is "
             "no one version that it could belong to"
         )
+    _keep_model_files(given, store)
     wire = WireLayout(given.layout, config.compression)
     model.receive_as(wire)
     membership = stack.enter_context(closing(Membership(member, coordination, woken, mailbox)))
@@ -151,6 +155,13 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         AverageInModel(config, given.layout, model, membership, store),
         partial(change_job, store, coordination, job),
     )
+
+
+def _keep_model_files(given: Given, store: RedisStore) -> None:
+    """Have the job keep what this script says is to be in exports beside the tensors; what it says last counts."""
+    files, stored = model_files(given.model, given.tokenizer), store.model_files(given.wanted.name)
+    if files is not None and stored.digest() != files.digest:
+        stored.write(files)
 
 
 def announce_failure(settings: Settings, error: BaseException | None, where: str) -> None:

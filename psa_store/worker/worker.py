@@ -64,6 +64,8 @@ class Worker:
         average: of the parameters over the steps, ``psa.ema(0.999)``, which servers keep: for :meth:`average`,
             ``psa.Store`` and exports. It belongs to the job; None: there is none.
         state: what :attr:`state` is in the beginning; None: the script has none.
+        tokenizer: or a processor: kept with the job, so that exports have its files beside ``config.json``, which a
+            model of transformers brings along.
         push_early: whether gradients are pushed while ``backward()`` runs, so that they can not be changed after it.
             None: if the script changes none in the first steps; what counts is then what it has at ``step()``.
 
@@ -95,6 +97,7 @@ class Worker:
         push_early: bool | None = None,
         average: Average | None = None,
         state: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if steps is not None and steps < 0:
             raise UsageError(f"steps={steps}: must not be negative")
@@ -120,7 +123,7 @@ class Worker:
             mode=None if mode is None else parse_mode(mode),
             average=average,
         )
-        self._given = Given(wanted, model, layout, self._optimizer, self._script_state, steps, push_early)
+        self._given = Given(wanted, model, layout, self._optimizer, self._script_state, steps, push_early, tokenizer)
         if self._settings.draft is not None:
             # `psa estimate` wants to know what the job would be: nothing else of the script is to happen.
             write_draft(new_config(wanted, self._settings), layout, self._settings.draft)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
@@ -16,6 +18,7 @@ from transformers import (
     EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -85,6 +88,11 @@ def _new_model(kind: str) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
 
 
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w1"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", pad_token="w0")
+
+
 class Dies(TrainerCallback):  # type: ignore[misc]
     """Kill this process in a step, or in saving one, once over all processes; say what is logged."""
 
@@ -150,6 +158,7 @@ def main() -> None:
         model=make_model(args.kind, not args.no_dropout),
         args=arguments,
         data_collator=collate,
+        processing_class=make_tokenizer(),
         train_dataset=Texts(args.kind, args.count),
         eval_dataset=Texts(args.kind, 9),
         callbacks=callbacks,

@@ -18,6 +18,7 @@ from psa_store.errors import DataIntegrity
 from psa_store.job.config import JobConfig
 from psa_store.job.document import from_text, to_text
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
+from psa_store.job.model_files import ModelFiles
 from psa_store.storage import Head, Manifest, Section
 from psa_store.storage.head import head_from_fields
 
@@ -37,6 +38,7 @@ EXPORT = Export(
     "origin",
 )
 CHECKPOINT = Checkpoint("name", 7, 7, 3, 1.5, Reason.ASKED, named=True, bytes=32, config=CONFIG.facts())
+MODEL_FILES = ModelFiles({"config.json": b"{}", "spiece.model": bytes(range(256))})
 BARRIER = Barrier(3, ("a", "b"), BarrierState.DONE, {"a": 7, "b": 8})
 
 
@@ -52,6 +54,11 @@ DOCUMENTS: dict[str, tuple[Any, str, Callable[[str], Any]]] = {
         BARRIER,
         to_text(BARRIER),
         lambda text: from_text(Barrier, text, "the barrier in ZooKeeper"),
+    ),
+    "the files of a model in Redis": (
+        MODEL_FILES,
+        to_text(MODEL_FILES),
+        lambda text: from_text(ModelFiles, text, "the files of a model in Redis"),
     ),
     "a request for a checkpoint in ZooKeeper": (
         CheckpointRequest(named=True),

@@ -6,6 +6,7 @@ What is kept there does not depend on Redis, whose loss it is for.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,11 +16,11 @@ from psa_store.checkpoint.files.export import (
     MANIFEST,
     Export,
     export_version,
-    is_ours,
     list_exports,
     newest_export,
     open_export,
     origin_of,
+    ours_in,
 )
 from psa_store.checkpoint.files.folder import Folder
 from psa_store.checkpoint.reader import open_version
@@ -51,13 +52,15 @@ class Archive:
                 there = open_export(folder.url)
                 if there.origin == origin_of(version):
                     return there
-        _clear(folder)
+        beside = version.model_files()
+        names = set(beside.contents) if beside else set()
+        _clear(folder, names)
         try:
             return export_version(version, folder.url)
         except BaseException:
             with suppress(PsaError):
                 if MANIFEST not in folder.names():
-                    _clear(folder)
+                    _clear(folder, names)
             raise
 
     def prune(self, keep: int, older_than_s: float | None) -> list[str]:
@@ -97,7 +100,7 @@ class Archive:
         return export
 
 
-def _clear(folder: Folder) -> None:
-    """Remove an export, or what is left of one; what others have put there stays."""
-    if not folder.folders() and all(is_ours(name) for name in folder.names()):
+def _clear(folder: Folder, beside: Collection[str]) -> None:
+    """Remove an export, or what is left of one with these files beside tensors; what others have put there stays."""
+    if not folder.folders() and set(folder.names()) <= ours_in(folder) | set(beside):
         folder.remove_all(MANIFEST)

@@ -1,7 +1,7 @@
-"""One version of a job as a folder of files: safetensors, and ``psa.json``, which is written last.
+"""One version of a job as a folder: safetensors, what loaders of the model want beside them, and ``psa.json``.
 
-``psa.json`` says what the job is, which version this is, and how long each file is and its digest. A folder without it
-is no export; one whose files are not as it says is damaged. It carries the digest of itself.
+``psa.json`` is written last. It says what the job is, which version this is, and how long each file is and its digest.
+A folder without it is no export; one whose files are not as it says is damaged. It carries the digest of itself.
 
 A folder is written once. All files are whole and on the disk under temporary names before the first gets its own, so
 an exporter that dies in between leaves what the next one recognises and removes.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -21,8 +21,10 @@ from xxhash import xxh3_128_hexdigest
 
 from psa_store.checkpoint.files.folder import Draft, FileFacts, Folder, is_temporary
 from psa_store.checkpoint.files.tensor_files import (
+    INDEX,
     MODEL,
     OPTIMIZER,
+    SUFFIX,
     FileSpec,
     index_of,
     slots_of,
@@ -34,6 +36,7 @@ from psa_store.errors import DataIntegrity, PsaError, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.document import ADDED_LATER, from_fields, to_fields
 from psa_store.job.layout import Layout, layout_from_json
+from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
 from psa_store.storage.sections import CLOCK
 
@@ -64,6 +67,11 @@ class Export:
     """Tells what it was written from, see :func:`origin_of`; exports of old have none."""
     data: DataRecord | None = None
     """How the job walks through its data, as far as that is known."""
+
+    @property
+    def model_files(self) -> list[str]:
+        """Names of the files that loaders of the model want beside its tensors."""
+        return [file.name for file in self.files if not file.name.endswith((SUFFIX, f"{SUFFIX}{INDEX}"))]
 
     @property
     def step(self) -> int:
@@ -150,11 +158,11 @@ def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
     """
     sections = {shard: manifest.sections for shard, manifest in sorted(version.manifests.items())}
     planned = split_into_files(version.layout, sections, max_file_bytes)
-    clocks = _clocks(version)
+    clocks, beside = _clocks(version), version.model_files()
     folder = Folder(url)
     _prepare(folder)
     with ExitStack() as stack:
-        drafts = _draft(version, planned, folder, stack)
+        drafts = _draft(version, planned, beside, folder, stack)
         export = Export(
             folder.url,
             datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -186,10 +194,11 @@ def export_average(version: StoredVersion, url: str, max_file_bytes: int = MAX_F
     version.check_average()
     sections = {shard: manifest.sections for shard, manifest in sorted(version.manifests.items())}
     planned = split_average_into_files(version.layout, sections, max_file_bytes)
+    beside = version.model_files()
     folder = Folder(url)
     _prepare(folder)
     with ExitStack() as stack:
-        drafts = _draft(version, planned, folder, stack)
+        drafts = _draft(version, planned, beside and beside.without_dtype(), folder, stack)
         folder.publish(drafts)
     return [draft.facts for draft in drafts]
 
@@ -232,8 +241,19 @@ def verify_export(export: Export) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file may be one of an export, or what is left of one."""
+    """Whether a file may be one of an export, or what is left of one, as far as its name tells."""
     return name.startswith((MODEL, OPTIMIZER, MANIFEST))
+
+
+def ours_in(folder: Folder) -> set[str]:
+    """The files of an export, or what is left of one: files have no names before a manifest, or its draft, is whole."""
+    names = folder.names()
+    ours = {name for name in names if is_ours(name) or is_temporary(name)}
+    for name in names:
+        if name.startswith(MANIFEST):
+            with suppress(DataIntegrity):
+                ours |= {file.name for file in export_from_json(folder.url, folder.read(name)).files}
+    return ours & set(names)
 
 
 def list_exports(url: str, job: str | None = None) -> tuple[list[Export], list[tuple[str, str]]]:
@@ -297,8 +317,8 @@ def _prepare(folder: Folder) -> None:
     names = folder.names()
     # All files are drafts until the manifest is one, too: then some may have been given their names already.
     died_last = any(is_temporary(name) and name.startswith(MANIFEST) for name in names)
-    left = [name for name in names if is_temporary(name) or (died_last and name.startswith((MODEL, OPTIMIZER)))]
-    others = sorted(set(names) - set(left))
+    left = ours_in(folder) - {MANIFEST} if died_last else {name for name in names if is_temporary(name)}
+    others = sorted(set(names) - left)
     if MANIFEST in names or others:
         raise UsageError(f"{folder.url}: {others[0]!r} is in it. Export into a new folder.")
     for name in left:
@@ -306,7 +326,9 @@ def _prepare(folder: Folder) -> None:
     folder.make()
 
 
-def _draft(version: StoredVersion, planned: Sequence[FileSpec], folder: Folder, stack: ExitStack) -> list[Draft]:
+def _draft(
+    version: StoredVersion, planned: Sequence[FileSpec], beside: ModelFiles | None, folder: Folder, stack: ExitStack
+) -> list[Draft]:
     """Write all files, and the index of those that are parts, under temporary names."""
     drafts = []
     for file in planned:
@@ -316,11 +338,12 @@ def _draft(version: StoredVersion, planned: Sequence[FileSpec], folder: Folder, 
             draft.write(data)
         draft.finish()
         drafts.append(draft)
-    for stem in (MODEL, OPTIMIZER):
-        if index := index_of(planned, stem):
-            drafts.append(stack.enter_context(folder.draft(index[0])))
-            drafts[-1].write(index[1].encode())
-            drafts[-1].finish()
+    found = [index for stem in (MODEL, OPTIMIZER) if (index := index_of(planned, stem))]
+    small = dict(beside.contents) if beside else {}
+    for name, content in (small | {name: text.encode() for name, text in found}).items():
+        drafts.append(stack.enter_context(folder.draft(name)))
+        drafts[-1].write(content)
+        drafts[-1].finish()
     return drafts
 
 

@@ -29,6 +29,7 @@ from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
 from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, Shard, TensorRole, make_layout
+from psa_store.job.model_files import ModelFiles
 from psa_store.storage import RedisStore, ShardState
 from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, RANK, SKIPPED
 
@@ -73,7 +74,8 @@ def import_export(
     source.look()
     with nullcontext() if restore else right_to_create(job, "import", coordination):
         _refuse_known(config, store, coordination, restore=restore)
-        write_new_job(config, layout, source.version, source.states(), store, coordination, export.data)
+        states, files = source.states(), source.model_files()
+        write_new_job(config, layout, source.version, states, store, coordination, export.data, files)
     coordination.create_config(config)
     return config
 
@@ -137,6 +139,11 @@ class Source:
                 where = f"{self._folder.url}/{file.name}"
                 size = header_bytes(where, self._folder.read(file.name, 0, LENGTH_BYTES))
                 self._stored |= read_header(file.name, self._folder.read(file.name, LENGTH_BYTES, LENGTH_BYTES + size))
+
+    def model_files(self) -> ModelFiles | None:
+        """The files that are beside the tensors; None if there are none."""
+        contents = {name: self._folder.read(name) for name in self._export.model_files}
+        return ModelFiles(contents) if contents else None
 
     def states(self) -> Iterator[ShardState]:
         """All shards; each is read when it is asked for."""

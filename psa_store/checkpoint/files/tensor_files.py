@@ -29,6 +29,7 @@ from psa_store.storage.sections import PARAM, RANK
 MODEL = "model"
 OPTIMIZER = "optimizer"
 SUFFIX = ".safetensors"
+INDEX = ".index.json"
 LENGTH_BYTES = 8
 _HEADER_BYTES_MAX = 100_000_000
 """As the library of safetensors has it."""
@@ -199,7 +200,7 @@ def index_of(files: Sequence[FileSpec], stem: str) -> tuple[str, str] | None:
         "metadata": {"total_size": sum(entry.size_bytes for file in of_kind for entry in file.entries)},
         "weight_map": {entry.key: file.name for file in of_kind for entry in file.entries},
     }
-    return f"{stem}{SUFFIX}.index.json", json.dumps(document, indent=1)
+    return f"{stem}{SUFFIX}{INDEX}", json.dumps(document, indent=1)
 
 
 def header_bytes(file: str, length: bytes) -> int:

@@ -148,7 +148,14 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
         self.callback_handler.train_dataloader = loader
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         with Worker(
-            self._job, self.model, optimizer=optimizer, ranks=ranks, steps=steps, seed=seed, state=self._own_state()
+            self._job,
+            self.model,
+            optimizer=optimizer,
+            ranks=ranks,
+            steps=steps,
+            seed=seed,
+            state=self._own_state(),
+            tokenizer=self.processing_class,
         ) as worker:
             self._worker = worker
             try:
