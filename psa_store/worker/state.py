@@ -134,7 +134,8 @@ def _plain(value: Any, where: str, tensors: list[Tensor]) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) and key != _TENSOR for key in value):
             raise UsageError(f"{where} has a key that is no string")
-        return {key: _plain(each, f"{where}[{key!r}]", tensors) for key, each in value.items()}
+        # In the order of the text, so that what is read again is written alike.
+        return {key: _plain(value[key], f"{where}[{key!r}]", tensors) for key in sorted(value)}
     if isinstance(value, list):
         return [_plain(each, f"{where}[{index}]", tensors) for index, each in enumerate(value)]
     if value is None or type(value) in (bool, int, float, str):

@@ -130,7 +130,7 @@ def test_it_does_not_change_what_is_trained(site: Site) -> None:
 def test_the_bytes_say_the_same_again() -> None:
     values = {
         "a": [1, 2.5, float("inf"), None, True, "ä"],
-        "b": {"c": torch.randn(2, 3, dtype=torch.bfloat16), "d": torch.tensor(7)},
+        "b": {"d": torch.tensor(7), "c": torch.randn(2, 3, dtype=torch.bfloat16)},
         "e": torch.zeros(0, 4),
     }
     again = decode(encode(values))

@@ -17,11 +17,10 @@ from transformers.trainer_callback import ExportableState, TrainerState
 
 from psa_store.checkpoint.catalog import read_job
 from psa_store.config import load_settings
-from psa_store.config.launcher import launched_world_size
 from psa_store.errors import UsageError
+from psa_store.integrations.ranks import ranks_of
 from psa_store.integrations.transformers.arguments import refuse
 from psa_store.integrations.transformers.rate import FollowedRate, schedule_of
-from psa_store.job.config import job_config_from_json
 from psa_store.optim import Optimizer
 from psa_store.optim.from_torch import from_torch
 from psa_store.storage import RedisStore
@@ -133,7 +132,7 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         started_s = time.time()
         loader = self.get_train_dataloader()
-        ranks = self._ranks()
+        ranks = ranks_of(self._job)
         samples = loader.batch_size * ranks if loader.batch_size else ranks
         length = len(loader.sampler)  # type: ignore[arg-type]
         epoch_steps = max(1, length // samples if loader.drop_last else math.ceil(length / samples))
@@ -327,18 +326,6 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
                 f"resume_from_checkpoint={str(folder)!r}: job {self._job!r} is at version {newest}. Leave it out to go "
                 f"on from there, or go back first: `psa checkpoint rollback {self._job} {version}`"
             )
-
-    # --- the job
-
-    def _ranks(self) -> int:
-        """The number of ranks, which the number of steps may depend on: the stored one, or that of a new job."""
-        settings = load_settings()
-        if settings.draft is None:
-            with RedisStore.from_settings(settings) as store:
-                stored = store.read_job(self._job)
-            if stored is not None:
-                return job_config_from_json(stored[0]).ranks
-        return settings.ranks or settings.default_ranks or launched_world_size() or 1
 
 
 @dataclass(frozen=True, slots=True)
