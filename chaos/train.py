@@ -82,7 +82,6 @@ def main() -> None:
     options.add_argument("--clip", type=float, default=0.5, help="of the global norm; 0: none")
     options.add_argument("--shard-bytes", type=int, default=8192)
     options.add_argument("--poison-at", type=int, default=-1, help="step at which one gradient is NaN")
-    options.add_argument("--average", type=float, help="decay of an average of the weights, with which is evaluated")
     args = options.parse_args()
 
     torch.set_num_threads(1)
@@ -106,7 +105,6 @@ def main() -> None:
             steps=args.steps,
             seed=3,
             shard_bytes=args.shard_bytes,
-            average=None if args.average is None else psa.ema(args.average),
         ) as worker,
     ):
         for x, y in worker.batches(source, batch_size=12):
@@ -129,9 +127,6 @@ def main() -> None:
             worker.step(loss)
             if worker.is_main and worker.version != before:
                 print(f"step {worker.version} term {worker.term} loss {loss.item():.6f}", flush=True)
-                if args.average is not None:
-                    with worker.average() as at:
-                        print(f"average {at} {tensors_digest(dict(model.named_parameters()))}", flush=True)
         journal.record("ended", finished=worker.finished, digest=tensors_digest(model.state_dict()))
         if worker.finished:
             print(f"finished {worker.version}", flush=True)
