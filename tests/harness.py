@@ -45,7 +45,7 @@ class Run:
         self._queue: queue.Queue[str | None] = queue.Queue()
         self.process = subprocess.Popen(
             [*PSA, *self.arguments],
-            env={**os.environ, **self.env},
+            env={"PYTHONFAULTHANDLER": "1", **os.environ, **self.env},  # for _stacks
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -69,13 +69,14 @@ class Run:
             try:
                 line = self._queue.get(timeout=left_s)
             except queue.Empty:
+                self._stacks()
                 break
             if line is None:
                 break
             self.lines.append(line)
             if wanted(line):
                 return line
-        raise AssertionError("the awaited line did not come; output:\n" + "\n".join(self.lines[-80:]))
+        raise AssertionError("the awaited line did not come; output:\n" + "\n".join(self.lines[-400:]))
 
     def wait_for_step(self, step: int, timeout_s: float = PATIENCE_S) -> None:
         def reached(line: str) -> bool:
@@ -96,12 +97,22 @@ class Run:
                 self._reader.join()
                 return self.process.wait(timeout=30)
             self.lines.append(line)
+        self._stacks()
         self.kill()
-        raise AssertionError("the command did not end; output:\n" + "\n".join(self.lines[-80:]))
+        raise AssertionError("the command did not end; output:\n" + "\n".join(self.lines[-400:]))
 
     @property
     def output(self) -> str:
         return "\n".join(self.lines)
+
+    def _stacks(self) -> None:
+        """End what hangs such that each process says where it stood; the lines are added to those read."""
+        for pid in _session_pids(self.process.pid):
+            with_suppress_kill(pid, signal.SIGABRT)
+        self._reader.join(timeout=20)
+        while not self._queue.empty():
+            if (line := self._queue.get()) is not None:
+                self.lines.append(line)
 
     def kill(self) -> None:
         """SIGKILL the command and everything in its session. Idempotent."""
