@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from chaos.cluster.spawner import Spawner
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
-from tests.harness import LIVE, Site
+from tests.harness import LIVE, WITH_STACKS, Site
 
 
 def pytest_configure() -> None:
@@ -32,7 +33,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     try:
         redis.start(120)
         zookeeper.start(120)
-        yield Site(redis.url, zookeeper.hosts, folder)
+        with Spawner({**Site(redis.url, zookeeper.hosts, folder).env, **WITH_STACKS}) as spawner:
+            yield Site(redis.url, zookeeper.hosts, folder, spawner)
     finally:
         redis.stop()
         zookeeper.stop()

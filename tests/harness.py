@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from chaos.cluster.spawner import Spawner
 from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
 from psa_store.observe.status import JobStatus, describe
@@ -29,36 +31,28 @@ PATIENCE_S = 240.0
 """How long a test waits for an event that must come. It bounds hangs only: a busy machine must not reach it."""
 
 
-LIVE: list[Run] = []
-"""Commands that a test has started; a fixture kills what a failed test left running."""
+LIVE: list[Followed] = []
+"""What a test has started; a fixture kills what a failed test left running."""
 
 
-@dataclass
-class Run:
-    """A running `psa` command whose output is followed line by line, without the labels of `psa run`."""
+class Followed(ABC):
+    """Processes whose output is followed line by line, without the labels of `psa run`.
 
-    arguments: list[str]
-    env: Mapping[str, str]
-    lines: list[str] = field(default_factory=list)
+    They are a session, which begins with process ``pid``.
+    """
 
-    def __post_init__(self) -> None:
+    pid: int
+
+    def __init__(self, output: IO[str]) -> None:
+        self.lines: list[str] = []
+        self._output = output
         self._queue: queue.Queue[str | None] = queue.Queue()
-        self.process = subprocess.Popen(
-            [*PSA, *self.arguments],
-            env={"PYTHONFAULTHANDLER": "1", **os.environ, **self.env},  # for _stacks
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        LIVE.append(self)
         self._reader = threading.Thread(target=self._read, name="test-reader")
         self._reader.start()
+        LIVE.append(self)
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self._output:
             self._queue.put(_LABEL.sub("", line.rstrip("\n")))
         self._queue.put(None)
 
@@ -87,43 +81,112 @@ class Run:
 
     def finish(self, timeout_s: float = PATIENCE_S) -> int:
         """Wait for the end; returns the exit code."""
-        deadline_s = time.monotonic() + timeout_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            try:
-                line = self._queue.get(timeout=left_s)
-            except queue.Empty:
-                break
-            if line is None:
-                self._reader.join()
-                return self.process.wait(timeout=30)
-            self.lines.append(line)
-        self._stacks()
-        self.kill()
-        raise AssertionError("the command did not end; output:\n" + "\n".join(self.lines[-400:]))
+        try:
+            code = self._ended(timeout_s)
+        except TimeoutError:
+            self._stacks()
+            self.kill()
+            raise AssertionError("it did not end; output:\n" + "\n".join(self.lines[-400:])) from None
+        self._reader.join()
+        self._take_rest()
+        return code
 
     @property
     def output(self) -> str:
         return "\n".join(self.lines)
 
+    def kill(self) -> None:
+        """SIGKILL the whole session. Idempotent."""
+        for pid in _session_pids(self.pid):
+            with_suppress_kill(pid, signal.SIGKILL)
+        self._ended(30)
+        self._reader.join(timeout=30)
+        self._output.close()
+        if self in LIVE:
+            LIVE.remove(self)
+
     def _stacks(self) -> None:
         """End what hangs such that each process says where it stood; the lines are added to those read."""
-        for pid in _session_pids(self.process.pid):
+        for pid in _session_pids(self.pid):
             with_suppress_kill(pid, signal.SIGABRT)
         self._reader.join(timeout=20)
+        self._take_rest()
+
+    def _take_rest(self) -> None:
         while not self._queue.empty():
             if (line := self._queue.get()) is not None:
                 self.lines.append(line)
 
-    def kill(self) -> None:
-        """SIGKILL the command and everything in its session. Idempotent."""
-        for pid in _session_pids(self.process.pid):
-            with_suppress_kill(pid, signal.SIGKILL)
-        self.process.wait(timeout=30)
-        self._reader.join(timeout=30)
+    @abstractmethod
+    def _ended(self, timeout_s: float) -> int:
+        """The exit code, once there is one, and nothing more to read; raises TimeoutError."""
+
+
+WITH_STACKS = {"PYTHONFAULTHANDLER": "1"}
+"""SIGABRT makes a process say where its threads are."""
+
+
+class Run(Followed):
+    """A running `psa` command."""
+
+    def __init__(self, arguments: list[str], env: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [*PSA, *arguments],
+            env={**WITH_STACKS, **os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
         assert self.process.stdout is not None
-        self.process.stdout.close()
-        if self in LIVE:
-            LIVE.remove(self)
+        super().__init__(self.process.stdout)
+
+    def _ended(self, timeout_s: float) -> int:
+        # Others of the session may go on after the command: it has ended when the last one closes the output.
+        self._reader.join(timeout_s)
+        if self._reader.is_alive():
+            raise TimeoutError
+        return self.process.wait(timeout=30)
+
+
+class Servers:
+    """Servers of one job, in processes of their own: `psa server` without two seconds of imports for each."""
+
+    def __init__(self, site: Site, job: str, count: int = 1) -> None:
+        self.each = [ForkedServer(site, job) for _ in range(count)]
+
+    def stop(self) -> None:
+        """Have them leave, one after the other, as SIGTERM does. Nothing happens if they have ended."""
+        left = [each for each in self.each if each in LIVE]
+        for each in left:
+            each.wait_for_line(lambda line: "serving" in line)
+        for each in left:
+            each.process.terminate()
+        for each in left:
+            assert each.finish() == 0, each.output
+            each.kill()
+
+
+class ForkedServer(Followed):
+    """A server that was forked from one that has imported everything."""
+
+    def __init__(self, site: Site, job: str) -> None:
+        readable, self._writable = os.pipe()
+        assert site.spawner is not None, "servers are forked at the site of the session"
+        env = {name: value for name, value in os.environ.items() if name.startswith("PSA_")}  # a test's own, too
+        own = Path(f"/proc/{os.getpid()}/fd/{self._writable}")
+        self.process = site.spawner.spawn("server", "psa_store.launch.processes:server_main", [job], env, None, own)
+        self.pid = self.process.pid
+        super().__init__(os.fdopen(readable))
+
+    def _ended(self, timeout_s: float) -> int:
+        code = self.process.wait(timeout_s)
+        if self._writable >= 0:
+            os.close(self._writable)  # now the last one: what is read comes to an end
+            self._writable = -1
+        return code
 
 
 def _session_pids(session: int) -> list[int]:
@@ -166,6 +229,7 @@ class Site:
     redis: str
     zookeeper: str
     home: Path
+    spawner: Spawner | None = None
 
     @property
     def env(self) -> dict[str, str]:

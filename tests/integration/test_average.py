@@ -18,8 +18,8 @@ from psa_store.coordination import Coordination
 from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.sampling import sample_indices
 from psa_store.storage import RedisStore
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.harness import Servers, Site
+from tests.integration.toy import make_data, make_model
 
 STEPS = 12
 RANKS = 2
@@ -27,21 +27,10 @@ SEED = 5
 BATCH = 8
 DECAY = 0.9
 LR = 0.01
+SERVERS = 2
 
 
-@pytest.fixture(autouse=True)
-def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def job(site: Site, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a job that two servers wait for."""
-    name = request.node.name.translate(str.maketrans("[]:=", "----"))
-    servers = Servers(site, name, 2)
-    yield name
-    servers.stop()
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def with_norm() -> nn.Sequential:

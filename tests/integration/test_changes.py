@@ -19,8 +19,8 @@ from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.change import Numbers
 from psa_store.job.config import job_config_from_json
 from psa_store.job.sampling import sample_indices
-from tests.harness import PSA, Site
-from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.harness import PSA, Servers, Site
+from tests.integration.toy import make_data, make_model
 
 SEED = 5
 RANKS = 2
@@ -36,10 +36,7 @@ def psa_command(env: Mapping[str, str], *arguments: str) -> subprocess.Completed
 Turn = Callable[[psa.Worker], None]
 
 
-@pytest.fixture(autouse=True)
-def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def coordination(site: Site, job: str) -> Coordination:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ import psa_store as psa
 from psa_store.errors import UsageError
 from psa_store.job.sampling import sample_indices
 from psa_store.worker.backward import WATCHED_STEPS
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.harness import Servers, Site
+from tests.integration.toy import make_data, make_model
 
 STEPS = 10
 RANKS = 2
@@ -69,19 +69,7 @@ def add_noise(model: nn.Sequential) -> None:
 TOUCHES: list[Touch] = [clip_norm, clip_value, scale_data, zero, drop, assign, write_numpy, add_noise]
 
 
-@pytest.fixture(autouse=True)
-def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def job(site: Site, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a job that a server waits for."""
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    servers = Servers(site, name, 1)
-    yield name
-    servers.stop()
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def train(job: str, touch: Callable[[nn.Sequential, int], None], **options: object) -> nn.Sequential:

@@ -12,25 +12,13 @@ from torch.utils.checkpoint import checkpoint
 import psa_store as psa
 from psa_store.errors import UsageError
 from psa_store.job.sampling import sample_indices
-from tests.harness import Site
 from tests.integration.test_gradients import SEED, assert_close, plain
-from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.integration.toy import make_data, make_model
 
 STEPS = 10
 
 
-@pytest.fixture(autouse=True)
-def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def job(site: Site, request: pytest.FixtureRequest) -> str:
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    servers = Servers(site, name, 1)
-    request.addfinalizer(servers.stop)
-    return name
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def test_a_grad_scaler_unscales_what_counts(job: str) -> None:

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, LRScheduler, Sequential
 import psa_store as psa
 from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.sampling import sample_indices
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.harness import Servers, Site
+from tests.integration.toy import make_data, make_model
 from tests.unit.optimizers import OPTIMIZERS
 
 STEPS = 12
@@ -24,19 +24,7 @@ SEED = 5
 BATCH = 8
 
 
-@pytest.fixture(autouse=True)
-def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture
-def job(site: Site, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a job that a server waits for."""
-    name = request.node.name.translate(str.maketrans("[]:=, ", "------"))
-    servers = Servers(site, name, 1)
-    yield name
-    servers.stop()
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:

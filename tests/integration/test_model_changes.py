@@ -10,9 +10,10 @@ from torch import nn
 
 import psa_store as psa
 from psa_store.errors import UsageError
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.harness import Servers, Site
+from tests.integration.toy import make_data, make_model
 
+pytestmark = pytest.mark.usefixtures("environment")
 Change = Callable[[nn.Sequential], object]
 
 
@@ -86,8 +87,6 @@ CHANGES: dict[Change, str] = {
 @pytest.mark.parametrize("carrier", ["auto", "tcp"])
 def test_a_change_is_refused_at_that_step(site: Site, carrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them in one job, each by a worker of its own, which the others' refusals must not disturb."""
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setenv("PSA_CARRIER", carrier)
     name = f"changes-{carrier}"
     Servers(site, name, 1)
@@ -112,10 +111,8 @@ def test_a_change_is_refused_at_that_step(site: Site, carrier: str, monkeypatch:
             batches.close()
 
 
-def test_a_module_that_writes_to_its_own_weights_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_writes_to_its_own_weights_is_refused(site: Site) -> None:
     """In plain torch the shortened rows stay; here each process would shorten those that it looks up."""
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
     model = nn.Sequential(nn.Embedding(500, 16, max_norm=0.5), nn.Linear(16, 1))
     Servers(site, "changes-max-norm", 1)
     with psa.Worker("changes-max-norm", model, optimizer=psa.optim.SGD(lr=0.1), steps=3) as worker:

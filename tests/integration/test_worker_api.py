@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -13,55 +10,18 @@ from torch.utils.data import DataLoader
 import psa_store as psa
 from psa_store.errors import UsageError
 from psa_store.job.sampling import sample_indices
-from tests.harness import Run, Site
+from tests.integration.toy import make_data, make_model
 
 STEPS = 12
 SEED = 5
 BATCH = 8
 
 
-@pytest.fixture(autouse=True)
-def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
-class Servers:
-    """`psa server` processes for one job, ended by SIGTERM."""
-
-    def __init__(self, site: Site, job: str, count: int) -> None:
-        self.runs = [Run(["server", "--job", job], site.env) for _ in range(count)]
-
-    def stop(self) -> None:
-        for run in self.runs:
-            run.wait_for_line(lambda line: "serving" in line)
-        for run in self.runs:
-            run.process.send_signal(signal.SIGTERM)
-        for run in self.runs:
-            assert run.finish() == 0, run.output
-
-
-@pytest.fixture
-def servers(site: Site, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A server, or as many as the test's parameter says, for a job named after the test; yields the name."""
-    job = request.node.name.partition("[")[0]
-    started = Servers(site, job, getattr(request, "param", 1))
-    yield job
-    started.stop()
-
-
-def make_model() -> nn.Module:
-    torch.manual_seed(11)
-    return nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1))
-
-
-def make_data() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    draw = torch.Generator().manual_seed(2)
-    return [(torch.randn(6, generator=draw), torch.randn(1, generator=draw)) for _ in range(50)]
-
-
-@pytest.mark.parametrize("servers", [2], indirect=True)
-def test_training_equals_a_plain_loop_with_torch(servers: str) -> None:
+@pytest.mark.parametrize("job", [2], indirect=True)
+def test_training_equals_a_plain_loop_with_torch(job: str) -> None:
     """AdamW with clipping, a schedule and weight decay on matrices, over shards on two servers."""
     data = make_data()
     schedule = psa.optim.warmup_cosine(0.05, warmup=3, total=STEPS, final=0.01)
@@ -69,7 +29,7 @@ def test_training_equals_a_plain_loop_with_torch(servers: str) -> None:
         lr=schedule, weight_decay=0.0, clip_grad_norm=0.2, groups=[psa.optim.group("matrices", weight_decay=0.3)]
     )
     ours, theirs = make_model(), make_model()
-    with psa.Worker(servers, ours, optimizer=rule, ranks=2, steps=STEPS, seed=SEED, shard_bytes=4096) as worker:
+    with psa.Worker(job, ours, optimizer=rule, ranks=2, steps=STEPS, seed=SEED, shard_bytes=4096) as worker:
         for x, y in worker.batches(data, batch_size=BATCH):
             nn.functional.mse_loss(ours(x), y).backward()
             worker.step()
@@ -94,7 +54,7 @@ def test_training_equals_a_plain_loop_with_torch(servers: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
-def test_an_optimizer_of_torch_is_taken_as_what_it_says(servers: str) -> None:
+def test_an_optimizer_of_torch_is_taken_as_what_it_says(job: str) -> None:
     """The script may make torch's optimizer and schedule, but not step them: the servers update."""
     data, ours, theirs = make_data(), make_model(), make_model()
 
@@ -105,7 +65,7 @@ def test_an_optimizer_of_torch_is_taken_as_what_it_says(servers: str) -> None:
         return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.3)
 
     mine, other = optimizer_of(ours), optimizer_of(theirs)
-    with psa.Worker(servers, ours, optimizer=mine, steps=STEPS, seed=SEED) as worker:
+    with psa.Worker(job, ours, optimizer=mine, steps=STEPS, seed=SEED) as worker:
         for x, y in worker.batches(data, batch_size=BATCH):
             mine.zero_grad()
             nn.functional.mse_loss(ours(x), y).backward()
@@ -125,10 +85,10 @@ def test_an_optimizer_of_torch_is_taken_as_what_it_says(servers: str) -> None:
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
-def test_accumulated_parts_make_one_gradient(servers: str) -> None:
+def test_accumulated_parts_make_one_gradient(job: str) -> None:
     data = make_data()
     model, whole = make_model(), make_model()
-    with psa.Worker(servers, model, optimizer=psa.optim.SGD(lr=0.1), steps=1, seed=SEED) as worker:
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), steps=1, seed=SEED) as worker:
         for x, y in worker.batches(DataLoader(data, batch_size=4)):
             with worker.accumulate():
                 (nn.functional.mse_loss(model(x[:2]), y[:2]) / 2).backward()
@@ -140,11 +100,11 @@ def test_accumulated_parts_make_one_gradient(servers: str) -> None:
         torch.testing.assert_close(mine.detach(), other.detach() - 0.1 * other.grad)
 
 
-def test_misuse_is_told_and_the_job_goes_on(servers: str) -> None:
+def test_misuse_is_told_and_the_job_goes_on(job: str) -> None:
     data = make_data()
     model = make_model()
     rule = psa.optim.SGD(lr=0.1)
-    with psa.Worker(servers, model, optimizer=rule, ranks=2, steps=2, seed=SEED, push_early=True) as worker:
+    with psa.Worker(job, model, optimizer=rule, ranks=2, steps=2, seed=SEED, push_early=True) as worker:
         with pytest.raises(UsageError, match=r"without a batch"):
             worker.step()
         with pytest.raises(UsageError, match=r"batch_size=7.*2"):
@@ -160,10 +120,10 @@ def test_misuse_is_told_and_the_job_goes_on(servers: str) -> None:
             next(batches)
 
 
-def test_a_parameter_that_is_not_used_counts_as_zero(servers: str) -> None:
+def test_a_parameter_that_is_not_used_counts_as_zero(job: str) -> None:
     model = make_model()
     model.register_parameter("spare", nn.Parameter(torch.ones(5)))
-    with psa.Worker(servers, model, optimizer=psa.optim.SGD(lr=0.1), steps=2, seed=SEED) as worker:
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), steps=2, seed=SEED) as worker:
         for x, y in worker.batches(make_data(), batch_size=4):
             nn.functional.mse_loss(model(x), y).backward()
             worker.step()

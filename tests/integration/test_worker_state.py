@@ -12,16 +12,13 @@ from torch import nn
 import psa_store as psa
 from psa_store.errors import UsageError
 from psa_store.worker.state import decode, encode
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers, make_data, make_model
+from tests.harness import Servers, Site
+from tests.integration.toy import make_data, make_model
 
 Touch = Callable[[psa.Worker], None]
 
 
-@pytest.fixture(autouse=True)
-def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in site.env.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 def run(

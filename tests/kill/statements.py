@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 import psa_store as psa
 from psa_store.checkpoint.reader import tensors_digest
-from tests.integration.test_worker_api import make_data
+from tests.integration.toy import make_data
 
 CHANGE_AT = 25
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import psa_store as psa
-from tests.integration.test_worker_api import make_model
+from tests.integration.toy import make_model
 
 LENGTH = 500
 
