@@ -25,6 +25,7 @@ from psa_store.config import load_settings
 from psa_store.testing.journal import Journal
 
 MEETING_STEP = 20
+HELD_STEPS = 5
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -67,6 +68,13 @@ class Net(nn.Module):
         return self.last(self.narrow(x.to(torch.bfloat16)).float())
 
 
+def await_end(worker: psa.Worker, steps: int, go: Path | None) -> None:
+    """Let the last steps wait for a file: the test that makes it is done with the job."""
+    if go is not None and worker.version >= steps - HELD_STEPS:
+        while not go.exists():
+            time.sleep(0.01)  # user code can only poll files; the test has a deadline
+
+
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--job", required=True)
@@ -75,6 +83,7 @@ def main() -> None:
     options.add_argument("--width", type=int, default=64)
     options.add_argument("--pace-s", type=float, default=0.004)
     options.add_argument("--paced-until", type=Path, help="from when this file exists on, steps take no time")
+    options.add_argument("--end-after", type=Path, help="the last steps wait until this file exists")
     options.add_argument("--meet", type=int, default=0, help="go on after step 20 once so many workers hold ranks")
     options.add_argument("--processes", type=int, default=0, help="DataLoader processes")
     options.add_argument("--lr", type=float, default=0.01)
@@ -116,6 +125,7 @@ def main() -> None:
                     time.sleep(0.01)  # user code can only poll members; the test has a deadline
                 print(f"met {worker.members}", flush=True)
                 to_meet = 0  # once: they may leave before this step is over, and their ranks are computed here then
+            await_end(worker, args.steps, args.end_after)
             if args.paced_until is None or not args.paced_until.exists():
                 time.sleep(args.pace_s)  # what a larger model would compute
             loss = nn.functional.mse_loss(model(x), y)

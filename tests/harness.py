@@ -129,7 +129,9 @@ WITH_STACKS = {"PYTHONFAULTHANDLER": "1"}
 class Run(Followed):
     """A running `psa` command."""
 
-    def __init__(self, arguments: list[str], env: Mapping[str, str]) -> None:
+    def __init__(self, arguments: list[str], env: Mapping[str, str], end: Path | None = None) -> None:
+        """``end``: a file for which the script waits before its last steps; :meth:`finish` makes it."""
+        self._end = end
         self.process = subprocess.Popen(
             [*PSA, *arguments],
             env={**WITH_STACKS, **os.environ, **env},
@@ -142,6 +144,11 @@ class Run(Followed):
         self.pid = self.process.pid
         assert self.process.stdout is not None
         super().__init__(self.process.stdout)
+
+    def finish(self, timeout_s: float = PATIENCE_S) -> int:
+        if self._end is not None:
+            self._end.touch()
+        return super().finish(timeout_s)
 
     def _ended(self, timeout_s: float) -> int:
         # Others of the session may go on after the command: it has ended when the last one closes the output.
@@ -248,11 +255,22 @@ class Site:
         return RedisStore(self.redis, timeout_s=5.0)
 
     def run(
-        self, job: str, *extra: str, script: Path = TRAIN, env: Mapping[str, str] | None = None, **options: Any
+        self,
+        job: str,
+        *extra: str,
+        script: Path = TRAIN,
+        env: Mapping[str, str] | None = None,
+        held: bool = False,
+        **options: Any,
     ) -> Run:
-        """`psa run`; keyword arguments are options of `psa run`, ``extra`` are arguments of the script."""
+        """`psa run`; keyword arguments are options of `psa run`, ``extra`` are arguments of the script.
+
+        ``held``: the job does not end before :meth:`Run.finish` is called, however late a test comes to disturb it.
+        """
         flags = [part for name, value in options.items() for part in _flag(name, value)]
-        return Run(["run", *flags, str(script), "--job", job, *extra], {**self.env, **(env or {})})
+        end = self.home / f"{job}.end" if held else None
+        hold = ["--end-after", str(end)] if end else []
+        return Run(["run", *flags, str(script), "--job", job, *extra, *hold], {**self.env, **(env or {})}, end)
 
     def describe(self, job: str) -> JobStatus:
         with closing(self.store()) as store:

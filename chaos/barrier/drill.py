@@ -98,11 +98,11 @@ class _Drill:
     def _inject(self, kind: str, pause_s: float) -> bool:
         how, _, name = kind.partition("-")
         failpoints.arm(self._armed, name, FailpointAction.KILL if how == "die" else FailpointAction.STOP)
-        if not self._until(lambda: bool(failpoints.hit(self._armed, name))):
+        if not self._until(lambda: self._is_hit(name)):
             return not failpoints.disarm(self._armed, name)
         (pid,) = failpoints.hit(self._armed, name)
         if how == "die":
-            return self._until(self._replace_dead)
+            return self._until(lambda: self._is_replaced(pid))
         threading.Event().wait(pause_s)  # the fault is that it lasts
         os.kill(pid, signal.SIGCONT)
         return True
@@ -115,6 +115,17 @@ class _Drill:
         for _, process in self._members.values():
             process.wait()
         return self._replace_dead()
+
+    def _is_hit(self, name: str) -> bool:
+        """A member that slept through its session, on a busy machine, has ended: the rest waits for its successor."""
+        if failpoints.hit(self._armed, name):
+            return True
+        self._replace_dead()
+        return False
+
+    def _is_replaced(self, pid: int) -> bool:
+        self._replace_dead()
+        return all(process.pid != pid for _, process in self._members.values())
 
     def _replace_dead(self) -> bool:
         """Replace dead members, as a supervisor does; return whether there were any."""

@@ -82,18 +82,18 @@ class CommandPipe:
         A block begins with one step that is not timed: it brings all members into step, and what the others have pushed
         out of the caches back in.
         """
-        self._pipe.send(Done())
+        self._answer(Done())
         steps = 0
         while True:
             try:
                 command: int | Command = self._pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 return
             if command is Command.LEAVE:
                 return
             if command is Command.CHECK:
                 stepper.check(steps)
-                self._pipe.send(Done())
+                self._answer(Done())
                 continue
             assert isinstance(command, int)
             stepper.prepare()
@@ -104,10 +104,16 @@ class CommandPipe:
             end_s = time.monotonic()
             steps += 1 + command
             stepper.settle()
-            self._pipe.send(Done(begin_s, end_s))
+            self._answer(Done(begin_s, end_s))
 
     def fail(self, reason: str) -> None:
-        self._pipe.send(Failed(reason))
+        self._answer(Failed(reason))
+
+    def _answer(self, answer: Done | Failed) -> None:
+        try:
+            self._pipe.send(answer)
+        except BrokenPipeError:
+            sys.exit(0)  # the benchmark has ended, as where it has no more orders: what fails now fails because of that
 
 
 class Child:

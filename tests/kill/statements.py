@@ -9,12 +9,14 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, SequentialLR
 
 import psa_store as psa
+from chaos.train import await_end
 from psa_store.checkpoint.reader import tensors_digest
 from tests.integration.toy import make_data
 
@@ -38,6 +40,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--job", required=True)
     options.add_argument("--steps", type=int, required=True)
+    options.add_argument("--end-after", type=Path)
     args = options.parse_args()
     torch.set_num_threads(1)
     model = Heads()
@@ -57,6 +60,7 @@ def main() -> None:
         state={"tokens": 0, "best": None, "mean": torch.zeros(6)},
     ) as worker:
         for x, y in worker.batches(make_data(), batch_size=8):
+            await_end(worker, args.steps, args.end_after)
             time.sleep(0.004)  # what a larger model would compute
             tokens, step, rate = 1 + int(x.abs().sum()), worker.version, scheduler.get_last_lr()[0]
             loss = nn.functional.mse_loss(model(x, step), y)

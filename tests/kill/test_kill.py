@@ -39,7 +39,7 @@ def undisturbed(site: Site) -> str:
 
 def start(site: Site, job: str, *, carrier: str = "auto", **options: object) -> Run:
     defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": COMMIT_EVERY}
-    return site.run(job, "--steps", str(STEPS), env={"PSA_CARRIER": carrier}, **{**defaults, **options})
+    return site.run(job, "--steps", str(STEPS), env={"PSA_CARRIER": carrier}, held=True, **{**defaults, **options})
 
 
 def kill(pids: list[int]) -> None:

@@ -40,9 +40,8 @@ def start(
 ) -> Run:
     env = {"PSA_JOURNAL": str(folder), "PSA_CARRIER": carrier}
     script = ["--steps", str(STEPS), "--pace-s", str(pace_s)]  # slowly enough for what is to happen meanwhile
-    return site.run(
-        job, *script, env=env, workers=2, servers=2, ranks=RANKS, mode=mode, compress=compress, commit_every=3
-    )
+    how = {"workers": 2, "servers": 2, "ranks": RANKS, "mode": mode, "compress": compress, "commit_every": 3}
+    return site.run(job, *script, env=env, held=True, **how)
 
 
 def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> History:

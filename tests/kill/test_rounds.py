@@ -50,7 +50,7 @@ def start(
     pace = ["--pace-s", "0.3", "--paced-until", str(slow_until)] if slow_until else ["--pace-s", "0.01"]
     script = ["--steps", str(STEPS), *pace, *(["--bufferless"] if "overlap" in mode else [])]
     env = {"PSA_JOURNAL": str(folder)}
-    return site.run(job, *script, env=env, mode=mode, compress=compress, **{**defaults, **options})
+    return site.run(job, *script, env=env, held=True, mode=mode, compress=compress, **{**defaults, **options})
 
 
 def final(mode: str) -> int:

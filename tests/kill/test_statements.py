@@ -30,7 +30,7 @@ class Shown(NamedTuple):
 
 def start(site: Site, job: str, **options: object) -> Run:
     root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": 10}
+    defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": 10, "held": True}
     return site.run(job, "--steps", str(STEPS), script=SCRIPT, env=root, **{**defaults, **options})
 
 

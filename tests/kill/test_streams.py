@@ -18,9 +18,8 @@ SCRIPT = Path(__file__).with_name("streamed.py")
 
 def start(site: Site, job: str, *arguments: str) -> Run:
     root = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return site.run(
-        job, "--steps", str(STEPS), *arguments, script=SCRIPT, env=root, workers=2, servers=2, ranks=2, commit_every=10
-    )
+    how = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": 10}
+    return site.run(job, "--steps", str(STEPS), *arguments, script=SCRIPT, env=root, held=True, **how)
 
 
 def samples(run: Run) -> list[int]:
