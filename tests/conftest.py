@@ -14,6 +14,18 @@ from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from tests.harness import LIVE, WITH_STACKS, Site
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also what is marked long: more of what others test in short")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        left_out = pytest.mark.skip(reason="long: ./deploy/test --long plays it")
+        for item in items:
+            if item.get_closest_marker("long") is not None:
+                item.add_marker(left_out)
+
+
 def pytest_configure() -> None:
     """Make the tests, and what they start, independent of the environment.
 

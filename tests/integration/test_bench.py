@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import secrets
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from psa_store.bench.chart import check_matplotlib
+from psa_store.bench.children import CommandPipe
 from psa_store.bench.curve import curves
 from psa_store.bench.names import FLOOR, GLOO, PSA, PSA_TCP, RPC, RPC_PIECES, STREAM
 from psa_store.bench.request import Rule
@@ -118,6 +120,16 @@ def test_an_interrupted_run_cleans_up(env: dict[str, str], number: signal.Signal
     os.killpg(run.process.pid, number) if number is signal.SIGINT else run.process.send_signal(number)
     assert run.finish() == 130, run.output
     assert "Traceback" not in run.output
+
+
+def test_a_child_that_fails_after_the_benchmark_has_ended_says_nothing() -> None:
+    """When the benchmark is interrupted its servers end first, and what its workers say then has no reader."""
+    ours, its = multiprocessing.Pipe()
+    ours.close()
+    with pytest.raises(SystemExit) as ended:
+        CommandPipe(its).fail("the server is gone")
+    assert ended.value.code == 0
+    its.close()
 
 
 def test_a_killed_run_leaves_no_process(short: Path) -> None:

@@ -39,8 +39,15 @@ def test_the_carrier_does_not_show(site: Site, rounded: str) -> None:
     assert site.digest("rounded-tcp", STEPS) == rounded
 
 
-@pytest.mark.parametrize("carrier", ["auto", "tcp"])
-@pytest.mark.parametrize("role", ["workers", "servers"])
+@pytest.mark.parametrize(
+    ("carrier", "role"),
+    [
+        ("auto", "workers"),
+        ("tcp", "servers"),
+        pytest.param("auto", "servers", marks=pytest.mark.long),
+        pytest.param("tcp", "workers", marks=pytest.mark.long),
+    ],
+)
 def test_deaths_do_not_show(site: Site, rounded: str, carrier: str, role: str) -> None:
     job = f"rounded-{carrier}-{role}"
     run = start(site, job, carrier, compress="bf16:both")

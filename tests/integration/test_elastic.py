@@ -32,7 +32,7 @@ def undisturbed(site: Site) -> str:
     return site.digest("elastic-undisturbed", STEPS)
 
 
-@pytest.mark.parametrize("carrier", ["auto", "tcp"])
+@pytest.mark.parametrize("carrier", ["auto", pytest.param("tcp", marks=pytest.mark.long)])
 def test_a_worker_joins_half_way_and_leaves_again(site: Site, undisturbed: str, carrier: str, tmp_path: Path) -> None:
     job, hurry = f"elastic-worker-{carrier}", tmp_path / "hurry"
     run = start(site, job, "--meet", "2", "--pace-s", "0.05", "--paced-until", str(hurry), carrier=carrier)

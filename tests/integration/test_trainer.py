@@ -25,10 +25,8 @@ from transformers import Trainer, TrainingArguments
 from psa_store.integrations.transformers import PsaTrainer
 
 SCRIPT = Path(__file__).parent / "trainer_job.py"
-ALL = "TEST_ALL_MODELS" in os.environ
-"""Each case takes half a minute, mostly to import transformers. Without it, one model stands for the others."""
-only_with_all = pytest.mark.skipif(not ALL, reason="minutes: TEST_ALL_MODELS=1 plays it")
-KINDS = ["gpt2", "t5", "bert", "lora"] if ALL else ["gpt2"]
+KINDS = ["gpt2", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("t5", "bert", "lora"))]
+"""Each takes half a minute, mostly to import transformers: one model stands for the others."""
 
 
 def train(site: Site, job: str, out: Path, *arguments: str, workers: int = 2, ranks: int = 2) -> Run:
@@ -96,7 +94,7 @@ def test_it_trains_as_the_trainer_does(site: Site, tmp_path: Path, kind: str, mo
         assert (exported / name).read_bytes() == (tmp_path / "psa" / name).read_bytes(), "as save_model writes it"
 
 
-@pytest.mark.parametrize("kind", ["t5", "lora"] if ALL else ["lora"])
+@pytest.mark.parametrize("kind", [pytest.param("t5", marks=pytest.mark.long), "lora"])
 def test_the_bits_and_the_log_are_the_same_if_a_worker_dies(site: Site, tmp_path: Path, kind: str) -> None:
     alone = train(site, f"alone-{kind}", tmp_path / "alone", "--kind", kind, workers=1)
     killed = train(
@@ -107,7 +105,7 @@ def test_the_bits_and_the_log_are_the_same_if_a_worker_dies(site: Site, tmp_path
     assert told(alone) == told(killed)
 
 
-@only_with_all
+@pytest.mark.long
 def test_early_stopping_and_the_best_model_survive_a_death(site: Site, tmp_path: Path) -> None:
     """The patience is what it was: evaluations before the death count once."""
     flags = ["--patience", "2", "eval_strategy=steps", "eval_steps=2", "save_strategy=steps", "save_steps=2"]
@@ -134,7 +132,7 @@ def test_early_stopping_and_the_best_model_survive_a_death(site: Site, tmp_path:
     assert done in told(again) and newest(site, "stops-killed") == stopped, "it stops again where it stopped"
 
 
-@only_with_all
+@pytest.mark.long
 def test_the_same_command_resumes_and_checkpoint_folders_are_understood(site: Site, tmp_path: Path) -> None:
     flags = ["save_strategy=steps", "save_steps=4"]
     whole = train(site, "trainer-whole", tmp_path / "whole", *flags)

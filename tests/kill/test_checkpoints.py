@@ -122,7 +122,7 @@ def test_a_server_that_dies_while_a_checkpoint_is_taken(
     assert checkpoint(site, "verify", job, "kept").returncode == 0
 
 
-@pytest.mark.parametrize("mode", ["async", "ssp:staleness=1"])
+@pytest.mark.parametrize("mode", ["async", pytest.param("ssp:staleness=1", marks=pytest.mark.long)])
 def test_on_arrival_all_shards_hold_the_same_pushes(site: Site, tmp_path: Path, mode: str) -> None:
     job = f"marked-{mode.partition(':')[0]}"
     run = start(site, job, mode, slow_until=tmp_path / "hurry")
@@ -144,7 +144,7 @@ def test_on_arrival_all_shards_hold_the_same_pushes(site: Site, tmp_path: Path, 
         assert [head.manifests[-1].scalars[f"clock.{rank}"] for rank in range(2)] == [STEPS, STEPS]
 
 
-@pytest.mark.parametrize("place", [*OF_ROLLBACK, None])
+@pytest.mark.parametrize("place", [*OF_ROLLBACK[:-1], pytest.param(OF_ROLLBACK[-1], marks=pytest.mark.long), None])
 def test_going_back_under_way_and_cut_off_anywhere(
     site: Site, undisturbed: dict[str, str], tmp_path: Path, place: str | None
 ) -> None:

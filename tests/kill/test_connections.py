@@ -66,9 +66,9 @@ def start(site: Site, job: str, mode: str, compress: str, folder: Path, **option
     ("name", "mode", "compress"),
     [
         ("sync", "sync", "none"),
-        ("topk", "sync", "topk:0.1"),
+        pytest.param("topk", "sync", "topk:0.1", marks=pytest.mark.long),
         ("speculate", "sync:speculate", "none"),
-        ("rounds", "local:steps=4", "int8"),
+        pytest.param("rounds", "local:steps=4", "int8", marks=pytest.mark.long),
         ("overlap", "local:steps=4,fragments=2,overlap", "int4"),
         ("ssp", "ssp:staleness=2", "none"),
     ],

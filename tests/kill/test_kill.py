@@ -63,8 +63,18 @@ VICTIMS: dict[str, Callable[[Site, str, random.Random], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("carrier", ["auto", "tcp"])
-@pytest.mark.parametrize("victims", VICTIMS)
+@pytest.mark.parametrize(
+    ("carrier", "victims"),
+    [
+        *[("auto", victims) for victims in VICTIMS],
+        ("tcp", "all servers"),
+        ("tcp", "a worker and a server"),
+        *[
+            pytest.param("tcp", victims, marks=pytest.mark.long)
+            for victims in ("a worker", "a server", "the controller", "all workers")
+        ],
+    ],
+)
 def test_killing_processes_changes_no_bit(
     site: Site, undisturbed: str, rng: random.Random, victims: str, carrier: str
 ) -> None:

@@ -63,12 +63,12 @@ def assert_all_pushes_count_once(site: Site, job: str, folder: Path) -> History:
 @pytest.mark.parametrize(
     ("mode", "victims", "carrier", "compress"),
     [
-        ("async", "a server", "auto", "none"),
+        pytest.param("async", "a server", "auto", "none", marks=pytest.mark.long),
         ("async", "all servers", "tcp", "none"),
         ("async", "a worker and a server", "auto", "topk:0.1"),
         ("ssp:staleness=2", "a server", "tcp", "int4"),
         ("ssp:staleness=2", "a worker", "auto", "none"),
-        ("ssp:staleness=2", "all workers", "auto", "none"),
+        pytest.param("ssp:staleness=2", "all workers", "auto", "none", marks=pytest.mark.long),
     ],
 )
 def test_every_acknowledged_push_counts_once(

@@ -83,14 +83,14 @@ def assert_each_round_counts_once(folder: Path, mode: str) -> None:
 @pytest.mark.parametrize(
     ("variant", "victims"),
     [
-        ("plain", "a worker"),
-        ("plain", "a server"),
+        pytest.param("plain", "a worker", marks=pytest.mark.long),
+        pytest.param("plain", "a server", marks=pytest.mark.long),
         ("plain", "all workers"),
         ("int8", "a worker and a server"),
         ("topk", "a worker"),
         ("streaming", "a worker and a server"),
         ("overlap", "a worker"),
-        ("overlap", "all servers"),
+        pytest.param("overlap", "all servers", marks=pytest.mark.long),
     ],
 )
 def test_killing_processes_changes_no_bit(
@@ -171,7 +171,9 @@ def test_rank_state_lies_with_its_commits(site: Site, tmp_path: Path) -> None:
                 assert sizes == ({} if state is None else {f"rank.{r}": state.size_bytes for r in range(RANKS)})
 
 
-@pytest.mark.parametrize(("mode", "compress"), [(PLAIN, "none"), ("sync", "topk:0.1")])
+@pytest.mark.parametrize(
+    ("mode", "compress"), [(PLAIN, "none"), pytest.param("sync", "topk:0.1", marks=pytest.mark.long)]
+)
 def test_a_job_that_goes_on_beyond_its_end_has_the_bits_of_one_that_did_not_stop(
     site: Site, mode: str, compress: str
 ) -> None:

@@ -25,7 +25,7 @@ def others(site: Site, job: str) -> list[int]:
     return [worker.pid for worker in site.describe(job).workers if 0 not in worker.ranks]
 
 
-@pytest.mark.parametrize("mode", ["sync:backup=1", "sync:speculate"])
+@pytest.mark.parametrize("mode", ["sync:backup=1", pytest.param("sync:speculate", marks=pytest.mark.long)])
 def test_steps_go_on_while_a_worker_is_stopped(site: Site, tmp_path: Path, mode: str) -> None:
     job = "stopped-" + mode.partition(":")[2].partition("=")[0]
     run = start(site, job, mode, tmp_path)
@@ -50,7 +50,7 @@ def test_steps_go_on_while_a_worker_is_stopped(site: Site, tmp_path: Path, mode:
         assert min(counts) == RANKS - 1
 
 
-@pytest.mark.parametrize("mode", ["sync:backup=1", "sync:speculate"])
+@pytest.mark.parametrize("mode", [pytest.param("sync:backup=1", marks=pytest.mark.long), "sync:speculate"])
 def test_a_worker_and_a_server_may_die_all_the_same(site: Site, tmp_path: Path, mode: str) -> None:
     job = "killed-" + mode.partition(":")[2].partition("=")[0]
     run = start(site, job, mode, tmp_path)
