@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch.utils.data import DataLoader
 
 import psa_store as psa
 from psa_store.errors import UsageError
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers
+from tests.harness import Servers, Site
 
 pytest.importorskip("lightning")
 import lightning as L
@@ -27,7 +25,6 @@ from tests.integration.lightning_job import Module, data, main
 
 SCRIPT = Path(lightning_job.__file__)
 KINDS = ("step", "validated", "done")
-only_with_all = pytest.mark.skipif("TEST_ALL_MODELS" not in os.environ, reason="minutes: TEST_ALL_MODELS=1 plays it")
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +91,7 @@ def test_it_trains_as_the_trainer_does(
     Module.load_from_checkpoint(tmp_path / "psa" / "last.ckpt")
 
 
-@only_with_all
+@pytest.mark.long
 def test_early_stopping_survives_a_death_and_stops_again_where_it_stopped(
     site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,7 +114,7 @@ def test_early_stopping_survives_a_death_and_stops_again_where_it_stopped(
     assert again.global_step == stopped
 
 
-@only_with_all
+@pytest.mark.long
 def test_the_same_script_resumes_and_a_file_of_another_job_is_refused(
     site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,8 +30,7 @@ from psa_store.server.healing import Healing
 from psa_store.server.work import Work
 from psa_store.storage import RedisStore
 from psa_store.worker.model_files import model_files
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers
+from tests.harness import Servers, Site
 
 pytest.importorskip("transformers", minversion="5.0")
 from tokenizers import Tokenizer
