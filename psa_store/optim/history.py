@@ -11,15 +11,21 @@ from psa_store.optim.spec import Optimizer, from_dict
 
 
 class OptimizerHistory:
-    """Immutable. ``first``: the optimizer of step 0. Later changes win where their steps are the same."""
+    """Immutable. ``first``: the optimizer of step 0.
+
+    ``changes``: in the order in which they were made. After a rollback one that was made later may count from an
+    earlier step; where two change the same number, the one that was made later wins.
+    """
 
     def __init__(self, first: Optimizer, changes: Iterable[Change] = ()) -> None:
-        self._steps: list[int] = []
+        made = tuple(changes)
+        self._steps = sorted({change.step for change in made})
         self._optimizers = [first]
-        document = first.to_dict()
-        for change in changes:
-            document = change.applied_to(document)
-            self._steps.append(change.step)
+        for step in self._steps:
+            document = first.to_dict()
+            for change in made:
+                if change.step <= step:
+                    document = change.applied_to(document)
             self._optimizers.append(from_dict(document))
 
     def at(self, step: int) -> Optimizer:
