@@ -83,9 +83,29 @@ class SharedMemory:
         """For ``torch.frombuffer``. The memory lives as long as anything that was made from it."""
         return self._mapping
 
+    def copy_on_write(self) -> CopyOnWrite:
+        """The same memory once more, to be written to without effect here."""
+        if self._fd is None:
+            return CopyOnWrite(self._mapping)
+        return CopyOnWrite(mmap.mmap(self._fd, len(self._mapping), access=mmap.ACCESS_COPY))
+
     def __del__(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
+
+
+class CopyOnWrite:
+    """Shows memory; what is written to it stays in it and hides the original, page by page (Linux only; else it is the
+    original)."""
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self.buffer = mapping
+        """For ``torch.frombuffer``."""
+
+    def forget(self) -> None:
+        """Show the original everywhere again."""
+        if sys.platform == "linux":
+            self.buffer.madvise(mmap.MADV_DONTNEED)
 
 
 class Window:

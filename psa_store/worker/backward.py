@@ -24,7 +24,7 @@ from xxhash import xxh3_64_intdigest
 
 from psa_store.errors import UsageError
 from psa_store.job.layout import TensorRole
-from psa_store.optim.note import PLAIN, GradientNote
+from psa_store.optim.note import GradientNote
 from psa_store.optim.tensors import as_bytes
 from psa_store.worker.gradients import GradientMemory
 from psa_store.worker.script import script_line
@@ -106,7 +106,7 @@ class Backward:
         ``on_ready``: called with every shard once; None: none is wanted before :meth:`end`.
         """
         self._gradients = gradients
-        self._gradients.note = PLAIN
+        gradients.begin()
         self._on_ready = on_ready
         for bound in self._trained:
             bound.tensor.grad = None
@@ -128,10 +128,11 @@ class Backward:
         changed = next((bound for bound, taken in self._taken.items() if self._is_changed(bound, taken)), None)
         if self._leaves_early:
             if weight != 1.0 and self._taken:
+                what = f"weight={weight}" if weight else "worker.skip(), or weight=0"
                 raise UsageError(
-                    f"{f'weight={weight}' if weight else 'worker.skip()'}: gradients have left already. The "
-                    f"{WATCHED_STEPS} first steps of this process changed none and gave no weight, so they are pushed "
-                    "while backward() runs. Write psa.Worker(…, push_early=False)"
+                    f"{what}: gradients have left already. The {WATCHED_STEPS} first steps of this process changed "
+                    "none and gave no weight, so they are pushed while backward() runs. Write "
+                    "psa.Worker(…, push_early=False)"
                 )
             if changed is not None:
                 raise UsageError(
@@ -142,7 +143,7 @@ class Backward:
             rest = [bound for bound in self._trained if bound not in self._taken]
         else:
             rest = list(self._trained)
-            self._watch(changed is not None or weight not in (0.0, 1.0))
+            self._watch(changed is not None or (weight != 1.0 and bool(self._taken)))
         absent = frozenset(bound.index for bound in rest if bound.tensor.grad is None)
         if absent or weight != 1.0:
             self._gradients.note = GradientNote(weight, absent)
@@ -152,6 +153,7 @@ class Backward:
             complete += self._count(bound)
         if complete and self._on_ready is not None:
             self._on_ready(sorted(complete))
+        self._leave_to_script()
 
     def drop(self) -> None:
         """There is no gradient after all."""
@@ -229,6 +231,13 @@ class Backward:
             place.copy_((gradient.to_dense() if gradient.is_sparse else gradient).detach())
             if tensor.device == place.device and tensor.dtype is place.dtype:
                 tensor.grad = place
+
+    def _leave_to_script(self) -> None:
+        """Servers may read the gradient for long after ``worker.step()``: ``zero_grad()`` must not change it there."""
+        places, others = self._gradients.views, self._gradients.views_after_step
+        for bound in self._trained:
+            if bound.tensor.grad is places[bound.index]:
+                bound.tensor.grad = others[bound.index]
 
     def _is_changed(self, bound: BoundTensor, taken: _Taken) -> bool:
         gradient = bound.tensor.grad

@@ -15,18 +15,29 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from psa_store.errors import UsageError
 from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.tensors import as_bytes, name_of, to_torch
 from psa_store.wire import SharedMemory, Window
+from psa_store.worker.aliases import refuse_aliases
 from psa_store.worker.backward import Backward, BoundTensor, OnReady
 from psa_store.worker.gradients import GradientMemory
-from psa_store.worker.model_guard import ModelGuard
+from psa_store.worker.model_guard import ModelGuard, holder_of
 
 
 def describe_model(model: nn.Module, group_of: Callable[[str, tuple[int, ...]], int]) -> list[TensorSpec]:
-    """List the parameters and buffers of a model in its own order; tied ones once, with all their names."""
+    """List the parameters and buffers of a model in its own order; tied ones once, with all their names.
+
+    Raises:
+        UsageError: a parameter shares memory with another tensor, or has no shape yet.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UsageError(f"{name} has no shape yet: call the model once with a batch before psa.Worker is made")
+    refuse_aliases(model)
     in_state = set(model.state_dict(keep_vars=True))
     specs = []
     for named, are_parameters in (
@@ -73,7 +84,7 @@ class FlatModel:
         self._bound = [self._bind_new(index) for index in range(len(layout.tensors))]
         self._bound_buffers = [bound for bound in self._bound if bound.role is TensorRole.BUFFER]
         self._bound_trained = [bound for bound in self._bound if bound.role is TensorRole.TRAINED]
-        self._holders = [_holder(model, bound.name) for bound in self._bound_buffers]
+        self._holders = [holder_of(model, bound.name) for bound in self._bound_buffers]
         """Where modules keep their buffers: a script may put another tensor there."""
         for bound in self._bound:
             bound.view.copy_(bound.tensor.detach())
@@ -234,12 +245,6 @@ class FlatModel:
         view = self._memory[low:high].view(to_torch(spec.dtype)).view(spec.shape)
         trained = self._layout.shards_of(TensorRole.TRAINED) if spec.role is TensorRole.TRAINED else ()
         shards = tuple(s.index for s in trained if s.offset_bytes < high and low < s.offset_bytes + s.size_bytes)
-        module, name = _holder(self._model, spec.name)
+        module, name = holder_of(self._model, spec.name)
         tensor = module.get_buffer(name) if spec.role is TensorRole.BUFFER else module.get_parameter(name)
         return BoundTensor(index, spec.name, spec.role, tensor, view, view.data_ptr(), shards)
-
-
-def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that has a tensor, and the tensor's name there."""
-    path, _, last = name.rpartition(".")
-    return model.get_submodule(path), last

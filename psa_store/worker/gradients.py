@@ -35,23 +35,34 @@ class GradientMemory:
         self.note = PLAIN
         """What is said of this gradient beside its numbers."""
         self._layout = layout
-        flat = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
+        self._after_step = self.shared.copy_on_write()
 
-        def cut(low: int, dtype: str, numel: int) -> Tensor:
+        def cut(flat: Tensor, low: int, dtype: str, numel: int) -> Tensor:
             return flat[low : low + numel * ITEM_BYTES[dtype]].view(to_torch(dtype))
 
-        self.views = [
-            cut(wire.tensor_offset_bytes(i), wire.tensor_dtype(i), spec.numel).view(spec.shape).data
-            if spec.role is TensorRole.TRAINED
-            else None
-            for i, spec in enumerate(layout.tensors)
-        ]
+        def tensors_of(flat: Tensor) -> list[Tensor | None]:
+            return [
+                cut(flat, wire.tensor_offset_bytes(i), wire.tensor_dtype(i), spec.numel).view(spec.shape).data
+                if spec.role is TensorRole.TRAINED
+                else None
+                for i, spec in enumerate(layout.tensors)
+            ]
+
+        own = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
+        self.views = tensors_of(own)
         """By tensor of the layout; None for those that are not trained. Each has a version counter of its own."""
+        self.views_after_step = tensors_of(torch.frombuffer(self._after_step.buffer, dtype=torch.uint8))
+        """The same gradient, for the model once it is handed over: what a script writes there changes nothing here."""
         self.numbers = {
-            shard.index: cut(wire.offset_bytes(shard), wire.dtype(shard), shard.numel)
+            shard.index: cut(own, wire.offset_bytes(shard), wire.dtype(shard), shard.numel)
             for shard in layout.shards_of(TensorRole.TRAINED)
         }
         """By trained shard: its gradient, flat."""
+
+    def begin(self) -> None:
+        """Get ready for another gradient."""
+        self.note = PLAIN
+        self._after_step.forget()
 
     def bytes_of(self, shard: int) -> memoryview:
         """The bytes of a shard's gradient, to send."""

@@ -30,6 +30,11 @@ class ModelGuard:
     def __init__(self, model: nn.Module, bound: Sequence[BoundTensor]) -> None:
         self._model = model
         self._bound = [each for each in bound if each.role is not TensorRole.BUFFER]
+        self._buffers = [(each, *holder_of(model, each.name)) for each in bound if each.role is TensorRole.BUFFER]
+        """With each, its module and its name there: a script may put another tensor in its place."""
+        self._buffer_holders = [module._buffers for module in model.modules()]
+        self._persistent = _persistent_buffers(model)
+        self._buffers_seen = self._count_buffers()
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._holders: list[dict[str, Any]] = [
             holder for module in model.modules() for holder in (module._parameters, module._modules)
@@ -73,6 +78,30 @@ class ModelGuard:
                 self.refuse_write(bound.name)
         if self._bound and self._sample() != self._digest:
             self.refuse_write(self._bound[self._turn % len(self._bound)].name)
+        self._check_buffers()
+
+    def _check_buffers(self) -> None:
+        """They may change, by assignment too, but not their number, nor what they are."""
+        for bound, module, key in self._buffers:
+            buffer = module._buffers.get(key)
+            if buffer is None:
+                _refuse(bound.name, "is gone", "keep it, and let it have other values", "buffer")
+            if buffer.shape != bound.view.shape or buffer.dtype is not bound.view.dtype:
+                now, before = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (buffer, bound.view))
+                _refuse(
+                    bound.name,
+                    f"is {now} now, it was {before}",
+                    "give it that form before psa.Worker is made",
+                    "buffer",
+                )
+        seen = self._count_buffers()
+        if seen != self._buffers_seen:
+            for name in sorted(_persistent_buffers(self._model) - self._persistent):
+                _refuse(name, "is new", "register it before psa.Worker is made, or with persistent=False", "buffer")
+            self._buffers_seen = seen
+
+    def _count_buffers(self) -> int:
+        return sum(buffer is not None for holder in self._buffer_holders for buffer in holder.values())
 
     def _check_structure(self) -> None:
         present = dict(self._model.named_parameters(remove_duplicate=False))
@@ -98,5 +127,21 @@ class ModelGuard:
         return sample_digest(self._bytes[index], turns)
 
 
-def _refuse(name: str, what: str, instead: str) -> NoReturn:
-    raise UsageError(f"parameter {name} {what}, since the last worker.step(): {instead}")
+def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a tensor, and the tensor's name there."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path), last
+
+
+def _persistent_buffers(model: nn.Module) -> frozenset[str]:
+    """Names of those that are there and belong to ``state_dict()``; others are mostly caches of what is computed."""
+    return frozenset(
+        f"{module_name}.{name}".lstrip(".")
+        for module_name, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    )
+
+
+def _refuse(name: str, change: str, instead: str, what: str = "parameter") -> NoReturn:
+    raise UsageError(f"{what} {name} {change}, since the last worker.step(): {instead}")

@@ -1,0 +1,122 @@
+"""A model in flat memory: what a script does to gradients and buffers, seen without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from psa_store.errors import UsageError
+from psa_store.job.layout import make_layout
+from psa_store.job.wire_layout import WireLayout
+from psa_store.worker.flat_model import FlatModel, describe_model
+from psa_store.worker.gradients import GradientMemory
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+@pytest.fixture
+def flat(model: nn.Sequential) -> Iterator[FlatModel]:
+    flat = FlatModel(model, make_layout(describe_model(model, lambda _name, _shape: 0)))
+    yield flat
+    flat.close()
+
+
+def compute(model: nn.Sequential, flat: FlatModel, gradients: GradientMemory) -> None:
+    flat.version_arrived()
+    flat.begin(gradients, None)
+    model(torch.randn(8, 4)).pow(2).sum().backward()
+
+
+def numbers(gradients: GradientMemory) -> list[torch.Tensor]:
+    return [each.clone() for each in gradients.numbers.values()]
+
+
+def zero(model: nn.Sequential) -> None:
+    model.zero_grad(set_to_none=False)
+
+
+def zero_data(model: nn.Sequential) -> None:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.data.zero_()
+
+
+def backward_again(model: nn.Sequential) -> None:
+    model(torch.randn(8, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("write", [zero, zero_data, backward_again], ids=lambda each: each.__name__)
+def test_what_is_written_to_a_gradient_after_the_step_changes_nothing(
+    model: nn.Sequential, flat: FlatModel, write: Callable[[nn.Sequential], None]
+) -> None:
+    """Servers read it in place, until the last rank's is here."""
+    layout = make_layout(describe_model(model, lambda _name, _shape: 0))
+    gradients = GradientMemory(layout, WireLayout(layout))
+    for _ in range(2):
+        compute(model, flat, gradients)
+        flat.end(1.0)
+        before = numbers(gradients)
+        places = [each for each in gradients.views if each is not None]
+        for parameter, place in zip(model.parameters(), places, strict=True):
+            assert parameter.grad is not None
+            assert torch.equal(parameter.grad, place), "it can still be read"
+        write(model)
+        assert all(map(torch.equal, before, numbers(gradients)))
+
+
+def grow(model: nn.Sequential) -> None:
+    model[1].running_mean = torch.zeros(5)
+
+
+def shrink(model: nn.Sequential) -> None:
+    model[1].running_mean = torch.zeros(1)  # what a copy would spread over all elements
+
+
+def retype(model: nn.Sequential) -> None:
+    model[1].running_mean = torch.zeros(4, dtype=torch.float64)
+
+
+def remove(model: nn.Sequential) -> None:
+    model[1].running_mean = None  # type: ignore[assignment]
+
+
+def add(model: nn.Sequential) -> None:
+    model[0].register_buffer("count", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (grow, r"buffer 1\.running_mean is torch.float32 of shape \(5,\) now, it was torch.float32 of shape \(4,\)"),
+        (shrink, r"buffer 1\.running_mean is torch.float32 of shape \(1,\) now"),
+        (retype, r"buffer 1\.running_mean is torch.float64 of shape"),
+        (remove, r"buffer 1\.running_mean is gone"),
+        (add, r"buffer 0\.count is new.*persistent=False"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.__name__,
+)
+def test_buffers_stay_what_they_are(
+    model: nn.Sequential, flat: FlatModel, change: Callable[[nn.Sequential], None], why: str
+) -> None:
+    layout = make_layout(describe_model(model, lambda _name, _shape: 0))
+    compute(model, flat, GradientMemory(layout, WireLayout(layout)))
+    change(model)
+    with pytest.raises(UsageError, match=why):
+        flat.end(1.0)
+
+
+def test_their_values_and_caches_may_change(model: nn.Sequential, flat: FlatModel) -> None:
+    layout = make_layout(describe_model(model, lambda _name, _shape: 0))
+    compute(model, flat, GradientMemory(layout, WireLayout(layout)))
+    model[1].running_mean = torch.ones(4)
+    model[0].register_buffer("cache", torch.zeros(3), persistent=False)
+    flat.end(1.0)
+    flat.collect_buffers()
+    assert torch.equal(model[1].running_mean, torch.ones(4))
