@@ -52,6 +52,14 @@ _WHY_NOT = {
 """By name, as not every release of torch has each of them."""
 _HOW_FAST = frozenset({"foreach", "fused", "capturable", "differentiable"})
 """Options that say how torch computes, not what."""
+_PARAMETERS = "number of parameters"
+_SET_BEFORE = "Set it before psa.Worker is made"
+_INSTEAD = {
+    "lr": "For a rate that changes with the step write psa.Worker(…, optimizer=…, lr_scheduler=…), or psa.optim with a "
+    "schedule, such as psa.optim.warmup_cosine; for one that depends on results write worker.change(lr=…)",
+    "weight_decay": "Write worker.change(weight_decay=…)",
+}
+"""What to write instead of a change in the loop."""
 
 
 def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Rates | None = None) -> Optimizer:
@@ -97,7 +105,10 @@ def _constant_rates(optimizer: torch.optim.Optimizer) -> Rates:
 
 def numbers_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """By group, what would be a change if it were another one later; not what others have noted in the groups."""
-    return [{key: _number(each[key]) for key in optimizer.defaults} for each in optimizer.param_groups]
+    return [
+        {_PARAMETERS: len(each["params"]), **{key: _number(each[key]) for key in optimizer.defaults}}
+        for each in optimizer.param_groups
+    ]
 
 
 def _number(value: Any) -> Any:
@@ -106,17 +117,16 @@ def _number(value: Any) -> Any:
 
 
 def refuse_change(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> NoReturn:
-    """Name what differs between two :func:`numbers_of`."""
+    """Name what differs between two :func:`numbers_of`, and say what to write."""
     for index, (old, new) in enumerate(zip(before, after, strict=False)):
         for key in sorted(old.keys() | new.keys(), key=lambda key: (key != "lr", key)):
             if old.get(key) != new.get(key):
                 raise UsageError(
                     f"{key} of the optimizer's group {index} was changed from {old.get(key)!r} to {new.get(key)!r}: "
-                    "servers have read it when psa.Worker was made. For a rate that changes with the step write "
-                    "psa.Worker(…, optimizer=…, lr_scheduler=…), or psa.optim with a schedule, such as "
-                    "psa.optim.warmup_cosine"
+                    f"servers have read it when psa.Worker was made. {_INSTEAD.get(key, _SET_BEFORE)}"
                 )
-    raise UsageError(f"the optimizer had {len(before)} groups of parameters when psa.Worker was made, now {len(after)}")
+    count = f"{len(before)} groups of parameters when psa.Worker was made, now {len(after)}"
+    raise UsageError(f"the optimizer had {count}. {_SET_BEFORE}")
 
 
 def _class(optimizer: torch.optim.Optimizer) -> type[Optimizer]:

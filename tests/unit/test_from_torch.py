@@ -173,3 +173,12 @@ def test_a_later_change_names_what_differs() -> None:
     optimizer.param_groups[0]["lr"] = 0.05
     with pytest.raises(UsageError, match=r"lr of the optimizer's group 0 .* from 0\.1 to 0\.05.*warmup_cosine"):
         refuse_change(before, numbers_of(optimizer))
+
+
+def test_parameters_that_come_or_go_later_are_named() -> None:
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    before = numbers_of(optimizer)
+    optimizer.param_groups[0]["params"].pop()
+    assert numbers_of(optimizer) != before
+    with pytest.raises(UsageError, match=r"number of parameters of the optimizer's group 0 was changed from \d to \d"):
+        refuse_change(before, numbers_of(optimizer))
