@@ -74,10 +74,20 @@ def redis_of(settings: Settings) -> str | None:
     return found.redis if found else settings.redis
 
 
-def zookeeper_of(settings: Settings) -> str | None:
-    """The same for ZooKeeper."""
+def known_zookeeper(settings: Settings) -> str:
+    """The addresses of ZooKeeper: those of the settings, else of the private one that runs.
+
+    Raises:
+        UsageError: neither is known.
+    """
     found = running(settings.home) if settings.zookeeper is None else None
-    return found.zookeeper if found else settings.zookeeper
+    addresses = found.zookeeper if found else settings.zookeeper
+    if addresses is None:
+        raise UsageError(
+            "ZooKeeper is not known: set PSA_ZOOKEEPER to host:port,host:port, or start a private one with "
+            f"`psa up` (none runs in {settings.home})"
+        )
+    return addresses
 
 
 def hold_home(home: Path) -> Callable[[], None] | None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from psa_store.cluster import Member, Plan, ProcessRole, member_from_json, plan_from_json
 from psa_store.config import Settings
-from psa_store.config.private_servers import zookeeper_of
+from psa_store.config.private_servers import known_zookeeper
 from psa_store.coordination import attempts, barrier, election, terms
 from psa_store.coordination.barrier import Barrier
 from psa_store.coordination.request import CheckpointRequest, request_from_json
@@ -91,14 +91,8 @@ class Coordination:
         Raises:
             UsageError: neither is known.
         """
-        addresses = zookeeper_of(settings)
-        if addresses is None:
-            raise UsageError(
-                "ZooKeeper is not known: set PSA_ZOOKEEPER to host:port,host:port, or start a private one with "
-                f"`psa up` (none runs in {settings.home})"
-            )
         return cls(
-            addresses,
+            known_zookeeper(settings),
             job,
             session_timeout_s=settings.session_timeout_s,
             connect_timeout_s=connect_timeout_s or settings.connect_timeout_s,
