@@ -78,11 +78,11 @@ class Flag(IntFlag, boundary=STRICT):
     """The gradient holds NaN or Inf; the job skips such steps."""
     STATE = 4
     """PULL: not the parameters, but the state of a rank. PUSH: that comes behind the gradient, though none is due."""
-    ABSENT = 16
-    """PUSH: at its end is a byte for each piece of its shards, 1 where a tensor got no gradient."""
     MOVEMENT = 8
     """PARAMS: what the version adds to the one before, encoded as the job's gradients are."""
-    AVERAGE = 16
+    ABSENT = 16
+    """PUSH: at its end is a byte for each piece of its shards, 1 where a tensor got no gradient."""
+    AVERAGE = 32
     """PULL, PARAMS: not the parameters of a shard, but their average over the steps."""
 
 
