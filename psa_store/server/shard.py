@@ -253,18 +253,19 @@ class OwnedShard:
             tensors = {piece.tensor for piece in self.shard.pieces}
             absent = left_out([self._notes.get(rank, PLAIN) for rank in ranks], tensors)
         parts, weights = self._parts(ranks)
-        if parts:
-            self._kernel.apply(
-                parts,
-                scratch,
-                step=step,
-                opt_step=self.opt_step,
-                grad_scale=grad_scale,
-                measured=self._measured,
-                weights=weights,
-                absent=absent,
-                skipped=self._skipped,
-            )
+        if not parts:
+            return  # each rank has left itself out: there is no update
+        self._kernel.apply(
+            parts,
+            scratch,
+            step=step,
+            opt_step=self.opt_step,
+            grad_scale=grad_scale,
+            measured=self._measured,
+            weights=weights,
+            absent=absent,
+            skipped=self._skipped,
+        )
         for tensor in absent:
             self._skipped[tensor] = self._skipped.get(tensor, 0) + 1
         self._measured = False

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import psa_store as psa
 from psa_store import optim
+from psa_store.job.average import Average
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.kernels import make_scratch
 from psa_store.optim.note import PLAIN, GradientNote, from_marks, left_out, to_marks
+from psa_store.optim.slots import AVERAGE
 from psa_store.server.shard import OwnedShard
 from psa_store.storage import Manifest
 from psa_store.storage.head import Section
@@ -20,13 +23,13 @@ SIZES = (70, 33, 1, 500)
 STEPS = 30
 
 
-def make(optimizer: optim.Optimizer, dtype: str = "float32") -> OwnedShard:
+def make(optimizer: optim.Optimizer, dtype: str = "float32", average: Average | None = None) -> OwnedShard:
     specs = [TensorSpec((str(i),), (size,), dtype, TensorRole.TRAINED) for i, size in enumerate(SIZES)]
     layout = make_layout(specs)
     assert len(layout.shards) == 1
     shard = layout.shards[0]
     memory = SharedMemory.create("test", layout.arena_bytes)
-    owned = OwnedShard(shard, layout, WireLayout(layout), optimizer, memory)
+    owned = OwnedShard(shard, layout, WireLayout(layout), optimizer, memory, average=average)
     draw = torch.Generator().manual_seed(1)
     for piece in shard.pieces:
         place = owned.param[piece.shard_start : piece.shard_start + piece.length]
@@ -129,15 +132,20 @@ def test_ranks_count_by_their_weights(dtype: str) -> None:
     torch.testing.assert_close(owned.param, (before.float() - 0.5 * mean).to(before.dtype))
 
 
-def test_a_step_without_any_rank_changes_nothing_but_counts() -> None:
-    owned = make(optim.AdamW(lr=0.1))
+def test_a_step_without_any_rank_is_no_update() -> None:
+    """The next one is the first, for the bias correction and for the average."""
+    owned, twin = make(optim.AdamW(lr=0.1), average=psa.ema(0.5)), make(optim.AdamW(lr=0.1), average=psa.ema(0.5))
     before = owned.param.clone()
     for rank in range(2):
         owned.take_gradient(rank, torch.ones(owned.shard.numel), GradientNote(0.0))
     assert owned.squared_norm(make_scratch()) == 0.0
     owned.apply(make_scratch(), step=0, grad_scale=1.0)
     assert torch.equal(owned.param, before)
-    assert owned.opt_step == 1
+    for each in (owned, twin):
+        each.take_gradient(0, torch.ones(owned.shard.numel))
+        each.apply(make_scratch(), step=1, grad_scale=1.0)
+    assert torch.equal(owned.param, twin.param)
+    assert torch.equal(owned.slots[AVERAGE], owned.param)
 
 
 def test_what_was_said_of_a_gradient_is_gone_with_it() -> None:
