@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seed_all(value: int) -> None:
@@ -22,16 +25,37 @@ def seed_all(value: int) -> None:
     random.seed(value)
 
 
+@dataclass(frozen=True, slots=True)
+class HostGenerators:
+    """The state of those that draw on the host, at one moment."""
+
+    of_torch: Tensor
+    of_numpy: Any
+    of_python: Any
+
+    @classmethod
+    def now(cls) -> HostGenerators:
+        """What it is now."""
+        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate())
+
+    def restore(self) -> None:
+        """Let them go on from there."""
+        torch.set_rng_state(self.of_torch)
+        np.random.set_state(self.of_numpy)
+        random.setstate(self.of_python)
+
+
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """What is drawn inside changes nothing of what is drawn after it."""
-    state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state[0])
-        np.random.set_state(state[1])
-        random.setstate(state[2])
+    """What is drawn inside, on the host or on a CUDA device, changes nothing of what is drawn after it."""
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if initialized else ()
+    state = HostGenerators.now()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            state.restore()
 
 
 @cache

@@ -11,7 +11,6 @@ once is refused, and one that begins otherwise when it is read again is found ou
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from psa_store.job.sampling import stream_seed
 from psa_store.optim.tensors import as_bytes
 from psa_store.worker.batches import RankStep, seed_everything
 from psa_store.worker.loader_processes import EndsWithWorker
-from psa_store.worker.randomness import seed_all
+from psa_store.worker.randomness import HostGenerators, seed_all
 
 _ENDLESS = 1 << 62
 """The length of a pass over a stream, as far as the job's record is concerned."""
@@ -134,15 +133,16 @@ class _Reader:
         self._pass = 0
         self._at_begin = True
         self._log = logs.get_logger()
-        self._generators = _Generators()
+        self._generators: HostGenerators | None = None
+        """As this reader left them."""
         self._units: Iterator[Any]
-        with self._generators.used():
+        with self._own_generators():
             self._begin_pass()
 
     def read(self, position: int, count: int) -> list[Any]:
         """Read on to these units."""
         since_s = time.monotonic()
-        with self._generators.used():
+        with self._own_generators():
             self._tell_pass()  # another reader of the same source may be in another
             while self.position < position:
                 self._next()
@@ -150,6 +150,14 @@ class _Reader:
                     since_s = time.monotonic()
                     self._log.info("reading on in the stream", at=self.position, to=position)
             return [self._next() for _ in range(count)]
+
+    @contextmanager
+    def _own_generators(self) -> Iterator[None]:
+        """Inside, generators go on from where they were here; the script's own seeds come after each batch."""
+        if self._generators is not None:
+            self._generators.restore()
+        yield
+        self._generators = HostGenerators.now()
 
     def _next(self) -> Any:
         for _ in range(2):
@@ -199,20 +207,3 @@ def _digest(unit: Any) -> int:
         else:
             digest.update(repr(leaf if isinstance(leaf, int | float | str | bytes) else type(leaf)).encode())
     return digest.intdigest()
-
-
-class _Generators:
-    """Global generators of random numbers, as the reader of a stream left them."""
-
-    def __init__(self) -> None:
-        self._state: tuple[Any, Any, Any] | None = None
-
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Inside, they go on from there; the script's own seeds come after each batch."""
-        if self._state is not None:
-            torch.set_rng_state(self._state[0])
-            np.random.set_state(self._state[1])
-            random.setstate(self._state[2])
-        yield
-        self._state = torch.get_rng_state(), np.random.get_state(), random.getstate()
