@@ -31,7 +31,7 @@ def checked_weight(weight: float, config: JobConfig) -> float:
     rounded: float
     try:
         (rounded,) = struct.unpack("<f", struct.pack("<f", weight))
-    except (struct.error, OverflowError):
+    except (struct.error, OverflowError, TypeError, ValueError, RuntimeError):  # the last are a tensor's
         rounded = math.nan
     if not 0.0 <= rounded < math.inf:
         raise UsageError(f"worker.step(weight={weight!r}): must be a number that is not negative")

@@ -123,15 +123,21 @@ def as_reported(
     loss: Tensor | float | None, metrics: Mapping[str, Tensor | float]
 ) -> tuple[Tensor | float | None, Mapping[str, Tensor | float]]:
     """Return what a script reports in a form that another thread may read later; raises UsageError if it is no such."""
-    told = {"loss": loss, **{f"metrics[{name!r}]": value for name, value in metrics.items()}}
-    for name, value in told.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            shape = tuple(value.shape)
-            raise UsageError(f"worker.step({name}): a tensor of shape {shape}; give one number, or nothing")
-        if not isinstance(value, Tensor | float | int | np.number | None):
-            raise UsageError(f"worker.step({name}): a {type(value).__name__}; give one number, or nothing")
-    return None if loss is None else _detached(loss), {name: _detached(value) for name, value in metrics.items()}
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise UsageError(f"worker.step(metrics={metrics!r}): give a dictionary from names to numbers")
+    if loss is not None:
+        loss = _number("loss", loss)
+    return loss, {name: _number(f"metrics[{name!r}]", value) for name, value in metrics.items()}
 
 
-def _detached(value: Tensor | float) -> Tensor | float:
-    return value.detach() if isinstance(value, Tensor) else value
+def _number(what: str, value: Tensor | float) -> Tensor | float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            kind = "complex tensor" if value.is_complex() else "tensor"
+            raise UsageError(
+                f"worker.step({what}): a {kind} of shape {tuple(value.shape)}; give one number, or nothing"
+            )
+        return value.detach()
+    if not isinstance(value, float | int | np.floating | np.integer):
+        raise UsageError(f"worker.step({what}): a {type(value).__name__}; give one number, or nothing")
+    return value

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from xxhash import xxh3_64_intdigest
 
+from psa_store import logs
 from psa_store.errors import UsageError
 from psa_store.optim.tensors import as_bytes, name_of, to_torch
+from psa_store.worker.batches import RankStep
 
 BUFFER = "psa_state"
 """The name of the buffer, which is not part of ``state_dict()``."""
@@ -41,12 +43,16 @@ class ScriptState:
     """
 
     def __init__(self, model: nn.Module, initial: Mapping[str, Any]) -> None:
+        if not isinstance(initial, Mapping):
+            raise UsageError(f"psa.Worker(state=): a {type(initial).__name__}; give a dictionary, such as state={{}}")
         self._model = model
         self.values: dict[str, Any] = dict(initial)
         encoded = encode(self.values)
         size = min(STATE_BYTES_MAX, max(_STATE_BYTES_MIN, _ROOM * len(encoded)))
         self._known = encoded
         """What ``values`` were when they and the buffer were the same."""
+        self._step_of_rank_0: int | None = None
+        """The last one that was computed here."""
         if BUFFER not in model._buffers:
             model.register_buffer(BUFFER, None, persistent=False)
         setattr(model, BUFFER, torch.zeros(size, dtype=torch.uint8))
@@ -56,13 +62,26 @@ class ScriptState:
         """Take the buffer out of the model; ``values`` stay."""
         delattr(self._model, BUFFER)
 
-    def begin(self, rank: int) -> None:
-        """A batch is about to be handed out: show what its version has."""
-        if rank != 0 and encode(self.values) != self._known:
-            raise UsageError(
-                "worker.state was changed where rank 0 is not computed, so that would be lost: write "
-                "`if worker.is_main:` before it"
-            )
+    def begin(self, rank_step: RankStep) -> None:
+        """A batch is about to be handed out: show what its version has.
+
+        Raises:
+            UsageError: it was changed since, before the batch of another rank than 0.
+        """
+        if rank_step.rank != 0 and encode(self.values) != self._known:
+            if self._step_of_rank_0 != rank_step.step - 1:
+                raise UsageError(
+                    f"worker.state was changed before a batch of rank {rank_step.rank}, which finds what its version "
+                    "has: change it between a batch of rank 0 and its worker.step(), `if worker.rank == 0:`"
+                )
+            self._say_lost("rank 0 has gone to another worker")
+            self._show()
+        self.load()
+
+    def end(self) -> None:
+        """No batch comes any more."""
+        if self._step_of_rank_0 is not None and encode(self.values) != self._known:
+            self._say_lost("no step of rank 0 came after it here")
         self.load()
 
     def load(self) -> None:
@@ -72,25 +91,34 @@ class ScriptState:
             return
         length, _ = _HEAD.unpack_from(buffer)
         self._known = bytes(buffer[: _HEAD.size + length])
-        values = decode(self._known)
-        self.values.clear()
-        self.values.update(values)
+        self._show()
 
-    def save(self, rank: int) -> None:
+    def save(self, rank_step: RankStep) -> None:
         """Have what the script left in the buffer, to be pushed with the gradient of rank 0.
 
         Raises:
             UsageError: it was changed in the batch of another rank, or is too large.
         """
         encoded = encode(self.values)
-        if rank != 0 and encoded != self._known:
+        if rank_step.rank == 0:
+            self._write(encoded)
+            self._known, self._step_of_rank_0 = encoded, rank_step.step
+        elif encoded != self._known:
             raise UsageError(
-                f"worker.state was changed in a batch of rank {rank}; it belongs to rank 0: write "
+                f"worker.state was changed in a batch of rank {rank_step.rank}; it belongs to rank 0: write "
                 "`if worker.rank == 0:` before it"
             )
-        if rank == 0:
-            self._write(encoded)
-            self._known = encoded
+
+    def _show(self) -> None:
+        """Let ``values`` be what is known."""
+        values = decode(self._known)
+        self.values.clear()
+        self.values.update(values)
+
+    def _say_lost(self, why: str) -> None:
+        logs.get_logger().warning(
+            "a change of worker.state after worker.step() is lost: make it before that, in the batch of rank 0", why=why
+        )
 
     def _write(self, encoded: bytes) -> None:
         buffer = self._bytes()
@@ -111,7 +139,11 @@ class ScriptState:
 def encode(values: Mapping[str, Any]) -> bytes:
     """Turn it into bytes; the same values give the same."""
     tensors: list[Tensor] = []
-    text = json.dumps(_plain(values, "worker.state", tensors), sort_keys=True, separators=(",", ":")).encode()
+    try:
+        plain = _plain(values, "worker.state", tensors)
+    except RecursionError:
+        raise UsageError("worker.state holds itself, or is nested too deeply") from None
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
     body = b"".join((_LENGTH.pack(len(text)), text, *(bytes(as_bytes(each.view(-1))) for each in tensors)))
     return _HEAD.pack(len(body), xxh3_64_intdigest(body)) + body
 

@@ -256,7 +256,7 @@ class Worker:
                 batch = batches.get(rank_step, self._membership.standing.held)
                 strategy.begin(rank_step)
                 if self._script_state is not None:
-                    self._script_state.begin(rank_step.rank)
+                    self._script_state.begin(rank_step)
                 seed_everything(config.seed, rank_step, "compute")
                 self._current = rank_step
                 self._optimizer.begin(rank_step.step)
@@ -273,7 +273,7 @@ class Worker:
                         "worker.skip(). A batch comes with the parameters of its step, so none can be read ahead"
                     )
         if self._script_state is not None:
-            self._script_state.load()  # a worker that came when all was done has seen none yet
+            self._script_state.end()
 
     def step(
         self,
@@ -304,11 +304,11 @@ class Worker:
         rank = self._current.rank
         try:
             self._optimizer.end()
-            if weight != 1.0:
+            if not isinstance(weight, float) or weight != 1.0:
                 weight = checked_weight(weight, self._config)
             loss, metrics = as_reported(loss, metrics)
             if self._script_state is not None:
-                self._script_state.save(rank)
+                self._script_state.save(self._current)
             self._flat_model.end(weight)
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
@@ -339,7 +339,7 @@ class Worker:
         """Inside, the model has the average of its parameters, to evaluate with; then the present ones again.
 
         Buffers stay as they are. ``as`` gives the step that the average is of: the present one in a worker that holds a
-        rank; else, and in modes async and ssp, the newest that is durable.
+        rank; else, and in modes that do not wait for each rank, the newest that is durable.
 
         Raises:
             UsageError: the job keeps no average, there was no batch yet, with which the parameters come, or
