@@ -31,7 +31,7 @@ COMMANDS = {
     "config": ("config", "Settings: from flags, else PSA_* variables, else psa.toml, else defaults."),
     "doctor": ("doctor", "Check this machine, Redis and ZooKeeper, and say how to mend them."),
     "bench": ("bench", "Measure a step beside peers and the limits of this machine."),
-    "job": ("job", "A job as a whole: remove it."),
+    "job": ("job", "A job as a whole: change its numbers, remove it."),
     "checkpoint": ("checkpoint", "Versions that are kept: take, compare, check, go back to, fork, move to files."),
     "chaos": ("chaos", "Prove the promises: train while nodes are killed, paused and cut off."),
 }

@@ -149,7 +149,12 @@ class FlatModel:
     # --- versions
 
     def version_arrived(self) -> None:
-        """All shards are here: bring them into tensors that are not views, and keep the buffers."""
+        """All shards are here: bring them into tensors that are not views, and keep the buffers.
+
+        Raises:
+            UsageError: the script has written to a buffer since the last step, which would be undone now.
+        """
+        self._guard.check_buffers_kept()
         for index, rounded in self._rounded.items():
             shard = self._layout.shards[index]
             whole = self._memory[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
@@ -161,6 +166,7 @@ class FlatModel:
             if bound.tensor.data_ptr() != bound.address:
                 self._bind(bound)
         self._guard.renew()
+        self._guard.renew_buffers()
 
     def show_parameters(self) -> None:
         """The parameters in the flat memory have changed: bring them into tensors that are not views."""
@@ -179,12 +185,17 @@ class FlatModel:
         """Get ready for the forward and backward pass of one rank: no gradients, and the buffers of the version.
 
         ``on_ready``: as in :meth:`Backward.begin`. ``keep_buffers``: go on with the buffers that the pass before left.
+
+        Raises:
+            UsageError: the script has written to a buffer since the last step.
         """
         if self._bound_buffers and not keep_buffers:
+            self._guard.check_buffers_kept()
             self._look_for_buffers()
             self._buffers.copy_(self._buffers_kept)
             for bound in self._bound_buffers:
                 self._bind(bound)
+        self._guard.release_buffers()
         self.backward.begin(gradients, on_ready)
 
     def end(self, weight: float) -> None:
@@ -197,6 +208,7 @@ class FlatModel:
         if self._window.shows and self._window.refresh():
             self._guard.refuse_write("of this model")
         self.backward.end(weight)
+        self._guard.renew_buffers()
 
     @contextmanager
     def evaluate(self, values: Mapping[int, Tensor]) -> Iterator[None]:

@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from psa_store.errors import UsageError
 from psa_store.job.layout import TensorRole
 from psa_store.optim.tensors import as_bytes
 from psa_store.worker.backward import BoundTensor, sample_digest
+from psa_store.worker.script import script_line
 
 
 class ModelGuard:
@@ -35,6 +36,9 @@ class ModelGuard:
         self._buffer_holders = [module._buffers for module in model.modules()]
         self._persistent = _persistent_buffers(model)
         self._buffers_seen = self._count_buffers()
+        self._buffers_kept = [each for each in self._buffers if each[0].name in self._persistent]
+        self._buffer_marks: list[tuple[int, int]] | None = None
+        """None: a batch is computed, which may write to them."""
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._holders: list[dict[str, Any]] = [
             holder for module in model.modules() for holder in (module._parameters, module._modules)
@@ -46,6 +50,7 @@ class ModelGuard:
         self._turn = 0
         self._digest = 0
         self.renew()
+        self.renew_buffers()
 
     def renew(self) -> None:
         """The parameters are as they should be: what is written from now on, the script writes."""
@@ -79,6 +84,30 @@ class ModelGuard:
         if self._bound and self._sample() != self._digest:
             self.refuse_write(self._bound[self._turn % len(self._bound)].name)
         self._check_buffers()
+
+    def renew_buffers(self) -> None:
+        """Buffers are as a batch has left them, or as their version has them."""
+        self._buffer_marks = [_mark(module._buffers.get(key)) for _, module, key in self._buffers_kept]
+
+    def check_buffers_kept(self) -> None:
+        """Refuse what the script has written to buffers since, outside of a batch: the version's take their place now.
+
+        Raises:
+            UsageError: it names a buffer. Caches, which are not persistent, may change.
+        """
+        if self._buffer_marks is None:
+            return
+        for (bound, module, key), mark in zip(self._buffers_kept, self._buffer_marks, strict=True):
+            if _mark(module._buffers.get(key)) != mark:
+                raise UsageError(
+                    f"{script_line()}: buffer {bound.name} was written between worker.step() and the next batch, maybe "
+                    "by a forward pass in training mode. A version has the buffers that rank 0's batch leaves: write "
+                    "it between that batch and worker.step(), and evaluate with model.eval()"
+                )
+
+    def release_buffers(self) -> None:
+        """A batch may write to them."""
+        self._buffer_marks = None
 
     def _check_buffers(self) -> None:
         """They may change, by assignment too, but not their number, nor what they are."""
@@ -131,6 +160,11 @@ def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that has a tensor, and the tensor's name there."""
     path, _, last = name.rpartition(".")
     return model.get_submodule(path), last
+
+
+def _mark(buffer: Tensor | None) -> tuple[int, int]:
+    """Another one after each assignment, and after each write that autograd knows of."""
+    return id(buffer), 0 if buffer is None or buffer.is_inference() else buffer._version
 
 
 def _persistent_buffers(model: nn.Module) -> frozenset[str]:

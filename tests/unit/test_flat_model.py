@@ -49,7 +49,8 @@ def zero_data(model: nn.Sequential) -> None:
 
 
 def backward_again(model: nn.Sequential) -> None:
-    model(torch.randn(8, 4)).sum().backward()
+    model.eval()(torch.randn(8, 4)).sum().backward()
+    model.train()
 
 
 @pytest.mark.parametrize("write", [zero, zero_data, backward_again], ids=lambda each: each.__name__)
@@ -120,3 +121,46 @@ def test_their_values_and_caches_may_change(model: nn.Sequential, flat: FlatMode
     flat.end(1.0)
     flat.collect_buffers()
     assert torch.equal(model[1].running_mean, torch.ones(4))
+
+
+def test_a_batch_may_be_given_up(model: nn.Sequential, flat: FlatModel) -> None:
+    layout = make_layout(describe_model(model, lambda _name, _shape: 0))
+    gradients = GradientMemory(layout, WireLayout(layout))
+    compute(model, flat, gradients)
+    before = model.get_buffer("1.running_mean").clone()
+    flat.begin(gradients, None)
+    assert not torch.equal(model.get_buffer("1.running_mean"), before), "as the version has it again"
+
+
+def forward(model: nn.Sequential) -> None:
+    model(torch.randn(8, 4))
+
+
+def reset(model: nn.Sequential) -> None:
+    model[1].reset_running_stats()  # type: ignore[operator]
+
+
+def assign(model: nn.Sequential) -> None:
+    model[1].running_mean = torch.ones(4)
+
+
+@pytest.mark.parametrize("write", [forward, reset, assign], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("when", ["begin", "version_arrived"])
+def test_what_is_written_to_buffers_between_steps_is_refused(
+    model: nn.Sequential, flat: FlatModel, write: Callable[[nn.Sequential], None], when: str
+) -> None:
+    """The version's would take their place without a word."""
+    layout = make_layout(describe_model(model, lambda _name, _shape: 0))
+    gradients = GradientMemory(layout, WireLayout(layout))
+    for _ in range(2):
+        compute(model, flat, gradients)
+        flat.end(1.0)
+        flat.collect_buffers()
+    model.eval()
+    forward(model)
+    model.train()
+    compute(model, flat, gradients)
+    flat.end(1.0)
+    write(model)
+    with pytest.raises(UsageError, match=r"buffer 1\.\w+ was written between worker\.step\(\) and the next batch"):
+        flat.begin(gradients, None) if when == "begin" else flat.version_arrived()
