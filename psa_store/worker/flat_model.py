@@ -72,6 +72,7 @@ class FlatModel:
         self._model = model
         self._layout = layout
         self._window = Window(layout.arena_bytes)
+        _refuse_another(model, layout)
         self._memory = torch.frombuffer(self._window.buffer, dtype=torch.uint8)
         self._wire = WireLayout(layout)
         self._rounded: dict[int, Tensor] = {}
@@ -152,8 +153,9 @@ class FlatModel:
         """All shards are here: bring them into tensors that are not views, and keep the buffers.
 
         Raises:
-            UsageError: the script has written to a buffer since the last step, which would be undone now.
+            UsageError: the script has written to the model since the last step, which would be undone now.
         """
+        self._guard.check_parameters()
         self._guard.check_buffers_kept()
         for index, rounded in self._rounded.items():
             shard = self._layout.shards[index]
@@ -254,9 +256,32 @@ class FlatModel:
     def _bind_new(self, index: int) -> BoundTensor:
         spec, low = self._layout.tensors[index], self._layout.offsets_bytes[index]
         high = low + spec.size_bytes
-        view = self._memory[low:high].view(to_torch(spec.dtype)).view(spec.shape)
+        dtype = to_torch(spec.dtype)
+        # A storage of its own: torch.save() takes none that tensors of several dtypes share, and writes it whole.
+        flat = (
+            torch.frombuffer(self._window.buffer, dtype=dtype, count=spec.numel, offset=low)
+            if spec.numel
+            else self._memory[low:high].view(dtype)
+        )
+        view = flat.view(spec.shape)
         trained = self._layout.shards_of(TensorRole.TRAINED) if spec.role is TensorRole.TRAINED else ()
         shards = tuple(s.index for s in trained if s.offset_bytes < high and low < s.offset_bytes + s.size_bytes)
         module, name = holder_of(self._model, spec.name)
         tensor = module.get_buffer(name) if spec.role is TensorRole.BUFFER else module.get_parameter(name)
         return BoundTensor(index, spec.name, spec.role, tensor, view, view.data_ptr(), shards)
+
+
+def _refuse_another(model: nn.Module, layout: Layout) -> None:
+    """Raise UsageError if the model is not the one any more that the layout was made of."""
+    now = {each.name: (each.names, each.shape, each.dtype, each.role) for each in describe_model(model, _no_group)}
+    made_of = {each.name: (each.names, each.shape, each.dtype, each.role) for each in layout.tensors}
+    for name in sorted(now.keys() | made_of.keys()):
+        if now.get(name) != made_of.get(name):
+            raise UsageError(
+                f"{name} was frozen, unfrozen, added, replaced or tied between psa.Worker(…) and `with`: change the "
+                "model before psa.Worker is made"
+            )
+
+
+def _no_group(_name: str, _shape: tuple[int, ...]) -> int:
+    return 0

@@ -38,7 +38,12 @@ class GivenOptimizer:
         self._scheduler: Any = lr_scheduler
         self._rates: Rates | None = None
         self._step = 0
-        self._steps_since_tick = self._skipped_since_tick = 0
+        self._steps_since_tick = 0
+        """That have ended since then; one counts once, for however many ranks it was computed here."""
+        self._last_counted: int | None = None
+        self._skips_since_tick = 0
+        """Batches that were left out: they go with or without a tick."""
+        self._skipping = False
         if isinstance(optimizer, torch.optim.Optimizer):
             self._theirs = optimizer
             if lr_scheduler is not None:
@@ -91,12 +96,16 @@ class GivenOptimizer:
             UsageError: the script has changed its optimizer.
         """
         self._check()
-        self._steps_since_tick += 1
+        if self._skipping:
+            self._skips_since_tick += 1
+        elif self._step != self._last_counted:
+            self._steps_since_tick += 1
+            self._last_counted = self._step
+        self._skipping = False
 
     def skip(self) -> None:
-        """Let the batch that ends next go with or without a tick."""
-        self._steps_since_tick -= 1
-        self._skipped_since_tick += 1
+        """The batch that ends next is left out."""
+        self._skipping = True
 
     def _check(self) -> None:
         if self._theirs is not None and (numbers := numbers_of(self._theirs)) != self._numbers:
@@ -117,12 +126,12 @@ class GivenOptimizer:
     def _tick(self, with_arguments: bool) -> None:
         if with_arguments:
             raise UsageError(f"{script_line()}: scheduler.step() takes no argument here: a tick is one step of the job")
-        if not self._steps_since_tick <= 1 <= self._steps_since_tick + self._skipped_since_tick:
+        if not self._steps_since_tick <= 1 <= self._steps_since_tick + self._skips_since_tick:
             raise UsageError(
-                f"{script_line()}: scheduler.step() after {self._steps_since_tick} calls of worker.step() since the "
-                "last one. The scheduler was given as lr_scheduler=, where a tick is one step: call it after each "
-                "worker.step(), or not at all, and make it with numbers that count steps, such as "
-                "StepLR(optimizer, 30 * len(loader))"
+                f"{script_line()}: scheduler.step() after {self._steps_since_tick} steps since the last one. The "
+                "scheduler was given as lr_scheduler=, where a tick is one step: call it once after each, or not at "
+                "all, and make it with numbers that count steps, such as StepLR(optimizer, 30 * len(loader))"
             )
-        self._steps_since_tick = self._skipped_since_tick = 0
+        self._steps_since_tick = self._skips_since_tick = 0
+        self._last_counted = None
         self._show(self._step + 1)

@@ -69,6 +69,13 @@ class ModelGuard:
             holder.get(name) is not held for holder, name, held in self._held
         ):
             self._check_structure()
+        self.check_parameters()
+        if self._bound and self._sample() != self._digest:
+            self.refuse_write(self._bound[self._turn % len(self._bound)].name)
+        self._check_buffers()
+
+    def check_parameters(self) -> None:
+        """Refuse what autograd, or the address, tells of parameters; raises UsageError as :meth:`check`."""
         for bound, counter in zip(self._bound, self._counters, strict=True):
             tensor = bound.tensor
             if tensor.requires_grad is not (bound.role is TensorRole.TRAINED):
@@ -81,9 +88,6 @@ class ModelGuard:
             moved = tensor.device == bound.view.device and tensor.data_ptr() != bound.address
             if moved or tensor._version != counter:
                 self.refuse_write(bound.name)
-        if self._bound and self._sample() != self._digest:
-            self.refuse_write(self._bound[self._turn % len(self._bound)].name)
-        self._check_buffers()
 
     def renew_buffers(self) -> None:
         """Buffers are as a batch has left them, or as their version has them."""

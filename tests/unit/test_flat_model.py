@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +165,26 @@ def test_what_is_written_to_buffers_between_steps_is_refused(
     write(model)
     with pytest.raises(UsageError, match=r"buffer 1\.\w+ was written between worker\.step\(\) and the next batch"):
         flat.begin(gradients, None) if when == "begin" else flat.version_arrived()
+
+
+def test_what_is_written_before_the_first_version_comes_is_refused(model: nn.Sequential, flat: FlatModel) -> None:
+    """As loading weights inside of the `with` statement does."""
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(UsageError, match=r"parameter 0\.weight was written by the script.*before psa\.Worker is made"):
+        flat.version_arrived()
+
+
+def test_a_model_that_changed_since_its_layout_was_made_is_refused(model: nn.Sequential) -> None:
+    layout = make_layout(describe_model(model, lambda _name, _shape: 0))
+    model[0].requires_grad_(False)
+    with pytest.raises(UsageError, match=r"0\.bias was frozen.*between psa\.Worker"):
+        FlatModel(model, layout)
+
+
+def test_state_dict_can_be_saved(model: nn.Sequential, flat: FlatModel, tmp_path: Path) -> None:
+    """Also with buffers of another dtype, and without the rest of the flat memory in the file."""
+    torch.save({"0.bias": model.get_parameter("0.bias")}, tmp_path / "one.pt")
+    torch.save(model.state_dict(), tmp_path / "all.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 4096
+    saved = torch.load(tmp_path / "all.pt")
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
