@@ -152,8 +152,8 @@ class JobConfig:
 
     @property
     def shards_keep_step(self) -> bool:
-        """Whether all shards are at one version while a rank computes: they wait for its gradient."""
-        return not (self.mode.on_arrival or self.mode.may_miss_versions)
+        """Whether all shards are at one version while a rank computes."""
+        return not self.mode.on_arrival
 
     @property
     def shares_memory(self) -> bool:

@@ -183,7 +183,8 @@ class Waiters:
         self._connections.send(connection, answer, payload)
 
     def _send_average(self, now: Now, connection: Connection, owned: OwnedShard) -> None:
-        data = as_bytes(owned.slots[AVERAGE])
+        """A copy: a step that does not wait for this worker may be made while it is on its way."""
+        data = bytes(as_bytes(owned.slots[AVERAGE]))
         plan, shard = now.plan, owned.shard.index
         answer = Header(
             Kind.PARAMS, plan.term, plan.revision, now.version, shard=shard, length=len(data), flags=Flag.AVERAGE

@@ -2,10 +2,11 @@
 
 Servers keep it. All of it must be of one version:
 
-* A worker that holds a rank asks the servers: none of them moves on before that rank's gradient is here, so all are at
-  the version that the model has. The connection is another one than that of training, which is not disturbed.
-* Where shards move on meanwhile (in a worker that holds no rank, and in modes that do not wait for each rank), and
-  where servers do not answer, the newest version that is durable is read from Redis.
+* The servers are asked, each of which sends copies of one version. Mostly none of them moves on before the gradient of
+  the asking worker's rank is here, so all are at the version that the model has. The connection is another one than that
+  of training, which is not disturbed.
+* Where servers are at different versions (some moved on meanwhile; always, where each push is applied on arrival), and
+  where they do not answer, the newest version that is durable is read from Redis.
 
 Used by the thread that runs the model.
 """
@@ -98,12 +99,9 @@ class AverageInModel:
     def _read(self) -> _Averaged:
         if self._config.shards_keep_step:
             for _ in range(_TRIES):
-                standing = self._membership.standing
-                if not standing.held or standing.plan is None:
-                    break
+                plan = self._membership.standing.plan
                 with suppress(Disconnected):
-                    found = self._from_servers(standing.plan)
-                    if found is not None and self._membership.standing.held:
+                    if plan is not None and plan.owners and (found := self._from_servers(plan)) is not None:
                         return found
         trained = [index for index, spec in enumerate(self._layout.tensors) if spec.role is TensorRole.TRAINED]
         stored, tensors = read_newest(self._store, self._config.name, trained, AVERAGE)

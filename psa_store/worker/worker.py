@@ -339,7 +339,7 @@ class Worker:
         """Inside, the model has the average of its parameters, to evaluate with; then the present ones again.
 
         Buffers stay as they are. ``as`` gives the step that the average is of: the present one in a worker that holds a
-        rank; else, and in modes that do not wait for each rank, the newest that is durable.
+        rank; in modes async and ssp, and maybe in one without a rank, the newest that is durable.
 
         Raises:
             UsageError: the job keeps no average, there was no batch yet, with which the parameters come, or

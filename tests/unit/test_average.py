@@ -14,7 +14,6 @@ from psa_store import optim
 from psa_store.errors import DataIntegrity, JobMismatch, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.layout import PAGE_BYTES, TensorRole, TensorSpec, make_layout
-from psa_store.job.mode import parse_mode
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe.doctor.footprint import footprint_of
 from psa_store.optim import kernels
@@ -128,12 +127,3 @@ def test_an_average_belongs_to_its_job() -> None:
 def test_a_decay_that_is_none_is_refused(decay: object) -> None:
     with pytest.raises(UsageError, match="decay="):
         psa.ema(decay)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("mode", "keep"),
-    [("sync", True), ("local:steps=2", True), ("async", False), ("sync:backup=1", False), ("sync:speculate", False)],
-)
-def test_servers_are_asked_for_it_only_where_they_wait_for_each_rank(mode: str, keep: bool) -> None:
-    """Where they do not, they change it while it is on its way."""
-    assert replace(CONFIG, mode=parse_mode(mode)).shards_keep_step is keep
