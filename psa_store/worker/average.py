@@ -3,10 +3,10 @@
 Servers keep it. All of it must be of one version:
 
 * The servers are asked, each of which sends copies of one version. Mostly none of them moves on before the gradient of
-  the asking worker's rank is here, so all are at the version that the model has. The connection is another one than that
-  of training, which is not disturbed.
-* Where servers are at different versions (some moved on meanwhile; always, where each push is applied on arrival), and
-  where they do not answer, the newest version that is durable is read from Redis.
+  the asking worker's rank is here, so all are at the version that the model has. The connection is not that of
+  training, which is not disturbed.
+* Where servers are at different versions (some moved on; always, where each push is applied on arrival), and where they
+  do not answer, the newest version that is durable is read from Redis.
 
 Used by the thread that runs the model.
 """
