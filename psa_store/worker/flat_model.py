@@ -26,6 +26,7 @@ from psa_store.worker.aliases import refuse_aliases
 from psa_store.worker.backward import Backward, BoundTensor, OnReady
 from psa_store.worker.gradients import GradientMemory
 from psa_store.worker.model_guard import ModelGuard, holder_of
+from psa_store.worker.script import script_line
 
 
 def describe_model(model: nn.Module, group_of: Callable[[str, tuple[int, ...]], int]) -> list[TensorSpec]:
@@ -155,7 +156,10 @@ class FlatModel:
         Raises:
             UsageError: the script has written to the model since the last step, which would be undone now.
         """
-        self._guard.check_parameters()
+        try:
+            self._guard.check_parameters()
+        except UsageError as error:
+            raise UsageError(f"{script_line()}: {error}") from error
         self._guard.check_buffers_kept()
         for index, rounded in self._rounded.items():
             shard = self._layout.shards[index]
