@@ -13,12 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from psa_store import logs
-from psa_store.checkpoint.catalog import read_job
+from psa_store.checkpoint.catalog import StoredJob, read_job
+from psa_store.cluster import ProcessRole
 from psa_store.coordination import Coordination
-from psa_store.errors import DependencyUnreachable, Fenced, Rewound
+from psa_store.errors import DependencyUnreachable, Fenced, JobBusy, Rewound, UsageError
 from psa_store.job.change import Change, Numbers
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.storage import RedisStore
+from psa_store.storage.sections import CLOCK
 
 _TRIES_MAX = 10
 """Each fails only if another process began a term, or changed the job, meanwhile."""
@@ -37,9 +39,12 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
 
     Raises:
         UnknownJob: there is no such job.
+        UsageError: the job can not have such a batch size, or is past such an end.
+        JobBusy: its ranks are at steps of their own, and workers live, which have gradients of later ones.
         DependencyUnreachable: Redis or ZooKeeper does not answer, or other terms began all the time.
     """
     log = logs.get_logger()
+    check_change(store, coordination, job, numbers)
     for _ in range(_TRIES_MAX):
         seen = coordination.read_plan()
         before = seen.plan if seen else None
@@ -54,16 +59,54 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
         except (Fenced, Rewound) as error:
             log.info("a controller was faster: again", term=term, why=str(error))
             continue
-        changed = replace(config, changes=(*config.changes, Change(config.step_of(version), numbers)))
+        change = Change(_first_step(stored, config, version), numbers)
+        past = numbers.steps is not None and numbers.steps < change.step  # it went on while it was sealed
+        changed = config if past else replace(config, changes=(*config.changes, change))
         if not store.replace_config(job, config.to_json(), changed.to_json()):
             continue
         coordination.replace_config(changed)
         if seen is not None and before is not None and before.owners:
             # A controller that was faster begins a term with the change as well.
             coordination.write_plan(before.begun_again(term, version), seen)
+        if past:
+            raise _past_end(job, numbers, change.step)
         return Changed(version, term)
     raise DependencyUnreachable(
         f"job {job!r}: {_TRIES_MAX} terms began while it was to be changed. See `psa status {job}`, and repeat."
+    )
+
+
+def check_change(store: RedisStore, coordination: Coordination, job: str, numbers: Numbers) -> None:
+    """Raise what :func:`change_job` raises for a change that the job can not make; nothing is written."""
+    config, stored = newest_config(store, coordination, job), read_job(store, job)
+    if numbers.batch_size is None and numbers.steps is None:
+        return
+    if config.clocks and coordination.members(ProcessRole.WORKER):
+        raise JobBusy(f"job {job!r}: in mode {config.mode} batch_size and steps are set while it rests: end it first")
+    if numbers.batch_size is not None:
+        _, record = store.data_record(job).read()
+        if record is None:
+            raise UsageError(f"batch_size={numbers.batch_size}: job {job!r} has not begun: say it in the script")
+        record.following(config.changes).check_batch_size(job, config.ranks, numbers.batch_size)
+    if numbers.steps is not None:
+        config.check_steps(numbers.steps)
+        step = _first_step(stored, config, stored.version_of(None))
+        if numbers.steps < step:
+            raise _past_end(job, numbers, step)
+
+
+def _first_step(stored: StoredJob, config: JobConfig, version: int) -> int:
+    """The first step that no rank has made at a version."""
+    if not config.clocks:
+        return config.step_of(version)
+    scalars = [each.scalars for each in stored.manifests(version).values()]
+    return max(int(its.get(f"{CLOCK}{rank}", 0)) for its in scalars for rank in range(config.ranks))
+
+
+def _past_end(job: str, numbers: Numbers, step: int) -> UsageError:
+    return UsageError(
+        f"steps={numbers.steps}: job {job!r} has made {step} already. To end it now say steps={step}; to drop steps, "
+        f"go back first: `psa checkpoint rollback {job} VERSION`"
     )
 
 

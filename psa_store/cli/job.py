@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from psa_store.checkpoint.catalog import read_job
-from psa_store.checkpoint.change import change_job
+from psa_store.checkpoint.change import change_job, check_change
 from psa_store.checkpoint.removal import check_removable, remove_job
 from psa_store.cli.options import Yes, confirm, reach
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
-from psa_store.job.change import NUMBERS, Numbers
+from psa_store.job.change import LOOP_NUMBERS, NUMBERS, Numbers
 from psa_store.job.config import check_job_name
 from psa_store.observe import Event, EventKind, add_if_possible
 from psa_store.observe.formatting import size
@@ -38,14 +38,16 @@ def _job() -> None:
 @app.command("set")
 def job_set(
     name: Annotated[str, typer.Argument(help="name of the job")],
-    numbers: Annotated[list[str], typer.Argument(help="lr=, weight_decay=, clip_grad_norm= (0: no limit)")],
+    numbers: Annotated[
+        list[str], typer.Argument(help="lr=, weight_decay=, clip_grad_norm= (0: no limit), batch_size=, steps=")
+    ],
     yes: Yes = False,
 ) -> None:
-    """Change numbers of a job's optimizer, from its newest durable version on. It may run or rest.
+    """Change numbers of a job from its newest durable version on: of its optimizer, or batch size and end.
 
     A job that runs goes back to that version, at most commit_every steps, and on with the change. The change belongs to
     the job: it is there after a resume, a rollback, in a fork and in exports. The script may say either what the job
-    began with, or what it has now.
+    began with, or what it has now; where the job ends is what was set last, whatever the script says.
 
     Example: psa job set shakespeare lr=1e-4 clip_grad_norm=0.5
     """
@@ -57,6 +59,7 @@ def job_set(
     ):
         store.check()
         version = read_job(store, name).version_of(None)
+        check_change(store, coordination, name, wanted)
         confirm(f"Job {name} goes on from version {version} with {wanted}.", yes)
         done = change_job(store, coordination, name, wanted)
         text = f"from version {done.version} on {wanted}; term {done.term} began there"
@@ -67,16 +70,16 @@ def job_set(
 
 def _numbers(texts: list[str]) -> Numbers:
     """Read ``lr=0.1`` and the like."""
-    given: dict[str, float] = {}
+    given: dict[str, Any] = {}
     for each in texts:
         name, _, value = each.partition("=")
         if name not in NUMBERS:
             hint = _INSTEAD.get(name, "")
             raise UsageError(f"{each!r}: a job's {', '.join(NUMBERS)} can be set, as in lr=0.001{hint}")
         try:
-            given[name] = float(value)
+            given[name] = int(value) if name in LOOP_NUMBERS else float(value)
         except ValueError:
-            raise UsageError(f"{each!r}: {value!r} is no number") from None
+            raise UsageError(f"{each!r}: {value!r} is no {'whole ' * (name in LOOP_NUMBERS)}number") from None
     return Numbers(**given)
 
 

@@ -88,6 +88,10 @@ class Rounds:
 
     # --- what has happened
 
+    def ends_at(self, last: int | None) -> None:
+        """The job ends at another version than was known."""
+        self._last = last
+
     def term_begun(self, version: int, ranks: Iterable[int]) -> None:
         """The held ranks have their state at this version, and the global parameters are here."""
         self.round = self.have = version

@@ -97,6 +97,10 @@ class WorkerPushes:
 
     # --- what has happened; some return what need not be kept any more
 
+    def ends_at(self, last: int | None) -> None:
+        """Each rank makes another number of steps than was known."""
+        self._last = last
+
     def term_begun(self, owners: frozenset[str]) -> None:
         """A term begins with these owners. What servers told before says nothing any more."""
         self._owners = owners

@@ -101,6 +101,10 @@ class WorkerStep:
         self._helped.clear()
         self.lost()  # nothing is in flight yet
 
+    def ends_at(self, last: int | None) -> None:
+        """The job ends at another version than was known."""
+        self._last = last
+
     def planned(self, held: Sequence[int], owners: frozenset[str]) -> None:
         """What the plan says: the ranks held here, and the owners of what changes."""
         self._held, self._owners = held, owners

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from psa_store.compression import NONE, Compression, parse_compression
 from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.average import Average
-from psa_store.job.change import NUMBERS, Change
+from psa_store.job.change import OPTIMIZER_NUMBERS, Change
 from psa_store.job.document import ADDED_LATER, from_text, to_fields, to_text
 from psa_store.job.mode import SYNC, Mode, parse_mode
 
@@ -87,7 +87,7 @@ class JobConfig:
     compression: Annotated[Compression, _read_with(parse_compression), _AS_TEXT] = NONE
     average: Average | None = field(default=None, metadata=ADDED_LATER)
     changes: tuple[Change, ...] = field(default=(), metadata=ADDED_LATER)
-    """Of numbers of the optimizer, since the job began; each counts from a step on."""
+    """Of numbers of the optimizer and of the loop, since the job began; each counts from a step on."""
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
@@ -237,6 +237,13 @@ class JobConfig:
                 f"mode {self.mode}: this model has {trained} trained shards, so use at most {trained} fragments"
             )
 
+    def check_steps(self, steps: int) -> None:
+        """Raise UsageError if the job can not end there."""
+        if steps % self.mode.steps:
+            raise UsageError(
+                f"steps={steps}: mode {self.mode} ends after whole rounds; use a multiple of {self.mode.steps}"
+            )
+
     def facts(self) -> dict[str, Any]:
         """All of it as JSON knows it."""
         return to_fields(self)
@@ -277,7 +284,7 @@ class JobConfig:
         first = wrong[0] if "name" not in wrong else "name"
         what = "optimizer" if first == "name" else first
         way = ""
-        if all(name in NUMBERS for name in wrong):
+        if all(name in OPTIMIZER_NUMBERS for name in wrong):
             to_set = " ".join(f"{name}={mine.get(name) or 0}" for name in wrong)
             way = f"`psa job set {self.name} {to_set}` changes it from now on. "
             if any(isinstance(mine.get(name), dict) for name in wrong):

@@ -9,11 +9,13 @@ Pure: no I/O, no threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from psa_store.errors import JobMismatch, UsageError
+from psa_store.job.change import Change
+from psa_store.job.document import ADDED_LATER
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class Reading:
     """Of the data set: a sampler may give fewer of them in a pass, or more."""
     whole_steps: bool = False
     """Whether samples at the end of a pass are left out that make no whole step (``drop_last``)."""
+    counts_batches: bool = field(default=False, compare=False)
+    """Whether these are batches, of which each rank takes one: then ``batch`` can not be another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,10 @@ class DataRecord:
 
     stretches: tuple[Stretch, ...]
     readers: tuple[str, ...] = ()
+    changes: int = field(default=0, metadata=ADDED_LATER)
+    """How many changes of the job are in it."""
+    said: int | None = field(default=None, metadata=ADDED_LATER)
+    """Where the batch size was set by such a change: what scripts said before, and may go on saying."""
 
     @property
     def reading(self) -> Reading:
@@ -105,6 +113,52 @@ class DataRecord:
         if not kept or kept[-1].reading != reading:
             kept.append(Stretch(step, position, reading))
         return replace(self, stretches=tuple(kept))
+
+    def following(self, changes: Sequence[Change]) -> DataRecord:
+        """The same, with the changes of the job that are not in it yet. Every process comes to the same."""
+        if len(changes) <= self.changes:
+            return self
+        record = self
+        for change in changes[self.changes :]:
+            size = change.numbers.batch_size
+            if size is not None:
+                said = record.reading.batch if record.said is None else record.said
+                record = replace(record.changed(replace(record.reading, batch=size), change.step), said=said)
+        return replace(record, changes=len(changes))
+
+    def as_set(self, job: str, reading: Reading) -> Reading:
+        """How a script reads that is written like ``reading``: with the batch size that was set, if one was.
+
+        Raises:
+            JobMismatch: it says another one than that, and than what scripts said before.
+        """
+        size = self.reading.batch
+        if self.said is None or reading.batch == size:
+            return reading
+        if reading.batch != self.said:
+            raise JobMismatch(
+                f"job {job!r} was told to train with batch_size={size} from step {self.stretches[-1].step} on, this "
+                f"process has batch_size={reading.batch}. `psa job set {job} batch_size={reading.batch}` changes it "
+                f"from now on. Else say {size}, or {self.said}, as before"
+            )
+        return replace(reading, batch=size)
+
+    def check_batch_size(self, job: str, ranks: int, size: int) -> None:
+        """Raise UsageError if steps can not have so many samples."""
+        if self.reading.counts_batches:
+            raise UsageError(
+                f"batch_size={size}: in job {job!r} the script's DataLoader makes the batches (a batch_sampler, or "
+                "a stream's), and each rank takes one: change it in the script, the job goes on with the next batch"
+            )
+        if size % ranks:
+            raise UsageError(
+                f"batch_size={size} counts the samples of all ranks together and must be divisible by ranks={ranks}: "
+                f"use {max(1, round(size / ranks)) * ranks}"
+            )
+        if self.reading.whole_steps and size > self.reading.length:
+            raise UsageError(
+                f"batch_size={size}: with drop_last=True, {self.reading.length} samples make no batch of it"
+            )
 
     def check_data(self, job: str, reading: Reading) -> None:
         """Refuse another data set than that of the newest stretch.

@@ -126,12 +126,18 @@ class Batches:
         self._fetched = _Fetched(dataset, collate, seed, ranks, order)
         self.reading = order.reading
         self._record_for = record_for
-        self.samples = len(order.at(0, 1)) if batch_size is None else batch_size // ranks
-        """In the batch of one rank step; those of a batch_sampler may differ from its first."""
+        self._ranks = ranks
+        self._samples_made = len(order.at(0, 1)) if batch_size is None else None
         self._round_steps = round_steps
         self._loader = loader if loader is not None and loader.num_workers > 0 else None
         self._ahead: Iterator[Any] | None = None
         self._expected: Iterator[RankStep] = iter(())
+
+    @property
+    def samples(self) -> int:
+        """In the batch of one rank step, as they are now; those of a batch_sampler may differ from its first."""
+        made = self._samples_made
+        return self._fetched.record.reading.batch // self._ranks if made is None else made
 
     def get(self, rank_step: RankStep, ranks: Sequence[int]) -> Any:
         """The batch of ``rank_step``; ``ranks`` are all ranks that this worker holds, for reading ahead."""

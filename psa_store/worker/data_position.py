@@ -4,6 +4,7 @@ A worker reads the record before it computes anything, again in each term, and u
 
 * The job has none: it begins with what this script says.
 * The script reads as the record says last: this worker is noted there.
+* The job was told to have another batch size: that is noted in the record, from the step of the change on.
 * It reads otherwise, and a worker lives that is noted: that one goes on, and this one is refused.
 * It reads otherwise, and none lives: the change holds from the first step of which servers have no gradient. So all
   ranks of a step read alike, and steps that are made again after a loss read as they did.
@@ -14,12 +15,14 @@ Used by the thread that runs the model.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from psa_store import logs
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, Disconnected, JobMismatch
+from psa_store.job.change import Change
 from psa_store.job.position import DataRecord, Reading, begin
 from psa_store.storage import RedisStore
 from psa_store.wire import inspect
@@ -35,13 +38,21 @@ _SERVERS_S = 60.0
 class DataPosition:
     """``store``, ``coordination`` and ``membership`` stay the caller's.
 
-    ``session_timeout_s``: after so long ZooKeeper knows that a worker has died.
+    ``session_timeout_s``: after so long ZooKeeper knows that a worker has died. ``changes``: of the job, as they are
+    in the term in which this worker stands.
     """
 
     def __init__(
-        self, job: str, store: RedisStore, coordination: Coordination, membership: Membership, session_timeout_s: float
+        self,
+        job: str,
+        store: RedisStore,
+        coordination: Coordination,
+        membership: Membership,
+        session_timeout_s: float,
+        changes: Callable[[], Sequence[Change]],
     ) -> None:
         self._job = job
+        self._changes = changes
         self._stored = store.data_record(job)
         self._coordination = coordination
         self._membership = membership
@@ -49,34 +60,39 @@ class DataPosition:
         self._log = logs.get_logger()
         self._names: set[str] = set()
         """Those that this worker has, or had."""
-        self._agreed: tuple[str, int, Reading] | None = None
+        self._agreed: tuple[str, int, Reading, int] | None = None
         self._record: DataRecord | None = None
 
     def record_for(self, reading: Reading, *, changed_data: bool) -> DataRecord:
-        """The record, of which ``reading`` is the newest. Redis is asked in each term, and under each name, once.
+        """The record, of which ``reading`` is the newest, but for a batch size that the job was told to have.
+
+        Redis is asked in each term, and under each name, once.
 
         Raises:
-            JobMismatch: other workers read otherwise, or another data set was not announced by ``changed_data``.
+            JobMismatch: other workers read otherwise, another data set was not announced by ``changed_data``, or the
+                batch size that was set is none that this script says.
             DependencyUnreachable: Redis, ZooKeeper or servers do not answer.
         """
         standing = self._membership.standing
-        now = standing.member, standing.plan.term if standing.plan else 0, reading
+        changes = self._changes()  # of the term that is followed, where a newer one may be known already
+        now = standing.member, standing.plan.term if standing.plan else 0, reading, len(changes)
         if self._record is not None and now == self._agreed:
             return self._record
         self._names.add(standing.member)
         try:
             self._record = self._agree(reading, changed_data)
         except DependencyUnreachable as error:
-            only_the_term = self._agreed is not None and (self._agreed[0], self._agreed[2]) == (now[0], now[2])
+            only_the_term = self._agreed is not None and self._agreed[::2] == now[::2]
             if self._record is None or not only_the_term:
                 raise
-            # This worker is noted there under this name, so no other can have changed the record.
+            # This worker is noted there under this name, so others can have noted changes of the job only.
+            self._record = self._record.following(changes)
             self._log.warning("going on with the known position in the data", why=str(error))
         self._agreed = now
         return self._record
 
     def check(self, reading: Reading) -> None:
-        """Refuse another data set than that of the job at once, also where no step is left to compute.
+        """Refuse another data set than that of the job, or a batch size, at once, also where no step is left.
 
         Raises:
             JobMismatch, DependencyUnreachable: as above.
@@ -84,13 +100,16 @@ class DataPosition:
         _, record = self._stored.read()
         if record is not None:
             record.check_data(self._job, reading)
+            record.following(self._changes()).as_set(self._job, reading)
 
-    def _agree(self, reading: Reading, changed_data: bool) -> DataRecord:
+    def _agree(self, said: Reading, changed_data: bool) -> DataRecord:
         deadline_s, waits = time.monotonic() + self._patience_s, False
         while True:
             seen, record = self._stored.read()
             if record is None:  # Redis may have lost it: then this worker knows better
-                record = self._record or begin(reading)
+                record = self._record or begin(said)
+            record = record.following(self._changes())
+            reading = record.as_set(self._job, said)
             living = self._coordination.members(ProcessRole.WORKER).keys()
             others = {each for each in record.readers if each in living and each not in self._names}
             if record.reading != reading:

@@ -151,7 +151,9 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         model,
         membership,
         strategy,
-        DataPosition(job, store, coordination, membership, settings.session_timeout_s),
+        DataPosition(
+            job, store, coordination, membership, settings.session_timeout_s, lambda: strategy.session.changes
+        ),
         AverageInModel(config, given.layout, model, membership, store),
         partial(change_job, store, coordination, job),
     )

@@ -71,12 +71,11 @@ class RankMemory:
 class RankStates:
     """What servers keep of each rank, by shard: pushed when it is due, pulled where a term begins."""
 
-    def __init__(self, tools: Tools, session: PlanSession, last_version: int | None) -> None:
+    def __init__(self, tools: Tools, session: PlanSession) -> None:
         self._config = tools.config
         self._shards = tools.layout.shards
         self._servers = tools.servers
         self._session = session
-        self._last_version = last_version
         self._log = logs.get_logger()
         states = {s.index: rank_state_of(tools.config, s) for s in tools.layout.shards_of(TensorRole.TRAINED)}
         self.kept = {shard: state for shard, state in states.items() if state is not None}
@@ -86,7 +85,7 @@ class RankStates:
 
     def are_due(self, version: int) -> bool:
         """Whether the pushes that make ``version`` bring them."""
-        return push_brings_rank_state(self._config, version, self._last_version)
+        return push_brings_rank_state(self._config, version, self._session.last_version)
 
     def pack(self, shard: int, memory: RankMemory) -> Tensor:
         """The bytes of a rank's state in a shard."""

@@ -77,7 +77,7 @@ class SamplerOrder:
                 "the samples of a step again: draw its random numbers from torch, numpy or random when it is iterated"
             )
         batch = ranks if batch_size is None else batch_size
-        self.reading = Reading(batch, self._length, samples, whole_steps=drop_last)
+        self.reading = Reading(batch, self._length, samples, drop_last, counts_batches=self._makes_batches)
         """How a job reads that goes through this order from its first step on."""
         if drop_last and self._length < batch:
             raise UsageError(f"drop_last=True: {self._length} samples make no batch of {batch_size}")

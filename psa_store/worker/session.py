@@ -23,6 +23,7 @@ from typing import Protocol
 from psa_store import logs
 from psa_store.cluster import Plan
 from psa_store.errors import DependencyUnreachable, Disconnected, Refused
+from psa_store.job.change import steps_set
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
@@ -90,10 +91,14 @@ class PlanSession:
         self._journal = tools.journal
         self._layout = tools.layout
         self._job = tools.config.name
+        self._steps_per_version = tools.config.steps_per_version
         self._follower = follower
         self._read_config = tools.read_config
         self.history = of_ranks(tools.config)
         """The optimizer of each step, as it is in this term."""
+        self.changes = tools.config.changes
+        self.steps = tools.steps
+        """Where the job ends in this term: what it was told, or what the script says; None: never."""
         self._log = logs.get_logger()
         self._standing: Standing | None = None
         self._needed = (0, 0)
@@ -135,7 +140,7 @@ class PlanSession:
             self.lose(f"term {plan.term}")
             self._adopt(standing, plan)
             try:
-                self.history = of_ranks(self._read_config())
+                self._take_changes(self._read_config())
             except DependencyUnreachable as error:
                 self._log.warning("waiting for a dependency", error=str(error))
                 return False
@@ -147,6 +152,19 @@ class PlanSession:
             self._follower.replanned()
         self.stands = True
         return self._membership.standing is standing or self.settle()
+
+    def _take_changes(self, config: JobConfig) -> None:
+        self.changes = config.changes
+        self.history = of_ranks(config)
+        steps = steps_set(config.changes)
+        if steps is not None and steps != self.steps:
+            self._log.info("the job ends where it was told to, not where its script says", steps=steps)
+            self.steps = steps
+
+    @property
+    def last_version(self) -> int | None:
+        """That with which the job ends; None: never."""
+        return None if self.steps is None else self.steps // self._steps_per_version
 
     def look(self) -> None:
         """Notice a newer plan, if there is one."""

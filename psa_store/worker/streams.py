@@ -76,22 +76,27 @@ class StreamBatches:
                 raise UsageError("a DataLoader over a stream needs persistent_workers=False: it may be read from anew")
             if not isinstance(data.worker_init_fn, EndsWithWorker):
                 data.worker_init_fn = EndsWithWorker(data.worker_init_fn)
-            units, self.samples = ranks, data.batch_size or 1
+            units, self._samples_of_unit = ranks, data.batch_size or 1
         else:
             if batch_size is None:
                 raise UsageError("batches() needs batch_size=: the number of samples per step over all ranks")
             if batch_size < ranks or batch_size % ranks:
                 raise UsageError(f"batch_size={batch_size} with ranks={ranks}: must be a multiple of it")
-            units, self.samples, self._collate = batch_size, batch_size // ranks, default_collate
+            units, self._samples_of_unit, self._collate = batch_size, 1, default_collate
         if hasattr(data, "__next__"):
             raise UsageError(
                 f"batches() of a {type(data).__name__}, which can be read once only: give a dataset that begins anew "
                 "with each iter(), so that its samples are found again after a crash"
             )
-        self.reading = Reading(units, _ENDLESS, _ENDLESS)
+        self.reading = Reading(units, _ENDLESS, _ENDLESS, counts_batches=isinstance(data, DataLoader))
         self._record = begin(self.reading)
         self._readers: list[_Reader] = []
         self._first_units: dict[int, int] = {}
+
+    @property
+    def samples(self) -> int:
+        """In the batch of one rank step, as they are now."""
+        return self._record.reading.batch // self._ranks * self._samples_of_unit
 
     def get(self, rank_step: RankStep, ranks: Sequence[int]) -> Any:
         """The batch of ``rank_step``; ``ranks`` are all ranks that this worker holds."""

@@ -56,7 +56,7 @@ class Worker:
             after each ``step()``, or not at all.
         ranks: world size, fixed when the job is created. None: the stored one, or ``PSA_RANKS``, or the number of
             workers of `psa run`, or torchrun's WORLD_SIZE, or 1.
-        steps: where the job ends; None: never.
+        steps: where the job ends; None: never. What `psa job set` says counts more.
         seed: root of all randomness: order of samples, and torch's, numpy's and Python's generators per (step, rank).
         mode: how updates and ranks wait for each other: "sync", "async", "ssp:staleness=2" or "local:steps=20" (see
             ``psa_store.job.mode``), fixed when the job is created. None: the stored one, or ``PSA_MODE``, or "sync".
@@ -109,7 +109,6 @@ class Worker:
         check_job_name(name)
         if average is not None and not isinstance(average, Average):
             raise UsageError(f"average={average!r}: give psa.ema(0.999), or another decay")
-        self._steps = steps
         self._optimizer = GivenOptimizer(optimizer, lr_scheduler, model, steps)
         self._script_state = None if state is None else ScriptState(model, state)
         rule = self._optimizer.optimizer
@@ -173,7 +172,12 @@ class Worker:
     @property
     def finished(self) -> bool:
         """True after the last step, False in a worker that leaves before. After the ``with`` all steps are durable."""
-        return self._steps is not None and self.version >= self._steps
+        return self.steps is not None and self.version >= self.steps
+
+    @property
+    def steps(self) -> int | None:
+        """Where the job ends: what `psa job set` said last, or what the script says; None: never."""
+        return self._given.steps if self._opened is None else self._strategy.session.steps
 
     @property
     def state(self) -> dict[str, Any]:
@@ -227,27 +231,23 @@ class Worker:
                 (an iterable dataset, or a DataLoader over one) is read in its order by each process, which leaves out
                 what is for other ranks; it must give the same each time.
             batch_size: samples per step over all ranks; each rank gets an equal share. A resumed job may have another
-                one: it goes on with the sample that is next.
+                one: it goes on with the sample that is next. What `psa job set` says counts more.
             changed_data: whether a resumed job may go on with another number of samples, and a new pass over them.
 
         After a crash anywhere the sequence may go back to an earlier step; the model goes back with it.
         """
         if self._opened is None or not self._is_open:
             raise UsageError("use the worker in a `with` statement")
-        config, strategy = self._config, self._strategy
+        config, strategy, ranks = self._config, self._strategy, self._config.ranks
         on = failpoints.are_on()
         record_for = partial(self._opened.data_position.record_for, changed_data=changed_data)
         batches: Batches | StreamBatches
         if is_stream(data):
-            batches = StreamBatches(data, batch_size, seed=config.seed, ranks=config.ranks, record_for=record_for)
+            batches = StreamBatches(data, batch_size, seed=config.seed, ranks=ranks, record_for=record_for)
         else:
+            in_a_row = config.steps_per_version
             batches = Batches(
-                data,
-                batch_size,
-                seed=config.seed,
-                ranks=config.ranks,
-                round_steps=config.steps_per_version,
-                record_for=record_for,
+                data, batch_size, seed=config.seed, ranks=ranks, round_steps=in_a_row, record_for=record_for
             )
         if not changed_data:
             self._opened.data_position.check(batches.reading)

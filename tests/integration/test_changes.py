@@ -14,11 +14,13 @@ from torch import nn
 
 import psa_store as psa
 from psa_store.checkpoint.change import change_job, newest_config
+from psa_store.checkpoint.reader import open_version
 from psa_store.coordination import Coordination
-from psa_store.errors import JobMismatch, UsageError
+from psa_store.errors import JobBusy, JobMismatch, UsageError
 from psa_store.job.change import Numbers
 from psa_store.job.config import job_config_from_json
-from psa_store.job.sampling import sample_indices
+from psa_store.job.position import Reading, begin
+from psa_store.job.sampling import SampleOrder
 from tests.harness import PSA, Servers, Site
 from tests.integration.toy import make_data, make_model
 
@@ -44,7 +46,12 @@ def coordination(site: Site, job: str) -> Coordination:
 
 
 def run(
-    site: Site, job: str, steps: int, after: Turn = lambda worker: None, lr: float = 0.1, **options: Any
+    site: Site,
+    job: str,
+    steps: int,
+    after: Turn = lambda worker: None,
+    lr: float = 0.1,
+    **options: Any,
 ) -> nn.Module:
     """One stretch of a job."""
     servers = Servers(site, job, 2)
@@ -63,13 +70,18 @@ def run(
     return model
 
 
-def plain(steps: int, numbers_at: Callable[[int], dict[str, float]]) -> nn.Module:
+def plain(
+    steps: int, numbers_at: Callable[[int], dict[str, float]], batch_size_at: Callable[[int], int] = lambda step: 8
+) -> nn.Module:
     model, data = make_model(), make_data()
+    record = begin(Reading(8, len(data), len(data)))
+    order = SampleOrder(SEED, ranks=RANKS, batch_size=8, n=len(data))
     adamw = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for step in range(steps):
         adamw.zero_grad()
+        record = record.changed(Reading(batch_size_at(step), len(data), len(data)), step)
         for rank in range(RANKS):
-            indices = sample_indices(SEED, step, rank, ranks=RANKS, batch_size=8, n=len(data))
+            indices = order.at(*record.place_of(step, rank, RANKS))
             x, y = (torch.stack([data[i][part] for i in indices]) for part in (0, 1))
             (nn.functional.mse_loss(model(x), y) / RANKS).backward()
         numbers = numbers_at(step)
@@ -214,3 +226,68 @@ def test_where_redis_or_zookeeper_has_fewer_changes_it_is_brought_up_to_date(sit
         assert newest_config(store, zk, "change-behind") == changed
         found = store.read_job("change-behind")
         assert found is not None and job_config_from_json(found[0]) == changed
+
+
+def test_batch_size_and_end_are_set_while_a_job_rests(site: Site) -> None:
+    """From that version on steps have 12 samples, the next ones; the script goes on saying 8, and 5 steps."""
+    run(site, "change-loop", 5)
+    done = psa_command(site.env, "job", "set", "change-loop", "batch_size=12", "steps=9", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "from version 5 on batch_size=12 steps=9" in done.stdout
+    told: list[tuple[int, int | None, bool]] = []
+    model = run(site, "change-loop", 5, lambda worker: told.append((worker.version, worker.steps, worker.finished)))
+    assert told == [(6, 9, False), (7, 9, False), (8, 9, False), (9, 9, True)]
+    assert_close(model, plain(9, lambda step: BEFORE, lambda step: 8 if step < 5 else 12))
+    status = psa_command(site.env, "status", "change-loop")
+    assert "from step 5 on batch_size=12 steps=9" in status.stdout
+    for text, why in {
+        "steps=8": "steps=8: job 'change-loop' has made 9 already",
+        "batch_size=13": "divisible by ranks=2: use 12",
+        "steps=many": "'many' is no whole number",
+    }.items():
+        refused = psa_command(site.env, "job", "set", "change-loop", text, "--yes")
+        assert refused.returncode == 2 and why in refused.stderr, refused.stderr
+    rule = psa.optim.AdamW(lr=0.1, weight_decay=0.1, clip_grad_norm=1.0)
+    options: dict[str, Any] = {"optimizer": rule, "seed": SEED, "shard_bytes": 4096}
+    with (
+        pytest.raises(JobMismatch, match=r"batch_size=12 from step 5 on, this process has batch_size=16\."),
+        psa.Worker("change-loop", make_model(), **options) as worker,
+    ):
+        next(worker.batches(make_data(), batch_size=16))
+
+
+def test_batch_size_and_end_are_set_while_a_job_runs(site: Site) -> None:
+    """All its workers go over to them in one step: their ranks read each sample once."""
+    changed: list[int] = []
+
+    def after(worker: psa.Worker) -> None:
+        if worker.version == 6 and not changed:
+            with site.store() as store, coordination(site, "change-loop-live") as zk:
+                numbers = Numbers(batch_size=4, steps=10)
+                changed.append(change_job(store, zk, "change-loop-live", numbers).version)
+
+    model = run(site, "change-loop-live", 30, after)
+    (version,) = changed
+    assert version <= 6
+    assert_close(model, plain(10, lambda step: BEFORE, lambda step: 8 if step < version else 4))
+
+
+def test_where_ranks_are_at_steps_of_their_own_a_job_must_rest(site: Site) -> None:
+    """Then the change counts from the first step that no rank has made; rounds stay whole."""
+    run(site, "change-arrival", 4, mode="async")
+    assert psa_command(site.env, "job", "set", "change-arrival", "batch_size=4", "steps=6", "--yes").returncode == 0
+    refused: list[str] = []
+
+    def after(worker: psa.Worker) -> None:
+        if not refused:
+            with site.store() as store, coordination(site, "change-arrival") as zk:
+                with pytest.raises(JobBusy, match="while it rests") as error:
+                    change_job(store, zk, "change-arrival", Numbers(steps=9))
+                refused.append(str(error.value))
+
+    run(site, "change-arrival", 4, after, mode="async")
+    assert refused
+    with site.store() as store:
+        assert open_version(store, "change-arrival").version == 6 * RANKS
+        _, record = store.data_record("change-arrival").read()
+    assert record is not None and [(each.step, each.reading.batch) for each in record.stretches] == [(0, 8), (4, 4)]

@@ -63,6 +63,28 @@ def test_another_batch_size_goes_on_with_the_next_sample(site: Site, mode: str) 
     assert len(times(seen(third))) == 40
 
 
+def test_workers_that_train_go_over_to_a_batch_size_that_was_set(site: Site, tmp_path: Path) -> None:
+    """In one step, all of them; and the job ends where it was told to, though one dies. The script says 8 and 40."""
+    hold = ["--hold-at", "5", "--until", str(tmp_path / "go")]
+    run = start(site, "position-set", *hold, "--steps", "40", "--pace-s", "0.1")
+    run.wait_for_step(5)
+    told = Run(["job", "set", "position-set", "batch_size=24", "steps=10", "--yes"], site.env)
+    assert told.finish() == 0 and "from version 5 on batch_size=24 steps=10" in told.output, told.output
+    victim = site.pids("position-set", "workers")[0]
+    (tmp_path / "go").touch()
+    run.wait_for_step(6)
+    os.kill(victim, signal.SIGKILL)
+    assert run.finish() == 0, run.output
+    # What was in hand at step 5 was said, but made again.
+    said = [list(map(int, line.split()[1:])) for line in run.lines if line.startswith("seen ")]
+    last = {(step, rank): samples for step, rank, *samples in said}
+    assert {step for step, _ in last} <= set(range(10))
+    missing = {(step, rank) for step in range(10) for rank in range(2)} - last.keys()
+    assert len(missing) <= 2, "a worker that was killed may not have said what it had done"
+    assert max(times(last).values()) == 1
+    assert len(times(last)) == 160 - 12 * len(missing), "steps 0 to 4 have 8 samples, the others 24"
+
+
 def test_with_drop_last_a_pass_ends_where_no_step_fits(site: Site) -> None:
     first = train(site, "position-drop", "--samples", "50", "--drop-last", "--steps", "4")
     second = train(site, "position-drop", "--samples", "50", "--drop-last", "--batch", "12", "--steps", "6")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from psa_store.consistency import Arrivals, SyncStep
 from psa_store.errors import JobMismatch, UsageError
+from psa_store.job.change import Change, Numbers
 from psa_store.job.document import from_text, to_text
 from psa_store.job.position import DataRecord, Reading, Stretch, begin
 from psa_store.worker.batches import Batches, RankStep
+from psa_store.worker.streams import StreamBatches
 
 RANKS = 2
 
@@ -59,6 +64,61 @@ def test_another_data_set_begins_a_new_pass_and_is_announced() -> None:
     assert record.changed(larger, 10).stretches[-1].position == 200
     assert record.changed(larger, 20).stretches[-1].position == 200, "a pass had just ended"
     assert record.changed(larger, 21).stretches[-1].position == 400
+
+
+SIZE_16, RATE, SIZE_4 = (
+    Change(step, numbers)
+    for step, numbers in ((10, Numbers(batch_size=16)), (12, Numbers(lr=0.1)), (20, Numbers(batch_size=4, steps=30)))
+)
+
+
+def test_a_batch_size_that_was_set_counts_from_its_step_on() -> None:
+    """Each process notes the changes that are missing, in any order of coming, and comes to the same."""
+    record = begin(Reading(8, 160, 160))
+    assert record.following(()) is record
+    first = record.following((SIZE_16, RATE))
+    assert [(each.step, each.position, each.reading.batch) for each in first.stretches] == [(0, 0, 8), (10, 80, 16)]
+    both = record.following((SIZE_16, RATE, SIZE_4))
+    assert both == first.following((SIZE_16, RATE, SIZE_4)) == both.following((SIZE_16, RATE, SIZE_4))
+    assert both.following((SIZE_16,)) is both, "of a process that does not know the newest yet"
+    assert both.stretches[-1] == Stretch(20, 240, Reading(4, 160, 160))
+    assert from_text(DataRecord, to_text(both), "it") == both
+
+
+def test_a_script_may_say_the_batch_size_that_was_or_that_was_set() -> None:
+    record = begin(Reading(8, 160, 160)).following((SIZE_16, SIZE_4))
+    for batch in (8, 4):
+        assert record.as_set("job", Reading(batch, 160, 160)) == Reading(4, 160, 160)
+    for batch in (16, 32):
+        with pytest.raises(
+            JobMismatch, match=rf"batch_size=4 from step 20 on.*={batch}\. `psa job set job batch_size="
+        ):
+            record.as_set("job", Reading(batch, 160, 160))
+    plain = begin(Reading(8, 160, 160)).following((RATE,))
+    assert plain.as_set("job", Reading(32, 160, 160)).batch == 32, "where none was set it is the script's matter"
+
+
+def test_what_steps_can_not_have_is_refused() -> None:
+    begin(Reading(8, 160, 160)).check_batch_size("job", 2, 500)
+    with pytest.raises(UsageError, match=r"batch_size=13 counts the samples of all ranks .* ranks=4: use 12"):
+        begin(Reading(8, 160, 160)).check_batch_size("job", 4, 13)
+    with pytest.raises(UsageError, match=r"batch_size=162: with drop_last=True, 160 samples make no batch of it"):
+        begin(Reading(8, 160, 160, whole_steps=True)).check_batch_size("job", 2, 162)
+    loader = DataLoader(
+        range(40),  # type: ignore[arg-type]
+        batch_sampler=BatchSampler(SequentialSampler(range(40)), 5, drop_last=False),
+    )
+    made = Batches(loader, None, seed=0, ranks=RANKS).reading
+    stream = StreamBatches(DataLoader(Endless(), 2), None, seed=0, ranks=RANKS).reading
+    for reading in (made, stream):
+        with pytest.raises(UsageError, match=r"the script's DataLoader makes the batches"):
+            begin(reading).check_batch_size("job", 2, 8)
+    begin(StreamBatches(Endless(), 4, seed=0, ranks=RANKS).reading).check_batch_size("job", 2, 8)
+
+
+class Endless(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return count()
 
 
 def test_the_record_is_a_document() -> None:

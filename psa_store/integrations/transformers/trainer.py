@@ -82,11 +82,12 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
         plain = super()._get_collator_with_removed_columns(self.data_collator, description="training")
         if hasattr(dataset, "column_names"):  # of the package datasets: it need not read columns that nothing takes
             dataset, plain = self._remove_unused_columns(dataset, description="training"), self.data_collator
+        samples = args.per_device_train_batch_size * args.gradient_accumulation_steps
         return DataLoader(
             dataset,
-            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            batch_size=samples,
             sampler=self._get_train_sampler(dataset),
-            collate_fn=_MicroBatches(plain, args.per_device_train_batch_size),
+            collate_fn=_MicroBatches(plain, args.per_device_train_batch_size, samples),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             drop_last=args.dataloader_drop_last,
@@ -224,6 +225,8 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
     def _handle(self, worker: Worker, model: Any, fixed: _Fixed) -> None:
         """Log, evaluate and save as callbacks want it, with what the Trainer knew when this version was made."""
         first = self._handled == _NONE
+        assert worker.steps is not None
+        self.state.max_steps = worker.steps  # `psa job set` may have changed it
         self._restore(worker.state)
         version = self._handled = worker.version
         self.state.global_step, self.state.epoch = version, version / fixed.epoch_steps
@@ -340,11 +343,17 @@ class _Fixed:
 class _MicroBatches:
     """Collates the samples of a rank's step as the micro-batches that the Trainer would make of them."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], size: int) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], size: int, samples: int) -> None:
         self._collate = collate
         self._size = size
+        self._samples = samples
 
     def __call__(self, samples: Sequence[Any]) -> list[Any]:
+        if len(samples) != self._samples:
+            raise UsageError(
+                f"PsaTrainer: a rank's step has {len(samples)} samples, as `psa job set` says, but the Trainer counts "
+                f"epochs by steps of {self._samples}: set batch_size to {self._samples} times the ranks again"
+            )
         starts = range(0, len(samples), self._size)
         return [self._collate(list(samples[start : start + self._size])) for start in starts]
 

@@ -222,6 +222,7 @@ class AsyncStrategy:
 
     def load(self, plan: Plan) -> bool:
         """Find out what the servers have of these ranks' pushes, to push again what they lack."""
+        self._pushes.ends_at(self.session.steps)
         self._pushes.term_begun(self.session.owners)
         if not self.session.pull((), 0, self.session.plan_is_over) or not self._ask_clocks(self.session.owners):
             return False

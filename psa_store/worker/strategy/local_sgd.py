@@ -45,11 +45,8 @@ class LocalSGDStrategy:
 
     def __init__(self, tools: Tools) -> None:
         config, layout = tools.config, tools.layout
-        if tools.steps is not None and tools.steps % config.mode.steps:
-            raise UsageError(
-                f"steps={tools.steps}: mode {config.mode} ends after whole rounds; "
-                f"use a multiple of {config.mode.steps}"
-            )
+        if tools.steps is not None:
+            config.check_steps(tools.steps)
         self._round_steps = config.mode.round_steps
         last = None if tools.steps is None else tools.steps // self._round_steps
         self._rounds = Rounds(last, self._round_steps, overlap=config.mode.overlap)
@@ -64,7 +61,7 @@ class LocalSGDStrategy:
         self._log = logs.get_logger()
         # A gradient that does not travel is not rounded for the way.
         self._pool = GradientPool(layout, WireLayout(layout))
-        self._states = RankStates(tools, self.session, last)
+        self._states = RankStates(tools, self.session)
         self._parameters = GlobalParameters(tools)
         self._gradients: GradientMemory
         self._turn: RankStep
@@ -213,6 +210,7 @@ class LocalSGDStrategy:
 
     def load(self, plan: Plan) -> bool:
         """Stand in a term: at its beginning, or where the ranks were in it."""
+        self._rounds.ends_at(self.session.last_version)
         if plan.term != self._term:
             self._term = None
             if not self._begin_term(plan):

@@ -57,7 +57,7 @@ class SyncStrategy:
         self._all_push_buffers = tools.config.pushes_all_buffers
         self._speculates = tools.config.mode.speculate
         self._begun_s = self._slow_at_s = 0.0
-        self._states = RankStates(tools, self.session, tools.steps)
+        self._states = RankStates(tools, self.session)
         self._memories: dict[int, RankMemory] = {}
         """By held rank, its state at the present version ..."""
         self._memories_next: dict[int, RankMemory] = {}
@@ -174,6 +174,7 @@ class SyncStrategy:
     def load(self, plan: Plan) -> bool:
         """Get all shards at one version of this term."""
         session, versioned = self.session, self._tools.layout.versioned
+        self._step.ends_at(session.last_version)
         newest, wanted = -1, plan.resume
         while newest < wanted:
             newest = wanted
