@@ -3,7 +3,8 @@
 The stream is a sequence of units, pass after pass: samples, or, of a DataLoader, the batches that it makes. Which units
 a rank takes in a step is the same function of the job's position as for other data. A process reads on until it comes
 to them, and leaves the others out; so each unit is trained on once, whichever process computes which rank, and however
-often one dies. A process that begins late, or goes back, reads from the beginning: it says how far it is.
+often one dies. A process that begins late, or goes back, reads from the beginning: it says how far it is, how
+fast, and how long it will take.
 
 So a stream must give the same each time. Its random numbers are the job's, seeded by the pass; what can only be read
 once is refused, and one that begins otherwise when it is read again is found out.
@@ -26,6 +27,7 @@ from psa_store import logs
 from psa_store.errors import UsageError
 from psa_store.job.position import DataRecord, Reading, begin
 from psa_store.job.sampling import stream_seed
+from psa_store.observe.formatting import duration
 from psa_store.optim.tensors import as_bytes
 from psa_store.worker.batches import RankStep, seed_everything
 from psa_store.worker.loader_processes import EndsWithWorker
@@ -124,6 +126,31 @@ class StreamBatches:
         return self._readers[-1]
 
 
+class ReadingOn:
+    """How far a reader is on its way to a position: said now and then, if the way is long, and at its end.
+
+    Pure: the time is given.
+    """
+
+    def __init__(self, begin: int, end: int, now_s: float) -> None:
+        self._begin = begin
+        self._end = end
+        self._begun_s = self._said_s = now_s
+
+    def said(self, at: int, now_s: float) -> dict[str, str]:
+        """What is to be said at a position; nothing, most times."""
+        is_long = self._said_s > self._begun_s
+        if now_s - self._said_s < _SAY_AFTER_S and not (is_long and at == self._end):
+            return {}
+        self._said_s = now_s
+        took_s = max(now_s - self._begun_s, 1e-9)
+        rate = (at - self._begin) / took_s
+        done = {"done": f"{at:,}/{self._end:,}", "percent": f"{100 * at // self._end}", "rate": f"{rate:,.0f}/s"}
+        if at == self._end:
+            return {**done, "took": duration(took_s)}
+        return {**done, "left": duration((self._end - at) / rate)}
+
+
 class _Reader:
     """Reads the units of a stream one after the other; ``position``: that of the next one.
 
@@ -138,6 +165,7 @@ class _Reader:
         self._pass = 0
         self._at_begin = True
         self._log = logs.get_logger()
+        self._counted = "batches" if isinstance(source, DataLoader) else "samples"
         self._generators: HostGenerators | None = None
         """As this reader left them."""
         self._units: Iterator[Any]
@@ -146,14 +174,13 @@ class _Reader:
 
     def read(self, position: int, count: int) -> list[Any]:
         """Read on to these units."""
-        since_s = time.monotonic()
+        progress = ReadingOn(self.position, position, time.monotonic())
         with self._own_generators():
             self._tell_pass()  # another reader of the same source may be in another
             while self.position < position:
                 self._next()
-                if time.monotonic() - since_s > _SAY_AFTER_S:
-                    since_s = time.monotonic()
-                    self._log.info("reading on in the stream", at=self.position, to=position)
+                if said := progress.said(self.position, time.monotonic()):
+                    self._log.info("reading on in the stream", **said, of=self._counted)
             return [self._next() for _ in range(count)]
 
     @contextmanager

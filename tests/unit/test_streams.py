@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from psa_store.errors import UsageError
 from psa_store.job.position import begin
+from psa_store.logs import configure, setup
+from psa_store.worker import streams
 from psa_store.worker.batches import RankStep
-from psa_store.worker.streams import StreamBatches, is_stream
+from psa_store.worker.streams import ReadingOn, StreamBatches, is_stream
 
 LENGTH = 23
 
@@ -165,3 +167,25 @@ def test_an_empty_stream_is_refused() -> None:
 
     with pytest.raises(UsageError, match="is empty"):
         taken(made(Empty()), range(1))
+
+
+def test_a_reader_that_has_far_to_go_says_how_far_it_is() -> None:
+    way = ReadingOn(1000, 41_000, now_s=100.0)
+    assert way.said(2000, 104.9) == {}
+    assert way.said(11_000, 105.0) == {"done": "11,000/41,000", "percent": "26", "rate": "2,000/s", "left": "15.0 s"}
+    assert way.said(13_000, 106.0) == {}
+    assert way.said(31_000, 110.0) == {"done": "31,000/41,000", "percent": "75", "rate": "3,000/s", "left": "3.3 s"}
+    assert way.said(41_000, 113.0) == {"done": "41,000/41,000", "percent": "100", "rate": "3,077/s", "took": "13.0 s"}
+    assert ReadingOn(0, 7, now_s=100.0).said(7, 101.0) == {}, "a short way needs no words"
+
+
+def test_what_is_said_comes_on_the_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one reader, as in a process that begins where the job is at step 3."""
+    monkeypatch.setattr(streams, "_SAY_AFTER_S", 0.0)
+    monkeypatch.setattr(setup, "_setup", None)  # other tests find the log as it was
+    configure("info", "worker")
+    StreamBatches(Numbers(), 6, seed=0, ranks=2).get(RankStep(3, 0), (0,))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 18 and all("reading on in the stream" in line and "of=samples" in line for line in said)
+    assert "done=1/18" in said[0] and "percent=5" in said[0] and "left=" in said[0]
+    assert "done=18/18" in said[-1] and "percent=100" in said[-1] and "took=" in said[-1]
