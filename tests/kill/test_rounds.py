@@ -46,11 +46,17 @@ def start(
 ) -> Run:
     """``slow_until``: a file; until it exists, there is time to join the job."""
     mode, compress = VARIANTS[variant]
-    defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": RANKS, "commit_every": COMMIT_EVERY}
+    defaults: dict[str, object] = {
+        "workers": 2,
+        "servers": 2,
+        "ranks": RANKS,
+        "commit_every": COMMIT_EVERY,
+        "held": True,
+    }
     pace = ["--pace-s", "0.3", "--paced-until", str(slow_until)] if slow_until else ["--pace-s", "0.01"]
     script = ["--steps", str(STEPS), *pace, *(["--bufferless"] if "overlap" in mode else [])]
     env = {"PSA_JOURNAL": str(folder)}
-    return site.run(job, *script, env=env, held=True, mode=mode, compress=compress, **{**defaults, **options})
+    return site.run(job, *script, env=env, mode=mode, compress=compress, **{**defaults, **options})
 
 
 def final(mode: str) -> int:
@@ -133,7 +139,7 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
     """
     job, env = "rounds-elastic", {"PSA_JOURNAL": str(tmp_path)}
     hurry = tmp_path / "hurry"
-    run = start(site, job, "plain", tmp_path, slow_until=hurry, workers=1, servers=1)
+    run = start(site, job, "plain", tmp_path, slow_until=hurry, workers=1, servers=1, held=False)
     run.wait_for_step(10)
     server = Run(["server", "--job", job], {**site.env, **env})
     run.wait_for_line(lambda line: "hand-over at version" in line)
