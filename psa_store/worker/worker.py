@@ -39,7 +39,7 @@ from psa_store.worker.flat_model import describe_model
 from psa_store.worker.given_optimizer import GivenOptimizer
 from psa_store.worker.health import Progress, as_reported
 from psa_store.worker.opening import Given, Opened, announce_failure, open_worker
-from psa_store.worker.script import script_line
+from psa_store.worker.script import check_model, script_line, whole_number
 from psa_store.worker.state import ScriptState
 from psa_store.worker.streams import StreamBatches, is_stream
 
@@ -99,8 +99,8 @@ class Worker:
         state: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        if steps is not None and steps < 0:
-            raise UsageError(f"steps={steps}: must not be negative")
+        check_model(model)
+        steps = None if steps is None else whole_number("steps", steps, 0)
         self._settings = load_settings()
         logs.configure_once(self._settings.log_level, ProcessRole.WORKER, as_json=self._settings.log_json)
         name = job or self._settings.job
@@ -115,8 +115,8 @@ class Worker:
         layout = make_layout(describe_model(model, rule.group_of), shard_bytes)
         wanted = Wanted(
             name=name,
-            ranks=ranks,
-            seed=seed,
+            ranks=None if ranks is None else whole_number("ranks", ranks, 1),
+            seed=whole_number("seed", seed),
             optimizer=rule.to_dict(),
             layout=layout.fingerprint,
             mode=None if mode is None else parse_mode(mode),
@@ -239,6 +239,7 @@ class Worker:
         if self._opened is None or not self._is_open:
             raise UsageError("use the worker in a `with` statement")
         config, strategy, ranks = self._config, self._strategy, self._config.ranks
+        batch_size = None if batch_size is None else whole_number("batch_size", batch_size, 1)
         on = failpoints.are_on()
         record_for = partial(self._opened.data_position.record_for, changed_data=changed_data)
         batches: Batches | StreamBatches

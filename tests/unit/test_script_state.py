@@ -1,4 +1,4 @@
-"""What a script leaves in worker.state, and says with worker.step(), seen without a server."""
+"""What a script gives: to psa.Worker, to worker.state, to worker.step(). Seen without a server."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+import psa_store as psa
 from psa_store import logs
 from psa_store.errors import UsageError
 from psa_store.worker.batches import RankStep
 from psa_store.worker.health import as_reported
+from psa_store.worker.script import whole_number
 from psa_store.worker.state import ScriptState
 
 
@@ -85,3 +87,25 @@ def test_numbers_of_all_kinds_are_taken() -> None:
     assert isinstance(loss, torch.Tensor)
     assert not loss.requires_grad
     assert [float(each) for each in said.values()] == [1.0, 2.0, 1.0, 1.0, 3.0]
+
+
+GIVEN: list[tuple[dict[str, Any], str]] = [
+    ({"model": lambda x: x}, "model: a function; give an nn.Module"),
+    ({"model": torch.jit.script(nn.Linear(1, 1))}, "before torch.jit makes one of it"),
+    ({"steps": 12.0}, "steps=12.0: must be a whole number"),
+    ({"steps": "12"}, "steps='12': must be a whole number"),
+    ({"steps": -1}, "steps=-1: must be at least 0"),
+    ({"seed": "x"}, "seed='x': must be a whole number"),
+    ({"ranks": 0}, "ranks=0: must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("given", "why"), GIVEN, ids=[why.split(":")[0] for _, why in GIVEN])
+def test_what_a_worker_can_not_take_is_named(given: dict[str, Any], why: str) -> None:
+    arguments = {"model": nn.Linear(1, 1), "optimizer": psa.optim.SGD(lr=0.1)} | given
+    with pytest.raises(UsageError, match=why):
+        psa.Worker("job", **arguments)
+
+
+def test_numbers_of_numpy_are_whole_numbers() -> None:
+    assert type(whole_number("steps", np.int64(3))) is int
