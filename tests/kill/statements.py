@@ -40,6 +40,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--job", required=True)
     options.add_argument("--steps", type=int, required=True)
+    options.add_argument("--change-after", type=Path, required=True, help="a file that the change waits for")
     options.add_argument("--end-after", type=Path)
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -60,6 +61,7 @@ def main() -> None:
         state={"tokens": 0, "best": None, "mean": torch.zeros(6)},
     ) as worker:
         for x, y in worker.batches(make_data(), batch_size=8):
+            await_end(worker, CHANGE_AT, args.change_after)
             await_end(worker, args.steps, args.end_after)
             time.sleep(0.004)  # what a larger model would compute
             tokens, step, rate = 1 + int(x.abs().sum()), worker.version, scheduler.get_last_lr()[0]

@@ -31,7 +31,13 @@ class Shown(NamedTuple):
 def start(site: Site, job: str, **options: object) -> Run:
     root = {"PYTHONPATH": str(Path(__file__).parents[2])}
     defaults: dict[str, object] = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": 10, "held": True}
-    return site.run(job, "--steps", str(STEPS), script=SCRIPT, env=root, **{**defaults, **options})
+    arguments = ["--steps", str(STEPS), "--change-after", str(change_after(site, job))]
+    return site.run(job, *arguments, script=SCRIPT, env=root, **{**defaults, **options})
+
+
+def change_after(site: Site, job: str) -> Path:
+    """What the script's change waits for: were main to die just before it, another step would be the first with it."""
+    return site.home / f"{job}.change"
 
 
 def shown(run: Run) -> dict[int, Shown]:
@@ -64,6 +70,7 @@ class Calm(NamedTuple):
 
 @pytest.fixture(scope="module")
 def undisturbed(site: Site) -> Calm:
+    change_after(site, "said-undisturbed").touch()
     run = start(site, "said-undisturbed")
     assert run.finish() == 0, run.output
     seen = shown(run)
@@ -80,6 +87,7 @@ def test_killing_processes_changes_nothing_that_was_said(site: Site, undisturbed
             for pid in site.pids("said-killed", role):
                 os.kill(pid, signal.SIGKILL)
             run.wait_for_line(lambda line: "restarting" in line)
+        change_after(site, "said-killed").touch()
     assert run.finish() == 0, run.output
     assert (site.digest("said-killed", STEPS), state_in(run)) == undisturbed[:2]
     assert changes(site, "said-killed") == [CHANGE_AT]
@@ -88,6 +96,7 @@ def test_killing_processes_changes_nothing_that_was_said(site: Site, undisturbed
 
 
 def test_one_worker_and_a_resumed_run_say_the_same(site: Site, undisturbed: Calm) -> None:
+    change_after(site, "said-resumed").touch()
     run = start(site, "said-resumed", workers=1, servers=1)
     run.wait_for_step(CHANGE_AT + 2)
     run.kill()
