@@ -79,7 +79,10 @@ ALLOWED_IN = {
     "psa_store/integrations/ranks.py": ("epoch",),
     "psa_store/integrations/lightning/arguments.py": ("epoch", "epochs"),
     "psa_store/integrations/lightning/place.py": ("epoch", "epochs"),
-    "psa_store/integrations/lightning/rate.py": ("epoch", "epochs"),
+    "psa_store/integrations/rates.py": ("epoch", "epochs"),
+    "psa_store/integrations/accelerate/accelerator.py": ("epoch", "everyone"),  # a method of Accelerate
+    "psa_store/docs/how-to/accelerate.md": ("everyone",),
+    "tests/integration/accelerate_job.py": ("epoch",),
     "psa_store/integrations/lightning/steps.py": ("epoch", "epochs"),
     "psa_store/integrations/lightning/strategy.py": ("epoch", "epochs"),
     "psa_store/docs/how-to/lightning.md": ("epoch", "epochs"),

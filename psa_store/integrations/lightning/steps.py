@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,10 +14,19 @@ from torch.utils.data import DataLoader
 
 from psa_store.errors import UsageError
 from psa_store.integrations.lightning import place
-from psa_store.integrations.lightning.rate import FollowedOptimizer, Length
+from psa_store.integrations.ranks import epoch_steps
+from psa_store.integrations.rates import FollowedOptimizer
 from psa_store.worker import Worker
 from psa_store.worker.batches import RankStep, seed_everything
 from psa_store.worker.streams import is_stream
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """``steps`` of the job, None for no end; ``epoch_steps`` of one pass over the data."""
+
+    steps: int | None
+    epoch_steps: int
 
 
 class StepLoader:
@@ -26,7 +35,7 @@ class StepLoader:
     def __init__(self, data: DataLoader[Any], ranks: int, max_steps: int) -> None:
         self.data = data
         self.steps: Steps | None = None
-        self._length = max_steps if is_stream(data) else _epoch_steps(data, ranks)
+        self._length = max_steps if is_stream(data) else epoch_steps(data, ranks)
         if self._length < 1:
             raise UsageError("PsaStrategy: a stream has no length: give max_steps, of which it makes one epoch")
 
@@ -163,12 +172,3 @@ class Steps:
         if not self._worker.finished:
             self._trainer.should_stop = True
             self._trainer.fit_loop.min_epochs = self._trainer.fit_loop.epoch_loop.min_steps = None
-
-
-def _epoch_steps(loader: DataLoader[Any], ranks: int) -> int:
-    """Steps of a pass over the data: the last one may take samples of the next pass."""
-    if loader.batch_size is None:
-        samples, batch = len(loader.batch_sampler), ranks  # type: ignore[arg-type]
-    else:
-        samples, batch = len(loader.sampler), loader.batch_size * ranks  # type: ignore[arg-type]
-    return max(1, samples // batch if loader.drop_last else math.ceil(samples / batch))

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from psa_store.config import load_settings
 from psa_store.errors import UsageError
 from psa_store.integrations.lightning.arguments import refuse, refuse_what_is_logged
-from psa_store.integrations.lightning.rate import FollowedOptimizer, Length
-from psa_store.integrations.lightning.steps import StepLoader, Steps
+from psa_store.integrations.lightning.steps import Length, StepLoader, Steps
 from psa_store.integrations.ranks import ranks_of
+from psa_store.integrations.rates import FollowedOptimizer
 from psa_store.job.average import Average
 from psa_store.storage import RedisStore
 from psa_store.worker import Worker
@@ -129,7 +129,7 @@ class PsaStrategy(Strategy):  # type: ignore[misc]
         length = _length(trainer, loader)
         if len(self.optimizers) != 1:
             raise UsageError(f"configure_optimizers: {len(self.optimizers)} optimizers; give one, with groups")
-        followed = FollowedOptimizer(self.optimizers[0], self.lr_scheduler_configs, module, length)
+        followed = _followed(self.optimizers[0], self.lr_scheduler_configs, module, length)
         worker = Worker(
             job,
             module,
@@ -263,6 +263,18 @@ class _Fit:
     trainer: Any
     ranks: int
     clip: float | None
+
+
+def _followed(optimizer: torch.optim.Optimizer, configs: list[Any], module: Any, length: Length) -> FollowedOptimizer:
+    if not configs:
+        return FollowedOptimizer(optimizer, None, module, length.steps)
+    if len(configs) > 1:
+        raise UsageError("configure_optimizers: several schedulers: make one of them, such as a SequentialLR")
+    (config,) = configs
+    if config.interval == "step" and config.frequency != 1:
+        raise UsageError(f"lr_scheduler: frequency={config.frequency} of steps: make it with numbers that count steps")
+    tick_steps = 1 if config.interval == "step" else length.epoch_steps * config.frequency
+    return FollowedOptimizer(optimizer, config.scheduler, module, length.steps, tick_steps)
 
 
 def _length(trainer: Any, loader: StepLoader) -> Length:
