@@ -43,8 +43,8 @@ class PsaAccelerator(Accelerator):  # type: ignore[misc]
     _entered = False
     _loss: torch.Tensor | None = None
     _has_batch = False
-    _main_at = -1
-    """The step in which this process computed rank 0 the last time."""
+    _main_at: int | None = None
+    """The step in which this process computed rank 0 the last time; -1: never; None: it made no step."""
     _was_main = True
     _since_tick = 0
     _ranks = 1
@@ -168,6 +168,8 @@ class PsaAccelerator(Accelerator):  # type: ignore[misc]
         self._followed.check()
         if self._has_batch and worker.rank == 0:
             self._main_at = worker.version
+        elif self._main_at is None:
+            self._main_at = -1
         loss, self._loss, self._has_batch = self._loss, None, False
         self._since_tick += 1
         worker.step(loss)
@@ -193,7 +195,9 @@ class PsaAccelerator(Accelerator):  # type: ignore[misc]
         worker = self._worker
         if worker is None:
             return self._was_main
-        return self._main_at == worker.version - 1 if worker.finished and self._main_at >= 0 else worker.is_main
+        if worker.finished and self._main_at is not None:  # others may have left, and their ranks be here now
+            return self._main_at == worker.version - 1
+        return worker.is_main
 
     @property
     def is_local_main_process(self) -> bool:
