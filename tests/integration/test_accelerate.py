@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psa_store.errors import UsageError
-from tests.harness import Site
-from tests.integration.test_worker_api import Servers
+from tests.harness import Servers, Site
 
 pytest.importorskip("accelerate")
 from psa_store.integrations.accelerate import PsaAccelerator
