@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import psa_store as psa
 from psa_store.errors import UsageError
-from tests.harness import Servers, Site
+from tests.harness import Run, Servers, Site
 
 pytest.importorskip("lightning")
 import lightning as L
@@ -89,6 +89,22 @@ def test_it_trains_as_the_trainer_does(
     assert saved["psa"] == {"job": f"light-as-{interval}", "version": 12}
     assert all(torch.equal(saved["state_dict"][name], each) for name, each in ours.state_dict().items())
     Module.load_from_checkpoint(tmp_path / "psa" / "last.ckpt")
+
+
+def test_it_ends_where_the_job_was_set_to_end(site: Site, tmp_path: Path) -> None:
+    """Its epochs are counted by the batches of the loader, so those can not be set."""
+
+    def set_number(text: str) -> None:
+        done = Run(["job", "set", "light-set", text, "--yes"], site.env)
+        assert done.finish() == 0, done.output
+
+    fit(site, "light-set", tmp_path, "--epochs", "1")
+    set_number("steps=14")
+    trainer, _ = fit(site, "light-set", tmp_path, "--epochs", "1")
+    assert trainer.global_step == 14
+    set_number("batch_size=16")
+    with pytest.raises(UsageError, match="`psa job set light-set batch_size=8`"):
+        main(["--job", "light-set", "--out", str(tmp_path)])
 
 
 @pytest.mark.long

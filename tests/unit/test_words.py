@@ -76,7 +76,7 @@ ALLOWED_IN = {
     "tests/integration/test_lr_scheduler.py": ("epoch",),
     "psa_store/docs/how-to/transformers.md": ("epoch", "epochs"),
     "psa_store/integrations/transformers/trainer.py": ("epoch", "epochs"),
-    "psa_store/integrations/ranks.py": ("epoch",),
+    "psa_store/integrations/ranks.py": ("epoch", "epochs"),
     "psa_store/integrations/lightning/arguments.py": ("epoch", "epochs"),
     "psa_store/integrations/lightning/place.py": ("epoch", "epochs"),
     "psa_store/integrations/rates.py": ("epoch", "epochs"),

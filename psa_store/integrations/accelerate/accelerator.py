@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from psa_store.config import load_settings
 from psa_store.errors import UsageError
-from psa_store.integrations.ranks import epoch_steps, ranks_of
+from psa_store.integrations.ranks import epoch_steps, ranks_of, refuse_set_batch_size
 from psa_store.integrations.rates import FollowedOptimizer
 from psa_store.worker import Worker
 from psa_store.worker.batches import RankStep, seed_everything
@@ -308,7 +308,9 @@ class _Passes:
         self._owner = owner
         self.dataset, self.batch_size = loader.dataset, loader.batch_size
         total = owner.split_batches and loader.batch_size is not None
-        self._length = (owner._steps or 0) if is_stream(loader) else epoch_steps(loader, 1 if total else owner._ranks)
+        ranks = 1 if total else owner._ranks
+        refuse_set_batch_size(owner._job, loader, ranks)
+        self._length = (owner._steps or 0) if is_stream(loader) else epoch_steps(loader, ranks)
         if self._length < 1:
             raise UsageError("prepare(): a stream has no length: give PsaAccelerator(…, steps=…)")
         self._batches = owner.worker.batches(loader, loader.batch_size if total else None)

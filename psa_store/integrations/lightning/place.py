@@ -52,3 +52,9 @@ def move(trainer: Any, place: Place) -> None:
         progress.processed = progress.completed = place.epoch
     if loop._data_fetcher is not None:
         loop._data_fetcher.fetched = place.begun - low
+
+
+def end_at(trainer: Any, steps: int | None) -> None:
+    """Let ``fit`` end after so many steps, in whichever epoch that is; None: never."""
+    trainer.fit_loop.epoch_loop.max_steps = -1 if steps is None else steps
+    trainer.fit_loop.max_epochs = -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -155,6 +155,9 @@ class Steps:
         return strategy.batch_to_device(batch, dataloader_idx=0)
 
     def _move(self, to: place.Place) -> None:
+        if self._worker.steps != self._length.steps:  # `psa job set` has said so
+            place.end_at(self._trainer, self._worker.steps)
+            self._length = replace(self._length, steps=self._worker.steps)
         place.move(self._trainer, to)
         self._followed.show(to.done)
         rank_zero_only.rank = self._trainer.strategy.global_rank  # of loggers and messages

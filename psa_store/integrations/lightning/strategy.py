@@ -17,7 +17,7 @@ from psa_store.config import load_settings
 from psa_store.errors import UsageError
 from psa_store.integrations.lightning.arguments import refuse, refuse_what_is_logged
 from psa_store.integrations.lightning.steps import Length, StepLoader, Steps
-from psa_store.integrations.ranks import ranks_of
+from psa_store.integrations.ranks import ranks_of, refuse_set_batch_size
 from psa_store.integrations.rates import FollowedOptimizer
 from psa_store.job.average import Average
 from psa_store.storage import RedisStore
@@ -126,6 +126,7 @@ class PsaStrategy(Strategy):  # type: ignore[misc]
         self._fit = _Fit(trainer, ranks_of(job), clip)
         super().setup(trainer)  # which may have asked for the loader, to know the number of steps
         loader = self._train_loader(trainer)
+        refuse_set_batch_size(job, loader.data, self._fit.ranks)
         length = _length(trainer, loader)
         if len(self.optimizers) != 1:
             raise UsageError(f"configure_optimizers: {len(self.optimizers)} optimizers; give one, with groups")
