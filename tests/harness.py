@@ -131,7 +131,7 @@ class Run(Followed):
 
     def __init__(self, arguments: list[str], env: Mapping[str, str], end: Path | None = None) -> None:
         """``end``: a file for which the script waits before its last steps; :meth:`finish` makes it."""
-        self._end = end
+        self.arguments, self._end = arguments, end
         self.process = subprocess.Popen(
             [*PSA, *arguments],
             env={**WITH_STACKS, **os.environ, **env},
