@@ -62,7 +62,9 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
         change = Change(_first_step(stored, config, version), numbers)
         past = numbers.steps is not None and numbers.steps < change.step  # it went on while it was sealed
         changed = config if past else replace(config, changes=(*config.changes, change))
-        if not store.replace_config(job, config.to_json(), changed.to_json()):
+        # Fenced: members of a newer term may have read the configuration before the change was in it.
+        fence = (stored.layout.versioned[0].index, term)
+        if not store.replace_config(job, config.to_json(), changed.to_json(), fence):
             continue
         coordination.replace_config(changed)
         if seen is not None and before is not None and before.owners:

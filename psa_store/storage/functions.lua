@@ -95,11 +95,15 @@ local function create(keys, args)
   return {redis.call('GET', keys[1]), redis.call('GET', keys[2])}
 end
 
--- psa_replace: store a document in the place of the one that the caller has read. keys: the document.
--- args: that one ('' for none), the new one. returns {'ok'}, or {'changed'} if another is stored. Idempotent.
+-- psa_replace: store a document in the place of the one that the caller has read. keys: the document[, a head].
+-- args: that one ('' for none), the new one[, the term that must own the head]. returns {'ok'}, or {'changed'} if
+-- another is stored; refuses with {'fenced', term}. Idempotent.
 local function replace(keys, args)
   local now = redis.call('GET', keys[1]) or ''
-  if now ~= args[1] and now ~= args[2] then return {'changed'} end
+  if now == args[2] then return {'ok'} end
+  if now ~= args[1] then return {'changed'} end
+  local refusal = keys[2] and refusal_of(keys[2], args[3])
+  if refusal then return refusal end
   redis.call('SET', keys[1], args[2])
   return {'ok'}
 end

@@ -2,6 +2,8 @@
 
 Every operation is idempotent, or made so (a commit carries a nonce), so that it may be tried again after an answer
 was lost (see ``caller.py``), until ``timeout_s`` is over.
+
+The class is a little longer than ours may be: it is one door, and what lies behind it are modules of their own.
 """
 
 from __future__ import annotations
@@ -97,9 +99,17 @@ class RedisStore:
         if [text(each) for each in stored] != [config_json, layout_json]:
             raise JobMismatch(f"job {job!r} was created by another process at the same time: run again to join it")
 
-    def replace_config(self, job: str, before: str, after: str) -> bool:
-        """Put another configuration in place of exactly this one; False if there is another."""
-        (reply,) = self._caller.functions([("psa_replace", [keys.config(job)], [before, after])])
+    def replace_config(self, job: str, before: str, after: str, fence: tuple[int, int] | None = None) -> bool:
+        """Put another configuration in place of exactly this one; False if there is another, or a newer term.
+
+        ``fence``: a shard and the term that sealed it. A term seals all shards before any process is told of it, so
+        one that begins later finds the new configuration.
+        """
+        documents, arguments = [keys.config(job)], [before, after]
+        if fence is not None:
+            documents.append(keys.head(job, fence[0]))
+            arguments.append(term_text(fence[1]))
+        (reply,) = self._caller.functions([("psa_replace", documents, arguments)])
         return bool(reply[0] == b"ok")
 
     def read_job(self, job: str) -> tuple[str, str] | None:

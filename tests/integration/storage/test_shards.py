@@ -246,3 +246,15 @@ def test_a_load_does_not_make_redis_hold_a_second_copy(server: PrivateRedis, sto
         done.set()
         thread.join()
     assert len(watched) > 10 and max(watched) - before < 6 * CHUNK_BYTES
+
+
+def test_a_configuration_is_replaced_while_no_newer_term_has_begun(store: RedisStore) -> None:
+    store.create_job(JOB, "first", "layout")
+    store.seal(JOB, [0], 4, LAYOUT)
+    assert store.replace_config(JOB, "first", "second", (0, 4))
+    store.seal(JOB, [0], 5, LAYOUT)
+    assert store.replace_config(JOB, "first", "second", (0, 4)), "an answer was lost: it is done"
+    assert not store.replace_config(JOB, "second", "third", (0, 4))
+    assert not store.replace_config(JOB, "first", "third"), "it is another one"
+    assert store.read_job(JOB) == ("second", "layout")
+    assert store.replace_config(JOB, "second", "third", (0, 5))
