@@ -36,6 +36,7 @@ class Scene:
         config = JobConfig("demo", 1, 0, SGD().to_dict(), "layout")
         tools = SimpleNamespace(
             config=config,
+            steps=None,
             read_config=lambda: config,
             layout=SimpleNamespace(versioned=(), shards_of=lambda role: ()),
             servers=servers,
