@@ -98,7 +98,6 @@ class _Steps(Stepper):
         for weight, gradient in zip(self._model.weights, self._gradients, strict=True):
             weight.grad = gradient
         self._worker.step()
-        self._gradients = [weight.grad for weight in self._model.weights]
 
     def settle(self) -> None:
         """Wait for the end of a commit that the block has begun: it counts here, not in the next contender."""
@@ -121,4 +120,5 @@ class _Steps(Stepper):
     def _backward(self, rank: int) -> None:
         wanted = [self._workload.gradient(rank, low, high) for low, high in self._workload.pieces()]
         self._model(wanted).backward()
+        # Before worker.step(), which leaves the script another view of them.
         self._gradients = [weight.grad for weight in self._model.weights]
