@@ -67,9 +67,11 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
         if not store.replace_config(job, config.to_json(), changed.to_json(), fence):
             continue
         coordination.replace_config(changed)
-        if seen is not None and before is not None and before.owners:
-            # A controller that was faster begins a term with the change as well.
-            coordination.write_plan(before.begun_again(term, version), seen)
+        # A controller may revise the old term's plan meanwhile; one that begins a term begins it with the change.
+        while seen is not None and seen.plan.owners and seen.plan.term < term:
+            if coordination.write_plan(seen.plan.begun_again(term, version), seen) is not None:
+                break
+            seen = coordination.read_plan()
         if past:
             raise _past_end(job, numbers, change.step)
         return Changed(version, term)
