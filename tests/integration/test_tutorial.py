@@ -103,7 +103,8 @@ class Reader:
             case "a worker":
                 os.kill(found["workers"][0]["pid"], signal.SIGKILL)
             case "the controller":
-                (pid,) = [each["pid"] for each in found["servers"] if each["id"] == found["controller"]]
+                # In the tutorial it owns the parameters. Another server may, if it came first: then that one is meant.
+                (pid,) = [each["pid"] for each in found["servers"] if each["shards"]]
                 os.kill(pid, signal.SIGKILL)
             case "psa run":
                 os.kill(self._training.process.pid, signal.SIGKILL)
