@@ -19,14 +19,6 @@ from psa_store.observe import Event, EventKind, add_if_possible
 from psa_store.observe.formatting import size
 from psa_store.storage import RedisStore
 
-_INSTEAD = {
-    "clip": "; for clip write clip_grad_norm",
-    "batch_size": "; the batch size is the script's: run it again with another one, and the job goes on with the next "
-    "sample",
-    "steps": "; where a job ends is the script's: run it again with psa.Worker(…, steps=…)",
-}
-"""What to do about something that is not set here."""
-
 app = typer.Typer(name="job", help="A job as a whole.")
 
 
@@ -74,7 +66,7 @@ def _numbers(texts: list[str]) -> Numbers:
     for each in texts:
         name, _, value = each.partition("=")
         if name not in NUMBERS:
-            hint = _INSTEAD.get(name, "")
+            hint = "; for clip write clip_grad_norm" if name == "clip" else ""
             raise UsageError(f"{each!r}: a job's {', '.join(NUMBERS)} can be set, as in lr=0.001{hint}")
         try:
             given[name] = int(value) if name in LOOP_NUMBERS else float(value)

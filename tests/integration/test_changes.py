@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 import psa_store as psa
-from psa_store.checkpoint.change import change_job, newest_config
+from psa_store.checkpoint.change import Changed, change_job, newest_config
 from psa_store.checkpoint.reader import open_version
 from psa_store.coordination import Coordination
 from psa_store.errors import JobBusy, JobMismatch, UsageError
 from psa_store.job.change import Numbers
-from psa_store.job.config import job_config_from_json
+from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.position import Reading, begin
 from psa_store.job.sampling import SampleOrder
 from tests.harness import PSA, Servers, Site
@@ -226,6 +227,39 @@ def test_where_redis_or_zookeeper_has_fewer_changes_it_is_brought_up_to_date(sit
         assert newest_config(store, zk, "change-behind") == changed
         found = store.read_job("change-behind")
         assert found is not None and job_config_from_json(found[0]) == changed
+
+
+class RevisedMeanwhile(Coordination):
+    """A controller revises the plan of the old term just before the change's own plan is published, once."""
+
+    def replace_config(self, config: JobConfig) -> None:
+        super().replace_config(config)
+        seen = self.read_plan()
+        assert seen is not None and seen.plan.owners
+        assert self.write_plan(replace(seen.plan, revision=seen.plan.revision + 1), seen) is not None
+
+
+def test_a_change_begins_its_term_although_the_old_ones_plan_is_revised_meanwhile(site: Site) -> None:
+    """Else steps would be computed with the old numbers, until the old term may not commit them."""
+    job = "change-revised"
+    servers, model, done = Servers(site, job, 1), make_model(), list[Changed]()
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), steps=9, ranks=1, seed=SEED) as worker:
+        for x, y in worker.batches(make_data(), batch_size=8):
+            nn.functional.mse_loss(model(x), y).backward()
+            worker.step()
+            if worker.version == 3 and not done:  # once: it goes back to what is durable, and comes here again
+                old = worker.term
+                with (
+                    site.store() as store,
+                    RevisedMeanwhile(
+                        site.zookeeper, job, session_timeout_s=8, connect_timeout_s=30, wake=threading.Event().set
+                    ) as zk,
+                ):
+                    done.append(change_job(store, zk, job, Numbers(lr=0)))
+                    published = zk.read_plan()
+                assert published is not None and published.plan.term >= done[0].term > old
+    assert done and worker.finished
+    servers.stop()
 
 
 def test_batch_size_and_end_are_set_while_a_job_rests(site: Site) -> None:
