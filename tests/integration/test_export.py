@@ -381,26 +381,26 @@ def lose(store: RedisStore, version: StoredVersion) -> None:
 def test_a_job_that_redis_lost_is_restored(
     store: RedisStore, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = commit(store, "lost")
-    before = site.digest("lost", VERSION)
+    version = commit(store, "export-lost")
+    before = site.digest("export-lost", VERSION)
     export = export_version(version, str(tmp_path))
-    with coordination(site, "lost") as ours:
+    with coordination(site, "export-lost") as ours:
         ours.create_config(version.config)
         lose(store, version)
         with pytest.raises(UsageError, match="exists in ZooKeeper, but Redis"):
-            import_export(export, "lost", store, ours)
+            import_export(export, "export-lost", store, ours)
         with pytest.raises(JobMismatch, match="ranks=2"):
-            import_export(export, "lost", store, ours, ranks=3, restore=True)
+            import_export(export, "export-lost", store, ours, ranks=3, restore=True)
         with pytest.raises(JobMismatch, match="shard size"):
-            import_export(export, "lost", store, ours, shard_bytes=8192, restore=True)
+            import_export(export, "export-lost", store, ours, shard_bytes=8192, restore=True)
         ours.join(ProcessRole.SERVER, Member("server-1", "node-a/boot", 4711))
         with pytest.raises(JobBusy, match="server-1"):
-            import_export(export, "lost", store, ours, restore=True)
+            import_export(export, "export-lost", store, ours, restore=True)
         ours.leave(ProcessRole.SERVER, "server-1")
         # The restore has just found it whole: nothing is read twice.
         monkeypatch.setattr(importing, "verify_export", lambda export: pytest.fail("it is read once more"))
-        import_export(export, "lost", store, ours, restore=True)
-    assert site.digest("lost", VERSION) == before
+        import_export(export, "export-lost", store, ours, restore=True)
+    assert site.digest("export-lost", VERSION) == before
 
 
 def test_what_a_dead_importer_left_is_not_mixed_in(store: RedisStore, site: Site, tmp_path: Path) -> None:

@@ -80,13 +80,13 @@ def test_what_a_fork_shares_stays_until_the_fork_goes(site: Site) -> None:
 
 
 def test_a_damaged_job_and_one_that_redis_has_lost_can_be_removed(site: Site) -> None:
-    for job in ("torn", "lost"):
+    for job in ("rm-torn", "rm-lost"):
         trained(site, job)
     with redis.Redis.from_url(site.redis) as client:
-        client.hset(keys.head("torn", 0), "v:00000000000000000020", "{")
+        client.hset(keys.head("rm-torn", 0), "v:00000000000000000020", "{")
     with closing(site.store()) as store:
-        store.erase_job("lost")
-    for job in ("torn", "lost"):
+        store.erase_job("rm-lost")
+    for job in ("rm-torn", "rm-lost"):
         done = psa(site, "job", "rm", job, "--yes")
         assert code(done) == 0, done.output
         assert keys_of(site, job) == [] and job not in known_to_zookeeper(site)
