@@ -1,11 +1,12 @@
-"""Members, the plan (owners of shards, workers of ranks), and the rules by which the controller changes it. Pure."""
+"""Members, the plan (owners of shards, workers of cells), and the rules by which the controller changes it. Pure."""
 
-from psa_store.cluster.controller import Publish, TakeOver, View, assign_ranks, assign_shards, decide
+from psa_store.cluster.controller import Publish, TakeOver, View, assign_cells, assign_shards, decide
 from psa_store.cluster.members import Member, ProcessRole, member_from_json
-from psa_store.cluster.plan import NO_WORKER, Cut, Phase, Plan, Server, newest_common, plan_from_json
+from psa_store.cluster.plan import NO_WORKER, Cell, Cut, Phase, Plan, Server, newest_common, plan_from_json
 
 __all__ = [
     "NO_WORKER",
+    "Cell",
     "Cut",
     "Member",
     "Phase",
@@ -15,7 +16,7 @@ __all__ = [
     "Server",
     "TakeOver",
     "View",
-    "assign_ranks",
+    "assign_cells",
     "assign_shards",
     "decide",
     "member_from_json",

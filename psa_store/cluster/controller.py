@@ -1,12 +1,12 @@
-"""Decide what the controller does next: the rules by which owners of shards and ranks change.
+"""Decide what the controller does next: the rules by which owners of shards and holders of cells change.
 
 Theory of operation. The controller looks at one immutable :class:`View` (the plan and the members that are alive)
 and :func:`decide` answers with one action; the controller carries it out and looks again. Killing it between any two
 actions is harmless, because the next controller starts from what is stored.
 
-Changing *ranks* keeps the term: a gradient is a pure function of (seed, step, rank), so it does not matter which
-worker computes it. Changing the owner of a *shard* needs a new term, and so does moving a rank that has rank state,
-which is committed now and then. A new term begins in one of two ways:
+Changing *cells* keeps the term: a gradient is a pure function of (seed, step, rank, stage), so it does not matter
+which worker computes it. Changing the owner of a *shard* needs a new term, and so does moving a rank that has rank
+state, which is committed now and then. A new term begins in one of two ways:
 
 * Take-over, when an owner died (or a holder): seal, read heads, resume at the newest version that all shards have
   committed.
@@ -42,6 +42,7 @@ class View:
     workers: Mapping[str, Member]
     shard_sizes: tuple[int, ...]
     ranks: int
+    stages: int = 1
     stop_interval: int = 0
     """With rank state: ranks change hands with a term only, which begins at a multiple of this version. Else 0."""
     on_arrival: bool = False
@@ -54,7 +55,8 @@ class TakeOver:
 
     servers: tuple[Server, ...]
     owners: tuple[int, ...]
-    ranks: tuple[str, ...]
+    cells: tuple[str, ...]
+    stages: int
     reason: str
 
 
@@ -69,26 +71,26 @@ class Publish:
 def decide(view: View) -> TakeOver | Publish | None:
     """The next action of the controller, or None if the plan fits the members."""
     plan = view.plan
-    ranks = assign_ranks(plan.ranks if plan else (NO_WORKER,) * view.ranks, view.workers)
+    cells = assign_cells(plan.cells if plan else (NO_WORKER,) * (view.ranks * view.stages), view.workers)
     staying = [member for member in view.servers.values() if not member.leaving]
     previous = [server.id for server in plan.servers] if plan else []
     servers, owners = assign_shards(view.shard_sizes, _in_order(staying, previous))
 
     why = _take_over_reason(view)
     if why and servers:
-        return TakeOver(servers, owners, ranks, why)
+        return TakeOver(servers, owners, cells, view.stages, why)
     if why:
         return _end(plan, f"{why}, and no server stays") if plan is not None and plan.owners else None
     assert plan is not None
-    if {server.id for server in servers} != set(previous) or (view.stop_interval and ranks != plan.ranks):
-        return _hand_over(view, plan, servers, owners, ranks)
+    if {server.id for server in servers} != set(previous) or (view.stop_interval and cells != plan.cells):
+        return _hand_over(view, plan, servers, owners, cells)
     if plan.phase is not Phase.RUN:
         return _publish(
-            plan, "hand-over no longer needed", ranks=ranks, phase=Phase.RUN, freeze_revision=None, stop_version=None
+            plan, "hand-over no longer needed", cells=cells, phase=Phase.RUN, freeze_revision=None, stop_version=None
         )
-    if ranks != plan.ranks:
+    if cells != plan.cells:
         # Where a cut on arrival ends is said by the workers that held the ranks.
-        return _publish(plan, "workers changed", ranks=ranks, cut=None if view.on_arrival else plan.cut)
+        return _publish(plan, "workers changed", cells=cells, cut=None if view.on_arrival else plan.cut)
     return None
 
 
@@ -104,7 +106,7 @@ def _take_over_reason(view: View) -> str:
             return f"server {server.id} is gone"
         if member.reload_term == plan.term:
             return f"server {server.id} cannot serve what it owns"
-    if view.stop_interval and view.workers and any(rank not in view.workers for rank in plan.ranks):
+    if view.stop_interval and view.workers and any(holder not in view.workers for holder in plan.cells):
         return "a rank is without its worker, and its state was committed"
     if plan.stop_version is not None and not view.workers and _is_behind(view, plan, plan.stop_version):
         return "no worker is left to finish the step at which to hand over"
@@ -118,28 +120,28 @@ def _is_behind(view: View, plan: Plan, version: int) -> bool:
 
 
 def _hand_over(
-    view: View, plan: Plan, servers: tuple[Server, ...], owners: tuple[int, ...], ranks: tuple[str, ...]
+    view: View, plan: Plan, servers: tuple[Server, ...], owners: tuple[int, ...], cells: tuple[str, ...]
 ) -> TakeOver | Publish | None:
     members = [view.servers[server.id] for server in plan.servers]
-    meanwhile = plan.ranks if view.stop_interval else ranks
+    meanwhile = plan.cells if view.stop_interval else cells
     if plan.phase is Phase.RUN:
         revision = plan.revision + 1
         return _publish(
-            plan, "members changed", ranks=meanwhile, phase=Phase.FREEZE, freeze_revision=revision, cut=None
+            plan, "members changed", cells=meanwhile, phase=Phase.FREEZE, freeze_revision=revision, cut=None
         )
     if plan.phase is Phase.FREEZE and all(member.frozen_revision == plan.freeze_revision for member in members):
         stop = max(member.frozen_newest or 0 for member in members)
         if view.stop_interval:
             stop = -(-stop // view.stop_interval) * view.stop_interval
         return _publish(
-            plan, "all owners are frozen", ranks=meanwhile, phase=Phase.STOP, freeze_revision=None, stop_version=stop
+            plan, "all owners are frozen", cells=meanwhile, phase=Phase.STOP, freeze_revision=None, stop_version=stop
         )
     if plan.phase is Phase.STOP and all(member.stopped_version == plan.stop_version for member in members):
         if servers:
-            return TakeOver(servers, owners, ranks, f"hand-over at version {plan.stop_version}")
-        return _end(plan, "the last server leaves", ranks=ranks, resume=plan.stop_version)
-    if meanwhile != plan.ranks:
-        return _publish(plan, "workers changed", ranks=meanwhile)
+            return TakeOver(servers, owners, cells, view.stages, f"hand-over at version {plan.stop_version}")
+        return _end(plan, "the last server leaves", cells=cells, resume=plan.stop_version)
+    if meanwhile != plan.cells:
+        return _publish(plan, "workers changed", cells=meanwhile)
     return None
 
 
@@ -176,24 +178,31 @@ def assign_shards(sizes: Sequence[int], members: Sequence[Member]) -> tuple[tupl
     return servers, tuple(renumber[index] for index in owners) if members else ()
 
 
-def assign_ranks(current: Sequence[str], workers: Iterable[str]) -> tuple[str, ...]:
-    """Share the ranks out evenly (counts differ by one at most) and move as few as possible."""
+def assign_cells(current: Sequence[str], workers: Iterable[str]) -> tuple[str, ...]:
+    """Share the cells out evenly (counts differ by one at most) and move as few as possible; neighbours stay together,
+    so that a worker needs few stages."""
     alive = sorted(workers)
     if not alive:
         return (NO_WORKER,) * len(current)
     share, extras = divmod(len(current), len(alive))
     counts = dict.fromkeys(alive, 0)
-    ranks = [NO_WORKER] * len(current)
-    for rank, holder in enumerate(current):
-        if holder not in counts:
-            continue
-        takes_extra = counts[holder] == share and extras > 0
-        if counts[holder] < share or takes_extra:
-            extras -= takes_extra
-            counts[holder] += 1
-            ranks[rank] = holder
-    for rank, holder in enumerate(ranks):
+    cells = [NO_WORKER] * len(current)
+
+    def has_room(worker: str) -> bool:
+        return counts[worker] < share or (counts[worker] == share and extras > 0)
+
+    def give(cell: int, worker: str) -> None:
+        nonlocal extras
+        extras -= counts[worker] == share
+        counts[worker] += 1
+        cells[cell] = worker
+
+    for cell, holder in enumerate(current):
+        if holder in counts and has_room(holder):
+            give(cell, holder)
+    for cell, holder in enumerate(cells):
         if holder == NO_WORKER:
-            ranks[rank] = min(alive, key=lambda worker: (counts[worker], worker))
-            counts[ranks[rank]] += 1
-    return tuple(ranks)
+            before = cells[cell - 1] if cell else NO_WORKER
+            fits = before != NO_WORKER and has_room(before)
+            give(cell, before if fits else min(alive, key=lambda worker: (counts[worker], worker)))
+    return tuple(cells)

@@ -1,4 +1,4 @@
-"""The plan: which server owns which shard, and which worker computes which rank. One small znode that a person can
+"""The plan: which server owns which shard, and which worker computes which cell. One small znode that a person can
 read.
 
 Pure: no I/O, no threads, no clock.
@@ -16,8 +16,19 @@ from typing import ClassVar
 from psa_store.errors import DataIntegrity
 from psa_store.job.document import from_fields, to_fields
 
+_BEFORE_STAGES = 2
+"""The format of plans in which each rank was one cell."""
 NO_WORKER = ""
-"""Holder of a rank that no living worker computes."""
+"""Holder of a cell that no living worker computes."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    """One stage of one rank: the unit of computing. Cells are computed in this order. In a model of one stage it is a
+    rank."""
+
+    rank: int
+    stage: int = 0
 
 
 class Phase(StrEnum):
@@ -52,9 +63,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One small znode. ``owners[s]`` is the index in ``servers`` of shard s's owner; ``ranks[r]`` a worker's id."""
+    """One small znode. ``owners[s]`` is the index in ``servers`` of shard s's owner; ``cells[i]`` a worker's id.
 
-    FORMAT: ClassVar[int] = 2
+    The cells of one stage are side by side, in the order of ranks: a worker that holds a run of them needs few stages.
+    """
+
+    FORMAT: ClassVar[int] = 3
 
     term: int
     revision: int
@@ -63,7 +77,7 @@ class Plan:
     """The version at which this term began."""
     servers: tuple[Server, ...]
     owners: tuple[int, ...]
-    ranks: tuple[str, ...]
+    cells: tuple[str, ...]
     phase: Phase = Phase.RUN
     freeze_revision: int | None = None
     """FREEZE: the revision at which it began."""
@@ -71,11 +85,17 @@ class Plan:
     """STOP: the version to stop at."""
     cut: Cut | None = None
     """The checkpoint that is being taken."""
+    stages: int = 1
 
     @property
     def attended(self) -> bool:
-        """Whether a worker holds a rank."""
-        return any(holder != NO_WORKER for holder in self.ranks)
+        """Whether a worker holds a cell."""
+        return any(holder != NO_WORKER for holder in self.cells)
+
+    @property
+    def ranks(self) -> int:
+        """World size."""
+        return len(self.cells) // self.stages
 
     def owner_of(self, shard: int) -> Server:
         return self.servers[self.owners[shard]]
@@ -83,8 +103,18 @@ class Plan:
     def shards_of(self, server: str) -> tuple[int, ...]:
         return tuple(shard for shard, index in enumerate(self.owners) if self.servers[index].id == server)
 
+    def holder(self, rank: int, stage: int = 0) -> str:
+        """The worker that computes a cell."""
+        return self.cells[stage * self.ranks + rank]
+
+    def cells_of(self, worker: str) -> tuple[Cell, ...]:
+        """Those that a worker computes, in their order."""
+        ranks = self.ranks
+        return tuple(sorted(Cell(i % ranks, i // ranks) for i, holder in enumerate(self.cells) if holder == worker))
+
     def ranks_of(self, worker: str) -> tuple[int, ...]:
-        return tuple(rank for rank, holder in enumerate(self.ranks) if holder == worker)
+        """Those of which a worker computes a stage at least."""
+        return tuple(dict.fromkeys(cell.rank for cell in self.cells_of(worker)))
 
     def begun_again(self, term: int, version: int) -> Plan:
         """The plan with which the same members go on in a new term, from this version."""
@@ -111,6 +141,8 @@ def plan_from_json(text: str) -> Plan:
     try:
         fields = json.loads(text)
         fields["owners"] = [index for index, length in fields["owners"] for _ in range(length)]
+        if fields["format"] == _BEFORE_STAGES:
+            fields |= {"format": Plan.FORMAT, "cells": fields.pop("ranks")}
     except (ValueError, KeyError, TypeError) as error:
         raise DataIntegrity(f"{what} cannot be read: {error}") from error
     return from_fields(Plan, fields, what)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from psa_store.cluster import NO_WORKER, Member, assign_ranks, assign_shards
+from psa_store.cluster import NO_WORKER, Member, assign_cells, assign_shards
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
@@ -73,7 +73,7 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
     members = [Member(f"{index:08}", "", 0) for index in range(max(workers, servers))]
     sizes = [shard.size_bytes for shard in layout.shards]
     used, owners = assign_shards(sizes, members[:servers])
-    holders = assign_ranks((NO_WORKER,) * config.ranks, [member.id for member in members[:workers]])
+    holders = assign_cells((NO_WORKER,) * config.ranks, [member.id for member in members[:workers]])
     ranks = [tuple(r for r, holder in enumerate(holders) if int(holder) == worker) for worker in range(workers)]
     owned_shards = [
         [shard for shard, owner in zip(layout.shards, owners, strict=True) if used and int(used[owner].id) == server]

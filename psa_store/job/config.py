@@ -32,6 +32,8 @@ SHARD_VERSIONS_KEPT_ON_ARRIVAL = 5
 """There a server may also be ahead of another by one push of every rank, which can be one commit more, and commit where
 a hand-over was called off."""
 
+STAGES_MAX = 32
+"""A worker names those that it holds in a word of 32 bits."""
 RUN_NODE = "run"
 """Name that a `psa run` holds in ZooKeeper while it lasts; the text begins with the id of the run."""
 CREATOR_NODE = "creator"
@@ -46,7 +48,7 @@ def _read_with(parse: Callable[[str], _Value]) -> BeforeValidator:
 
 
 _AS_TEXT = PlainSerializer(str)
-_AGREED = ("ranks", "seed", "mode", "commit_every", "skip_nonfinite", "compression", "average")
+_AGREED = ("ranks", "stages", "microbatches", "seed", "mode", "commit_every", "skip_nonfinite", "compression", "average")
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
 
@@ -88,11 +90,26 @@ class JobConfig:
     average: Average | None = field(default=None, metadata=ADDED_LATER)
     changes: tuple[Change, ...] = field(default=(), metadata=ADDED_LATER)
     """Of numbers of the optimizer and of the loop, since the job began; each counts from a step on."""
+    stages: int = field(default=1, metadata=ADDED_LATER)
+    """Parts of the model; a worker computes cells, each a stage of a rank."""
+    microbatches: int = field(default=1, metadata=ADDED_LATER)
+    """Equal parts in which a rank's batch goes through the stages."""
 
     def __post_init__(self) -> None:
         check_job_name(self.name)
         if not 1 <= self.ranks <= 65536:
             raise UsageError(f"ranks={self.ranks}: must be between 1 and 65536")
+        if not 1 <= self.stages <= STAGES_MAX:
+            raise UsageError(f"stages={self.stages}: must be between 1 and {STAGES_MAX}")
+        if not 1 <= self.microbatches <= 65535:
+            raise UsageError(f"microbatches={self.microbatches}: must be between 1 and 65535")
+        if self.is_staged and not (self.weighs_ranks and not self.mode.may_miss_versions):
+            raise UsageError(f"mode {self.mode} with stages: only sync goes with them, without backup and speculate")
+        if self.is_staged and self.compression.needs_residual:
+            raise UsageError(
+                f"compression {self.compression} with stages: what a rank holds back would have to move with each of "
+                "its cells. Use int8 or bf16."
+            )
         if self.commit_every < 0:
             raise UsageError(f"commit_every={self.commit_every}: must be 0 (never) or a number of steps")
         if self.mode.on_arrival and self.commit_every == 0:
@@ -106,6 +123,16 @@ class JobConfig:
                 f"compression {self.compression} in mode {self.mode}: what a rank holds back cannot be followed where "
                 "others may compute it, or none. Use int8."
             )
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the model is trained in parts: a script gives stages, and calls ``worker.compute()``."""
+        return self.stages > 1 or self.microbatches > 1
+
+    @property
+    def cells(self) -> int:
+        """How many there are: each stage of each rank."""
+        return self.ranks * self.stages
 
     def step_of(self, version: int) -> int:
         """How many steps each rank has made at a version; on arrival, in the mean."""

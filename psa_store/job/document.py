@@ -9,6 +9,7 @@ Pure: no I/O, no threads.
 from __future__ import annotations
 
 import json
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -33,11 +34,23 @@ were before there was such a field, byte for byte."""
 
 def to_fields(document: Document) -> dict[str, Any]:
     """The fields of a document and its format number, as JSON knows them."""
-    fields: dict[str, Any] = _adapter(type(document)).dump_python(document, mode="json")
-    for name, each in document.__dataclass_fields__.items():
-        if each.metadata == ADDED_LATER and getattr(document, name) == each.default:
-            del fields[name]
-    return {_FORMAT_KEY: document.FORMAT, **fields}
+    written: dict[str, Any] = _adapter(type(document)).dump_python(document, mode="json")
+    _leave_out_defaults(document, written)
+    return {_FORMAT_KEY: document.FORMAT, **written}
+
+
+def _leave_out_defaults(value: Any, written: Any) -> None:
+    """Take those fields out of what was written of a value that were added later and have their defaults."""
+    if is_dataclass(value) and isinstance(written, dict):
+        for each in fields(value):
+            held = getattr(value, each.name)
+            if each.metadata == ADDED_LATER and held == each.default:
+                del written[each.name]
+            else:
+                _leave_out_defaults(held, written[each.name])
+    elif isinstance(value, tuple | list) and isinstance(written, list):
+        for held, part in zip(value, written, strict=True):
+            _leave_out_defaults(held, part)
 
 
 def to_text(document: Document, *, indent: int | None = None) -> str:

@@ -5,8 +5,8 @@ All tensors of a model are laid out in one *arena*, a flat range of bytes that w
     | trained float32 ....... | trained bfloat16 ... | buffers float32 | buffers int64 | frozen float32 ... |
     | shard 0 | shard 1 | ..  | shard 5 | shard 6 |  | shard 7         | shard 8       | shard 9 | shard 10 |
 
-* A *segment* holds all tensors of one role and one dtype, in the order of the model; it starts on a page, so that
-  shards can be mapped side by side.
+* A *segment* holds all tensors of one role, one dtype and one stage, in the order of the model; it starts on a page,
+  so that shards can be mapped side by side. So no shard straddles a stage, and a worker needs those of its stages only.
 * Every tensor starts on a multiple of 64 bytes: vector kernels may give other last bits for other alignments, and
   bit-identity must not depend on where an allocator happened to put a tensor.
 * A *shard* is a contiguous slice of one segment: the unit of ownership, reduction, version and commit. All shards of
@@ -24,10 +24,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.job.document import from_text, to_text
+from psa_store.job.document import ADDED_LATER, from_text, to_text
 from psa_store.job.dtypes import ITEM_BYTES, TRAINABLE_DTYPES
 
 PAGE_BYTES = 4096
@@ -58,6 +58,8 @@ class TensorSpec:
     """Index of its optimizer parameter group; 0 where the role is not TRAINED."""
     persistent: bool = True
     """False for buffers that the model keeps out of its ``state_dict``."""
+    stage: int = field(default=0, metadata=ADDED_LATER)
+    """The stage that has it; the first of those that have it, where it is tied across stages."""
 
     @property
     def name(self) -> str:
@@ -92,6 +94,7 @@ class Shard:
     offset_bytes: int
     size_bytes: int
     pieces: tuple[Piece, ...] = field(repr=False)
+    stage: int = 0
 
     @property
     def numel(self) -> int:
@@ -168,15 +171,16 @@ def make_layout(tensors: Iterable[TensorSpec], shard_bytes: int | None = None) -
     shards: list[Shard] = []
     cursor = 0
     for role in TensorRole:
-        dtypes = dict.fromkeys(spec.dtype for spec in specs if spec.role is role)
-        for dtype in dtypes:
-            members = [i for i, spec in enumerate(specs) if spec.role is role and spec.dtype == dtype]
+        dtypes = {dtype: place for place, dtype in enumerate(dict.fromkeys(s.dtype for s in specs if s.role is role))}
+        segments = dict.fromkeys((spec.dtype, spec.stage) for spec in specs if spec.role is role)
+        for dtype, stage in sorted(segments, key=lambda each: dtypes[each[0]]):
+            members = [i for i, each in enumerate(specs) if (each.role, each.dtype, each.stage) == (role, dtype, stage)]
             start = _round_up(cursor, PAGE_BYTES)
             end = start
             for i in members:
                 offsets[i] = end
                 end = _round_up(end + specs[i].size_bytes, TENSOR_ALIGN_BYTES)
-            shards += _cut(specs, offsets, members, role, dtype, start, end, shard_bytes, len(shards))
+            shards += _cut(specs, offsets, members, start, end, shard_bytes, len(shards))
             cursor = end
     return Layout(specs, tuple(offsets), tuple(shards), shard_bytes, cursor, _fingerprint(specs, offsets, shards))
 
@@ -206,7 +210,7 @@ def describe_difference(ours: Layout, theirs: Layout) -> str:
             return f"tensor {name!r} is in the job but not in this model"
     for name, spec in mine.items():
         stored = other[name]
-        for what in ("shape", "dtype", "role", "group", "persistent", "names"):
+        for what in ("shape", "dtype", "role", "group", "persistent", "names", "stage"):
             if getattr(spec, what) != getattr(stored, what):
                 here, there = getattr(spec, what), getattr(stored, what)
                 return f"tensor {name!r} has {what} {here} in this model and {there} in the job"
@@ -235,14 +239,14 @@ def _cut(
     specs: Sequence[TensorSpec],
     offsets: Sequence[int],
     members: Sequence[int],
-    role: TensorRole,
-    dtype: str,
     start: int,
     end: int,
     shard_bytes: int,
     first_index: int,
 ) -> list[Shard]:
     """Cut the segment [start, end) into shards; one pass over its members, which are in order of offset."""
+    first = specs[members[0]]
+    role, dtype, stage = first.role, first.dtype, first.stage
     item = ITEM_BYTES[dtype]
     shards: list[Shard] = []
     first_member = 0
@@ -267,17 +271,25 @@ def _cut(
                         length=(piece_high - piece_low) // item,
                     )
                 )
-        shards.append(Shard(first_index + len(shards), role, dtype, low, high - low, tuple(pieces)))
+        shards.append(Shard(first_index + len(shards), role, dtype, low, high - low, tuple(pieces), stage))
     return shards
 
 
 def _fingerprint(specs: Sequence[TensorSpec], offsets: Sequence[int], shards: Sequence[Shard]) -> str:
     document = [
-        [asdict(spec) for spec in specs],
+        [_described(spec) for spec in specs],
         list(offsets),
         [[s.index, s.role, s.dtype, s.offset_bytes, s.size_bytes] for s in shards],
     ]
     return hashlib.sha256(json.dumps(document, separators=(",", ":")).encode()).hexdigest()
+
+
+def _described(spec: TensorSpec) -> dict[str, Any]:
+    """A layout without stages has the fingerprint that it had before there were any."""
+    described = asdict(spec)
+    if spec.stage == 0:
+        del described["stage"]
+    return described
 
 
 def _round_up(value: int, multiple: int) -> int:

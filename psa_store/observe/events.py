@@ -150,7 +150,7 @@ class Events:
         """Note that a term has begun. ``reached``: the version that this server had made before."""
         text = f"{action.reason}; term {plan.term} began at version {plan.resume}, took {took_s:.2f} s"
         if before is None and plan.resume == 0:
-            self.note(EventKind.CREATED, f"the job was created, with {len(plan.ranks)} ranks", version=0)
+            self.note(EventKind.CREATED, f"the job was created, with {plan.ranks} ranks", version=0)
         if before is None or not before.owners:
             self.note(EventKind.TERM, text, term=plan.term, version=plan.resume)
         elif action.reason.startswith("hand-over"):
@@ -160,14 +160,14 @@ class Events:
 
     def planned(self, before: Plan | None, plan: Plan, reason: str) -> None:
         """Note a change of the plan within its term, if the members are others now."""
-        if before is not None and (before.ranks, before.servers) == (plan.ranks, plan.servers):
+        if before is not None and (before.cells, before.servers) == (plan.cells, plan.servers):
             return
-        workers = len(set(plan.ranks) - {NO_WORKER})
-        text = f"{reason}: {workers} workers hold the {len(plan.ranks)} ranks, {len(plan.servers)} servers the shards"
+        workers = len(set(plan.cells) - {NO_WORKER})
+        text = f"{reason}: {workers} workers hold the {plan.ranks} ranks, {len(plan.servers)} servers the shards"
         self.note(EventKind.MEMBERS, text, term=plan.term)
 
 
 def _named(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:
     if plan is None:
         return frozenset(), frozenset()
-    return frozenset(server.id for server in plan.servers), frozenset(plan.ranks) - {NO_WORKER}
+    return frozenset(server.id for server in plan.servers), frozenset(plan.cells) - {NO_WORKER}

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from psa_store import logs
 from psa_store.errors import Disconnected, Refused
-from psa_store.wire import Connection, Header, Park, SharedMemory, Traffic
+from psa_store.wire import Connection, Header, Park, Passable, Traffic
 
 _CONNECTIONS_MAX = 10_000
 
@@ -75,7 +75,7 @@ class Connections:
         connection: Connection,
         header: Header,
         payload: memoryview | bytes = b"",
-        memory: SharedMemory | None = None,
+        memory: Passable | None = None,
     ) -> None:
         """Send what the socket takes now, and the rest when it takes more. A dead peer is closed."""
         connection.send(header, payload, memory)

@@ -79,6 +79,7 @@ class Controller:
             workers=self._coordination.members(ProcessRole.WORKER, watch=True),
             shard_sizes=tuple(shard.size_bytes for shard in self._layout.shards),
             ranks=self._config.ranks,
+            stages=self._config.stages,
             stop_interval=self._config.commit_interval if self._config.ranks_stay else 0,
             on_arrival=self._rules.on_arrival,
         )

@@ -23,6 +23,7 @@ from psa_store.server.connections import Connections, HasFileno
 from psa_store.server.introductions import Introductions
 from psa_store.server.messages import PeerGone
 from psa_store.server.push_admission import PushAdmission
+from psa_store.server.relay import CellRelay
 from psa_store.server.waiters import Waiters
 from psa_store.testing.journal import Journal
 from psa_store.wire import (
@@ -42,7 +43,9 @@ from psa_store.wire import (
 
 _NOTHING = memoryview(b"")
 _OUTSIDE_TERMS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.INSPECT, Kind.REFUSED})
-_REQUESTS = frozenset({Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT})
+_REQUESTS = frozenset(
+    {Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT, Kind.RELAY, Kind.WANT}
+)
 """What members ask of a server, and what servers tell each other, besides gradients."""
 _OF_A_RANK = frozenset({Kind.AWAIT, Kind.CUT})
 _MEMBERS = _REQUESTS | {Kind.SHARE, Kind.PUSH}
@@ -78,6 +81,7 @@ class FrameHandler:
             journal,
             shows_parameters=config.shares_parameters,
         )
+        self.relay = CellRelay(self.connections)
         self._layout = layout
         self._wire = wire
         self._ranks = config.ranks
@@ -111,6 +115,7 @@ class FrameHandler:
         for peer in list(self.peers.values()):
             self.connections.close(peer)
         self.waiters.clear()
+        self.relay.clear()
         self.aggregator = None
 
     def add_peer(self, server: str, sock: socket.socket) -> None:
@@ -176,6 +181,12 @@ class FrameHandler:
             if client is None:
                 raise Refused("only a worker that said HELLO may do that")
             self.waiters.wait(client, header)
+        elif kind is Kind.RELAY:
+            reason, why = self.relay.put(plan, connection, header, payload)
+            if reason is not Reason.NONE:
+                self._refuse(connection, header, reason, why)
+        elif kind is Kind.WANT:
+            self.relay.want(plan, connection, header)
         elif kind is Kind.NORM:
             aggregator.on_norms(_norms(plan, connection, header, payload))
         elif kind is Kind.FINISH:
@@ -191,7 +202,7 @@ class FrameHandler:
             else:
                 self.waiters.pull(connection, header)
         elif kind is Kind.CUT:
-            if plan.ranks[header.rank] == connection.member:
+            if plan.holder(header.rank) == connection.member:
                 aggregator.on_rank_cut(RankCut(header.barrier, header.rank, header.step))
             else:
                 self._refuse(connection, header, Reason.NOT_HOLDER, f"rank {header.rank} is held by another worker")
@@ -202,6 +213,7 @@ class FrameHandler:
     def on_gone(self, connection: Connection) -> None:
         self._admission.forget(connection)
         self.waiters.forget(connection)
+        self.relay.forget(connection)
         self.parameters.clients.pop(connection, None)
         if connection.member and self.peers.get(connection.member) is connection:
             del self.peers[connection.member]

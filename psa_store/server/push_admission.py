@@ -52,6 +52,10 @@ class Take:
     state_bytes: int
     mark_bytes: int
 
+    @property
+    def shards(self) -> Iterable[int]:
+        return (self.shard,)
+
 
 @dataclass(frozen=True, slots=True)
 class TakeReference:
@@ -62,6 +66,10 @@ class TakeReference:
     gradients: Sequence[tuple[int, Tensor]]
     marks: Mapping[int, memoryview]
     memory: memoryview
+
+    @property
+    def shards(self) -> Iterable[int]:
+        return (shard for shard, _ in self.gradients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +177,7 @@ class PushAdmission:
     def revise(self, plan: Plan) -> None:
         """Ranks may have gone to other workers: what is still to come of their gradients is not wanted."""
         for connection, decision in self._decided.items():
-            if not isinstance(decision, Drop) and not self._may_push(plan, decision.rank, connection):
+            if not isinstance(decision, Drop) and not self._may_push(plan, decision.rank, decision.shards, connection):
                 self._divert(connection, Reason.NOT_HOLDER)
 
     def end(self) -> None:
@@ -236,15 +244,18 @@ class PushAdmission:
             return Reason.STALE
         if any(shard not in aggregator.owned_shards for shard in shards):
             return Reason.NOT_OWNER
-        if header.rank >= self._ranks or not self._may_push(aggregator.plan, header.rank, connection):
+        if header.rank >= self._ranks or not self._may_push(aggregator.plan, header.rank, shards, connection):
             return Reason.NOT_HOLDER
         if not self._frozen.isdisjoint(shards):
             raise Refused(f"PUSH of shards {sorted(self._frozen.intersection(shards))}, which never change")
         return None
 
-    def _may_push(self, plan: Plan, rank: int, connection: Connection) -> bool:
-        """Whether the plan gives this rank to this worker, or allows it to be faster."""
-        return plan.ranks[rank] == connection.member or (self._rules.workers_race and connection.member in plan.ranks)
+    def _may_push(self, plan: Plan, rank: int, shards: Iterable[int], connection: Connection) -> bool:
+        """Whether the plan gives the cells of these shards to this worker, or allows it to be faster."""
+        stages = {self._layout.shards[shard].stage for shard in shards} if plan.stages > 1 else (0,)
+        return all(plan.holder(rank, stage) == connection.member for stage in stages) or (
+            self._rules.workers_race and connection.member in plan.cells
+        )
 
     def _bytes_due(self, aggregator: Aggregator, header: Header) -> tuple[int, int]:
         """What a push of this shard has to bring: bytes of gradient (or buffers), bytes of a rank's state."""

@@ -52,6 +52,7 @@ class Serving:
             committer=committer,
             shared_parameters=frames.parameters,
             waiters=frames.waiters,
+            relay=frames.relay,
             connections=frames.connections,
             peers=frames.peers,
             journal=journal,

@@ -67,7 +67,8 @@ def take_over(
         resume=resume,
         servers=action.servers,
         owners=action.owners,
-        ranks=action.ranks,
+        cells=action.cells,
+        stages=action.stages,
     )
     if coordination.write_plan(plan, seen) is None:
         return None

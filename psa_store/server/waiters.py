@@ -117,7 +117,8 @@ class Waiters:
     def stream(self, plan: Plan, owned: OwnedShard, version: int) -> None:
         """One shard of that version is made: send it on."""
         for client in list(self._streaming):
-            self._send(plan, client.connection, owned, version, one_ahead=True)
+            if self._awaits[client].stages >> owned.shard.stage & 1:
+                self._send(plan, client.connection, owned, version, one_ahead=True)
 
     # --- answers
 
@@ -142,15 +143,15 @@ class Waiters:
             version = now.answer_to(header)
             if version is not None:
                 del self._awaits[client]
-                self._bring(now, client, version, header.rank, one_ahead=version == header.step)
+                self._bring(now, client, version, header, one_ahead=version == header.step)
 
-    def _bring(self, now: Now, client: Client, version: int, rank: int, *, one_ahead: bool) -> None:
+    def _bring(self, now: Now, client: Client, version: int, asked: Header, *, one_ahead: bool) -> None:
         """By value or by reference, and then VERSION; buffers always go by value."""
-        by_reference = client.by_reference and self._shows_parameters
+        by_reference, stages = client.by_reference and self._shows_parameters, asked.stages
         if client not in self._streaming:
             by_value = _BUFFERS if by_reference else _CHANGING
             for owned in now.changed if one_ahead else now.owned_shards.values():
-                if owned.shard.role in by_value:
+                if owned.shard.role in by_value and stages >> owned.shard.stage & 1:
                     self._send(now.plan, client.connection, owned, version, one_ahead=one_ahead)
         flags, memory, generation = Flag.NONE, None, self._parameters.generation
         if by_reference:
@@ -159,7 +160,7 @@ class Waiters:
             client.reading = version
             client.generation = generation
         plan = now.plan
-        header = Header(Kind.VERSION, plan.term, plan.revision, version, rank, flags=flags, memory=generation)
+        header = Header(Kind.VERSION, plan.term, plan.revision, version, asked.rank, flags=flags, memory=generation)
         self._connections.send(client.connection, header, memory=memory)
 
     def _answer_finishes(self, now: Now) -> None:

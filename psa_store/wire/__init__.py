@@ -9,7 +9,7 @@ from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason
 from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
 from psa_store.wire.mailbox import Mailbox
-from psa_store.wire.memory import SharedMemory, Window, can_show
+from psa_store.wire.memory import Passable, PassedMemory, SharedMemory, Window, can_show
 
 __all__ = [
     "PARK",
@@ -22,6 +22,8 @@ __all__ = [
     "Kind",
     "Mailbox",
     "Park",
+    "Passable",
+    "PassedMemory",
     "Reason",
     "Refusal",
     "Report",

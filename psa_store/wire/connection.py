@@ -26,7 +26,7 @@ from typing import Final
 
 from psa_store.errors import Disconnected, Refused
 from psa_store.wire.frames import HEADER_BYTES, WITH_DESCRIPTOR, Header, unpack
-from psa_store.wire.memory import SharedMemory
+from psa_store.wire.memory import Passable
 
 _GATHER_MAX = 64
 _SOCKET_BUFFER_BYTES = 4 << 20
@@ -75,7 +75,7 @@ class Connection:
         self.peer = peer
         self.member = ""
         self.is_local = sock.family == socket.AF_UNIX
-        self._outgoing: deque[tuple[memoryview, SharedMemory | None]] = deque()
+        self._outgoing: deque[tuple[memoryview, Passable | None]] = deque()
         self._descriptor: int | None = None
         self._header_bytes = bytearray(HEADER_BYTES)
         self._filled = 0
@@ -110,7 +110,7 @@ class Connection:
         """True while so much waits for a peer that does not read that no more of its requests should be read."""
         return len(self._outgoing) > _OUTGOING_MAX
 
-    def send(self, header: Header, payload: memoryview | bytes = b"", memory: SharedMemory | None = None) -> None:
+    def send(self, header: Header, payload: memoryview | bytes = b"", memory: Passable | None = None) -> None:
         """Queue a frame. ``payload`` must not change until it is sent: see :meth:`detach`.
 
         ``memory``: pass its descriptor along; only where :attr:`is_local`.
@@ -120,7 +120,7 @@ class Connection:
         if header.length:
             self._outgoing.append((memoryview(payload).cast("B"), None))
 
-    def send_now(self, header: Header, payload: memoryview | bytes = b"", memory: SharedMemory | None = None) -> bool:
+    def send_now(self, header: Header, payload: memoryview | bytes = b"", memory: Passable | None = None) -> bool:
         """Queue a frame and send as much as the socket takes now; True if bytes wait for it. Raises Disconnected."""
         if not header.length and memory is None and not self._outgoing:
             whole = header.pack()

@@ -1,4 +1,4 @@
-"""The frames of the protocol: a fixed header of 64 bytes, then ``length`` raw bytes.
+"""The frames of the protocol: a fixed header of 72 bytes, then ``length`` raw bytes.
 
     worker -> server            server -> worker            server -> server
     HELLO   the worker's name   WELCOME  the server's name  HELLO, WELCOME
@@ -9,6 +9,8 @@
     FINISH  make step durable   DURABLE  step is durable
     CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
     CUT     a checkpoint ends with the first pushes of a rank: so many (on arrival)
+    RELAY   what a cell sends   RELAY    the same, to the cell that it is for
+    WANT    all that is for a cell in a step
     INSPECT                     REPORT   what the server does
                                 REFUSED  which frame, and why
 
@@ -21,6 +23,10 @@ parameters are visible, and passes the descriptor when it is new to the connecti
 
 In a job whose pushes are applied on arrival AWAIT names a step of a rank, which VERSION repeats, and CLOCKS is the
 acknowledgement of PUSH: a server says it when asked, and after each commit.
+
+In a job with stages RELAY names the (step, rank, stage, micro-batch) that it is for: activations of the stage before,
+or, with BACKWARD, gradients of them from the stage after. Its payload begins with a description of its tensors; by
+reference, their bytes lie in memory whose descriptor is passed. AWAIT names the stages whose shards are wanted.
 
 AWAIT also says that the worker reads no version below ``step`` any more. Until then a server leaves the memory that it
 has shown to a worker as it is.
@@ -36,9 +42,9 @@ from typing import NamedTuple
 
 from psa_store.errors import Refused
 
-PROTOCOL = 7
+PROTOCOL = 8
 MAGIC = b"PSA\x02"
-_HEADER = struct.Struct("<4sBBHIIQQqQIIIf")
+_HEADER = struct.Struct("<4sBBHIIQQqQIIIfHHI")
 HEADER_BYTES = _HEADER.size
 PAYLOAD_BYTES_MAX = 1 << 32
 TEXT_BYTES_MAX = 1 << 20
@@ -63,11 +69,13 @@ class Kind(IntEnum):
     CLOCKS = 15
     STATE = 16
     CUT = 17
+    RELAY = 18
+    WANT = 19
 
 
-_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT, Kind.CUT})
+_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT, Kind.CUT, Kind.WANT})
 """Kinds whose header says everything."""
-WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.VERSION})
+WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.VERSION, Kind.RELAY})
 """Kinds that may come with a descriptor."""
 
 
@@ -84,6 +92,8 @@ class Flag(IntFlag, boundary=STRICT):
     """PUSH: at its end is a byte for each piece of its shards, 1 where a tensor got no gradient."""
     AVERAGE = 32
     """PULL, PARAMS: not the parameters of a shard, but their average over the steps."""
+    BACKWARD = 64
+    """RELAY: gradients for a stage from the one after it, not activations from the one before."""
 
 
 class Reason(IntEnum):
@@ -101,7 +111,8 @@ class Header(NamedTuple):
 
     ``shards``: how many shards a PUSH by reference is about, ``shard`` being the first. ``memory``: the number of
     shared memory, in SHARE, PUSH and VERSION. ``barrier``: that of the checkpoint, in CUT. ``weight``: of a PUSH in the
-    mean over ranks, as float32.
+    mean over ranks, as float32. ``stage`` and ``microbatch``: which a RELAY is for, and the stage of a WANT.
+    ``stages``: bit k says that an AWAIT is for the shards of stage k.
     """
 
     kind: Kind
@@ -117,12 +128,15 @@ class Header(NamedTuple):
     shards: int = 1
     barrier: int = 0
     weight: float = 1.0
+    stage: int = 0
+    microbatch: int = 0
+    stages: int = 1
 
     def pack(self) -> bytes:
         """Encode: the fields in the order in which machines of any byte order read them."""
-        kind, term, revision, step, rank, shard, length, reason, flags, memory, shards, barrier, weight = self
+        kind, term, revision, step, rank, shard, length, reason, flags, memory, shards, barrier, weight = self[:13]
         return _HEADER.pack(
-            MAGIC, kind, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight
+            MAGIC, kind, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight, *self[13:]
         )
 
 
@@ -133,7 +147,7 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         Refused: wrong magic, unknown kind, or a length beyond the limits; the connection cannot be used further.
     """
     fields = _HEADER.unpack(data)
-    magic, number, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight = fields
+    magic, number, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight = fields[:14]
     if magic != MAGIC:
         raise Refused(f"not a psa frame: starts with {bytes(magic)!r}")
     try:
@@ -143,17 +157,18 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
     if length:
         limit = _LENGTH_MAX[kind]
         if flag & Flag.BY_REFERENCE:
-            limit = TEXT_BYTES_MAX if flag & Flag.ABSENT else 0
+            limit = TEXT_BYTES_MAX if flag & Flag.ABSENT or kind is Kind.RELAY else 0
         if length > limit:
             raise Refused(f"{kind.name} announces {length} bytes; at most {limit} are possible")
-    return Header(kind, term, revision, step, rank, shard, length, why, flag, memory, shards, barrier, weight)
+    return Header(kind, term, revision, step, rank, shard, length, why, flag, memory, shards, barrier, weight, *fields[14:])
 
 
 # Each frame is decoded while a step waits for it, and a table is faster than the call of an enum.
 _KINDS = {each.value: each for each in Kind}
 _REASONS = {each.value: each for each in Reason}
 _FLAGS = {value: Flag(value) for value in range(1 << len(Flag))}
+_LARGE = frozenset({Kind.PUSH, Kind.PARAMS, Kind.STATE, Kind.RELAY})
 _LENGTH_MAX = {
-    kind: 0 if kind in _BARE else PAYLOAD_BYTES_MAX if kind in (Kind.PUSH, Kind.PARAMS, Kind.STATE) else TEXT_BYTES_MAX
+    kind: 0 if kind in _BARE else PAYLOAD_BYTES_MAX if kind in _LARGE else TEXT_BYTES_MAX
     for kind in Kind
 }

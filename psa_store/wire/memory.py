@@ -94,6 +94,23 @@ class SharedMemory:
             os.close(self._fd)
 
 
+class PassedMemory:
+    """Memory that a peer passed, to be passed on: it is not mapped. Takes over ``fd``."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def attach(self) -> SharedMemory:
+        """Map it, for reading; raises Refused if it could shrink meanwhile."""
+        return SharedMemory.attach(os.dup(self.fd), os.fstat(self.fd).st_size)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+Passable = SharedMemory | PassedMemory
+
+
 class CopyOnWrite:
     """Shows memory; what is written to it stays in it and hides the original, page by page (Linux only; else it is the
     original)."""

@@ -33,6 +33,7 @@ from psa_store.wire import Flag, Header, Hello, Kind, fetch
 from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.membership import Membership
 from psa_store.worker.script import script_line
+from psa_store.worker.stages import StagedModel
 
 _SILENT_S = 10.0
 """How long a server may be silent that is asked: one that takes over shards answers when it has them."""
@@ -50,7 +51,12 @@ class AverageInModel:
     """``store`` and ``membership`` stay the caller's."""
 
     def __init__(
-        self, config: JobConfig, layout: Layout, model: FlatModel, membership: Membership, store: RedisStore
+        self,
+        config: JobConfig,
+        layout: Layout,
+        model: FlatModel | StagedModel,
+        membership: Membership,
+        store: RedisStore,
     ) -> None:
         self._config = config
         self._layout = layout
@@ -71,19 +77,24 @@ class AverageInModel:
                 f"{script_line()}: worker.average() in a job without one: psa.Worker(…, average=psa.ema(0.999))"
             )
         self.refuse("another worker.average()")
+        if isinstance(self._model, StagedModel):
+            raise UsageError(
+                f"{script_line()}: worker.average() with stages, where no process has the whole model: read it by "
+                "psa.Store(job).state_dict(average=True)"
+            )
         if self._model.backward.under_way:
             raise UsageError(
                 f"{script_line()}: worker.average() between backward() and worker.step(), where servers may have made "
                 "the next step already: evaluate after worker.step(), or before backward()"
             )
-        return self._showing()
+        return self._showing(self._model)
 
     @contextmanager
-    def _showing(self) -> Iterator[int]:
+    def _showing(self, model: FlatModel) -> Iterator[int]:
         averaged = self._read()
         self._shown = True
         try:
-            with self._model.evaluate(averaged.tensors):
+            with model.evaluate(averaged.tensors):
                 yield averaged.version * self._config.steps_per_version // self._config.updates_per_step
         finally:
             self._shown = False

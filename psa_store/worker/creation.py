@@ -7,8 +7,9 @@ ZooKeeper knows and Redis does not is lost, and never begun again: see ``checkpo
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from psa_store import logs
 from psa_store.checkpoint.creation import write_new_job
@@ -20,11 +21,10 @@ from psa_store.coordination import Coordination
 from psa_store.errors import Fenced, JobBusy, JobMismatch
 from psa_store.job.average import Average
 from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
-from psa_store.job.layout import Layout, describe_difference, layout_from_json
+from psa_store.job.layout import Layout, Shard, describe_difference, layout_from_json
 from psa_store.job.mode import SYNC, Mode, parse_mode
 from psa_store.storage import RedisStore, ShardState
 from psa_store.storage.sections import PARAM
-from psa_store.worker.flat_model import FlatModel
 
 _POLL_S = 0.05
 _RUN_GRACE_S = 2.0
@@ -41,11 +41,20 @@ class Wanted:
     layout: str
     mode: Mode | None
     average: Average | None = None
+    stages: int = 1
+    microbatches: int = 1
+
+
+class HasInitial(Protocol):
+    """A model of which a job can be made."""
+
+    def initial(self) -> Iterable[tuple[Shard, memoryview]]:
+        """Each shard and its bytes, in any order, taken as they are written."""
 
 
 def join_or_create(
     wanted: Wanted,
-    model: FlatModel,
+    model: HasInitial,
     layout: Layout,
     settings: Settings,
     member: str,
@@ -89,7 +98,7 @@ def join_or_create(
 
 def _create(
     wanted: Wanted,
-    model: FlatModel,
+    model: HasInitial,
     layout: Layout,
     settings: Settings,
     store: RedisStore,
@@ -104,7 +113,7 @@ def _create(
         return
     if settings.restore and restore(wanted.name, known, settings, store, coordination):
         return
-    states = [ShardState(s.index, {PARAM: (s.dtype, model.parameters(s))}, {}, expect=None) for s in layout.shards]
+    states = (ShardState(s.index, {PARAM: (s.dtype, data)}, {}, expect=None) for s, data in model.initial())
     write_new_job(new_config(wanted, settings), layout, 0, states, store, coordination)
     logs.get_logger().info("job created", job=wanted.name, shards=len(layout.shards))
 
@@ -129,6 +138,8 @@ def _asked(wanted: Wanted, settings: Settings, otherwise: JobConfig) -> JobConfi
         skip_nonfinite=otherwise.skip_nonfinite if settings.skip_nonfinite is None else settings.skip_nonfinite,
         compression=parse_compression(settings.compress or str(otherwise.compression)),
         average=wanted.average,
+        stages=wanted.stages,
+        microbatches=wanted.microbatches,
     )
 
 

@@ -67,23 +67,24 @@ def describe_model(model: nn.Module, group_of: Callable[[str, tuple[int, ...]], 
 
 
 class FlatModel:
-    """Binds ``model`` to flat memory."""
+    """Binds ``model`` to flat memory. ``stage``: which part of the layout it is; the rest is not touched."""
 
-    def __init__(self, model: nn.Module, layout: Layout, push_early: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, push_early: bool | None = None, stage: int = 0) -> None:
         self._model = model
         self._layout = layout
+        self._stage = stage
         self._window = Window(layout.arena_bytes)
-        _refuse_another(model, layout)
+        _refuse_another(model, layout, stage)
         self._memory = torch.frombuffer(self._window.buffer, dtype=torch.uint8)
         self._wire = WireLayout(layout)
         self._rounded: dict[int, Tensor] = {}
         """Shards that are rounded on their way: received here, or shown here by a server of this host."""
-        buffers = layout.shards_of(TensorRole.BUFFER)
+        buffers = [shard for shard in layout.shards_of(TensorRole.BUFFER) if shard.stage == stage]
         self._buffers = self._memory[
             slice(buffers[0].offset_bytes, buffers[-1].offset_bytes + buffers[-1].size_bytes) if buffers else slice(0)
         ]
         self._buffers_kept = self._buffers.clone()
-        self._bound = [self._bind_new(index) for index in range(len(layout.tensors))]
+        self._bound = [self._bind_new(index) for index, spec in enumerate(layout.tensors) if spec.stage == stage]
         self._bound_buffers = [bound for bound in self._bound if bound.role is TensorRole.BUFFER]
         self._bound_trained = [bound for bound in self._bound if bound.role is TensorRole.TRAINED]
         self._holders = [holder_of(model, bound.name) for bound in self._bound_buffers]
@@ -100,6 +101,10 @@ class FlatModel:
         self._window.close()
 
     # --- memory of shards
+
+    def initial(self) -> Iterator[tuple[Shard, memoryview]]:
+        """Each shard and its bytes, as the job begins with them."""
+        yield from ((shard, self.parameters(shard)) for shard in self._layout.shards if shard.stage == self._stage)
 
     def parameters(self, shard: Shard) -> memoryview:
         """The bytes of a shard's parameters or buffers as the model has them."""
@@ -275,10 +280,11 @@ class FlatModel:
         return BoundTensor(index, spec.name, spec.role, tensor, view, view.data_ptr(), shards)
 
 
-def _refuse_another(model: nn.Module, layout: Layout) -> None:
+def _refuse_another(model: nn.Module, layout: Layout, stage: int) -> None:
     """Raise UsageError if the model is not the one any more that the layout was made of."""
     now = {each.name: (each.names, each.shape, each.dtype, each.role) for each in describe_model(model, _no_group)}
-    made_of = {each.name: (each.names, each.shape, each.dtype, each.role) for each in layout.tensors}
+    specs = [each for each in layout.tensors if each.stage == stage]
+    made_of = {each.name: (each.names, each.shape, each.dtype, each.role) for each in specs}
     for name in sorted(now.keys() | made_of.keys()):
         if now.get(name) != made_of.get(name):
             raise UsageError(

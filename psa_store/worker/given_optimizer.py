@@ -33,7 +33,7 @@ class GivenOptimizer:
     at: Callable[[int], Optimizer]
     """What they apply in a step; as the job knows it, once this worker is a member of it."""
 
-    def __init__(self, optimizer: object, lr_scheduler: object, model: nn.Module, steps: int | None) -> None:
+    def __init__(self, optimizer: object, lr_scheduler: object, model: nn.Module | None, steps: int | None) -> None:
         self._theirs: torch.optim.Optimizer | None = None
         self._scheduler: Any = lr_scheduler
         self._rates: Rates | None = None
@@ -45,6 +45,11 @@ class GivenOptimizer:
         """Batches that were left out: they go with or without a tick."""
         self._skipping = False
         if isinstance(optimizer, torch.optim.Optimizer):
+            if model is None:
+                raise UsageError(
+                    "optimizer: one of torch goes with a whole model; with stages give one of psa.optim, such as "
+                    "psa.optim.AdamW(lr=1e-3)"
+                )
             self._theirs = optimizer
             if lr_scheduler is not None:
                 self._rates = rates_of(lr_scheduler, optimizer, steps)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 
 from psa_store import logs
-from psa_store.cluster import Member, Plan, ProcessRole
+from psa_store.cluster import Cell, Member, Plan, ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import DependencyUnreachable, PsaError
@@ -27,6 +27,8 @@ class Standing:
     member: str
     plan: Plan | None = None
     held: tuple[int, ...] = ()
+    cells: tuple[Cell, ...] = ()
+    """Which of the stages of those ranks: all, where there is one."""
     failure: PsaError | None = None
     """What made it impossible to know a newer plan: one that cannot be read."""
 
@@ -99,7 +101,7 @@ class Membership:
         seen = self._coordination.read_plan(watch=True)
         if seen is None:
             return Standing(member)
-        return Standing(member, seen.plan, seen.plan.ranks_of(member))
+        return Standing(member, seen.plan, seen.plan.ranks_of(member), seen.plan.cells_of(member))
 
     def _join(self, member: str) -> None:
         self._coordination.join(ProcessRole.WORKER, Member(member, host_identity(), os.getpid()))

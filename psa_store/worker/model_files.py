@@ -16,7 +16,7 @@ from psa_store.errors import UsageError
 from psa_store.job.model_files import ModelFiles
 
 
-def model_files(model: nn.Module, tokenizer: Any) -> ModelFiles | None:
+def model_files(model: nn.Module | None, tokenizer: Any) -> ModelFiles | None:
     """The files of a model's configuration, if it is one of transformers, and of a tokenizer; None if there are none.
 
     Args:
@@ -41,7 +41,7 @@ def model_files(model: nn.Module, tokenizer: Any) -> ModelFiles | None:
     return ModelFiles(contents) if contents else None
 
 
-def _is_of_transformers(model: nn.Module) -> bool:
+def _is_of_transformers(model: nn.Module | None) -> bool:
     """Whether names of its tensors are those that ``from_pretrained`` looks for: a module that contains one has others.
 
     The package is not imported for this: where it is not, no model is one of its.

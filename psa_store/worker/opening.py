@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,7 @@ from psa_store.worker.membership import Membership
 from psa_store.worker.model_files import model_files
 from psa_store.worker.server_connections import ServerConnections
 from psa_store.worker.session import Tools
+from psa_store.worker.stages import BuildStage, StagedModel
 from psa_store.worker.state import ScriptState
 from psa_store.worker.strategy import Strategy, strategy_of
 
@@ -48,7 +49,9 @@ class Given:
     """What the script gave to :class:`psa_store.Worker`."""
 
     wanted: Wanted
-    model: nn.Module
+    model: nn.Module | None
+    stages: Sequence[BuildStage]
+    """Instead of a model, what builds its parts."""
     layout: Layout
     optimizer: GivenOptimizer
     state: ScriptState | None
@@ -62,7 +65,7 @@ class Opened:
     """What is there from then on, until the stack that it was opened on is closed."""
 
     config: JobConfig
-    model: FlatModel
+    model: FlatModel | StagedModel
     membership: Membership
     strategy: Strategy
     data_position: DataPosition
@@ -99,7 +102,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
     if given.state is not None:
         stack.callback(given.state.close)
     # Closed before the connections are: servers leave alone what a worker reads until it is gone.
-    model = stack.enter_context(closing(FlatModel(given.model, given.layout, given.push_early)))
+    model = stack.enter_context(closing(_memory_of(given)))
     leaving = Leaving(mailbox)
     stack.enter_context(_sigterm_calls(leaving))
     stack.enter_context(given.optimizer.watched())
@@ -129,6 +132,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
             journal=journal,
             read_config=lambda: newest_config(store, coordination, job),
         ),
+        model,
         may_share=settings.carrier == "auto",
     )
     given.optimizer.at = lambda step: strategy.session.history.at(step)
@@ -157,6 +161,12 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         AverageInModel(config, given.layout, model, membership, store),
         partial(change_job, store, coordination, job),
     )
+
+
+def _memory_of(given: Given) -> FlatModel | StagedModel:
+    if given.model is None:
+        return StagedModel(given.stages, given.layout, given.wanted.seed)
+    return FlatModel(given.model, given.layout, given.push_early)
 
 
 def _keep_model_files(given: Given, store: RedisStore) -> None:

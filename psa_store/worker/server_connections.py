@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from psa_store import logs
-from psa_store.cluster import Cut, Plan, Server
+from psa_store.cluster import Cell, Cut, Plan, Server
 from psa_store.errors import Disconnected, Refused
 from psa_store.job.layout import Layout
 from psa_store.optim.note import PLAIN, GradientNote, to_marks
@@ -36,11 +36,15 @@ from psa_store.wire import (
     encode,
 )
 from psa_store.wire import connect as wire_connect
+from psa_store.worker.carry import Parcel, by_value, in_memory
 from psa_store.worker.gradients import GradientMemory
 
 _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
 _NUMBER_BYTES = 8
+_ANSWERS = frozenset(
+    {Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE, Kind.RELAY}
+)
 _NOTHING = memoryview(b"")
 _FINITE = Flag.BY_REFERENCE
 _NOT_FINITE = Flag.BY_REFERENCE | Flag.NONFINITE
@@ -48,7 +52,7 @@ _NOT_FINITE = Flag.BY_REFERENCE | Flag.NONFINITE
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A frame from a server: PARAMS whose payload is in place, STATE, VERSION, DURABLE, CLOCKS, or REFUSED."""
+    """A frame from a server: PARAMS whose payload is in place, STATE, VERSION, DURABLE, CLOCKS, RELAY, or REFUSED."""
 
     header: Header
     server: str
@@ -56,9 +60,10 @@ class Answer:
     clocks: Sequence[int] = ()
     """With CLOCKS: by rank, how many pushes count; then by rank, how many are in the version ``header.step``."""
     payload: memoryview = _NOTHING
-    """With STATE and PARAMS."""
+    """With STATE, PARAMS and RELAY."""
     descriptor: int | None = None
-    """With VERSION: memory in which the server publishes parameters from now on. The receiver owns it."""
+    """With VERSION: memory in which the server publishes parameters from now on; with RELAY, that of its tensors. The
+    receiver owns it."""
 
 
 class ServerConnections:
@@ -198,12 +203,14 @@ class ServerConnections:
         header = Header(Kind.PULL, plan.term, plan.revision, version, rank, shard, flags=Flag.STATE)
         self._send(self._owners[shard], header)
 
-    def wait_for(self, servers: Iterable[str], version: int, rank: int = 0) -> None:
+    def wait_for(self, servers: Iterable[str], version: int, rank: int = 0, stages: Iterable[int] = (0,)) -> None:
         """Have done with all versions below; each server brings this one when it is there, and says VERSION.
 
-        On arrival: each brings what it has when ``rank`` may start its step ``version``.
+        On arrival: each brings what it has when ``rank`` may start its step ``version``. ``stages``: those whose shards
+        are wanted.
         """
-        header = Header(Kind.AWAIT, self._plan.term, self._plan.revision, version, rank)
+        wanted = sum(1 << stage for stage in stages)
+        header = Header(Kind.AWAIT, self._plan.term, self._plan.revision, version, rank, stages=wanted)
         for server in servers:
             self._send(server, header)
 
@@ -211,6 +218,36 @@ class ServerConnections:
         """Ask servers to make a version durable; each answers DURABLE."""
         for server in servers:
             self._send(server, Header(Kind.FINISH, self._plan.term, self._plan.revision, version))
+
+    def relay(
+        self, server: str, step: int, cell: Cell, microbatch: int, backward: bool, parcel: Parcel
+    ) -> None:
+        """Send what is for a cell; the server keeps it, and hands it on to the worker of the cell."""
+        plan = self._plan
+        flags = Flag.BACKWARD if backward else Flag.NONE
+        memory: SharedMemory | None = None
+        if server in self._shared:
+            flags |= Flag.BY_REFERENCE
+            memory, payload = in_memory(parcel), memoryview(parcel.describe())
+        else:
+            payload = by_value(parcel)
+        header = Header(
+            Kind.RELAY,
+            plan.term,
+            plan.revision,
+            step,
+            cell.rank,
+            length=len(payload),
+            flags=flags,
+            stage=cell.stage,
+            microbatch=microbatch,
+        )
+        self._send(server, header, payload, memory)
+
+    def want(self, server: str, step: int, cell: Cell) -> None:
+        """Have what is for a cell in a step sent here; each comes as RELAY."""
+        plan = self._plan
+        self._send(server, Header(Kind.WANT, plan.term, plan.revision, step, cell.rank, stage=cell.stage))
 
     def ask_clocks(self, servers: Iterable[str]) -> None:
         """Ask how many pushes of each rank count; each answers CLOCKS, as it does after every commit."""
@@ -270,7 +307,7 @@ class ServerConnections:
             if header.length % _NUMBER_BYTES:
                 raise Refused(f"CLOCKS of {header.length} bytes: not numbers")
             return Answer(header, server, clocks=tuple(np.frombuffer(payload, dtype="<i8").tolist()))
-        descriptor = connection.take_descriptor() if header.kind is Kind.VERSION else None
+        descriptor = connection.take_descriptor() if header.kind in (Kind.VERSION, Kind.RELAY) else None
         return Answer(header, server, payload=payload, descriptor=descriptor)
 
     def _open(self, server: Server) -> Connection:
@@ -284,7 +321,7 @@ class ServerConnections:
     def _admit(self, _connection: Connection, header: Header) -> memoryview | Park:
         if header.kind is Kind.PARAMS:
             return self.place(header)
-        if header.kind in (Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE):
+        if header.kind in _ANSWERS:
             return memoryview(bytearray(header.length))
         raise Refused(f"a worker takes no {header.kind.name}")
 

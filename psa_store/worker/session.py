@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from psa_store import logs
-from psa_store.cluster import Plan
+from psa_store.cluster import Cell, Plan
 from psa_store.errors import DependencyUnreachable, Disconnected, Refused
 from psa_store.job.change import steps_set
 from psa_store.job.config import JobConfig
@@ -31,12 +31,18 @@ from psa_store.optim.history import of_ranks
 from psa_store.testing import failpoints
 from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Kind
-from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.membership import Membership, Standing
 from psa_store.worker.server_connections import Answer, ServerConnections, is_about_plan
 
 WAIT_S = 0.5
 """How long one wait lasts at most before everything is looked at again; nothing depends on it but signals."""
+
+
+class Memory(Protocol):
+    """Where parameters come to; strategies know more of it."""
+
+    def hide(self) -> None:
+        """Own memory for everything again, with undefined contents: parameters are about to be received."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Tools:
     layout: Layout
     wire: WireLayout
     steps: int | None
-    model: FlatModel
+    model: Memory
     servers: ServerConnections
     membership: Membership
     journal: Journal
@@ -115,7 +121,9 @@ class PlanSession:
         self.term: int | None = None
         """The term in which it stands; None: what it has and what servers have must be compared."""
         self.held: tuple[int, ...] = ()
-        """The ranks that the plan gives to this worker."""
+        """The ranks that the plan gives to this worker ..."""
+        self.cells: tuple[Cell, ...] = ()
+        """... and which stages of them."""
         self.owners: frozenset[str] = frozenset()
         """The servers that own what changes."""
         self.arrived: dict[int, int] = {}
@@ -172,7 +180,8 @@ class PlanSession:
             self.stands = False
 
     def _adopt(self, standing: Standing, plan: Plan) -> None:
-        self._standing, self.plan, self.held = standing, plan, standing.held
+        self._standing, self.plan = standing, plan
+        self.held, self.cells = standing.held, standing.cells
         self.owners = frozenset(plan.owner_of(shard.index).id for shard in self._layout.versioned)
         self._servers.follow(plan)
 
@@ -255,6 +264,10 @@ class PlanSession:
             return False
         self._frozen_missing = ()
         return True
+
+    def want_frozen(self, shards: Sequence[Shard]) -> None:
+        """Have the next :meth:`pull` bring these frozen shards, and no others."""
+        self._frozen_missing = tuple(shards)
 
     def finish(self, servers: Iterable[str], version: int) -> bool:
         """Have these servers commit the job's last version; False if there is something else to do before."""

@@ -9,7 +9,7 @@ The class is longer than others here: it is all that user code sees, and more th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from types import MappingProxyType, TracebackType
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_store import logs
-from psa_store.cluster import NO_WORKER, ProcessRole
+from psa_store.cluster import NO_WORKER, Cell, ProcessRole
 from psa_store.config import load_settings
 from psa_store.errors import UsageError
 from psa_store.job.average import Average
@@ -35,12 +35,14 @@ from psa_store.testing.failpoints import failpoint
 from psa_store.worker.batches import Batches, RankStep, seed_everything
 from psa_store.worker.creation import Wanted, new_config
 from psa_store.worker.draft import write_draft
-from psa_store.worker.flat_model import describe_model
+from psa_store.worker.flat_model import FlatModel, describe_model
 from psa_store.worker.given_optimizer import GivenOptimizer
 from psa_store.worker.health import Progress, as_reported
 from psa_store.worker.opening import Given, Opened, announce_failure, open_worker
 from psa_store.worker.script import check_model, script_line, whole_number
+from psa_store.worker.stages import BuildStage, StagedModel, describe_stages, refuse_with_stages
 from psa_store.worker.state import ScriptState
+from psa_store.worker.strategy.staged import StagedStrategy
 from psa_store.worker.streams import StreamBatches, is_stream
 
 
@@ -50,6 +52,12 @@ class Worker:
     Args:
         job: name of the training run; None takes ``PSA_JOB``. Running the same job again resumes it.
         model: any module. Its parameters and buffers become views of one flat memory while the worker lives.
+        stages: instead of a model, functions, each of which builds a part of it, an ``nn.Module``. It is called as
+            ``stage(carry, microbatch)``: ``carry`` is what the stage before returned, a tensor or a tuple of tensors
+            (None in the first one), and the last one returns the loss, or (loss, weight). Names of parameters are those
+            of the whole model. The script calls :meth:`compute` for the passes. Each worker has only the stages of
+            which the plan gives it cells, so any number of workers trains to the same bits. Goes with mode sync.
+        microbatches: equal parts in which the batch of a rank goes through the stages.
         optimizer: from ``psa.optim``, or one of ``torch.optim`` that is not stepped; its update is applied by the
             servers.
         lr_scheduler: of ``torch.optim``, made of that optimizer; one tick is one ``step()``. The script may tick it
@@ -85,8 +93,10 @@ class Worker:
     def __init__(
         self,
         job: str | None,
-        model: nn.Module,
+        model: nn.Module | None = None,
         *,
+        stages: Sequence[BuildStage] | None = None,
+        microbatches: int = 1,
         optimizer: Optimizer | torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         ranks: int | None = None,
@@ -99,7 +109,10 @@ class Worker:
         state: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        check_model(model)
+        if (model is None) is not (stages is not None and len(stages) > 0):
+            raise UsageError("psa.Worker needs a model, or stages=[…] that build its parts, and not both")
+        if model is not None:
+            check_model(model)
         steps = None if steps is None else whole_number("steps", steps, 0)
         self._settings = load_settings()
         logs.configure_once(self._settings.log_level, ProcessRole.WORKER, as_json=self._settings.log_json)
@@ -109,20 +122,31 @@ class Worker:
         check_job_name(name)
         if average is not None and not isinstance(average, Average):
             raise UsageError(f"average={average!r}: give psa.ema(0.999), or another decay")
+        seed = whole_number("seed", seed)
         self._optimizer = GivenOptimizer(optimizer, lr_scheduler, model, steps)
-        self._script_state = None if state is None else ScriptState(model, state)
         rule = self._optimizer.optimizer
-        layout = make_layout(describe_model(model, rule.group_of), shard_bytes)
+        self._script_state: ScriptState | None = None
+        if model is None:
+            refuse_with_stages(state=state)
+            specs = describe_stages(stages or (), seed, rule.group_of)
+        else:
+            self._script_state = None if state is None else ScriptState(model, state)
+            specs = describe_model(model, rule.group_of)
+        layout = make_layout(specs, shard_bytes)
         wanted = Wanted(
             name=name,
             ranks=None if ranks is None else whole_number("ranks", ranks, 1),
-            seed=whole_number("seed", seed),
+            seed=seed,
             optimizer=rule.to_dict(),
             layout=layout.fingerprint,
             mode=None if mode is None else parse_mode(mode),
             average=average,
+            stages=len(stages or (None,)),
+            microbatches=whole_number("microbatches", microbatches, 1),
         )
-        self._given = Given(wanted, model, layout, self._optimizer, self._script_state, steps, push_early, tokenizer)
+        self._given = Given(
+            wanted, model, stages or (), layout, self._optimizer, self._script_state, steps, push_early, tokenizer
+        )
         if self._settings.draft is not None:
             # `psa estimate` wants to know what the job would be: nothing else of the script is to happen.
             write_draft(new_config(wanted, self._settings), layout, self._settings.draft)
@@ -160,14 +184,14 @@ class Worker:
 
     @property
     def members(self) -> int:
-        """Workers that hold a rank."""
+        """Workers that hold a rank, or a part of one."""
         plan = self._membership.standing.plan
-        return len(set(plan.ranks) - {NO_WORKER}) if plan else 0
+        return len(set(plan.cells) - {NO_WORKER}) if plan else 0
 
     @property
     def is_main(self) -> bool:
-        """True in one process at a time, the one that holds rank 0: print and evaluate there."""
-        return 0 in self._membership.standing.held
+        """True in one process at a time, the one that holds rank 0 (its last stage): print and evaluate there."""
+        return Cell(0, self._config.stages - 1) in self._membership.standing.cells
 
     @property
     def finished(self) -> bool:
@@ -276,6 +300,26 @@ class Worker:
         if self._script_state is not None:
             self._script_state.end()
 
+    def compute(self, batch: Any) -> Tensor | None:
+        """With stages: make the forward and backward passes of the present batch that are to be made here.
+
+        Returns:
+            The loss of the batch where its last stage is, a scalar without a graph: the mean over micro-batches, by
+            their weights if they have such. None elsewhere, and where the job went on in another way meanwhile: the
+            batch comes again if it is still wanted.
+
+        Raises:
+            UsageError: there is no batch, it can not be cut into micro-batches, or a stage returned something else than
+                it may.
+        """
+        strategy = self._strategy if self._opened is not None else None
+        if self._current is None or not isinstance(strategy, StagedStrategy):
+            raise UsageError("worker.compute() comes after a batch from worker.batches(), in a worker with stages=")
+        try:
+            return strategy.compute(batch)
+        except UsageError as error:
+            raise UsageError(f"{script_line()}: {error}") from error
+
     def step(
         self,
         loss: Tensor | float | None = None,
@@ -332,7 +376,7 @@ class Worker:
         """
         if self._current is None:
             raise UsageError("worker.skip() without a batch from worker.batches()")
-        self._flat_model.backward.drop()
+        self._whole_model("worker.skip()").backward.drop()
         self._optimizer.skip()
         self.step(weight=0.0)
 
@@ -395,4 +439,9 @@ class Worker:
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Inside, ``backward()`` only adds up gradients; call it for all but the last part of a batch."""
-        return self._flat_model.backward.accumulate()
+        return self._whole_model("worker.accumulate()").backward.accumulate()
+
+    def _whole_model(self, what: str) -> FlatModel:
+        if isinstance(self._flat_model, StagedModel):
+            raise UsageError(f"{script_line()}: {what} does not go with stages, where worker.compute() makes the passes")
+        return self._flat_model

@@ -179,7 +179,7 @@ class Scene:
         With it comes the step for which that rank has not pushed anything. The worker itself sleeps meanwhile, before
         it has, or it would come back at once; awake, it finds that it has lost its connection.
         """
-        holder = self.plan.ranks[-1]
+        holder = self.plan.cells[-1]
 
         def pose(carrier: str, shard: int = 0) -> tuple[Peer, int]:
             peer = self.peer(carrier, shard)

@@ -88,7 +88,7 @@ class TestBits:
         run.wait_for_line(lambda line: line.startswith("step "))
         run.wait_for_line(lambda line: line.startswith("step "))
         with look(site, "carriers-both") as scene:
-            near, far = sorted(scene.plan.ranks, key=lambda worker: scene.workers[worker].pid == guest.process.pid)
+            near, far = sorted(scene.plan.cells, key=lambda worker: scene.workers[worker].pid == guest.process.pid)
             assert shares_memory_with(scene, near) and not talks_tcp_to(scene, near)
             assert talks_tcp_to(scene, far) and not shares_memory_with(scene, far)
             assert gradients_read_in_place(scene) >= 1
@@ -139,7 +139,7 @@ class TestReaders:
         """The controller is told that the holder is dead, which it is not."""
         with closing(coordination(site, job)) as zookeeper:
             zookeeper.start()
-            (holder,) = look(site, job).plan.ranks
+            (holder,) = look(site, job).plan.cells
             wait_until(lambda: len(zookeeper.members(ProcessRole.WORKER)) == 2, "the guest is there")
             zookeeper.remove(ProcessRole.WORKER, holder)
 

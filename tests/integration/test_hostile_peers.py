@@ -405,7 +405,7 @@ def norms_of_a_peer_that_is_no_server(scene: Scene, carrier: str) -> None:
 @deed
 def a_second_connection_of_a_living_worker(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
-    peer.hello(scene.plan.ranks[0])
+    peer.hello(scene.plan.cells[0])
     peer.is_closed()  # when the worker comes back
 
 

@@ -15,7 +15,7 @@ from psa_store.cluster import (
     Publish,
     TakeOver,
     View,
-    assign_ranks,
+    assign_cells,
     assign_shards,
     decide,
     member_from_json,
@@ -36,7 +36,7 @@ def members(*listed: str) -> dict[str, Member]:
 
 @given(current=st.lists(names | st.just(NO_WORKER), min_size=1, max_size=20), alive=st.sets(names))
 def test_ranks_are_shared_evenly_among_the_living(current: list[str], alive: set[str]) -> None:
-    ranks = assign_ranks(current, alive)
+    ranks = assign_cells(current, alive)
     assert len(ranks) == len(current)
     if not alive:
         assert set(ranks) == {NO_WORKER}
@@ -48,8 +48,8 @@ def test_ranks_are_shared_evenly_among_the_living(current: list[str], alive: set
 
 @given(ranks=st.integers(1, 20), alive=st.sets(names, min_size=1), dead=names)
 def test_a_death_moves_only_what_must_move(ranks: int, alive: set[str], dead: str) -> None:
-    before = assign_ranks([NO_WORKER] * ranks, alive | {dead})
-    after = assign_ranks(before, alive - {dead} or {"z"})
+    before = assign_cells([NO_WORKER] * ranks, alive | {dead})
+    after = assign_cells(before, alive - {dead} or {"z"})
     if alive - {dead}:
         assert all(b == a for b, a in zip(before, after, strict=True) if b != dead)
 
@@ -110,7 +110,7 @@ class Cluster:
             self.terms.append(term)
             if self.interval:
                 self.version -= self.version % self.interval
-            self.plan = Plan(term, revision, self.version, action.servers, action.owners, action.ranks)
+            self.plan = Plan(term, revision, self.version, action.servers, action.owners, action.cells)
         else:
             assert isinstance(action, Publish)
             assert self.plan is not None and action.plan.term == self.plan.term
@@ -118,7 +118,7 @@ class Cluster:
             if action.plan.owners:
                 assert action.plan.owners == self.plan.owners, "ownership changed without a new term"
             if self.interval and action.plan.owners:
-                assert action.plan.ranks == self.plan.ranks, "rank state changed hands without a new term"
+                assert action.plan.cells == self.plan.cells, "rank state changed hands without a new term"
                 assert action.plan.phase is not Phase.STOP or (action.plan.stop_version or 0) % self.interval == 0
             self.plan = action.plan
         return True
@@ -193,7 +193,7 @@ def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[s
         assert owners <= staying and len(owners) == min(len(staying), 6)
         assert len(cluster.plan.owners) == 6
         assert cluster.plan.phase is Phase.RUN
-        assert set(cluster.plan.ranks) <= (set(cluster.workers) or {NO_WORKER})
+        assert set(cluster.plan.cells) <= (set(cluster.workers) or {NO_WORKER})
 
 
 def test_a_joining_server_is_given_shards_without_a_lost_step() -> None:
@@ -219,7 +219,7 @@ def test_a_joining_worker_waits_for_rank_state() -> None:
     cluster.workers["w"] = member("w")
     cluster.settle()
     assert cluster.plan is not None and cluster.plan.resume == 20
-    assert sorted(cluster.plan.ranks) == ["v", "v", "w", "w"]
+    assert sorted(cluster.plan.cells) == ["v", "v", "w", "w"]
 
 
 def test_a_rank_whose_worker_died_goes_back_to_what_was_committed_of_it() -> None:
@@ -229,7 +229,7 @@ def test_a_rank_whose_worker_died_goes_back_to_what_was_committed_of_it() -> Non
     cluster.version = 17
     del cluster.workers["w"]
     action = decide(cluster.view())
-    assert isinstance(action, TakeOver) and set(action.ranks) == {"v"}
+    assert isinstance(action, TakeOver) and set(action.cells) == {"v"}
 
 
 def test_no_process_waits_for_a_round_that_no_worker_computes() -> None:

@@ -245,7 +245,7 @@ def test_a_worker_gone_leaves_ranks_without_holder() -> None:
 
 
 def test_ranks_without_a_worker_in_the_plan() -> None:
-    plan = replace(PLAN, ranks=("", ""))
+    plan = replace(PLAN, cells=("", ""))
     found = findings(zookeeper=replace(ZOOKEEPER, plan=plan, workers=()))
     the_one(found, Severity.SICK, "ranks 0, 1 without a worker", "psa worker SCRIPT")
 

@@ -82,7 +82,7 @@ class TestTakeOvers:
     def taken(self, before: Plan | None, reason: str, resume: int, reached: int = 0) -> Events:
         events = Events()
         begun = replace(PLAN, term=8, resume=resume)
-        events.took_over(TakeOver(PLAN.servers, PLAN.owners, PLAN.ranks, reason), before, begun, 0.314, reached)
+        events.took_over(TakeOver(PLAN.servers, PLAN.owners, PLAN.cells, 1, reason), before, begun, 0.314, reached)
         return events
 
     def test_a_job_is_created_once(self) -> None:
@@ -139,7 +139,7 @@ def test_a_plan_that_only_enters_a_phase_is_no_news() -> None:
     events = Events()
     events.planned(PLAN, replace(PLAN, revision=4, freeze_revision=4), "members changed")
     assert kinds(events) == []
-    events.planned(PLAN, replace(PLAN, ranks=("w1", "w1")), "workers changed")
+    events.planned(PLAN, replace(PLAN, cells=("w1", "w1")), "workers changed")
     (note,) = events.drain()
     assert note.event.text == "workers changed: 1 workers hold the 2 ranks, 2 servers the shards"
 

@@ -17,7 +17,7 @@ from psa_store.worker.session import Follower, PlanSession, Tools
 
 def plan_of(term: int, revision: int) -> Plan:
     server = Server(id="server-a", address="127.0.0.1:1", local="", host="here")
-    return Plan(term=term, revision=revision, resume=30, servers=(server,), owners=(0,), ranks=("worker-a",))
+    return Plan(term=term, revision=revision, resume=30, servers=(server,), owners=(0,), cells=("worker-a",))
 
 
 class Scene:

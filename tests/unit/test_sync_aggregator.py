@@ -52,7 +52,7 @@ def aggregator_of_nothing(arithmetic: Lazy) -> SyncAggregator:
         metrics=Metrics(ProcessRole.SERVER, "s"),
         report=lambda report: None,
     )
-    plan = Plan(term=1, revision=1, resume=7, servers=(), owners=(), ranks=("a", "b"))
+    plan = Plan(term=1, revision=1, resume=7, servers=(), owners=(), cells=("a", "b"))
     return SyncAggregator(cast(Tools, tools), plan, {}, OptimizerHistory(SGD()))
 
 

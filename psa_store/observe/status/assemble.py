@@ -162,7 +162,7 @@ def assemble(
         resumed_at=plan.resume if plan else None,
         controller=zookeeper.controller,
         samples_per_s=_sum(each.samples_per_s for each in workers),
-        loss=next((each.loss for each in workers if 0 in each.ranks), None),
+        loss=next((each.loss for each in workers if 0 in each.ranks and each.loss is not None), None),
         metrics=mean_reported(each for each in redis.heartbeats.values() if each is not None),
         servers=servers,
         workers=workers,
@@ -311,13 +311,13 @@ def _gone(plan: Plan, living: set[str]) -> tuple[GoneMember, ...]:
     ]
     workers = [
         GoneMember(each, ProcessRole.WORKER, "", 0, plan.ranks_of(each))
-        for each in sorted(set(plan.ranks) - living - {NO_WORKER})
+        for each in sorted(set(plan.cells) - living - {NO_WORKER})
     ]
     return (*servers, *workers)
 
 
 def _unheld(plan: Plan, living: set[str]) -> tuple[int, ...]:
-    return tuple(rank for rank, holder in enumerate(plan.ranks) if holder not in living)
+    return tuple(sorted({i % plan.ranks for i, holder in enumerate(plan.cells) if holder not in living}))
 
 
 def _lag_s(owning: Sequence[ServerStatus], beats: Mapping[str, _Beat], time_s: float) -> float | None:

@@ -47,6 +47,7 @@ from psa_store.server.clients import SharedParameters
 from psa_store.server.committer import Committer
 from psa_store.server.connections import Connections
 from psa_store.server.messages import Committed, Done, ToEventLoop, ToPlanFollower, Updated
+from psa_store.server.relay import CellRelay
 from psa_store.server.shard import OwnedShard
 from psa_store.server.waiters import Now, Waiters
 from psa_store.server.work import Work
@@ -69,6 +70,7 @@ class Tools:
     committer: Committer
     shared_parameters: SharedParameters
     waiters: Waiters
+    relay: CellRelay
     connections: Connections
     peers: Mapping[str, Connection]
     """The other servers of the plan, by name."""

@@ -130,7 +130,7 @@ class SyncAggregator(Aggregator):
         readers = [client for client in self._tools.shared_parameters.clients.values() if client.reading is not None]
         if not readers:
             return Memory.FREE
-        holders = any(client.member in self.plan.ranks for client in readers)
+        holders = any(client.member in self.plan.cells for client in readers)
         return Memory.READ_BY_HOLDERS if holders else Memory.READ_BY_OTHERS
 
     def _execute(self, instruction: Instruction) -> None:
@@ -206,6 +206,7 @@ class SyncAggregator(Aggregator):
     def _on_version(self) -> None:
         self._metrics["version"] = self._step.version
         self._tools.waiters.stale = True
+        self._tools.relay.advance(self._step.version)
 
     def _move(self) -> None:
         """Go on in a copy of the parameters: workers that hold no rank may read the present version on."""

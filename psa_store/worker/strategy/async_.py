@@ -27,6 +27,7 @@ from psa_store.optim.note import GradientNote
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
+from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.server_connections import Answer
@@ -55,13 +56,13 @@ class Kept:
 class AsyncStrategy:
     """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, model: FlatModel) -> None:
         self.session = PlanSession(tools, self)
         self.version = 0
         self._config = tools.config
         self._layout = tools.layout
         self._servers = tools.servers
-        self._flat_model = tools.model
+        self._flat_model = model
         self._journal = tools.journal
         self._log = logs.get_logger()
         self._pool = GradientPool(tools.layout, tools.wire)

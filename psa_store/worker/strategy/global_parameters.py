@@ -13,6 +13,7 @@ from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim.kernels import make_scratch
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.wire import Flag, Header
+from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.session import Tools
 from psa_store.worker.strategy.base import place_parameters
 
@@ -20,13 +21,13 @@ from psa_store.worker.strategy.base import place_parameters
 class GlobalParameters:
     """``newest`` and ``model`` are by trained and buffer shard: what servers sent last, and what the model has."""
 
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, model: FlatModel) -> None:
         self._config = tools.config
-        self._flat_model = tools.model
+        self._flat_model = model
         self.trained = tools.layout.shards_of(TensorRole.TRAINED)
         self.buffers = tools.layout.shards_of(TensorRole.BUFFER)
         changing = self.trained + self.buffers
-        self.model = {s.index: torch.frombuffer(tools.model.parameters(s), dtype=to_torch(s.dtype)) for s in changing}
+        self.model = {s.index: torch.frombuffer(model.parameters(s), dtype=to_torch(s.dtype)) for s in changing}
         self.newest = {s.index: torch.zeros(s.numel, dtype=to_torch(tools.wire.dtype(s))) for s in changing}
         self._versions: dict[int, int] = {}
         """Of each shard: a movement that comes a second time, after a lost connection, is known by it."""

@@ -31,6 +31,7 @@ from psa_store.optim.tensors import as_bytes
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.batches import RankStep
+from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.pushing import digest, record_pushed, refuse
 from psa_store.worker.rank_state import RankStates
@@ -43,7 +44,7 @@ from psa_store.worker.strategy.local_rank import LocalRank
 class LocalSGDStrategy:
     """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, model: FlatModel) -> None:
         config, layout = tools.config, tools.layout
         if tools.steps is not None:
             config.check_steps(tools.steps)
@@ -56,13 +57,13 @@ class LocalSGDStrategy:
         self._layout = layout
         self._mode = config.mode
         self._servers = tools.servers
-        self._flat_model = tools.model
+        self._flat_model = model
         self._journal = tools.journal
         self._log = logs.get_logger()
         # A gradient that does not travel is not rounded for the way.
         self._pool = GradientPool(layout, WireLayout(layout))
         self._states = RankStates(tools, self.session)
-        self._parameters = GlobalParameters(tools)
+        self._parameters = GlobalParameters(tools, model)
         self._gradients: GradientMemory
         self._turn: RankStep
         """What is being computed ..."""

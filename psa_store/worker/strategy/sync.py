@@ -24,6 +24,7 @@ from psa_store.optim.rank_state import RESIDUAL
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
+from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.rank_state import RankMemory, RankStates
@@ -40,11 +41,11 @@ _ASK_AGAIN_S = 0.02
 class SyncStrategy:
     """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, model: FlatModel) -> None:
         self.session = PlanSession(tools, self)
         self._tools = tools
         self._servers = tools.servers
-        self._flat_model = tools.model
+        self._flat_model = model
         self._journal = tools.journal
         self._log = logs.get_logger()
         self._step = WorkerStep(tools.steps, may_miss_versions=tools.config.mode.may_miss_versions)

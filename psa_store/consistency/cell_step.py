@@ -1,0 +1,103 @@
+"""A worker's part in the synchronous steps of a model in stages: which rank is next, which version is awaited.
+
+As :class:`psa_store.consistency.worker_step.WorkerStep`, but what a worker holds are cells, and it has the parameters
+of those stages only of which it holds one. A step goes on in the order of ranks in all workers, so the first rank that
+is not complete is worked at by all that hold a cell of it, and no two workers wait for each other.
+
+A cell that comes while the worker awaits a version is computed after a Reload: the worker told the servers that it has
+done with the present one.
+
+Pure: no I/O, no threads, no tensors, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from psa_store.cluster import Cell
+from psa_store.consistency.worker_instructions import LISTEN, Await, Compute, Finish, Listen
+from psa_store.consistency.worker_step import NEVER, Reload, Show
+
+Instruction = Compute | Await | Show | Reload | Finish | Listen
+
+
+class CellStep:
+    """One worker's view of the present step. Not thread-safe. ``last``: the version at which the job ends, or None."""
+
+    def __init__(self, last: int | None) -> None:
+        self._last = last
+        self.version = 0
+        """That of the parameters in the stages here."""
+        self._held: Sequence[Cell] = ()
+        self._owners: frozenset[str] = frozenset()
+        self._pushed: set[Cell] = set()
+        self._awaited: int | None = None
+        self._brought: dict[str, int] = {}
+
+    @property
+    def watches(self) -> bool:
+        """Whether this worker has no part in the present step."""
+        return not self._held and self._awaited is None
+
+    def missing(self, rank: int) -> tuple[int, ...]:
+        """The stages of a rank that are to be computed here."""
+        return tuple(cell.stage for cell in self._held if cell.rank == rank and cell not in self._pushed)
+
+    @property
+    def first(self) -> int | None:
+        """The first rank of which something is to be computed here."""
+        return min((cell.rank for cell in self._held if cell not in self._pushed), default=None)
+
+    # --- what has happened
+
+    def loaded(self, version: int) -> None:
+        """The stages have a version: that with which a term begins, or one that was shown."""
+        self.version = version
+        self.lost()  # nothing is in flight yet
+
+    def ends_at(self, last: int | None) -> None:
+        """The job ends at another version than was known."""
+        self._last = last
+
+    def planned(self, held: Sequence[Cell], owners: frozenset[str]) -> None:
+        """What the plan says: the cells held here, and the owners of what changes in their stages."""
+        self._held, self._owners = held, owners
+
+    def pushed(self, cells: Iterable[Cell]) -> None:
+        """The whole gradients of these are on their way."""
+        self._pushed.update(cells)
+
+    def brought(self, server: str, version: int) -> None:
+        """An owner has brought a version of all its shards."""
+        self._brought[server] = version
+
+    def refused(self, step: int, rank: int) -> None:
+        """A server has refused a push: the cells of the rank have to be computed again, if they stay here."""
+        if step == self.version:
+            self._pushed = {cell for cell in self._pushed if cell.rank != rank}
+
+    def lost(self) -> None:
+        """The connections are gone, and with them whatever was in flight."""
+        self._pushed.clear()
+        self._awaited = None
+        self._brought = {}
+
+    # --- what is to be done
+
+    def next(self) -> Instruction:
+        """What to do now."""
+        if self._last is not None and self.version >= self._last:
+            return Finish(self.version)
+        if self.first is not None:
+            if self._awaited is not None:
+                return Reload("more cells came in the middle of a step")
+            return Compute(self.version, self.first)
+        if self._awaited is None:
+            last = NEVER if self._last is None else self._last
+            self._awaited = self.version + 1 if self._held else last
+            return Await(self._awaited, self._owners)
+        if self._brought.keys() >= self._owners:
+            if any(version != self._awaited for version in self._brought.values()):
+                return Reload("the job went on while the cells held here were with others")
+            return Show(self._awaited)
+        return LISTEN

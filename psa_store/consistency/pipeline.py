@@ -1,0 +1,103 @@
+"""The order in which a worker computes the stages that it holds of one rank in one step: 1F1B.
+
+Each stage makes one forward and one backward pass of each micro-batch, both in the order of micro-batches. A forward
+pass needs what the stage before returned, a backward pass what the stage after gives back; the first and the last stage
+need nothing more. Stage k of S has at most S - k micro-batches between its two passes, so it keeps that many
+activations, however many micro-batches there are. What can be done backward is done first, in later stages before
+earlier ones.
+
+The order decides when something is computed, never what: gradients add up in the order of micro-batches in any case.
+So all workers may choose for themselves, and the bits are those of all forward passes first.
+
+No choice of which worker holds which stage blocks: the last stage can always go backward from what it has computed, and
+each stage behind it makes room for the one before.
+
+Source: PipeDream-Flush, https://arxiv.org/abs/2006.09503, section 2.2.
+
+Pure: no I/O, no threads, no tensors, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Let a stage compute a micro-batch."""
+
+    stage: int
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Let a stage compute the gradients of a micro-batch."""
+
+    stage: int
+    microbatch: int
+
+
+@dataclass(slots=True)
+class _Stage:
+    forwards: int = 0
+    """Passes that are done."""
+    backwards: int = 0
+    activations: set[int] = field(default_factory=set)
+    """Micro-batches of which the stage before has sent its result ..."""
+    gradients: set[int] = field(default_factory=set)
+    """... and the stage after the gradient of it."""
+
+
+class Pipeline:
+    """One rank's stages in one step. Not thread-safe."""
+
+    def __init__(self, stages: int, microbatches: int) -> None:
+        self._last = stages - 1
+        self._microbatches = microbatches
+        self._held: dict[int, _Stage] = {}
+
+    # --- what has happened
+
+    def hold(self, stages: Iterable[int]) -> None:
+        """This worker computes these from now on: new ones from their beginning, and those that it had as they are."""
+        self._held = {stage: self._held.get(stage) or _Stage() for stage in stages}
+
+    def arrived(self, stage: int, microbatch: int, *, backward: bool) -> None:
+        """Something is here for a stage: activations, or their gradients."""
+        held = self._held.get(stage)
+        if held is not None:
+            (held.gradients if backward else held.activations).add(microbatch)
+
+    def done(self, instruction: Forward | Backward) -> None:
+        """An instruction is carried out."""
+        held = self._held[instruction.stage]
+        if isinstance(instruction, Forward):
+            held.forwards += 1
+        else:
+            held.backwards += 1
+
+    # --- what is to be done
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The stages that are computed here."""
+        return tuple(sorted(self._held))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is done here."""
+        return all(held.backwards == self._microbatches for held in self._held.values())
+
+    def next(self) -> Forward | Backward | None:
+        """What to do now; None: something must arrive before."""
+        for stage in reversed(self.held):
+            held = self._held[stage]
+            if held.backwards < held.forwards and (stage == self._last or held.backwards in held.gradients):
+                return Backward(stage, held.backwards)
+            room = held.forwards - held.backwards < self._last - stage + 1
+            here = stage == 0 or held.forwards in held.activations
+            if held.forwards < self._microbatches and room and here:
+                return Forward(stage, held.forwards)
+        return None

@@ -1,0 +1,99 @@
+"""The relay of a server: keeps what cells send each other in a step, and hands it on.
+
+Within a host it keeps descriptors, and never touches the memory behind them; what comes by value goes out by value.
+Used by the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psa_store.cluster import Cell, Plan
+from psa_store.consistency.relay import Address, Relay
+from psa_store.errors import Refused
+from psa_store.server.connections import Connections
+from psa_store.wire import Connection, Flag, Header, PassedMemory, Reason
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Item:
+    """``payload``: a description of the tensors; after it their bytes, if they are not in ``memory``."""
+
+    header: Header
+    payload: bytes
+    memory: PassedMemory | None
+
+    def whole(self) -> bytes:
+        """As it goes by value."""
+        return self.payload if self.memory is None else self.payload + bytes(self.memory.attach().buffer)
+
+    def is_like(self, other: _Item) -> bool:
+        """Whether both are the same tensors, however they came."""
+        mine, theirs = self.whole(), other.whole()
+        length = min(len(mine), len(theirs))  # shared memory is at least a page
+        return mine[:length] == theirs[:length]
+
+
+class CellRelay:
+    """Executes what :class:`psa_store.consistency.relay.Relay` decides."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._relay: Relay[_Item, Connection] = Relay()
+
+    def __len__(self) -> int:
+        return len(self._relay)
+
+    def put(self, plan: Plan, connection: Connection, header: Header, payload: memoryview) -> tuple[Reason, str]:
+        """Keep what a cell sends, and hand it on; returns what to refuse it for.
+
+        Raises:
+            Refused: no correct worker sends this.
+        """
+        descriptor = connection.take_descriptor()
+        memory = None if descriptor is None else PassedMemory(descriptor)
+        if bool(header.flags & Flag.BY_REFERENCE) is not (memory is not None):
+            raise Refused("RELAY by reference comes with a descriptor, and by value without one")
+        backward = bool(header.flags & Flag.BACKWARD)
+        sender = header.stage + (1 if backward else -1)
+        if not (0 <= sender < plan.stages and header.stage < plan.stages and header.rank < plan.ranks):
+            raise Refused(f"RELAY for stage {header.stage} of rank {header.rank}: there is none")
+        if plan.holder(header.rank, sender) != connection.member:
+            return Reason.NOT_HOLDER, f"stage {sender} of rank {header.rank} is held by another worker"
+        item = _Item(header, bytes(payload), memory)
+        address = Address(header.step, Cell(header.rank, header.stage), header.microbatch, backward)
+        readers, former = self._relay.put(address, item)
+        if former is not None and not former.is_like(item):
+            return Reason.WRONG, (
+                f"stage {sender} of rank {header.rank} was computed twice in step {header.step}, with other results: "
+                "it must be a function of its parameters, its batch and the random numbers that it is given"
+            )
+        for reader in readers:
+            self._send(plan, reader, item)
+        return Reason.NONE, ""
+
+    def want(self, plan: Plan, connection: Connection, header: Header) -> None:
+        """A worker computes a cell: send it what is here for it, and from now on what comes."""
+        for _, item in self._relay.want(header.step, Cell(header.rank, header.stage), connection):
+            self._send(plan, connection, item)
+
+    def advance(self, version: int) -> None:
+        """A version is made: nothing of the steps before is needed any more."""
+        self._relay.advance(version)
+
+    def forget(self, connection: Connection) -> None:
+        """The connection is closed."""
+        self._relay.forget(connection)
+
+    def clear(self) -> None:
+        """The term is over: its cells are computed again."""
+        self._relay = Relay()
+
+    def _send(self, plan: Plan, reader: Connection, item: _Item) -> None:
+        header = item.header._replace(term=plan.term, revision=plan.revision)
+        if item.memory is None or reader.is_local:
+            self._connections.send(reader, header, item.payload, memory=item.memory)
+        else:
+            whole = item.whole()
+            flags = header.flags & ~Flag.BY_REFERENCE
+            self._connections.send(reader, header._replace(flags=flags, length=len(whole)), whole)

@@ -1,0 +1,125 @@
+"""What one stage hands to the next, and gets back: a few tensors, as they travel.
+
+A parcel is a description (dtypes, shapes, which of them want gradients) and the bytes of the tensors behind it: in one
+payload where it goes by value, in memory of its own within a host.
+
+Used by the worker, in the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psa_store.errors import Refused, UsageError
+from psa_store.optim.tensors import as_bytes, name_of, to_torch
+from psa_store.wire import SharedMemory
+
+_LENGTH = struct.Struct("<I")
+_ALIGN_BYTES = 64
+"""As in the layout: vector kernels may give other last bits for other alignments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """``tensors``: detached; None where there is no gradient. ``single``: a stage returned a tensor, not a tuple.
+
+    ``weight``: with the last gradients of a rank, that of the rank in the mean over ranks; None if all count alike.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    wants_gradient: tuple[bool, ...]
+    single: bool = False
+    weight: float | None = None
+
+    def describe(self) -> bytes:
+        """What a reader has to know of it, padded so that tensors may follow."""
+        each = [None if t is None else [name_of(t.dtype), list(t.shape)] for t in self.tensors]
+        text = json.dumps([each, self.wants_gradient, self.single, self.weight]).encode()
+        length = _rounded(_LENGTH.size + len(text))
+        return (_LENGTH.pack(len(text)) + text).ljust(length)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(_rounded(t.numel() * t.element_size()) for t in self.tensors if t is not None)
+
+    def write(self, memory: Tensor) -> None:
+        """Write the tensors into flat uint8 memory, one after the other."""
+        low = 0
+        for tensor in self.tensors:
+            if tensor is not None:
+                size_bytes = tensor.numel() * tensor.element_size()
+                memory[low : low + size_bytes].view(tensor.dtype).copy_(tensor.reshape(-1))
+                low += _rounded(size_bytes)
+
+
+def by_value(parcel: Parcel) -> memoryview:
+    """The payload of a parcel that travels by value."""
+    description = parcel.describe()
+    payload = torch.empty(len(description) + parcel.size_bytes, dtype=torch.uint8)
+    payload[: len(description)] = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+    parcel.write(payload[len(description) :])
+    return as_bytes(payload)
+
+
+def in_memory(parcel: Parcel) -> SharedMemory:
+    """The tensors of a parcel in memory that can be passed; its description is the payload."""
+    memory = SharedMemory.create("carry", parcel.size_bytes)
+    parcel.write(torch.frombuffer(memory.buffer, dtype=torch.uint8))
+    return memory
+
+
+def read(payload: memoryview, descriptor: int | None) -> Parcel:
+    """Read a parcel that has come; takes over the descriptor.
+
+    Raises:
+        Refused: it is none.
+    """
+    try:
+        (length,) = _LENGTH.unpack_from(payload)
+        each, wants_gradient, single, weight = json.loads(bytes(payload[_LENGTH.size : _LENGTH.size + length]))
+        sizes = [0 if one is None else _size_bytes(*one) for one in each]
+        if descriptor is not None:
+            memory = SharedMemory.attach(descriptor, sum(map(_rounded, sizes)))
+            flat = torch.frombuffer(memory.buffer, dtype=torch.uint8)
+        else:
+            flat = torch.frombuffer(payload, dtype=torch.uint8)[_rounded(_LENGTH.size + length) :]
+        tensors: list[Tensor | None] = []
+        low = 0
+        for one, size_bytes in zip(each, sizes, strict=True):
+            dtype, shape = one or ("uint8", ())
+            tensors.append(None if one is None else flat[low : low + size_bytes].view(to_torch(dtype)).view(shape))
+            low += _rounded(size_bytes)
+    except (struct.error, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise Refused(f"RELAY of something that is no carry: {error}") from error
+    return Parcel(tuple(tensors), tuple(wants_gradient), single, weight)
+
+
+def of_stage(returned: Any, stage: int) -> Parcel:
+    """What a stage returned, for the next one.
+
+    Raises:
+        UsageError: it is no tensor and no tuple of tensors.
+    """
+    tensors: Sequence[Any] = returned if isinstance(returned, tuple | list) else (returned,)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"stage {stage} returned a {type(returned).__name__} with a {type(tensor).__name__} in it: a stage "
+                "returns a tensor or a tuple of tensors for the next one, and the last one the loss"
+            )
+    return Parcel(tuple(t.detach() for t in tensors), tuple(t.requires_grad for t in tensors), returned is tensors[0])
+
+
+def _size_bytes(dtype: str, shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel() * to_torch(dtype).itemsize
+
+
+def _rounded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES

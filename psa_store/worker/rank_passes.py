@@ -1,0 +1,208 @@
+"""The forward and backward passes of those cells of one rank that a worker holds, in one step.
+
+When a pass is due decides :class:`psa_store.consistency.pipeline.Pipeline`. Between two stages a graph is cut in any
+case, also where one worker holds both: each stage begins with tensors of its own, so bits do not depend on who holds
+what. Before each forward pass the generators are seeded by (seed, step, rank, stage, micro-batch).
+
+Used by the worker, in the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psa_store.consistency.pipeline import Backward, Forward, Pipeline
+from psa_store.errors import UsageError
+from psa_store.job.sampling import stream_seed
+from psa_store.testing import failpoints
+from psa_store.testing.failpoints import failpoint
+from psa_store.worker.batches import RankStep
+from psa_store.worker.carry import Parcel, of_stage
+from psa_store.worker.randomness import seed_all
+from psa_store.worker.stages import StagedModel
+
+Send = Callable[[int, int, bool, Parcel], None]
+"""Sends a parcel to a stage of the rank: stage, micro-batch, whether it goes backward."""
+_ALL_ALIKE = None
+
+
+class RankPasses:
+    """``microbatches``: the rank's batch, in parts. ``count``: how many stages the model has."""
+
+    def __init__(
+        self, rank_step: RankStep, microbatches: Sequence[Any], count: int, model: StagedModel, seed: int, send: Send
+    ) -> None:
+        self.rank_step = rank_step
+        self.loss: Tensor | None = None
+        """Where the last stage is: the mean over micro-batches."""
+        self._microbatches = microbatches
+        self._last = count - 1
+        self._model = model
+        self._seed = seed
+        self._send = send
+        self._pipeline = Pipeline(count, len(microbatches))
+        self._inputs: dict[tuple[int, int], Parcel] = {}
+        """By stage and micro-batch: what the stage before returned; while its graph lives, as leaves of it."""
+        self._outputs: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._gradients: dict[tuple[int, int], Parcel] = {}
+        self._kept: dict[tuple[int, int, bool], Parcel] = {}
+        """What went from one stage here to the next: it is sent when that goes to another worker."""
+        self._came: set[tuple[int, int, bool]] = set()
+        self._losses: list[Tensor] = []
+        self._weights: list[float] = []
+        self._total: float | None = _ALL_ALIKE
+        self._failpoints = failpoints.are_on()
+
+    # --- what has happened
+
+    def hold(self, stages: Iterable[int]) -> None:
+        """Compute these stages from now on, those that are new from their beginning."""
+        self._pipeline.hold(stages)
+        held = self._pipeline.held
+        self._came = {key for key in self._came if key[0] in held}
+        for to in [key for key in self._kept if key[0] not in held]:
+            self._send(*to, self._kept.pop(to))
+        if self._last not in held:
+            self._losses, self._weights = [], []
+
+    def arrived(self, stage: int, microbatch: int, backward: bool, parcel: Parcel) -> None:
+        """Something has come from another worker."""
+        if stage in self._pipeline.held and (stage, microbatch, backward) not in self._came:
+            self._came.add((stage, microbatch, backward))
+            (self._gradients if backward else self._inputs)[stage, microbatch] = parcel
+            self._pipeline.arrived(stage, microbatch, backward=backward)
+
+    # --- what is to be done
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        return self._pipeline.held
+
+    @property
+    def finished(self) -> bool:
+        """Whether all gradients of the stages here are there, but not yet handed over."""
+        return self._pipeline.finished
+
+    def turn(self) -> bool:
+        """Make one pass; False if something must arrive before."""
+        match self._pipeline.next():
+            case Forward() as due:
+                self._forward(due)
+            case Backward() as due:
+                self._backward(due)
+            case None:
+                return False
+        return True
+
+    def scale(self, stage: int) -> float:
+        """Bring the gradients of a stage to the weighted mean over micro-batches; returns the weight of the rank."""
+        total = self._total
+        if total is _ALL_ALIKE:
+            return 1.0
+        if total:
+            for parameter in self._model.module(stage).parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0 / total)
+        return total
+
+    # --- passes
+
+    def _forward(self, due: Forward) -> None:
+        stage, index = due.stage, due.microbatch
+        if self._failpoints:
+            failpoint("cell.forward")
+        step, rank = self.rank_step.step, self.rank_step.rank
+        seed_all(stream_seed(self._seed, step, rank, f"stage {stage}, micro-batch {index}"))
+        carry: Any = None
+        if stage:
+            leaves = _leaves(self._inputs[stage, index])
+            self._inputs[stage, index] = leaves
+            carry = leaves.tensors[0] if leaves.single else leaves.tensors
+        returned = self._model.module(stage)(carry, self._microbatches[index])
+        if stage == self._last:
+            self._outputs[stage, index] = (self._as_loss(returned),)
+        else:
+            parcel = of_stage(returned, stage)
+            self._outputs[stage, index] = (returned,) if parcel.single else tuple(returned)
+            self._deliver(stage + 1, index, False, parcel)
+        self._pipeline.done(due)
+
+    def _as_loss(self, returned: Any) -> Tensor:
+        """What a micro-batch adds to the gradient: its loss, by its weight if it has one."""
+        weight = None
+        if isinstance(returned, tuple) and len(returned) == 2:
+            returned, weight = returned
+            weight = float(weight)
+            if not 0.0 <= weight < float("inf"):
+                raise UsageError(f"the last stage returned the weight {weight}: it must be a number of at least 0")
+        if not isinstance(returned, Tensor) or returned.numel() != 1:
+            what = f"tensor of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else type(returned)
+            raise UsageError(f"the last stage returned a {what}: give the loss, one number, or (loss, weight)")
+        if (weight is None) is not (not self._weights) and self._losses:
+            raise UsageError("the last stage returned a weight for some micro-batches only: give one for each, or none")
+        self._losses.append(returned.detach())
+        if weight is None:
+            return returned / len(self._microbatches)
+        self._weights.append(weight)
+        weighted: Tensor = returned * weight
+        return weighted
+
+    def _backward(self, due: Backward) -> None:
+        stage, index = due.stage, due.microbatch
+        if self._failpoints:
+            failpoint("cell.backward")
+        flat = self._model.flat(stage).backward
+        is_last = index == len(self._microbatches) - 1
+        outputs = self._outputs.pop((stage, index))
+        with nullcontext() if is_last else flat.accumulate():
+            if stage == self._last:
+                outputs[0].backward()  # type: ignore[no-untyped-call]
+                if is_last:
+                    self._end_loss()
+            else:
+                parcel = self._gradients.pop((stage, index))
+                if is_last:
+                    self._total = parcel.weight
+                pairs = [(o, g) for o, g in zip(outputs, parcel.tensors, strict=True) if g is not None]
+                if pairs:
+                    torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+        if stage:
+            leaves = self._inputs.pop((stage, index))
+            gradients = tuple(None if leaf is None else leaf.grad for leaf in leaves.tensors)
+            weight = self._total if is_last else None
+            self._deliver(stage - 1, index, True, Parcel(gradients, leaves.wants_gradient, leaves.single, weight))
+        self._pipeline.done(due)
+
+    def _end_loss(self) -> None:
+        losses = torch.stack([loss.float().reshape(()) for loss in self._losses])
+        if self._weights:
+            weights = torch.tensor(self._weights, dtype=torch.float64)
+            self._total = float(weights.sum())
+            losses = losses * weights.to(losses) / (self._total or 1.0)
+            self.loss = losses.sum()
+        else:
+            self.loss = losses.mean()
+
+    def _deliver(self, stage: int, microbatch: int, backward: bool, parcel: Parcel) -> None:
+        if stage in self._pipeline.held:
+            self._kept[stage, microbatch, backward] = parcel
+            self.arrived(stage, microbatch, backward, parcel)
+        else:
+            self._send(stage, microbatch, backward, parcel)
+            if self._failpoints:
+                failpoint("cell.sent")
+
+
+def _leaves(parcel: Parcel) -> Parcel:
+    """The same tensors, at which backward ends."""
+    leaves = []
+    for tensor, wants in zip(parcel.tensors, parcel.wants_gradient, strict=True):
+        assert tensor is not None
+        leaves.append(tensor.detach().requires_grad_(wants))
+    return dataclasses.replace(parcel, tensors=tuple(leaves))

@@ -1,0 +1,182 @@
+"""A model in stages: of each, a module while this worker holds one of its cells, and nothing otherwise.
+
+Used by the worker, in the thread that runs the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from psa_store import logs
+from psa_store.errors import UsageError
+from psa_store.job.layout import Layout, Shard, TensorSpec
+from psa_store.job.sampling import stream_seed
+from psa_store.job.wire_layout import WireLayout
+from psa_store.worker.flat_model import FlatModel, describe_model
+from psa_store.worker.randomness import seed_all
+from psa_store.worker.script import check_model
+
+BuildStage = Callable[[], nn.Module]
+GroupOf = Callable[[str, tuple[int, ...]], int]
+
+
+def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) -> list[TensorSpec]:
+    """List the parameters and buffers of all stages, without their memory: each is built on torch's meta device.
+
+    Raises:
+        UsageError: a stage is none, or two have a parameter of one name.
+    """
+    specs: list[TensorSpec] = []
+    homes: dict[str, int] = {}
+    for stage, build in enumerate(stages):
+        with torch.device("meta"):
+            module = _build(build, stage, seed)
+        for spec in describe_model(module, group_of):
+            for name in spec.names:
+                if homes.setdefault(name, stage) != stage:
+                    raise UsageError(
+                        f"stages {homes[name]} and {stage} both have a {name}: a parameter belongs to one stage"
+                    )
+            specs.append(replace(spec, stage=stage))
+    return specs
+
+
+def refuse_with_stages(**given: object) -> None:
+    """Raise UsageError for an argument of ``psa.Worker`` that goes with a whole model only."""
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(f"psa.Worker({name}=) does not go with stages: it belongs to a model that is in one piece")
+
+
+def _build(build: BuildStage, stage: int, seed: int) -> nn.Module:
+    """Build a stage: equal in all processes, and each time."""
+    seed_all(stream_seed(seed, 0, 0, f"stage {stage}"))
+    module = build()
+    check_model(module)
+    return module
+
+
+class StagedModel:
+    """The stages that are held, each in flat memory."""
+
+    def __init__(self, stages: Sequence[BuildStage], layout: Layout, seed: int) -> None:
+        self._builders = stages
+        self._layout = layout
+        self._seed = seed
+        self._wire: WireLayout | None = None
+        self._held: dict[int, tuple[nn.Module, FlatModel]] = {}
+        self._shown: dict[str, int] = {}
+        """By server of this host, a descriptor of the memory in which it publishes parameters ..."""
+        self._shown_in: dict[int, set[str]] = {}
+        """... and by stage, which of them it shows."""
+        self._log = logs.get_logger()
+
+    def close(self) -> None:
+        """Let the stages go; script that has kept a module finds its parameters as they are."""
+        self._close_shown()
+        for _, flat in self._held.values():
+            flat.close()
+        self._held.clear()
+
+    def initial(self) -> Iterator[tuple[Shard, memoryview]]:
+        """Each shard and its bytes, as the job begins with them: one stage after the other is built for it."""
+        for stage, build in enumerate(self._builders):
+            module = _build(build, stage, self._seed)
+            flat = FlatModel(module, self._layout, push_early=False, stage=stage)
+            yield from flat.initial()
+            flat.close()
+            del module, flat
+            gc.collect()  # hooks of a module are cycles
+
+    # --- what is held
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return tuple(sorted(self._held))
+
+    def hold(self, stages: Iterable[int]) -> tuple[int, ...]:
+        """Have these stages and no others; returns the new ones, whose parameters are undefined."""
+        wanted = set(stages)
+        for stage in self._held.keys() - wanted:
+            self._held.pop(stage)[1].close()
+            self._shown_in.pop(stage, None)
+            gc.collect()
+        new = tuple(sorted(wanted - self._held.keys()))
+        for stage in new:
+            module = _build(self._builders[stage], stage, self._seed)
+            flat = FlatModel(module, self._layout, push_early=False, stage=stage)
+            if self._wire is not None:
+                flat.receive_as(self._wire)
+            self._held[stage] = module, flat
+            self._shown_in[stage] = set()
+        if new:
+            self._log.debug("holding stages", stages=sorted(wanted))
+        return new
+
+    def module(self, stage: int) -> nn.Module:
+        """The module of a stage that is held."""
+        return self._held[stage][0]
+
+    def flat(self, stage: int) -> FlatModel:
+        """The memory of a stage that is held."""
+        return self._held[stage][1]
+
+    def end(self, weight: float) -> None:
+        """Refuse a weight of the script: that of a rank comes with its loss."""
+        if weight != 1.0:
+            raise UsageError(
+                f"worker.step(weight={weight}) with stages: the last one returns the weight, as (loss, weight)"
+            )
+
+    # --- parameters that come
+
+    def receive_as(self, wire: WireLayout) -> None:
+        """Parameters come as ``wire`` lays them out."""
+        self._wire = wire
+
+    def place(self, shard: Shard) -> memoryview:
+        """Where a shard that comes by value is to be received."""
+        return self._held[shard.stage][1].place(shard)
+
+    def publishes(self, server: str, descriptor: int) -> None:
+        """A server of this host publishes its parameters in this memory from now on; takes over the descriptor."""
+        former = self._shown.pop(server, None)
+        if former is not None:
+            os.close(former)
+        self._shown[server] = descriptor
+        for shown in self._shown_in.values():
+            shown.discard(server)
+
+    def show(self, server: str, shards: Iterable[int]) -> None:
+        """Let the stages have these trained shards where the server publishes them, if it does."""
+        if server not in self._shown:
+            return
+        for stage, (_, flat) in self._held.items():
+            own = [shard for shard in shards if self._layout.shards[shard].stage == stage]
+            if own and server not in self._shown_in[stage]:
+                flat.show(server, os.dup(self._shown[server]), own)
+                self._shown_in[stage].add(server)
+
+    def hide(self) -> None:
+        """Own memory for everything again, with undefined contents: parameters are about to be received."""
+        self._close_shown()
+        for _, flat in self._held.values():
+            flat.hide()
+
+    def version_arrived(self) -> None:
+        """All shards of the stages here are at one version; raises UsageError as :class:`FlatModel` does."""
+        for _, flat in self._held.values():
+            flat.version_arrived()
+
+    def _close_shown(self) -> None:
+        for descriptor in self._shown.values():
+            os.close(descriptor)
+        self._shown.clear()
+        for shown in self._shown_in.values():
+            shown.clear()

@@ -1,0 +1,301 @@
+"""The synchronous strategy of a model in stages: this worker computes cells, and sends others what theirs need.
+
+What is to be done next decides :class:`psa_store.consistency.cell_step.CellStep`; :meth:`StagedStrategy._decide`
+executes it. While a rank is computed the worker listens: activations and gradients come through the relay of a server,
+and a plan may give it more cells, or less. A cell of a rank that comes before the present one ends that one's passes;
+they are made again later. So does a new term: what was sent in the former one is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from psa_store import logs
+from psa_store.cluster import Cell, Plan, Server
+from psa_store.consistency import RANK_OF_BUFFERS
+from psa_store.consistency.cell_step import CellStep
+from psa_store.consistency.worker_instructions import Await, Compute, Finish, Listen
+from psa_store.consistency.worker_step import Reload, Show
+from psa_store.errors import UsageError
+from psa_store.job.layout import Shard, TensorRole
+from psa_store.optim.note import PLAIN
+from psa_store.testing.failpoints import failpoint
+from psa_store.wire import Flag, Header, Kind
+from psa_store.worker.batches import RankStep
+from psa_store.worker.carry import Parcel, read
+from psa_store.worker.gradients import GradientMemory, GradientPool
+from psa_store.worker.microbatches import microbatches_of
+from psa_store.worker.pushing import GradientPush, refuse
+from psa_store.worker.rank_passes import RankPasses
+from psa_store.worker.server_connections import Answer
+from psa_store.worker.session import PlanSession, Tools
+from psa_store.worker.stages import StagedModel
+
+
+class StagedStrategy:
+    """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
+
+    def __init__(self, tools: Tools, model: StagedModel) -> None:
+        self.session = PlanSession(tools, self)
+        self._tools = tools
+        self._config = tools.config
+        self._servers = tools.servers
+        self._model = model
+        self._journal = tools.journal
+        self._log = logs.get_logger()
+        self._step = CellStep(tools.steps)
+        self._pool = GradientPool(tools.layout, tools.wire)
+        self._push = GradientPush(tools, self.session, lambda rank, shard: None)
+        self._gradients: GradientMemory
+        self._version_of_pool = 0
+        self._rank_step: RankStep
+        self._passes: RankPasses | None = None
+        """Of the rank that is computed now."""
+        self._computed: tuple[int, ...] | None = None
+        """The stages whose gradients are whole, from ``compute()`` to the end of the step; None before it."""
+        self._term: int | None = None
+        """In which the passes began."""
+
+    @property
+    def version(self) -> int:
+        return self._step.version
+
+    # --- what the worker calls
+
+    def next_rank_step(self) -> RankStep | None:
+        self.session.look()
+        while (decided := self._decide()) is not None:
+            match decided:
+                case Finish(version):
+                    if self.session.finish([server.id for server in self.session.plan.servers], version):
+                        return None
+                case Compute(step, rank):
+                    if self._take_gradient_memory(step):
+                        return RankStep(step, rank)
+        return None
+
+    def begin(self, rank_step: RankStep) -> None:
+        self._rank_step = rank_step
+        self._computed = None
+        self._push.begin(rank_step, self._gradients)
+
+    def compute(self, batch: Any) -> Tensor | None:
+        """Make all passes of the cells here of the present rank; the loss, where its last stage is.
+
+        None, too, if the job went on in another way meanwhile; the batch comes again where it is still wanted.
+
+        Raises:
+            UsageError: the batch can not be cut, or a stage is not as it should be.
+        """
+        if self._computed is not None:
+            raise UsageError("worker.compute() was called twice for one batch")
+        self._computed = ()
+        rank_step, config = self._rank_step, self._config
+        parts = microbatches_of(batch, config.microbatches)
+        passes = RankPasses(rank_step, parts, config.stages, self._model, config.seed, self._send)
+        self._passes, self._term = passes, self.session.term
+        try:
+            if not self._hold():
+                return None
+            while not passes.finished:
+                if not passes.turn() and not self._listen():
+                    return None
+                if self.session.plan_is_over() and not self._hold():
+                    return None
+            self._computed = passes.held
+            self._take_gradients(passes)
+            return passes.loss
+        finally:
+            self._passes = None
+
+    def hand_over(self) -> None:
+        """With the gradient that is the step's last, wait for the next version and load it."""
+        computed, push = self._computed, self._push
+        if computed is None:
+            raise UsageError("worker.step() without worker.compute(batch): with stages, that makes the passes")
+        self._computed = None
+        if computed:
+            if push.flaw:
+                refuse(push.rank_step, push.flaw)
+            step, rank = self._rank_step.step, self._rank_step.rank
+            if rank == RANK_OF_BUFFERS:
+                for shard in self._tools.layout.shards_of(TensorRole.BUFFER):
+                    if shard.stage in computed:
+                        flat = self._model.flat(shard.stage)
+                        self._servers.push_value(step, rank, shard.index, flat.parameters(shard))
+            push.done()
+            self._step.pushed(Cell(rank, stage) for stage in computed)
+        self._decide(handing_over=True)
+
+    # --- a rank's passes
+
+    def _hold(self) -> bool:
+        """Follow the newest plan in the middle of passes; False if they are to be given up."""
+        session, passes = self.session, self._passes
+        assert passes is not None
+        if session.term_is_over() or not (session.stands or session.settle()) or session.term != self._term:
+            return False
+        step, rank = self._rank_step.step, self._rank_step.rank
+        if step != self._step.version or self._step.first != rank:
+            return False
+        stages = self._step.missing(rank)
+        new = self._model.hold({*self._model.stages, *stages})
+        if new and not self._pull(new, step):
+            return False
+        for stage in stages:
+            if stage not in passes.held:
+                self._model.flat(stage).begin(self._gradients, self._push.push)
+                self._want(stage)
+        passes.hold(stages)
+        return True
+
+    def _listen(self) -> bool:
+        """Wait for what other workers send; False if passes are to be given up."""
+        return self.session.wait() and not self.session.term_is_over()
+
+    def _take_gradients(self, passes: RankPasses) -> None:
+        """Push the gradients of all cells that were computed."""
+        for stage in passes.held:
+            weight = passes.scale(stage)
+            self._gradients.note = PLAIN
+            flat = self._model.flat(stage)
+            flat.end(weight)
+            flat.collect_buffers()
+
+    def _want(self, stage: int) -> None:
+        """Have what is for a cell sent here, what was sent before as well."""
+        if self._config.stages > 1:
+            step, rank = self._rank_step.step, self._rank_step.rank
+            self._servers.want(self._relay_of(stage).id, step, Cell(rank, stage))
+
+    def _send(self, stage: int, microbatch: int, backward: bool, parcel: Parcel) -> None:
+        step, rank = self._rank_step.step, self._rank_step.rank
+        self._servers.relay(self._relay_of(stage).id, step, Cell(rank, stage), microbatch, backward, parcel)
+
+    def _relay_of(self, stage: int) -> Server:
+        """The server through which a cell of the present rank gets what others send it: equal in all workers."""
+        servers = self.session.plan.servers
+        return servers[(self._rank_step.rank + stage) % len(servers)]
+
+    # --- the step
+
+    def _decide(self, *, handing_over: bool = False) -> Compute | Finish | None:
+        """Do what has to be done until there is a rank to compute, or the end; None: told to leave, or nothing to do."""
+        session, step = self.session, self._step
+        while not session.leaving:
+            if not (session.stands or session.settle()):
+                session.wait()
+                continue
+            if handing_over and step.watches:
+                return None
+            match step.next():
+                case Compute() | Finish() as decided:
+                    return decided
+                case Await(version, servers):
+                    self._model.hold({cell.stage for cell in session.cells})
+                    self._servers.wait_for(servers, version, stages=self._model.stages)
+                case Listen():
+                    session.wait()
+                case Show(version):
+                    if session.recording:
+                        self._journal.record("acked", term=session.term, version=version)
+                    self._show(version)
+                case Reload(why):
+                    session.lose(why)
+        return None
+
+    def _show(self, version: int) -> None:
+        """Let the stages here be at a version of which all their shards are here."""
+        self._model.version_arrived()
+        self._step.loaded(version)
+
+    def _take_gradient_memory(self, step: int) -> bool:
+        """Have memory that nothing reads for the next gradient; False if one must wait for it: see SyncStrategy."""
+        shares = self._servers.shares
+        if not shares and self._servers.sending:
+            self.session.wait()
+            return False
+        if not shares or step != self._version_of_pool:
+            self._pool.release()
+        self._version_of_pool = step
+        self._gradients = self._pool.take()
+        return True
+
+    # --- loading
+
+    def load(self, plan: Plan) -> bool:
+        """Get all shards of the stages held here at one version of this term."""
+        session = self.session
+        self._step.ends_at(session.last_version)
+        self._model.hold({cell.stage for cell in session.cells})
+        newest, wanted = -1, plan.resume
+        while newest < wanted:
+            newest = wanted
+            if not self._pull(self._model.stages, newest, version_arrived=False):
+                return False
+            # A step may complete meanwhile: then some shards are a version ahead of others.
+            wanted = max((session.arrived[shard.index] for shard in self._versioned()), default=newest)
+        self._journal.record("loaded", term=plan.term, version=newest)
+        failpoint("worker.loaded")
+        self._show(newest)
+        self.replanned()
+        return True
+
+    def _versioned(self) -> list[Shard]:
+        return [shard for shard in self._tools.layout.versioned if shard.stage in self._model.stages]
+
+    def _pull(self, stages: Sequence[int], version: int, *, version_arrived: bool = True) -> bool:
+        """Have the shards of some stages, at this version where it is the present one, or at it or a newer one."""
+        session, layout = self.session, self._tools.layout
+        session.want_frozen([s for s in layout.shards_of(TensorRole.FROZEN) if s.stage in stages])
+        shards = [shard for shard in layout.versioned if shard.stage in stages]
+        for shard in shards:
+            session.arrived.pop(shard.index, None)
+        if not session.pull(shards, version, session.term_is_over):
+            return False
+        if version_arrived:
+            if any(session.arrived[shard.index] != version for shard in shards):
+                return False  # the step is complete without this worker
+            for stage in stages:
+                self._model.flat(stage).version_arrived()
+        return True
+
+    def replanned(self) -> None:
+        self._step.planned(self.session.cells, self.session.owners)
+
+    def lost(self) -> None:
+        self._pool.give_up()
+        self._step.lost()
+
+    def refused(self, header: Header) -> None:
+        self._step.refused(header.step, header.rank)
+
+    def place(self, header: Header, shard: Shard) -> memoryview:
+        return self._model.place(shard)
+
+    def take(self, answer: Answer) -> None:
+        header = answer.header
+        match header.kind:
+            case Kind.VERSION:
+                self._step.brought(answer.server, header.step)
+                if answer.descriptor is not None:
+                    self._model.publishes(answer.server, answer.descriptor)
+                if header.flags & Flag.BY_REFERENCE:
+                    trained = {shard.index for shard in self._tools.layout.shards_of(TensorRole.TRAINED)}
+                    owned = self.session.plan.shards_of(answer.server)
+                    self._model.show(answer.server, [shard for shard in owned if shard in trained])
+            case Kind.PARAMS:
+                self.session.arrived[header.shard] = header.step
+            case Kind.RELAY:
+                self._take_parcel(answer)
+            case _:
+                pass
+
+    def _take_parcel(self, answer: Answer) -> None:
+        header, passes = answer.header, self._passes
+        parcel = read(answer.payload, answer.descriptor)
+        if passes is not None and (header.step, header.rank) == (passes.rank_step.step, passes.rank_step.rank):
+            passes.arrived(header.stage, header.microbatch, bool(header.flags & Flag.BACKWARD), parcel)
