@@ -48,7 +48,17 @@ def _read_with(parse: Callable[[str], _Value]) -> BeforeValidator:
 
 
 _AS_TEXT = PlainSerializer(str)
-_AGREED = ("ranks", "stages", "microbatches", "seed", "mode", "commit_every", "skip_nonfinite", "compression", "average")
+_AGREED = (
+    "ranks",
+    "stages",
+    "microbatches",
+    "seed",
+    "mode",
+    "commit_every",
+    "skip_nonfinite",
+    "compression",
+    "average",
+)
 """What a process must have as it is stored; the layout is compared before, tensor by tensor."""
 
 

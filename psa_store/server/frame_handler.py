@@ -43,9 +43,7 @@ from psa_store.wire import (
 
 _NOTHING = memoryview(b"")
 _OUTSIDE_TERMS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.INSPECT, Kind.REFUSED})
-_REQUESTS = frozenset(
-    {Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT, Kind.RELAY, Kind.WANT}
-)
+_REQUESTS = frozenset({Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT, Kind.RELAY, Kind.WANT})
 """What members ask of a server, and what servers tell each other, besides gradients."""
 _OF_A_RANK = frozenset({Kind.AWAIT, Kind.CUT})
 _MEMBERS = _REQUESTS | {Kind.SHARE, Kind.PUSH}

@@ -22,6 +22,8 @@ FAILPOINTS = {
     "barrier.before_decision": "a member knows the outcome of a barrier and has not written it",
     "barrier.decided": "a barrier is done or aborted, its writer has no answer yet",
     "barrier.opened": "a barrier is open, its members do not know",
+    "cell.backward": "a cell is about to go backward; index: its micro-batch",
+    "cell.sent": "a worker has sent what a cell of another worker needs, and has not gone on",
     "checkpoint.before_pins": "a version is committed for a checkpoint and not pinned",
     "checkpoint.done": "all servers have pinned, the checkpoint has no document",
     "checkpoint.opened": "a checkpoint's barrier is open, the plan does not name it",

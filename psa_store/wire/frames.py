@@ -73,7 +73,9 @@ class Kind(IntEnum):
     WANT = 19
 
 
-_BARE = frozenset({Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT, Kind.CUT, Kind.WANT})
+_BARE = frozenset(
+    {Kind.SHARE, Kind.PULL, Kind.AWAIT, Kind.VERSION, Kind.FINISH, Kind.DURABLE, Kind.INSPECT, Kind.CUT, Kind.WANT}
+)
 """Kinds whose header says everything."""
 WITH_DESCRIPTOR = frozenset({Kind.SHARE, Kind.VERSION, Kind.RELAY})
 """Kinds that may come with a descriptor."""
@@ -136,7 +138,21 @@ class Header(NamedTuple):
         """Encode: the fields in the order in which machines of any byte order read them."""
         kind, term, revision, step, rank, shard, length, reason, flags, memory, shards, barrier, weight = self[:13]
         return _HEADER.pack(
-            MAGIC, kind, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight, *self[13:]
+            MAGIC,
+            kind,
+            flags,
+            reason,
+            rank,
+            shard,
+            term,
+            revision,
+            step,
+            length,
+            memory,
+            shards,
+            barrier,
+            weight,
+            *self[13:],
         )
 
 
@@ -147,7 +163,9 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
         Refused: wrong magic, unknown kind, or a length beyond the limits; the connection cannot be used further.
     """
     fields = _HEADER.unpack(data)
-    magic, number, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight = fields[:14]
+    magic, number, flags, reason, rank, shard, term, revision, step, length, memory, shards, barrier, weight = fields[
+        :14
+    ]
     if magic != MAGIC:
         raise Refused(f"not a psa frame: starts with {bytes(magic)!r}")
     try:
@@ -160,7 +178,9 @@ def unpack(data: bytes | bytearray | memoryview) -> Header:
             limit = TEXT_BYTES_MAX if flag & Flag.ABSENT or kind is Kind.RELAY else 0
         if length > limit:
             raise Refused(f"{kind.name} announces {length} bytes; at most {limit} are possible")
-    return Header(kind, term, revision, step, rank, shard, length, why, flag, memory, shards, barrier, weight, *fields[14:])
+    return Header(
+        kind, term, revision, step, rank, shard, length, why, flag, memory, shards, barrier, weight, *fields[14:]
+    )
 
 
 # Each frame is decoded while a step waits for it, and a table is faster than the call of an enum.
@@ -168,7 +188,4 @@ _KINDS = {each.value: each for each in Kind}
 _REASONS = {each.value: each for each in Reason}
 _FLAGS = {value: Flag(value) for value in range(1 << len(Flag))}
 _LARGE = frozenset({Kind.PUSH, Kind.PARAMS, Kind.STATE, Kind.RELAY})
-_LENGTH_MAX = {
-    kind: 0 if kind in _BARE else PAYLOAD_BYTES_MAX if kind in _LARGE else TEXT_BYTES_MAX
-    for kind in Kind
-}
+_LENGTH_MAX = {kind: 0 if kind in _BARE else PAYLOAD_BYTES_MAX if kind in _LARGE else TEXT_BYTES_MAX for kind in Kind}

@@ -115,8 +115,6 @@ class RankPasses:
 
     def _forward(self, due: Forward) -> None:
         stage, index = due.stage, due.microbatch
-        if self._failpoints:
-            failpoint("cell.forward")
         step, rank = self.rank_step.step, self.rank_step.rank
         seed_all(stream_seed(self._seed, step, rank, f"stage {stage}, micro-batch {index}"))
         carry: Any = None
@@ -156,7 +154,7 @@ class RankPasses:
     def _backward(self, due: Backward) -> None:
         stage, index = due.stage, due.microbatch
         if self._failpoints:
-            failpoint("cell.backward")
+            failpoint("cell.backward", index)
         flat = self._model.flat(stage).backward
         is_last = index == len(self._microbatches) - 1
         outputs = self._outputs.pop((stage, index))

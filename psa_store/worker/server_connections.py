@@ -42,9 +42,7 @@ from psa_store.worker.gradients import GradientMemory
 _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
 _NUMBER_BYTES = 8
-_ANSWERS = frozenset(
-    {Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE, Kind.RELAY}
-)
+_ANSWERS = frozenset({Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE, Kind.RELAY})
 _NOTHING = memoryview(b"")
 _FINITE = Flag.BY_REFERENCE
 _NOT_FINITE = Flag.BY_REFERENCE | Flag.NONFINITE
@@ -219,9 +217,7 @@ class ServerConnections:
         for server in servers:
             self._send(server, Header(Kind.FINISH, self._plan.term, self._plan.revision, version))
 
-    def relay(
-        self, server: str, step: int, cell: Cell, microbatch: int, backward: bool, parcel: Parcel
-    ) -> None:
+    def relay(self, server: str, step: int, cell: Cell, microbatch: int, backward: bool, parcel: Parcel) -> None:
         """Send what is for a cell; the server keeps it, and hands it on to the worker of the cell."""
         plan = self._plan
         flags = Flag.BACKWARD if backward else Flag.NONE

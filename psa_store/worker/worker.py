@@ -443,5 +443,7 @@ class Worker:
 
     def _whole_model(self, what: str) -> FlatModel:
         if isinstance(self._flat_model, StagedModel):
-            raise UsageError(f"{script_line()}: {what} does not go with stages, where worker.compute() makes the passes")
+            raise UsageError(
+                f"{script_line()}: {what} does not go with stages, where worker.compute() makes the passes"
+            )
         return self._flat_model

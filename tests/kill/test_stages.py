@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from psa_store.testing.failpoints import ENV, FailpointAction, arm, hit
 from tests.harness import Run, Site
 
 SCRIPT = Path(__file__).with_name("staged.py")
 STEPS = 40
 
 
-def start(site: Site, job: str, *arguments: str, held: bool = False, **how: object) -> Run:
-    root = {"PYTHONPATH": str(Path(__file__).parents[2])}
+def start(
+    site: Site,
+    job: str,
+    *arguments: str,
+    carrier: str = "auto",
+    failpoints: Path | None = None,
+    held: bool = False,
+    **how: object,
+) -> Run:
+    root = {"PSA_CARRIER": carrier, "PYTHONPATH": str(Path(__file__).parents[2])}
+    if failpoints is not None:
+        root[ENV] = str(failpoints)
     how = {"workers": 2, "servers": 2, "ranks": 1, "commit_every": 10, **how}
     return site.run(job, "--steps", str(STEPS), *arguments, script=SCRIPT, env=root, held=held, **how)
 
@@ -23,7 +36,36 @@ def test_any_number_of_workers_gives_the_same_bits(site: Site, stages: int, rank
     digests = set()
     for workers in sorted({1, 2, 3, stages * ranks}):
         job = f"stages-{stages}-{ranks}-{workers}"
-        run = start(site, job, "--stages", str(stages), "--dropout", "0.1", "--clip", "1.0", workers=workers, ranks=ranks)
+        run = start(
+            site, job, "--stages", str(stages), "--dropout", "0.1", "--clip", "1.0", workers=workers, ranks=ranks
+        )
         assert run.finish() == 0, run.output
         digests.add(site.digest(job, STEPS))
     assert len(digests) == 1
+
+
+PLACES = [("cell.sent", 0), ("cell.backward", 0), ("cell.backward", 2), ("push.middle", 0), ("push.done", 0)]
+"""An activation is sent; before the first backward pass; between two; gradients are pushed, in part, and all."""
+
+
+@pytest.mark.parametrize("carrier", ["auto", "tcp"])
+def test_killing_processes_anywhere_changes_no_bit(site: Site, tmp_path: Path, carrier: str) -> None:
+    cut = ["--stages", "4", "--dropout", "0.1", "--clip", "1.0"]
+    calm = start(site, f"cells-calm-{carrier}", *cut, workers=2, ranks=2)
+    assert calm.finish() == 0, calm.output
+    job = f"cells-{carrier}"
+    paced = [*cut, "--pause", "0.05"]
+    run = start(site, job, *paced, workers=3, ranks=2, failpoints=tmp_path, held=True, carrier=carrier)
+    run.wait_for_step(2)
+    for place, index in PLACES:
+        arm(tmp_path, place, FailpointAction.KILL, at_least=index)
+        run.wait_for_line(lambda line: "restarting" in line)
+        assert hit(tmp_path, place)
+    os.kill(site.pids(job, "servers")[0], signal.SIGKILL)
+    run.wait_for_line(lambda line: "restarting" in line)
+    for role in ("workers", "servers"):
+        for process in site.pids(job, role):
+            os.kill(process, signal.SIGKILL)
+        run.wait_for_line(lambda line: "restarting" in line)
+    assert run.finish() == 0, run.output
+    assert site.digest(job, STEPS) == site.digest(f"cells-calm-{carrier}", STEPS)

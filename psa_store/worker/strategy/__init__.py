@@ -1,4 +1,4 @@
-"""What a worker does in a mode: one strategy each for ``sync``, ``sync`` with stages, ``async`` and ``ssp``, ``local``."""
+"""What a worker does in a mode: one strategy each for ``sync``, its stages, ``async`` and ``ssp``, ``local``."""
 
 from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.session import Tools

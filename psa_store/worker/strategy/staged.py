@@ -56,6 +56,7 @@ class StagedStrategy:
         """Of the rank that is computed now."""
         self._computed: tuple[int, ...] | None = None
         """The stages whose gradients are whole, from ``compute()`` to the end of the step; None before it."""
+        self._passes_refused = False
         self._term: int | None = None
         """In which the passes began."""
 
@@ -96,7 +97,7 @@ class StagedStrategy:
         rank_step, config = self._rank_step, self._config
         parts = microbatches_of(batch, config.microbatches)
         passes = RankPasses(rank_step, parts, config.stages, self._model, config.seed, self._send)
-        self._passes, self._term = passes, self.session.term
+        self._passes, self._term, self._passes_refused = passes, self.session.term, False
         try:
             if not self._hold():
                 return None
@@ -143,7 +144,7 @@ class StagedStrategy:
             return False
         stages = self._step.missing(rank)
         new = self._model.hold({*self._model.stages, *stages})
-        if new and not self._pull(new, step):
+        if new and not self._add(new, step):
             return False
         for stage in stages:
             if stage not in passes.held:
@@ -154,7 +155,7 @@ class StagedStrategy:
 
     def _listen(self) -> bool:
         """Wait for what other workers send; False if passes are to be given up."""
-        return self.session.wait() and not self.session.term_is_over()
+        return self.session.wait() and not self.session.term_is_over() and not self._passes_refused
 
     def _take_gradients(self, passes: RankPasses) -> None:
         """Push the gradients of all cells that were computed."""
@@ -183,7 +184,7 @@ class StagedStrategy:
     # --- the step
 
     def _decide(self, *, handing_over: bool = False) -> Compute | Finish | None:
-        """Do what has to be done until there is a rank to compute, or the end; None: told to leave, or nothing to do."""
+        """Do what has to be done until there is a rank to compute, or the end; None: told to leave, or nothing to."""
         session, step = self.session, self._step
         while not session.leaving:
             if not (session.stands or session.settle()):
@@ -195,7 +196,9 @@ class StagedStrategy:
                 case Compute() | Finish() as decided:
                     return decided
                 case Await(version, servers):
-                    self._model.hold({cell.stage for cell in session.cells})
+                    if self._model.hold({cell.stage for cell in session.cells}):
+                        session.lose("a stage came back whose cells are pushed already")
+                        continue
                     self._servers.wait_for(servers, version, stages=self._model.stages)
                 case Listen():
                     session.wait()
@@ -234,7 +237,7 @@ class StagedStrategy:
         newest, wanted = -1, plan.resume
         while newest < wanted:
             newest = wanted
-            if not self._pull(self._model.stages, newest, version_arrived=False):
+            if not self._pull(self._model.stages, newest):
                 return False
             # A step may complete meanwhile: then some shards are a version ahead of others.
             wanted = max((session.arrived[shard.index] for shard in self._versioned()), default=newest)
@@ -247,21 +250,25 @@ class StagedStrategy:
     def _versioned(self) -> list[Shard]:
         return [shard for shard in self._tools.layout.versioned if shard.stage in self._model.stages]
 
-    def _pull(self, stages: Sequence[int], version: int, *, version_arrived: bool = True) -> bool:
-        """Have the shards of some stages, at this version where it is the present one, or at it or a newer one."""
+    def _add(self, stages: Sequence[int], version: int) -> bool:
+        """Have more stages at the present version; False if passes are to be given up."""
+        if not self._pull(stages, version):
+            return False
+        if any(self.session.arrived[s.index] != version for s in self._versioned() if s.stage in stages):
+            self.session.lose("the step is complete without the cells that came to this worker")
+            return False
+        for stage in stages:
+            self._model.flat(stage).version_arrived()
+        return True
+
+    def _pull(self, stages: Sequence[int], version: int) -> bool:
+        """Have the shards of some stages at this version or a newer one; False if the term is over before."""
         session, layout = self.session, self._tools.layout
         session.want_frozen([s for s in layout.shards_of(TensorRole.FROZEN) if s.stage in stages])
         shards = [shard for shard in layout.versioned if shard.stage in stages]
         for shard in shards:
             session.arrived.pop(shard.index, None)
-        if not session.pull(shards, version, session.term_is_over):
-            return False
-        if version_arrived:
-            if any(session.arrived[shard.index] != version for shard in shards):
-                return False  # the step is complete without this worker
-            for stage in stages:
-                self._model.flat(stage).version_arrived()
-        return True
+        return session.pull(shards, version, session.term_is_over)
 
     def replanned(self) -> None:
         self._step.planned(self.session.cells, self.session.owners)
@@ -271,7 +278,10 @@ class StagedStrategy:
         self._step.lost()
 
     def refused(self, header: Header) -> None:
+        """A push or a parcel is not taken: what came of this rank has to be made again, if it stays here."""
         self._step.refused(header.step, header.rank)
+        if self._passes is not None and self._is_of_passes(header):
+            self._passes_refused = True
 
     def place(self, header: Header, shard: Shard) -> memoryview:
         return self._model.place(shard)
@@ -294,8 +304,11 @@ class StagedStrategy:
             case _:
                 pass
 
+    def _is_of_passes(self, header: Header) -> bool:
+        return (header.step, header.rank) == (self._rank_step.step, self._rank_step.rank)
+
     def _take_parcel(self, answer: Answer) -> None:
         header, passes = answer.header, self._passes
         parcel = read(answer.payload, answer.descriptor)
-        if passes is not None and (header.step, header.rank) == (passes.rank_step.step, passes.rank_step.rank):
+        if passes is not None and self._is_of_passes(header):
             passes.arrived(header.stage, header.microbatch, bool(header.flags & Flag.BACKWARD), parcel)
