@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from psa_store.job.average import ema
     from psa_store.store import Store
     from psa_store.worker import Worker
+    from psa_store.worker.split import split
 
     __version__: str
 
-__all__ = ["Store", "Worker", "ema", "errors", "optim"]
+__all__ = ["Store", "Worker", "ema", "errors", "optim", "split"]
 
-_HOMES = {"Store": "psa_store.store", "Worker": "psa_store.worker", "ema": "psa_store.job.average"}
+_HOMES = {
+    "Store": "psa_store.store",
+    "Worker": "psa_store.worker",
+    "ema": "psa_store.job.average",
+    "split": "psa_store.worker.split",
+}
 
 
 def __getattr__(name: str) -> Any:

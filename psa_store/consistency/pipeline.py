@@ -19,8 +19,9 @@ Pure: no I/O, no threads, no tensors, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +49,22 @@ class _Stage:
     """Micro-batches of which the stage before has sent its result ..."""
     gradients: set[int] = field(default_factory=set)
     """... and the stage after the gradient of it."""
+    ties: set[int] = field(default_factory=set)
+    """Stages that have sent their part of the gradient of parameters that they share with this one."""
 
 
 class Pipeline:
-    """One rank's stages in one step. Not thread-safe."""
+    """One rank's stages in one step. Not thread-safe.
 
-    def __init__(self, stages: int, microbatches: int) -> None:
+    ``ties``: by stage, the later ones that share parameters with it, and send their part of the gradient.
+    """
+
+    def __init__(
+        self, stages: int, microbatches: int, ties: Mapping[int, Collection[int]] = MappingProxyType({})
+    ) -> None:
         self._last = stages - 1
         self._microbatches = microbatches
+        self._ties = ties
         self._held: dict[int, _Stage] = {}
 
     # --- what has happened
@@ -69,6 +78,11 @@ class Pipeline:
         held = self._held.get(stage)
         if held is not None:
             (held.gradients if backward else held.activations).add(microbatch)
+
+    def tied(self, stage: int, other: int) -> None:
+        """The part of another stage in the gradient of shared parameters is here, for this stage."""
+        if stage in self._held:
+            self._held[stage].ties.add(other)
 
     def done(self, instruction: Forward | Backward) -> None:
         """An instruction is carried out."""
@@ -88,7 +102,10 @@ class Pipeline:
     @property
     def finished(self) -> bool:
         """Whether all is done here."""
-        return all(held.backwards == self._microbatches for held in self._held.values())
+        return all(
+            held.backwards == self._microbatches and held.ties >= set(self._ties.get(stage, ()))
+            for stage, held in self._held.items()
+        )
 
     def next(self) -> Forward | Backward | None:
         """What to do now; None: something must arrive before."""

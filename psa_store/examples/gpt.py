@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -266,6 +267,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=2000, help="where the job ends; may be raised later")
     add("--batch-size", type=int, default=12, help="windows per step, over all ranks")
     add("--ranks", type=int, help="world size of a new job (default: as `psa run` says)")
+    add("--stages", type=int, default=1, help="parts of the model, which different workers may compute")
+    add("--microbatches", type=int, default=1, help="parts in which a rank's windows go through the stages")
     add("--mode", help="sync, async, ssp:staleness=N, or local:steps=H (default: sync)")
     add("--seed", type=int, default=1337)
     add("--layers", type=int, default=4)
@@ -305,6 +308,18 @@ def build_optimizer(options: argparse.Namespace) -> psa.optim.AdamW:
     )
 
 
+def parts(options: argparse.Namespace, model: GPT) -> dict[str, Any]:
+    """What the worker trains: the model, or stages of it, each of about as many layers."""
+    if options.stages == options.microbatches == 1:
+        return {"model": model}
+    if not 1 <= options.stages <= options.layers:
+        raise psa.errors.UsageError(
+            f"--stages {options.stages}: a model of {options.layers} layers has so many at most"
+        )
+    cuts = [f"layers.{stage * options.layers // options.stages}" for stage in range(1, options.stages)]
+    return {"stages": psa.split(model.loss, cuts), "microbatches": options.microbatches}
+
+
 def evaluation_is_due(options: argparse.Namespace, step: int) -> bool:
     """Whether to evaluate after ``step`` steps; after the last of them the report does."""
     if not options.eval_every or not options.eval_batches or step == options.steps:
@@ -322,9 +337,10 @@ def train(options: argparse.Namespace) -> None:
     progress = Progress(options.steps, options.batch_size * options.block)
     timer = StepTimer()
 
+    trained = parts(options, model)
     with psa.Worker(
         options.job,
-        model,
+        **trained,
         optimizer=build_optimizer(options),
         ranks=options.ranks,
         steps=options.steps,
@@ -334,20 +350,31 @@ def train(options: argparse.Namespace) -> None:
         with progress:
             for batch in worker.batches(training, batch_size=options.batch_size):
                 before = worker.version
-                loss = model.loss(batch)
-                loss.backward()  # type: ignore[no-untyped-call]
+                if "stages" in trained:
+                    loss = worker.compute(batch)
+                else:
+                    loss = model.loss(batch)
+                    loss.backward()  # type: ignore[no-untyped-call]
                 worker.step(loss)
-                if worker.version == before or not worker.is_main:
+                if worker.version == before or loss is None or not worker.is_main:
                     continue  # this process has another rank to compute for the step, or shows nothing
                 progress.show(worker.version, loss.item(), worker.members, worker.term)
                 timer.passed(worker.version, worker.members)
                 if evaluation_is_due(options, worker.version):
+                    load_if_in_stages(options, trained, model)
                     evaluation = evaluate(model, validation, options.eval_batches)
                     progress.note(f"step {worker.version}: {evaluation}")
         if worker.is_main:
+            load_if_in_stages(options, trained, model)
             report(options, worker, model, vocabulary, validation)
             if options.timing:
                 timer.write(options.timing)
+
+
+def load_if_in_stages(options: argparse.Namespace, trained: dict[str, Any], model: GPT) -> None:
+    """Where no process has the whole model, read it as the job has it: its newest durable version."""
+    if "stages" in trained:
+        model.load_state_dict(psa.Store(options.job).state_dict())
 
 
 def report(

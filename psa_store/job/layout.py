@@ -5,8 +5,9 @@ All tensors of a model are laid out in one *arena*, a flat range of bytes that w
     | trained float32 ....... | trained bfloat16 ... | buffers float32 | buffers int64 | frozen float32 ... |
     | shard 0 | shard 1 | ..  | shard 5 | shard 6 |  | shard 7         | shard 8       | shard 9 | shard 10 |
 
-* A *segment* holds all tensors of one role, one dtype and one stage, in the order of the model; it starts on a page,
-  so that shards can be mapped side by side. So no shard straddles a stage, and a worker needs those of its stages only.
+* A *segment* holds all tensors of one role, one dtype and the same stages, in the order of the model; it starts on a
+  page, so that shards can be mapped side by side. So no shard straddles a stage, and a worker needs those of its stages
+  only.
 * Every tensor starts on a multiple of 64 bytes: vector kernels may give other last bits for other alignments, and
   bit-identity must not depend on where an allocator happened to put a tensor.
 * A *shard* is a contiguous slice of one segment: the unit of ownership, reduction, version and commit. All shards of
@@ -58,12 +59,17 @@ class TensorSpec:
     """Index of its optimizer parameter group; 0 where the role is not TRAINED."""
     persistent: bool = True
     """False for buffers that the model keeps out of its ``state_dict``."""
-    stage: int = field(default=0, metadata=ADDED_LATER)
-    """The stage that has it; the first of those that have it, where it is tied across stages."""
+    stages: tuple[int, ...] = field(default=(0,), metadata=ADDED_LATER)
+    """Those that have it, in order; several, where it is tied across stages."""
 
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def home(self) -> int:
+        """The stage whose cells push its gradient."""
+        return self.stages[0]
 
     @property
     def numel(self) -> int:
@@ -94,11 +100,17 @@ class Shard:
     offset_bytes: int
     size_bytes: int
     pieces: tuple[Piece, ...] = field(repr=False)
-    stage: int = 0
+    stages: tuple[int, ...] = (0,)
+    """Those that have its tensors."""
 
     @property
     def numel(self) -> int:
         return self.size_bytes // ITEM_BYTES[self.dtype]
+
+    @property
+    def home(self) -> int:
+        """The stage whose cells push its gradient."""
+        return self.stages[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +184,11 @@ def make_layout(tensors: Iterable[TensorSpec], shard_bytes: int | None = None) -
     cursor = 0
     for role in TensorRole:
         dtypes = {dtype: place for place, dtype in enumerate(dict.fromkeys(s.dtype for s in specs if s.role is role))}
-        segments = dict.fromkeys((spec.dtype, spec.stage) for spec in specs if spec.role is role)
-        for dtype, stage in sorted(segments, key=lambda each: dtypes[each[0]]):
-            members = [i for i, each in enumerate(specs) if (each.role, each.dtype, each.stage) == (role, dtype, stage)]
+        segments = dict.fromkeys((spec.dtype, spec.stages) for spec in specs if spec.role is role)
+        for dtype, stages in sorted(segments, key=lambda each: dtypes[each[0]]):
+            members = [
+                i for i, each in enumerate(specs) if (each.role, each.dtype, each.stages) == (role, dtype, stages)
+            ]
             start = _round_up(cursor, PAGE_BYTES)
             end = start
             for i in members:
@@ -210,7 +224,7 @@ def describe_difference(ours: Layout, theirs: Layout) -> str:
             return f"tensor {name!r} is in the job but not in this model"
     for name, spec in mine.items():
         stored = other[name]
-        for what in ("shape", "dtype", "role", "group", "persistent", "names", "stage"):
+        for what in ("shape", "dtype", "role", "group", "persistent", "names", "stages"):
             if getattr(spec, what) != getattr(stored, what):
                 here, there = getattr(spec, what), getattr(stored, what)
                 return f"tensor {name!r} has {what} {here} in this model and {there} in the job"
@@ -246,7 +260,7 @@ def _cut(
 ) -> list[Shard]:
     """Cut the segment [start, end) into shards; one pass over its members, which are in order of offset."""
     first = specs[members[0]]
-    role, dtype, stage = first.role, first.dtype, first.stage
+    role, dtype, stages = first.role, first.dtype, first.stages
     item = ITEM_BYTES[dtype]
     shards: list[Shard] = []
     first_member = 0
@@ -271,7 +285,7 @@ def _cut(
                         length=(piece_high - piece_low) // item,
                     )
                 )
-        shards.append(Shard(first_index + len(shards), role, dtype, low, high - low, tuple(pieces), stage))
+        shards.append(Shard(first_index + len(shards), role, dtype, low, high - low, tuple(pieces), stages))
     return shards
 
 
@@ -287,8 +301,8 @@ def _fingerprint(specs: Sequence[TensorSpec], offsets: Sequence[int], shards: Se
 def _described(spec: TensorSpec) -> dict[str, Any]:
     """A layout without stages has the fingerprint that it had before there were any."""
     described = asdict(spec)
-    if spec.stage == 0:
-        del described["stage"]
+    if spec.stages == (0,):
+        del described["stages"]
     return described
 
 

@@ -79,7 +79,7 @@ class FrameHandler:
             journal,
             shows_parameters=config.shares_parameters,
         )
-        self.relay = CellRelay(self.connections)
+        self.relay = CellRelay(self.connections, config.microbatches)
         self._layout = layout
         self._wire = wire
         self._ranks = config.ranks

@@ -252,7 +252,7 @@ class PushAdmission:
 
     def _may_push(self, plan: Plan, rank: int, shards: Iterable[int], connection: Connection) -> bool:
         """Whether the plan gives the cells of these shards to this worker, or allows it to be faster."""
-        stages = {self._layout.shards[shard].stage for shard in shards} if plan.stages > 1 else (0,)
+        stages = {self._layout.shards[shard].home for shard in shards} if plan.stages > 1 else (0,)
         return all(plan.holder(rank, stage) == connection.member for stage in stages) or (
             self._rules.workers_race and connection.member in plan.cells
         )

@@ -37,7 +37,8 @@ class _Item:
 class CellRelay:
     """Executes what :class:`psa_store.consistency.relay.Relay` decides."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, microbatches: int) -> None:
+        self._microbatches = microbatches
         self._connections = connections
         self._relay: Relay[_Item, Connection] = Relay()
 
@@ -56,6 +57,8 @@ class CellRelay:
             raise Refused("RELAY by reference comes with a descriptor, and by value without one")
         backward = bool(header.flags & Flag.BACKWARD)
         sender = header.stage + (1 if backward else -1)
+        if backward and header.microbatch >= self._microbatches:
+            sender = header.microbatch - self._microbatches  # its part in the gradient of parameters that both have
         if not (0 <= sender < plan.stages and header.stage < plan.stages and header.rank < plan.ranks):
             raise Refused(f"RELAY for stage {header.stage} of rank {header.rank}: there is none")
         if plan.holder(header.rank, sender) != connection.member:

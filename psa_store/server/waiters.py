@@ -117,7 +117,7 @@ class Waiters:
     def stream(self, plan: Plan, owned: OwnedShard, version: int) -> None:
         """One shard of that version is made: send it on."""
         for client in list(self._streaming):
-            if self._awaits[client].stages >> owned.shard.stage & 1:
+            if _is_wanted(owned, self._awaits[client]):
                 self._send(plan, client.connection, owned, version, one_ahead=True)
 
     # --- answers
@@ -147,11 +147,11 @@ class Waiters:
 
     def _bring(self, now: Now, client: Client, version: int, asked: Header, *, one_ahead: bool) -> None:
         """By value or by reference, and then VERSION; buffers always go by value."""
-        by_reference, stages = client.by_reference and self._shows_parameters, asked.stages
+        by_reference = client.by_reference and self._shows_parameters
         if client not in self._streaming:
             by_value = _BUFFERS if by_reference else _CHANGING
             for owned in now.changed if one_ahead else now.owned_shards.values():
-                if owned.shard.role in by_value and stages >> owned.shard.stage & 1:
+                if owned.shard.role in by_value and _is_wanted(owned, asked):
                     self._send(now.plan, client.connection, owned, version, one_ahead=one_ahead)
         flags, memory, generation = Flag.NONE, None, self._parameters.generation
         if by_reference:
@@ -203,3 +203,8 @@ class Waiters:
             Kind.PARAMS, plan.term, plan.revision, version, shard=owned.shard.index, length=len(data), flags=flags
         )
         self._connections.send(connection, header, data)
+
+
+def _is_wanted(owned: OwnedShard, asked: Header) -> bool:
+    """Whether an AWAIT is for one of the stages that have a shard."""
+    return any(asked.stages >> stage & 1 for stage in owned.shard.stages)

@@ -10,7 +10,7 @@ Used by the worker, in the thread that runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -79,14 +79,17 @@ class FlatModel:
         self._wire = WireLayout(layout)
         self._rounded: dict[int, Tensor] = {}
         """Shards that are rounded on their way: received here, or shown here by a server of this host."""
-        buffers = [shard for shard in layout.shards_of(TensorRole.BUFFER) if shard.stage == stage]
+        buffers = [shard for shard in layout.shards_of(TensorRole.BUFFER) if stage in shard.stages]
         self._buffers = self._memory[
             slice(buffers[0].offset_bytes, buffers[-1].offset_bytes + buffers[-1].size_bytes) if buffers else slice(0)
         ]
         self._buffers_kept = self._buffers.clone()
-        self._bound = [self._bind_new(index) for index, spec in enumerate(layout.tensors) if spec.stage == stage]
+        self._bound = [self._bind_new(index) for index, spec in enumerate(layout.tensors) if stage in spec.stages]
         self._bound_buffers = [bound for bound in self._bound if bound.role is TensorRole.BUFFER]
-        self._bound_trained = [bound for bound in self._bound if bound.role is TensorRole.TRAINED]
+        trained = [bound for bound in self._bound if bound.role is TensorRole.TRAINED]
+        self._bound_trained = [bound for bound in trained if layout.tensors[bound.index].home == stage]
+        self.tied = {bound.index: bound.tensor for bound in trained if layout.tensors[bound.index].home != stage}
+        """By index, trained parameters that another stage has as well, whose cells push the gradient."""
         self._holders = [holder_of(model, bound.name) for bound in self._bound_buffers]
         """Where modules keep their buffers: a script may put another tensor there."""
         for bound in self._bound:
@@ -100,11 +103,15 @@ class FlatModel:
         self.backward.close()
         self._window.close()
 
+    def tensor(self, index: int) -> Tensor:
+        """The model's tensor that has this index in the layout."""
+        return next(bound.tensor for bound in self._bound if bound.index == index)
+
     # --- memory of shards
 
     def initial(self) -> Iterator[tuple[Shard, memoryview]]:
         """Each shard and its bytes, as the job begins with them."""
-        yield from ((shard, self.parameters(shard)) for shard in self._layout.shards if shard.stage == self._stage)
+        yield from ((shard, self.parameters(shard)) for shard in self._layout.shards if shard.home == self._stage)
 
     def parameters(self, shard: Shard) -> memoryview:
         """The bytes of a shard's parameters or buffers as the model has them."""
@@ -275,22 +282,39 @@ class FlatModel:
         view = flat.view(spec.shape)
         trained = self._layout.shards_of(TensorRole.TRAINED) if spec.role is TensorRole.TRAINED else ()
         shards = tuple(s.index for s in trained if s.offset_bytes < high and low < s.offset_bytes + s.size_bytes)
-        module, name = holder_of(self._model, spec.name)
+        module, name = holder_of(self._model, next(each for each in spec.names if _has(self._model, each)))
         tensor = module.get_buffer(name) if spec.role is TensorRole.BUFFER else module.get_parameter(name)
         return BoundTensor(index, spec.name, spec.role, tensor, view, view.data_ptr(), shards)
 
 
 def _refuse_another(model: nn.Module, layout: Layout, stage: int) -> None:
     """Raise UsageError if the model is not the one any more that the layout was made of."""
-    now = {each.name: (each.names, each.shape, each.dtype, each.role) for each in describe_model(model, _no_group)}
-    specs = [each for each in layout.tensors if each.stage == stage]
-    made_of = {each.name: (each.names, each.shape, each.dtype, each.role) for each in specs}
+
+    def described(names: Iterable[str], spec: TensorSpec) -> tuple[object, ...]:
+        return set(names), spec.shape, spec.dtype, spec.role
+
+    here = describe_model(model, _no_group)
+    now = {min(each.names): described(each.names, each) for each in here}
+    present = {name for each in here for name in each.names}
+    made_of = {}
+    for spec in layout.tensors:
+        if stage in spec.stages:
+            names = present.intersection(spec.names) or spec.names  # a stage has some of tied names
+            made_of[min(names)] = described(names, spec)
     for name in sorted(now.keys() | made_of.keys()):
         if now.get(name) != made_of.get(name):
             raise UsageError(
                 f"{name} was frozen, unfrozen, added, replaced or tied between psa.Worker(…) and `with`: change the "
                 "model before psa.Worker is made"
             )
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    path, _, last = name.rpartition(".")
+    try:
+        return hasattr(model.get_submodule(path), last)
+    except AttributeError:
+        return False
 
 
 def _no_group(_name: str, _shape: tuple[int, ...]) -> int:

@@ -9,9 +9,9 @@ Used by the worker, in the thread that runs the model.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from psa_store.consistency.pipeline import Backward, Forward, Pipeline
 from psa_store.errors import UsageError
+from psa_store.job.layout import Layout, TensorRole
 from psa_store.job.sampling import stream_seed
 from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
@@ -27,16 +28,47 @@ from psa_store.worker.carry import Parcel, of_stage
 from psa_store.worker.randomness import seed_all
 from psa_store.worker.stages import StagedModel
 
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """``shared``: by stage and a later one, the parameters that both have, by index in the layout."""
+
+    shared: Mapping[tuple[int, int], Sequence[int]]
+
+    @property
+    def senders(self) -> dict[int, list[int]]:
+        """By stage that pushes the gradient of such, the others, in order."""
+        homes = sorted({home for home, _ in self.shared})
+        return {home: sorted(sender for each, sender in self.shared if each == home) for home in homes}
+
+
+def ties_of(layout: Layout) -> Ties:
+    """What the stages of a model share."""
+    shared: dict[tuple[int, int], list[int]] = {}
+    for index, spec in enumerate(layout.tensors):
+        if spec.role is TensorRole.TRAINED:
+            for sender in spec.stages[1:]:
+                shared.setdefault((spec.home, sender), []).append(index)
+    return Ties(shared)
+
+
 Send = Callable[[int, int, bool, Parcel], None]
 """Sends a parcel to a stage of the rank: stage, micro-batch, whether it goes backward."""
 _ALL_ALIKE = None
 
 
 class RankPasses:
-    """``microbatches``: the rank's batch, in parts. ``count``: how many stages the model has."""
+    """``microbatches``: the rank's batch, in parts. ``count``: how many stages there are. ``ties``: what they share."""
 
     def __init__(
-        self, rank_step: RankStep, microbatches: Sequence[Any], count: int, model: StagedModel, seed: int, send: Send
+        self,
+        rank_step: RankStep,
+        microbatches: Sequence[Any],
+        count: int,
+        ties: Ties,
+        model: StagedModel,
+        seed: int,
+        send: Send,
     ) -> None:
         self.rank_step = rank_step
         self.loss: Tensor | None = None
@@ -46,11 +78,14 @@ class RankPasses:
         self._model = model
         self._seed = seed
         self._send = send
-        self._pipeline = Pipeline(count, len(microbatches))
+        self._ties = ties
+        self._pipeline = Pipeline(count, len(microbatches), ties.senders)
         self._inputs: dict[tuple[int, int], Parcel] = {}
         """By stage and micro-batch: what the stage before returned; while its graph lives, as leaves of it."""
         self._outputs: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._gradients: dict[tuple[int, int], Parcel] = {}
+        self._tied: dict[tuple[int, int], Parcel] = {}
+        """By stage and sender, its part of the gradient of parameters that both have."""
         self._kept: dict[tuple[int, int, bool], Parcel] = {}
         """What went from one stage here to the next: it is sent when that goes to another worker."""
         self._came: set[tuple[int, int, bool]] = set()
@@ -63,8 +98,11 @@ class RankPasses:
 
     def hold(self, stages: Iterable[int]) -> None:
         """Compute these stages from now on, those that are new from their beginning."""
+        before = self._pipeline.held
         self._pipeline.hold(stages)
         held = self._pipeline.held
+        for parameter in (p for stage in held if stage not in before for p in self._model.flat(stage).tied.values()):
+            parameter.grad = None
         self._came = {key for key in self._came if key[0] in held}
         for to in [key for key in self._kept if key[0] not in held]:
             self._send(*to, self._kept.pop(to))
@@ -75,6 +113,11 @@ class RankPasses:
         """Something has come from another worker."""
         if stage in self._pipeline.held and (stage, microbatch, backward) not in self._came:
             self._came.add((stage, microbatch, backward))
+            sender = microbatch - len(self._microbatches)
+            if sender >= 0:
+                self._tied[stage, sender] = parcel
+                self._pipeline.tied(stage, sender)
+                return
             (self._gradients if backward else self._inputs)[stage, microbatch] = parcel
             self._pipeline.arrived(stage, microbatch, backward=backward)
 
@@ -100,8 +143,14 @@ class RankPasses:
                 return False
         return True
 
-    def scale(self, stage: int) -> float:
-        """Bring the gradients of a stage to the weighted mean over micro-batches; returns the weight of the rank."""
+    def complete(self, stage: int) -> float:
+        """Bring the gradients of a stage to the weighted mean over micro-batches, with the parts of stages that share
+        parameters with it, in their order; returns the weight of the rank."""
+        for sender in self._ties.senders.get(stage, ()):
+            for index, part in zip(self._ties.shared[stage, sender], self._tied[stage, sender].tensors, strict=True):
+                parameter = self._model.flat(stage).tensor(index)
+                if part is not None:
+                    parameter.grad = part.clone() if parameter.grad is None else parameter.grad.add_(part)
         total = self._total
         if total is _ALL_ALIKE:
             return 1.0
@@ -176,6 +225,17 @@ class RankPasses:
             weight = self._total if is_last else None
             self._deliver(stage - 1, index, True, Parcel(gradients, leaves.wants_gradient, leaves.single, weight))
         self._pipeline.done(due)
+        if is_last:
+            self._send_tied(stage)
+
+    def _send_tied(self, stage: int) -> None:
+        """Send the stage's part of the gradient of parameters that belong to another one."""
+        for (home, sender), shared in self._ties.shared.items():
+            if sender == stage:
+                gradients = tuple(self._model.flat(stage).tied[index].grad for index in shared)
+                for index in shared:
+                    self._model.flat(stage).tied[index].grad = None
+                self._deliver(home, len(self._microbatches) + sender, True, Parcel(gradients, (False,) * len(shared)))
 
     def _end_loss(self) -> None:
         losses = torch.stack([loss.float().reshape(()) for loss in self._losses])
@@ -203,4 +263,4 @@ def _leaves(parcel: Parcel) -> Parcel:
     for tensor, wants in zip(parcel.tensors, parcel.wants_gradient, strict=True):
         assert tensor is not None
         leaves.append(tensor.detach().requires_grad_(wants))
-    return dataclasses.replace(parcel, tensors=tuple(leaves))
+    return replace(parcel, tensors=tuple(leaves))

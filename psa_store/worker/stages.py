@@ -9,13 +9,14 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from psa_store import logs
-from psa_store.errors import UsageError
-from psa_store.job.layout import Layout, Shard, TensorSpec
+from psa_store.errors import Refused, UsageError
+from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
 from psa_store.job.sampling import stream_seed
 from psa_store.job.wire_layout import WireLayout
 from psa_store.worker.flat_model import FlatModel, describe_model
@@ -23,27 +24,49 @@ from psa_store.worker.randomness import seed_all
 from psa_store.worker.script import check_model
 
 BuildStage = Callable[[], nn.Module]
+
+
+@runtime_checkable
+class NamesTied(Protocol):
+    """What builds a stage of a model that exists, and knows the names that its parameters have elsewhere in it."""
+
+    def all_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """All names of the parameter that has these in the stage, in the order of the whole model."""
+
+
 GroupOf = Callable[[str, tuple[int, ...]], int]
 
 
 def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) -> list[TensorSpec]:
     """List the parameters and buffers of all stages, without their memory: each is built on torch's meta device.
 
+    A name that two stages have is one parameter, tied.
+
     Raises:
-        UsageError: a stage is none, or two have a parameter of one name.
+        UsageError: a stage is no module, or two have different tensors, or buffers, of one name.
     """
     specs: list[TensorSpec] = []
-    homes: dict[str, int] = {}
+    places: dict[str, int] = {}
     for stage, build in enumerate(stages):
         with torch.device("meta"):
             module = _build(build, stage, seed)
         for spec in describe_model(module, group_of):
-            for name in spec.names:
-                if homes.setdefault(name, stage) != stage:
-                    raise UsageError(
-                        f"stages {homes[name]} and {stage} both have a {name}: a parameter belongs to one stage"
-                    )
-            specs.append(replace(spec, stage=stage))
+            names = build.all_names(spec.names) if isinstance(build, NamesTied) else spec.names
+            place = next((places[name] for name in names if name in places), len(specs))
+            places.update(dict.fromkeys(names, place))
+            if place == len(specs):
+                specs.append(replace(spec, names=names, stages=(stage,)))
+                continue
+            other = specs[place]
+            form = other.shape, other.dtype, other.role
+            if spec.role is TensorRole.BUFFER or (spec.shape, spec.dtype, spec.role) != form:
+                raise UsageError(
+                    f"stages {other.home} and {stage} both have a {names[0]}, which would be one tensor: only "
+                    "parameters of one shape and dtype can be, trained or frozen in both. Give it another name in one"
+                )
+            specs[place] = replace(
+                other, names=tuple(dict.fromkeys(other.names + names)), stages=(*other.stages, stage)
+            )
     return specs
 
 
@@ -75,6 +98,10 @@ class StagedModel:
         """By server of this host, a descriptor of the memory in which it publishes parameters ..."""
         self._shown_in: dict[int, set[str]] = {}
         """... and by stage, which of them it shows."""
+        self._filling: frozenset[int] = frozenset()
+        """The stages to which parameters come."""
+        self._came_tied: set[int] = set()
+        """Shards of several stages that have come by value to the first of them."""
         self._log = logs.get_logger()
 
     def close(self) -> None:
@@ -140,9 +167,18 @@ class StagedModel:
         """Parameters come as ``wire`` lays them out."""
         self._wire = wire
 
+    def fill(self, stages: Iterable[int]) -> None:
+        """Parameters are about to come to these stages, and to no other."""
+        self._filling = frozenset(stages)
+
     def place(self, shard: Shard) -> memoryview:
         """Where a shard that comes by value is to be received."""
-        return self._held[shard.stage][1].place(shard)
+        first, *others = sorted(self._filling.intersection(shard.stages)) or [-1]
+        if first not in self._held:
+            raise Refused(f"PARAMS of shard {shard.index}, of stages {shard.stages}, which this worker did not ask for")
+        if others:
+            self._came_tied.add(shard.index)
+        return self._held[first][1].place(shard)
 
     def publishes(self, server: str, descriptor: int) -> None:
         """A server of this host publishes its parameters in this memory from now on; takes over the descriptor."""
@@ -158,7 +194,7 @@ class StagedModel:
         if server not in self._shown:
             return
         for stage, (_, flat) in self._held.items():
-            own = [shard for shard in shards if self._layout.shards[shard].stage == stage]
+            own = [shard for shard in shards if stage in self._layout.shards[shard].stages]
             if own and server not in self._shown_in[stage]:
                 flat.show(server, os.dup(self._shown[server]), own)
                 self._shown_in[stage].add(server)
@@ -170,9 +206,14 @@ class StagedModel:
             flat.hide()
 
     def version_arrived(self) -> None:
-        """All shards of the stages here are at one version; raises UsageError as :class:`FlatModel` does."""
-        for _, flat in self._held.values():
-            flat.version_arrived()
+        """All shards of the stages that were filled are at one version; raises UsageError as ``FlatModel`` does."""
+        for shard in (self._layout.shards[index] for index in self._came_tied):
+            first, *others = sorted(self._filling.intersection(shard.stages))
+            for other in others:
+                self.flat(other).place(shard)[:] = self.flat(first).place(shard)
+        self._came_tied.clear()
+        for stage in self._filling:
+            self.flat(stage).version_arrived()
 
     def _close_shown(self) -> None:
         for descriptor in self._shown.values():

@@ -29,7 +29,7 @@ from psa_store.worker.carry import Parcel, read
 from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.microbatches import microbatches_of
 from psa_store.worker.pushing import GradientPush, refuse
-from psa_store.worker.rank_passes import RankPasses
+from psa_store.worker.rank_passes import RankPasses, ties_of
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import PlanSession, Tools
 from psa_store.worker.stages import StagedModel
@@ -52,6 +52,7 @@ class StagedStrategy:
         self._gradients: GradientMemory
         self._version_of_pool = 0
         self._rank_step: RankStep
+        self._ties = ties_of(tools.layout)
         self._passes: RankPasses | None = None
         """Of the rank that is computed now."""
         self._computed: tuple[int, ...] | None = None
@@ -96,7 +97,7 @@ class StagedStrategy:
         self._computed = ()
         rank_step, config = self._rank_step, self._config
         parts = microbatches_of(batch, config.microbatches)
-        passes = RankPasses(rank_step, parts, config.stages, self._model, config.seed, self._send)
+        passes = RankPasses(rank_step, parts, config.stages, self._ties, self._model, config.seed, self._send)
         self._passes, self._term, self._passes_refused = passes, self.session.term, False
         try:
             if not self._hold():
@@ -124,8 +125,8 @@ class StagedStrategy:
             step, rank = self._rank_step.step, self._rank_step.rank
             if rank == RANK_OF_BUFFERS:
                 for shard in self._tools.layout.shards_of(TensorRole.BUFFER):
-                    if shard.stage in computed:
-                        flat = self._model.flat(shard.stage)
+                    if shard.home in computed:
+                        flat = self._model.flat(shard.home)
                         self._servers.push_value(step, rank, shard.index, flat.parameters(shard))
             push.done()
             self._step.pushed(Cell(rank, stage) for stage in computed)
@@ -160,7 +161,7 @@ class StagedStrategy:
     def _take_gradients(self, passes: RankPasses) -> None:
         """Push the gradients of all cells that were computed."""
         for stage in passes.held:
-            weight = passes.scale(stage)
+            weight = passes.complete(stage)
             self._gradients.note = PLAIN
             flat = self._model.flat(stage)
             flat.end(weight)
@@ -199,6 +200,7 @@ class StagedStrategy:
                     if self._model.hold({cell.stage for cell in session.cells}):
                         session.lose("a stage came back whose cells are pushed already")
                         continue
+                    self._model.fill(self._model.stages)
                     self._servers.wait_for(servers, version, stages=self._model.stages)
                 case Listen():
                     session.wait()
@@ -240,32 +242,35 @@ class StagedStrategy:
             if not self._pull(self._model.stages, newest):
                 return False
             # A step may complete meanwhile: then some shards are a version ahead of others.
-            wanted = max((session.arrived[shard.index] for shard in self._versioned()), default=newest)
+            wanted = max(
+                (session.arrived[shard.index] for shard in self._versioned(self._model.stages)), default=newest
+            )
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
         self._show(newest)
         self.replanned()
         return True
 
-    def _versioned(self) -> list[Shard]:
-        return [shard for shard in self._tools.layout.versioned if shard.stage in self._model.stages]
+    def _versioned(self, stages: Sequence[int]) -> list[Shard]:
+        return [shard for shard in self._tools.layout.versioned if not set(stages).isdisjoint(shard.stages)]
 
     def _add(self, stages: Sequence[int], version: int) -> bool:
         """Have more stages at the present version; False if passes are to be given up."""
         if not self._pull(stages, version):
             return False
-        if any(self.session.arrived[s.index] != version for s in self._versioned() if s.stage in stages):
+        if any(self.session.arrived[s.index] != version for s in self._versioned(stages)):
             self.session.lose("the step is complete without the cells that came to this worker")
             return False
-        for stage in stages:
-            self._model.flat(stage).version_arrived()
+        self._model.version_arrived()
         return True
 
     def _pull(self, stages: Sequence[int], version: int) -> bool:
         """Have the shards of some stages at this version or a newer one; False if the term is over before."""
         session, layout = self.session, self._tools.layout
-        session.want_frozen([s for s in layout.shards_of(TensorRole.FROZEN) if s.stage in stages])
-        shards = [shard for shard in layout.versioned if shard.stage in stages]
+        frozen = layout.shards_of(TensorRole.FROZEN)
+        session.want_frozen([shard for shard in frozen if not set(stages).isdisjoint(shard.stages)])
+        self._model.fill(stages)
+        shards = self._versioned(stages)
         for shard in shards:
             session.arrived.pop(shard.index, None)
         return session.pull(shards, version, session.term_is_over)
