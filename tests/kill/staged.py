@@ -34,11 +34,16 @@ class Block(nn.Module):
 
 
 class Part(nn.Module):
-    """Some blocks, under the names that they have in the whole model."""
+    """Some blocks, under the names that they have in the whole model, the first and the last of which may share one."""
 
-    def __init__(self, low: int, high: int, dropout: float) -> None:
+    def __init__(self, low: int, high: int, dropout: float, tied: bool) -> None:
         super().__init__()
         self.is_last = high == BLOCKS
+        self.low = low
+        self.weighted = tied
+        if tied and (low == 0 or high == BLOCKS):
+            torch.manual_seed(99)
+            self.shared = nn.Linear(WIDTH, WIDTH)
         self.blocks = nn.ModuleDict()
         for index in range(low, high):
             torch.manual_seed(100 + index)  # equal, however the model is cut
@@ -47,9 +52,16 @@ class Part(nn.Module):
     def forward(self, carry: Any, microbatch: tuple[Tensor, Tensor]) -> Any:
         x, y = microbatch
         x = x if carry is None else carry
+        if hasattr(self, "shared") and self.low == 0:
+            x = self.shared(x)
         for block in self.blocks.values():
             x = block(x)
-        return (x - y).square().mean() if self.is_last else x
+        if hasattr(self, "shared") and self.is_last:
+            x = self.shared(x)
+        loss = (x - y).square()
+        if not self.is_last:
+            return x
+        return (loss.mean(), 1.0 + float(y[0, 0] > 0)) if self.weighted else loss.mean()
 
 
 def main() -> None:
@@ -59,13 +71,14 @@ def main() -> None:
     options.add_argument("--stages", type=int, default=1)
     options.add_argument("--microbatches", type=int, default=4)
     options.add_argument("--dropout", type=float, default=0.0)
+    options.add_argument("--tied", action="store_true", help="with a shared layer, and weights of micro-batches")
     options.add_argument("--clip", type=float, default=0.0)
     options.add_argument("--pause", type=float, default=0.0, help="of each step, as a larger model would take")
     options.add_argument("--end-after", type=Path)
     args = options.parse_args()
     torch.set_num_threads(1)
     size = BLOCKS // args.stages
-    stages = [partial(Part, low, low + size, args.dropout) for low in range(0, BLOCKS, size)]
+    stages = [partial(Part, low, low + size, args.dropout, args.tied) for low in range(0, BLOCKS, size)]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, WIDTH, generator=generator)
     data = torch.utils.data.TensorDataset(x, x.roll(1, 1).sin())

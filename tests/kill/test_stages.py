@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import psa_store as psa
 from psa_store.testing.failpoints import ENV, FailpointAction, arm, hit
 from tests.harness import Run, Site
 
@@ -36,12 +37,27 @@ def test_any_number_of_workers_gives_the_same_bits(site: Site, stages: int, rank
     digests = set()
     for workers in sorted({1, 2, 3, stages * ranks}):
         job = f"stages-{stages}-{ranks}-{workers}"
-        run = start(
-            site, job, "--stages", str(stages), "--dropout", "0.1", "--clip", "1.0", workers=workers, ranks=ranks
-        )
+        cut = ["--stages", str(stages), "--dropout", "0.1", "--clip", "1.0", "--tied"]
+        run = start(site, job, *cut, workers=workers, ranks=ranks)
         assert run.finish() == 0, run.output
         digests.add(site.digest(job, STEPS))
     assert len(digests) == 1
+
+
+def values(site: Site, job: str) -> dict[str, bytes]:
+    """All parameters and buffers, by name."""
+    with psa.Store(job, site.redis) as store:
+        return {name: tensor.numpy().tobytes() for name, tensor in store.state_dict(STEPS).items()}
+
+
+def test_any_cut_gives_the_same_bits_where_nothing_is_tied(site: Site) -> None:
+    found = []
+    for stages in (1, 2, 4):
+        job = f"cut-{stages}"
+        run = start(site, job, "--stages", str(stages), workers=2, servers=1, ranks=2)
+        assert run.finish() == 0, run.output
+        found.append(values(site, job))
+    assert found[0] == found[1] == found[2]
 
 
 PLACES = [("cell.sent", 0), ("cell.backward", 0), ("cell.backward", 2), ("push.middle", 0), ("push.done", 0)]
@@ -50,7 +66,7 @@ PLACES = [("cell.sent", 0), ("cell.backward", 0), ("cell.backward", 2), ("push.m
 
 @pytest.mark.parametrize("carrier", ["auto", "tcp"])
 def test_killing_processes_anywhere_changes_no_bit(site: Site, tmp_path: Path, carrier: str) -> None:
-    cut = ["--stages", "4", "--dropout", "0.1", "--clip", "1.0"]
+    cut = ["--stages", "4", "--dropout", "0.1", "--clip", "1.0", "--tied"]
     calm = start(site, f"cells-calm-{carrier}", *cut, workers=2, ranks=2)
     assert calm.finish() == 0, calm.output
     job = f"cells-{carrier}"
