@@ -12,7 +12,7 @@ from psa_store.cluster import Cell, Plan
 from psa_store.consistency.relay import Address, Relay
 from psa_store.errors import Refused
 from psa_store.server.connections import Connections
-from psa_store.wire import Connection, Flag, Header, PassedMemory, Reason
+from psa_store.wire import RELAY_HEAD, Connection, Flag, Header, PassedMemory, Reason
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,13 +25,14 @@ class _Item:
 
     def whole(self) -> bytes:
         """As it goes by value."""
-        return self.payload if self.memory is None else self.payload + bytes(self.memory.attach().buffer)
+        if self.memory is None:
+            return self.payload
+        _, size_bytes = RELAY_HEAD.unpack_from(self.payload)
+        return self.payload + self.memory.attach().buffer[:size_bytes]
 
     def is_like(self, other: _Item) -> bool:
         """Whether both are the same tensors, however they came."""
-        mine, theirs = self.whole(), other.whole()
-        length = min(len(mine), len(theirs))  # shared memory is at least a page
-        return mine[:length] == theirs[:length]
+        return self.whole() == other.whole()
 
 
 class CellRelay:
@@ -63,6 +64,8 @@ class CellRelay:
             raise Refused(f"RELAY for stage {header.stage} of rank {header.rank}: there is none")
         if plan.holder(header.rank, sender) != connection.member:
             return Reason.NOT_HOLDER, f"stage {sender} of rank {header.rank} is held by another worker"
+        if len(payload) < RELAY_HEAD.size:
+            raise Refused("RELAY without a description of what it brings")
         item = _Item(header, bytes(payload), memory)
         address = Address(header.step, Cell(header.rank, header.stage), header.microbatch, backward)
         readers, former = self._relay.put(address, item)

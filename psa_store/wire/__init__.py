@@ -5,7 +5,7 @@ from psa_store.wire.announce import announce
 from psa_store.wire.connection import PARK, Admit, Connection, Park, Traffic
 from psa_store.wire.documents import Hello, Refusal, Report, Welcome, decode, encode
 from psa_store.wire.fetch import fetch
-from psa_store.wire.frames import PROTOCOL, Flag, Header, Kind, Reason
+from psa_store.wire.frames import PROTOCOL, RELAY_HEAD, Flag, Header, Kind, Reason
 from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
 from psa_store.wire.mailbox import Mailbox
@@ -14,6 +14,7 @@ from psa_store.wire.memory import Passable, PassedMemory, SharedMemory, Window, 
 __all__ = [
     "PARK",
     "PROTOCOL",
+    "RELAY_HEAD",
     "Admit",
     "Connection",
     "Flag",

@@ -46,6 +46,8 @@ PROTOCOL = 8
 MAGIC = b"PSA\x02"
 _HEADER = struct.Struct("<4sBBHIIQQqQIIIfHHI")
 HEADER_BYTES = _HEADER.size
+RELAY_HEAD = struct.Struct("<IQ")
+"""What the payload of a RELAY begins with: the length of its description, and of all tensors, in bytes."""
 PAYLOAD_BYTES_MAX = 1 << 32
 TEXT_BYTES_MAX = 1 << 20
 """Limit for numbers and documents (see ``wire.documents``): a lying length must not make a peer allocate gigabytes."""

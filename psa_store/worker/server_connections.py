@@ -36,7 +36,7 @@ from psa_store.wire import (
     encode,
 )
 from psa_store.wire import connect as wire_connect
-from psa_store.worker.carry import Parcel, by_value, in_memory
+from psa_store.worker.carry import CarryPool, Parcel, by_value
 from psa_store.worker.gradients import GradientMemory
 
 _CONNECT_TIMEOUT_S = 2.0
@@ -72,6 +72,7 @@ class ServerConnections:
 
     def __init__(self, layout: Layout, mailbox: Mailbox[None]) -> None:
         self.traffic = Traffic()
+        self.carries = CarryPool()
         self._layout = layout
         self._mailbox = mailbox
         self._share = False
@@ -224,7 +225,7 @@ class ServerConnections:
         memory: SharedMemory | None = None
         if server in self._shared:
             flags |= Flag.BY_REFERENCE
-            memory, payload = in_memory(parcel), memoryview(parcel.describe())
+            memory, payload = self.carries.write(parcel), memoryview(parcel.describe())
         else:
             payload = by_value(parcel)
         header = Header(

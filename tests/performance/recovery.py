@@ -16,9 +16,10 @@ import signal
 import statistics
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import psa_store as psa
 from psa_store.observe.status import describe
@@ -31,6 +32,35 @@ SETTLE_STEPS = 60
 """Steps between two kills: the restarted process is back by then."""
 _ENOUGH_STEPS = 1_000_000
 _PATIENCE_S = 60.0
+
+
+class Stage(nn.Module):
+    """A part of the model that :func:`train` has, by the index of its layer; the last one has what follows, too."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, is_last: bool) -> None:
+        super().__init__()
+        self.add_module(name, nn.Linear(inputs, outputs))
+        self.name, self.is_last = name, is_last
+
+    def forward(self, carry: Tensor | None, microbatch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = microbatch
+        time.sleep(STEP_S / 4)  # what a larger model would compute, not a wait for an event
+        out = self.get_submodule(self.name)(x if carry is None else carry)
+        return nn.functional.mse_loss(out, y) if self.is_last else out.tanh()
+
+
+def train_stages(job: str) -> None:
+    """The same in two stages, with four micro-batches."""
+    torch.set_num_threads(1)
+    stages = [partial(Stage, "0", 512, 768, False), partial(Stage, "2", 768, 512, True)]
+    data = [(torch.zeros(512), torch.ones(512)) for _ in range(64)]
+    how = {"stages": stages, "microbatches": 4, "steps": _ENOUGH_STEPS}
+    with psa.Worker(job, optimizer=psa.optim.AdamW(lr=1e-4), **how) as worker:  # type: ignore[arg-type]
+        for batch in worker.batches(data, batch_size=12):
+            before = worker.version
+            worker.step(worker.compute(batch))
+            if worker.is_main and worker.version != before:
+                print(f"step {worker.version}", flush=True)
 
 
 def train(job: str) -> None:
@@ -56,15 +86,18 @@ def pause_after(times_s: list[float], killed_s: float) -> float:
     return end_s - killed_s
 
 
-def measure(kind: str, rounds: int, rng: random.Random, servers: Servers, supervised: bool) -> list[float]:
+def measure(
+    kind: str, rounds: int, rng: random.Random, servers: Servers, supervised: bool, stages: bool = False
+) -> list[float]:
     """Pauses of ``rounds`` kills of one kind ("workers" or "servers"), in seconds."""
     job = f"recovery-{kind}-{'seen' if supervised else 'unseen'}-{rng.randrange(1 << 30)}"
     env = {"PSA_SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S)}
     pauses = []
     with ExitStack() as stack:
-        ranks = 2 if supervised else 3  # the one that joins must get a rank
+        ranks = 1 if stages else 2 if supervised else 3  # the one that joins must get a rank
+        script = "--train-stages" if stages else "--train"
         options = ["--workers", "2", "--servers", "2", "--ranks", str(ranks), "--max-restarts", str(2 * rounds)]
-        run = stack.enter_context(servers.psa("run", *options, __file__, "--train", job, env=env))
+        run = stack.enter_context(servers.psa("run", *options, __file__, script, job, env=env))
         steps = stack.enter_context(closing(StepTimes(run)))
         steps.wait(WARM_UP_STEPS)
         store = stack.enter_context(closing(servers.store()))
@@ -98,14 +131,19 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--unsupervised", action="store_true")
+    options.add_argument("--stages", action="store_true", help="a model in two stages, supervised")
     options.add_argument("--train", metavar="JOB", help=argparse.SUPPRESS)
+    options.add_argument("--train-stages", metavar="JOB", help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.train:
         return train(args.train)
+    if args.train_stages:
+        return train_stages(args.train_stages)
     rng = random.Random(args.seed)
     with private_servers() as servers:
         rows = [
-            (kind, measure(kind, args.rounds, rng, servers, not args.unsupervised)) for kind in ("workers", "servers")
+            (kind, measure(kind, args.rounds, rng, servers, not args.unsupervised, args.stages))
+            for kind in ("workers", "servers")
         ]
     bound = f"{SESSION_TIMEOUT_S + 2:.0f} s, session timeout + 2 s" if args.unsupervised else "1 s"
     print(f"from SIGKILL to the next completed step, seed {args.seed} (aim: at most {bound})")

@@ -215,6 +215,7 @@ class StagedStrategy:
     def _show(self, version: int) -> None:
         """Let the stages here be at a version of which all their shards are here."""
         self._model.version_arrived()
+        self._servers.carries.release()
         self._step.loaded(version)
 
     def _take_gradient_memory(self, step: int) -> bool:
@@ -280,6 +281,7 @@ class StagedStrategy:
 
     def lost(self) -> None:
         self._pool.give_up()
+        self._servers.carries.give_up()
         self._step.lost()
 
     def refused(self, header: Header) -> None:

@@ -1,0 +1,237 @@
+"""What stages cost, and what they save. ::
+
+    python -m tests.performance.stages relay        8 MB from one worker to the next, beside gloo
+    python -m tests.performance.stages throughput   two stages beside two data-parallel workers
+    python -m tests.performance.stages memory       peak memory of a worker with 1, 2 and 4 stages
+
+Each prints its figure beside a reference that was measured in the same run, in rounds that interleave the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import psa_store as psa
+from psa_store.examples import gpt
+from tests.performance.common import Servers, private_servers, summary
+
+CARRY_BYTES = 8 << 20
+MICROBATCHES = 8
+WARM_UP_STEPS = 5
+MEMORY_BLOCKS = 4
+MEMORY_WIDTH = 2048
+"""A block has 16 MB of parameters, and as much again of gradient in each worker that has it."""
+
+
+class Carrier(nn.Module):
+    """Hands on so many bytes, and computes next to nothing."""
+
+    def __init__(self, name: str, size_bytes: int, is_last: bool) -> None:
+        super().__init__()
+        self.is_last = is_last
+        self.register_parameter(name, nn.Parameter(torch.zeros(1)))
+        self.name = name
+        self.carried = [torch.zeros(size_bytes // 4)]  # no buffer: it is not to travel with the parameters
+
+    def forward(self, carry: Tensor | None, microbatch: Tensor) -> Tensor:
+        parameter = self.get_parameter(self.name)
+        if not self.is_last:
+            return self.carried[0]
+        assert carry is not None
+        return parameter.sum() + carry[0] + microbatch.sum()
+
+
+class Block(nn.Module):
+    """One of the blocks of the model whose memory is measured."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(
+            {str(i): nn.Linear(MEMORY_WIDTH, MEMORY_WIDTH, bias=False) for i in range(low, high)}
+        )
+        self.is_last = high == MEMORY_BLOCKS
+
+    def forward(self, carry: Tensor | None, microbatch: Tensor) -> Tensor:
+        x = microbatch if carry is None else carry
+        for block in self.blocks.values():
+            x = block(x).tanh()
+        return x.square().mean() if self.is_last else x
+
+
+# --- the relay
+
+
+def train_carry(job: str, size_bytes: int, steps: int, place: Path) -> None:
+    """Two stages; the last one writes down the seconds of each step."""
+    torch.set_num_threads(1)
+    stages = [partial(Carrier, "first", size_bytes, False), partial(Carrier, "last", size_bytes, True)]
+    times_s: list[float] = []
+    optimizer = psa.optim.SGD(lr=0.0)
+    how = {"stages": stages, "microbatches": MICROBATCHES, "steps": steps}
+    with psa.Worker(job, optimizer=optimizer, **how) as worker:  # type: ignore[arg-type]
+        for batch in worker.batches(torch.zeros(64, 1), batch_size=MICROBATCHES):
+            begun_s = time.perf_counter()
+            worker.step(worker.compute(batch))
+            times_s.append(time.perf_counter() - begun_s)
+        if worker.is_main:
+            place.write_text(json.dumps(times_s[WARM_UP_STEPS:]))
+
+
+def gloo_peer(rank: int, place: str, size_bytes: int, count: int) -> None:
+    """Send so many bytes from rank 0 to rank 1, which answers with a few; rank 0 writes down the median of seconds."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{place}.rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    data, answer = torch.zeros(size_bytes // 4), torch.zeros(1)
+    times_s = []
+    for _ in range(count):
+        begun_s = time.perf_counter()
+        if rank == 0:
+            dist.send(data, 1)
+            dist.recv(answer, 1)
+        else:
+            dist.recv(data, 0)
+            dist.send(answer, 0)
+        times_s.append(time.perf_counter() - begun_s)
+    if rank == 0:
+        Path(place).write_text(json.dumps(statistics.median(times_s[WARM_UP_STEPS:])))
+    dist.destroy_process_group()
+
+
+def relay(rounds: int) -> None:
+    """Compare the time that 8 MB add to a micro-batch with what they add to a gloo send that is answered."""
+    ours, theirs = [], []
+    with private_servers() as servers:
+        for index in range(rounds):
+            steps = 40
+            per_step = {}
+            for size_bytes in (CARRY_BYTES, 4096):
+                place = servers.home / f"carry-{index}-{size_bytes}.json"
+                job = f"carry-{index}-{size_bytes}"
+                script = [__file__, "train-carry", job, str(size_bytes), str(steps), str(place)]
+                run(servers, ["--workers", "2", "--servers", "1", "--ranks", "1"], script)
+                per_step[size_bytes] = statistics.median(json.loads(place.read_text()))
+            ours.append((per_step[CARRY_BYTES] - per_step[4096]) / MICROBATCHES * 1e3)
+            by_size = {}
+            for size_bytes in (CARRY_BYTES, 4096):
+                place = servers.home / f"gloo-{index}-{size_bytes}"
+                mp.spawn(gloo_peer, (str(place), size_bytes, 60), nprocs=2)  # type: ignore[no-untyped-call]
+                by_size[size_bytes] = json.loads(place.read_text())
+            theirs.append((by_size[CARRY_BYTES] - by_size[4096]) * 1e3)
+            print(f"round {index + 1}: relay {ours[-1]:.2f} ms, gloo {theirs[-1]:.2f} ms for 8 MB", flush=True)
+    print(f"relay {summary(ours, '.2f')} ms, gloo {summary(theirs, '.2f')} ms")
+    print(f"relay / gloo {summary([a / b for a, b in zip(ours, theirs, strict=True)], '.2f')} (aim: at most 1.3)")
+
+
+# --- throughput
+
+
+def throughput(rounds: int, steps: int) -> None:
+    """Compare two workers of one stage each with two data-parallel workers, with the same batch."""
+    batch = ["--batch-size", "32", "--width", "192", "--block", "64", "--eval-batches", "0", "--sample", "0"]
+    shapes = {
+        "data parallel": (["--ranks", "2"], []),
+        "two stages": (["--ranks", "1"], ["--stages", "2", "--microbatches", str(MICROBATCHES)]),
+    }
+    found: dict[str, list[float]] = {name: [] for name in shapes}
+    with private_servers() as servers:
+        for index in range(rounds):
+            for name, (how, more) in list(shapes.items())[:: -1 if index % 2 else 1]:
+                place = servers.home / f"{index}-{name.replace(' ', '-')}.json"
+                script = [
+                    gpt.__file__,
+                    "--job",
+                    place.stem,
+                    "--steps",
+                    str(steps),
+                    "--timing",
+                    str(place),
+                    *batch,
+                    *more,
+                ]
+                run(servers, ["--workers", "2", "--servers", "1", *how], script)
+                timing = json.loads(place.read_text())
+                found[name].append(timing["seconds"] / timing["steps"] * 1e3)
+                print(f"round {index + 1}: {name:<14} {found[name][-1]:.1f} ms per step", flush=True)
+    for name, times_ms in found.items():
+        print(f"{name:<14} {summary(times_ms, '.1f')} ms per step")
+    ratios = [a / b for a, b in zip(found["data parallel"], found["two stages"], strict=True)]
+    print(f"throughput of two stages / data parallel: {summary(ratios, '.2f')} (aim: at least 0.9)")
+    print(f"what the schedule alone leaves: {MICROBATCHES / (MICROBATCHES + 1):.2f}")
+
+
+# --- memory
+
+
+def train_memory(job: str, stages: int, place: Path) -> None:
+    """Write down by how much the memory of this process grew at most, in MB."""
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = MEMORY_BLOCKS // stages
+    parts = [partial(Block, low, low + size) for low in range(0, MEMORY_BLOCKS, size)]
+    optimizer = psa.optim.AdamW(lr=1e-4)
+    with psa.Worker(job, stages=parts, microbatches=2, optimizer=optimizer, steps=10) as worker:
+        for batch in worker.batches(torch.zeros(64, MEMORY_WIDTH), batch_size=8):
+            worker.step(worker.compute(batch))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    with place.open("a") as lines:
+        lines.write(f"{grown / 1024}\n")
+
+
+def memory() -> None:
+    """Say the peak memory of the workers, each of which has one stage."""
+    with private_servers() as servers:
+        for stages in (1, 2, 4):
+            place = servers.home / f"memory-{stages}"
+            script = [__file__, "train-memory", f"memory-{stages}", str(stages), str(place)]
+            run(servers, ["--workers", str(stages), "--servers", "1", "--ranks", "1"], script)
+            grown = sorted(map(float, place.read_text().split()))
+            model = MEMORY_BLOCKS * MEMORY_WIDTH**2 * 4 / (1 << 20)
+            print(
+                f"{stages} stages: a worker grew by {grown[0]:.0f} to {grown[-1]:.0f} MB; parameters of the model "
+                f"{model:.0f} MB, of a stage {model / stages:.0f} MB",
+                flush=True,
+            )
+
+
+def run(servers: Servers, options: list[str], script: list[str]) -> None:
+    """Run a job to its end."""
+    for _ in servers.psa_lines("run", *options, *script):
+        pass
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("what", choices=["relay", "throughput", "memory"])
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--steps", type=int, default=100)
+    args = options.parse_args()
+    if args.what == "relay":
+        relay(args.rounds)
+    elif args.what == "throughput":
+        throughput(args.rounds, args.steps)
+    else:
+        memory()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["train-carry"]:
+        train_carry(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    elif sys.argv[1:2] == ["train-memory"]:
+        train_memory(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    else:
+        main()
