@@ -167,6 +167,7 @@ class RankPasses:
         step, rank = self.rank_step.step, self.rank_step.rank
         seed_all(stream_seed(self._seed, step, rank, f"stage {stage}, micro-batch {index}"))
         carry: Any = None
+        leaves = Parcel((), ())
         if stage:
             leaves = _leaves(self._inputs[stage, index])
             self._inputs[stage, index] = leaves
@@ -178,6 +179,7 @@ class RankPasses:
             parcel = of_stage(returned, stage)
             self._outputs[stage, index] = (returned,) if parcel.single else tuple(returned)
             self._deliver(stage + 1, index, False, parcel)
+        self._model.check_graph(stage, leaves.tensors, self._outputs[stage, index])
         self._pipeline.done(due)
 
     def _as_loss(self, returned: Any) -> Tensor:

@@ -9,10 +9,10 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from psa_store import logs
 from psa_store.errors import Refused, UsageError
@@ -100,6 +100,7 @@ class StagedModel:
         """... and by stage, which of them it shows."""
         self._filling: frozenset[int] = frozenset()
         """The stages to which parameters come."""
+        self._graph_checked: set[int] = set()
         self._came_tied: set[int] = set()
         """Shards of several stages that have come by value to the first of them."""
         self._log = logs.get_logger()
@@ -133,6 +134,7 @@ class StagedModel:
         for stage in self._held.keys() - wanted:
             self._held.pop(stage)[1].close()
             self._shown_in.pop(stage, None)
+            self._graph_checked.discard(stage)
             gc.collect()
         new = tuple(sorted(wanted - self._held.keys()))
         for stage in new:
@@ -145,6 +147,33 @@ class StagedModel:
         if new:
             self._log.debug("holding stages", stages=sorted(wanted))
         return new
+
+    def check_graph(self, stage: int, carry: Iterable[Tensor | None], returned: Iterable[Tensor]) -> None:
+        """Refuse, once for each module, what a stage returns if it was made of something that did not come to it.
+
+        Raises:
+            UsageError: gradients would go to a tensor that is neither a parameter of the stage nor in its carry.
+        """
+        if stage in self._graph_checked:
+            return
+        self._graph_checked.add(stage)
+        module = self.module(stage)
+        own = {id(each) for each in (*module.parameters(), *carry)}
+        seen: set[Any] = set()
+        left = [each.grad_fn for each in returned]
+        while left:
+            node: Any = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in own:
+                raise UsageError(
+                    f"stage {stage} computed with a tensor of shape {tuple(variable.shape)} that is neither a "
+                    "parameter of it nor came from the stage before: what crosses a cut has to be returned by the one "
+                    "and taken from carry by the other, or other workers compute something else"
+                )
+            left += [following for following, _ in node.next_functions]
 
     def module(self, stage: int) -> nn.Module:
         """The module of a stage that is held."""

@@ -1,0 +1,167 @@
+"""What a job with stages refuses, by name; and what a worker with stages gives its script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import psa_store as psa
+from psa_store.errors import JobMismatch, UsageError
+from psa_store.job.sampling import sample_indices
+
+WIDTH = 6
+
+
+class Part(nn.Module):
+    """A layer under the name that it has in the whole model; the last one makes the loss."""
+
+    def __init__(self, name: str, is_last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.add_module(name, nn.Linear(WIDTH, WIDTH))
+        self.name, self.is_last = name, is_last
+
+    def forward(self, carry: Any, microbatch: Tensor) -> Any:
+        out = self.get_submodule(self.name)(microbatch if carry is None else carry)
+        return out.square().mean() if self.is_last else out
+
+
+STAGES = [partial(Part, "front", False), partial(Part, "back", True)]
+DATA = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(32)]
+
+
+def train(job: str, stages: Any = STAGES, *, batch_size: int = 8, steps: int = 2, **how: Any) -> list[Tensor | None]:
+    how = {"optimizer": psa.optim.SGD(lr=0.1), "microbatches": 2, "ranks": 1, **how}
+    losses = []
+    with psa.Worker(job, stages=stages, steps=steps, **how) as worker:
+        for batch in worker.batches(DATA, batch_size=batch_size):
+            losses.append(worker.compute(batch))
+            worker.step(losses[-1])
+    return losses
+
+
+def test_the_loss_is_that_of_the_model_in_one_piece(job: str) -> None:
+    losses = train(job)
+    whole = nn.Sequential(*(build().get_submodule(name) for build, name in zip(STAGES, ("front", "back"), strict=True)))
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    with psa.Store(job) as store:
+        parameters = store.state_dict()
+    for loss, step in zip(losses, range(2), strict=True):
+        indices = sample_indices(0, step, 0, ranks=1, batch_size=8, n=len(DATA))
+        expected = whole(torch.stack([DATA[i] for i in indices])).square().mean()
+        assert loss is not None
+        torch.testing.assert_close(loss, expected.detach())
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+    torch.testing.assert_close(parameters["back.weight"], whole[1].weight.data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"microbatches": 4}, "microbatches=2"),
+        ({"stages": [partial(Part, "front", False), partial(Part, "other", True)]}, "tensor"),
+    ],
+)
+def test_a_stored_job_keeps_its_cut(job: str, changed: dict[str, Any], words: str) -> None:
+    train(job, steps=1)
+    with pytest.raises(JobMismatch, match=words):
+        train(job, **{"stages": STAGES, **changed})
+
+
+def test_a_model_in_one_piece_is_another_job(job: str) -> None:
+    train(job, steps=1)
+    model = nn.Module()
+    model.front, model.back = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    with (
+        pytest.raises(JobMismatch, match="stages"),
+        psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), ranks=1, steps=2),
+    ):
+        pass
+
+
+def returns(what: Callable[[Tensor], Any]) -> Callable[[], nn.Module]:
+    class Other(Part):
+        def forward(self, carry: Any, microbatch: Tensor) -> Any:
+            return what(super().forward(carry, microbatch))
+
+    return partial(Other, "front", False)
+
+
+leaked: list[Tensor] = []
+
+
+def leak(x: Tensor) -> Tensor:
+    leaked.append(x)
+    return x
+
+
+class Crossing(Part):
+    def forward(self, carry: Any, microbatch: Tensor) -> Any:
+        return super().forward(carry + leaked.pop(), microbatch)
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (returns(lambda x: {"x": x}), "stage 0 returned a dict"),
+        (returns(lambda x: (x, 3)), "stage 0 returned a tuple with a int"),
+        (returns(lambda x: None), "stage 0 returned a NoneType"),
+    ],
+)
+def test_a_stage_returns_tensors(job: str, first: Callable[[], nn.Module], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        train(job, [first, STAGES[1]])
+
+
+def test_the_last_stage_returns_a_loss(job: str) -> None:
+    with pytest.raises(UsageError, match=r"the last stage returned a tensor of shape \(4, 6\)"):
+        train(job, [STAGES[0], partial(Part, "back", False)])
+
+
+def test_what_crosses_a_cut_is_declared(job: str) -> None:
+    with pytest.raises(UsageError, match="stage 1 computed with a tensor"):
+        train(job, [returns(leak), partial(Crossing, "back", True)])
+
+
+def test_a_batch_that_can_not_be_cut(job: str) -> None:
+    with pytest.raises(UsageError, match="a batch of 7 samples for a rank can not be cut into 2 micro-batches"):
+        train(job, batch_size=7)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"mode": "async"}, "mode async with stages"),
+        ({"mode": "local:steps=4"}, "with stages: only sync"),
+        ({"mode": "sync:speculate"}, "with stages: only sync"),
+        ({"state": {}}, "state=.* does not go with stages"),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)},
+            "one of torch goes with a whole model",
+        ),
+        ({"microbatches": 0}, "microbatches=0"),
+        ({"stages": []}, "needs a model, or stages"),
+        ({"model": nn.Linear(2, 2)}, "and not both"),
+    ],
+)
+@pytest.mark.usefixtures("environment")
+def test_what_does_not_go_with_stages_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        train("stages-refused", **{"stages": STAGES, **given})
+
+
+def test_statements_of_a_model_in_one_piece_are_refused(job: str) -> None:
+    optimizer = psa.optim.SGD(lr=0.1)
+    with psa.Worker(job, stages=STAGES, microbatches=2, optimizer=optimizer, ranks=1, steps=3) as worker:
+        batches = worker.batches(DATA, batch_size=8)
+        batch = next(batches)
+        with pytest.raises(UsageError, match=r"worker.step\(\) without worker.compute\(batch\)"):
+            worker.step()
+    del batch
