@@ -16,12 +16,13 @@ from psa_store.cli.options import SCRIPT, Json, Module, Script, begin, check_scr
 from psa_store.config import Settings, as_environment
 from psa_store.config.private_servers import redis_of
 from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
-from psa_store.estimate import Forecast, Traffic, ask_script, forecast, measure, traffic_of
+from psa_store.estimate import Forecast, Traffic, ask_script, bubble, forecast, measure, traffic_of
+from psa_store.estimate.traffic import WorkerShare
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.observe.doctor.footprint import Footprint, footprint_of
 from psa_store.observe.doctor.redis import ALLOCATION, may_measure
-from psa_store.observe.formatting import count, milliseconds, size
+from psa_store.observe.formatting import cells, count, milliseconds, model_parts, size
 from psa_store.storage import examine_redis, measure_redis
 
 _SCRIPT_S = 600.0
@@ -106,7 +107,7 @@ def _measure_redis(settings: Settings) -> tuple[float | None, str]:
 
 
 def _document(config: JobConfig, layout: Layout, footprint: Footprint, ways: Sequence[_Way]) -> dict[str, Any]:
-    servers, ranks = ways[-1].traffic.servers, ways[-1].traffic.ranks
+    traffic = ways[-1].traffic
     return {
         "job": config.name,
         "mode": str(config.mode),
@@ -115,8 +116,10 @@ def _document(config: JobConfig, layout: Layout, footprint: Footprint, ways: Seq
         "shards": len(layout.shards),
         "shard_bytes": layout.shard_bytes,
         "parameter_bytes": layout.arena_bytes,
-        "servers": [asdict(server) for server in servers],
-        "workers": [{"ranks": list(held)} for held in ranks],
+        "servers": [asdict(server) for server in traffic.servers],
+        "workers": [
+            {"ranks": list(each.ranks), **(asdict(each) if config.stages > 1 else {})} for each in traffic.workers
+        ],
         "redis": {
             "version_bytes": footprint.version_bytes,
             "versions": footprint.versions,
@@ -136,13 +139,28 @@ def _document(config: JobConfig, layout: Layout, footprint: Footprint, ways: Seq
             }
             for way in ways
         },
+        **({"pipeline": _pipeline(config, traffic)} if config.stages > 1 else {}),
+    }
+
+
+def _pipeline(config: JobConfig, traffic: Traffic) -> dict[str, Any]:
+    """What stages add. ``carries``: how many a step sends from worker to worker, forward and backward."""
+    return {
+        "stages": config.stages,
+        "microbatches": config.microbatches,
+        "bubble": bubble(config),
+        "cuts": traffic.cuts,
+        "carries": 2 * config.microbatches * traffic.cuts,
+        "carry_bytes": None,
     }
 
 
 def _print(console: Console, config: JobConfig, layout: Layout, footprint: Footprint, ways: Sequence[_Way]) -> None:
     frozen = sum(shard.size_bytes for shard in layout.shards_of(TensorRole.FROZEN))
+    parts = model_parts(config.stages, config.microbatches)
     console.print(
-        f"job {config.name}: mode {config.mode}, {config.ranks} ranks, compression {config.compression}; "
+        f"job {config.name}: mode {config.mode}, {config.ranks} ranks, {f'{parts}, ' if parts else ''}"
+        f"compression {config.compression}; "
         f"{len(layout.shards)} shards of up to {size(layout.shard_bytes)}, "
         f"{size(layout.arena_bytes)} of parameters and buffers{f', {size(frozen)} of them frozen' if frozen else ''}"
     )
@@ -152,8 +170,10 @@ def _print(console: Console, config: JobConfig, layout: Layout, footprint: Footp
         f"twice that while it rewrites its log"
     )
     console.print(_commits(ways[-1]))
+    if config.stages > 1:
+        console.print(_pipeline_text(config, ways[-1].traffic))
     for way in ways:
-        console.print(_processes(way))
+        console.print(_processes(way, config.stages > 1))
     console.print(_times(ways))
 
 
@@ -165,7 +185,19 @@ def _commits(way: _Way) -> str:
     return f"a commit every {steps:g} steps: {size(way.traffic.commit_bytes)} to Redis{takes}"
 
 
-def _processes(way: _Way) -> Table:
+def _pipeline_text(config: JobConfig, traffic: Traffic) -> str:
+    stages, microbatches = config.stages, config.microbatches
+    carries = 2 * microbatches * traffic.cuts
+    crossing = "none" if not carries else f"{carries} (2 x {microbatches} micro-batches x {count(traffic.cuts, 'cut')})"
+    return (
+        f"pipeline: with a worker for each of the {config.cells} cells, each waits {bubble(config):.0%} of the time, "
+        f"{stages - 1} of {microbatches + stages - 1} turns; more micro-batches make that less\n"
+        f"between workers a step sends carries, or gradients of them: {crossing}; their size shows only when stages "
+        "compute, so neither bytes nor times below have them"
+    )
+
+
+def _processes(way: _Way, staged: bool) -> Table:
     table = Table("process", "owns / computes", "in, a step", "out, a step", "to Redis, a commit", title=way.name)
     table.title_justify = "left"
     for index, (server, column) in enumerate(
@@ -175,15 +207,22 @@ def _processes(way: _Way) -> Table:
             sent, got = sum(link.down_bytes for link in column), sum(link.up_bytes for link in column)
             owned_shards = f"{server.shards} shards, {size(server.parameter_bytes)}"
             table.add_row(f"server {index}", owned_shards, size(got), size(sent), size(server.commit_bytes))
-    for index, (held, links) in enumerate(zip(way.traffic.ranks, way.traffic.links, strict=True)):
+    for index, (share, links) in enumerate(zip(way.traffic.workers, way.traffic.links, strict=True)):
         if index < _ROWS_MAX:
             sent, got = sum(link.up_bytes for link in links), sum(link.down_bytes for link in links)
-            computes = count(len(held), "rank") if held else "stands by"
-            table.add_row(f"worker {index}", computes, size(got), size(sent), "")
-    hidden = max(0, len(way.traffic.servers) - _ROWS_MAX) + max(0, len(way.traffic.ranks) - _ROWS_MAX)
+            table.add_row(f"worker {index}", _computes(share, staged), size(got), size(sent), "")
+    hidden = max(0, len(way.traffic.servers) - _ROWS_MAX) + max(0, len(way.traffic.workers) - _ROWS_MAX)
     if hidden:
         table.add_row(f"… {hidden} more", "see --json", "", "", "")
     return table
+
+
+def _computes(share: WorkerShare, staged: bool) -> str:
+    if not share.cells:
+        return "stands by"
+    if not staged:
+        return count(len(share.ranks), "rank")
+    return f"{cells(share.cells)}, {size(share.parameter_bytes)} and {size(share.gradient_bytes)} of gradients"
 
 
 def _times(ways: Sequence[_Way]) -> Table:

@@ -42,11 +42,11 @@ def report(
     settings = reach("report")
     check_matplotlib()
     with RedisStore.from_settings(settings) as store, closing(JobHistory.from_settings(job, settings)) as history:
-        checkpoints = read_job(store, job).checkpoints.values()
+        found = read_job(store, job)
         points, events = history.curve(), history.events()
     if not points and not events:
         raise UsageError(f"job {job!r} has no history: it never ran, or with PSA_MONITOR=0")
-    run = describe_run(job, points, events, checkpoints)
+    run = describe_run(job, points, events, found.checkpoints.values(), found.config)
     paths = [str(path) for path in write_report(run, out)]
     if as_json:
         print(json.dumps({**to_json(run), "files": paths}, indent=1))

@@ -12,7 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from psa_store.observe.events import Event
-from psa_store.observe.formatting import UNKNOWN, clock, host_name, milliseconds, ranks, seconds, size, whole
+from psa_store.observe.formatting import (
+    UNKNOWN,
+    cells,
+    clock,
+    host_name,
+    milliseconds,
+    model_parts,
+    ranks,
+    seconds,
+    size,
+    whole,
+)
 from psa_store.observe.status.model import (
     Finding,
     JobStatus,
@@ -27,6 +38,8 @@ from psa_store.observe.status.model import (
 _STYLES = {Severity.SICK: "bold white on red", Severity.WARN: "black on yellow"}
 _WIDE = 100
 """Columns of a terminal on which everything fits."""
+
+_WAIT_SHOWN_S = 1.0
 
 Row = TypeVar("Row", contravariant=True)
 M = TypeVar("M", bound=MemberStatus)
@@ -66,7 +79,7 @@ def job_view(status: JobStatus, width: int) -> RenderableType:
         notes: _Column[ServerStatus] = _Column("", lambda server: _notes(server, status.controller))
         parts.append(_members((*_SERVERS, notes), status.servers, marked, width))
     if status.workers:
-        parts.append(_members(_WORKERS, status.workers, marked, width))
+        parts.append(_members(_WORKERS if status.stages == 1 else _STAGED_WORKERS, status.workers, marked, width))
     parts += [_redis(status.redis), _zookeeper(status.zookeeper)]
     parts += [_event(each) for each in status.events]
     return Group(*parts)
@@ -107,7 +120,8 @@ def _numbers(status: JobStatus) -> Text:
         if each.id == status.controller and each.endpoint:
             numbers.append(f"\npage http://{each.endpoint}")
     if status.ranks is not None:
-        facts = f"mode {status.mode}, {status.ranks} ranks, {status.shards} shards, "
+        parts = model_parts(status.stages, status.microbatches)
+        facts = f"mode {status.mode}, {status.ranks} ranks, {f'{parts}, ' if parts else ''}{status.shards} shards, "
         facts += f"{size(status.bytes)}, commits every {status.commit_every} steps"
         facts += "".join(f"\nfrom step {each.step} on {each.numbers}" for each in status.changes)
         numbers.append(f"\n{facts}", style="dim")
@@ -141,15 +155,27 @@ _SERVERS: Sequence[_Column[ServerStatus]] = (
     _Column("lag", lambda each: whole(each.lag)),
     *_PROCESS,
 )
+_STEPS: Sequence[_Column[WorkerStatus]] = (
+    _Column("step", lambda each: whole(each.step)),
+    _Column("behind", lambda each: whole(each.behind)),
+    _Column("samples/s", lambda each: whole(each.samples_per_s)),
+)
 _WORKERS: Sequence[_Column[WorkerStatus]] = (
     _Column("worker", lambda each: each.id),
     *_MEMBER,
     _Column("ranks", lambda each: ranks(each.ranks) or "standby"),
-    _Column("step", lambda each: whole(each.step)),
-    _Column("behind", lambda each: whole(each.behind)),
-    _Column("samples/s", lambda each: whole(each.samples_per_s)),
+    *_STEPS,
     *_PROCESS,
 )
+_STAGED_WORKERS: Sequence[_Column[WorkerStatus]] = (
+    _Column("worker", lambda each: each.id),
+    *_MEMBER,
+    _Column("computes", lambda each: cells(each.cells) or "standby"),
+    *_STEPS,
+    _Column("does", lambda each: _doing(each)),
+    *_PROCESS[1:],
+)
+"""Of a model in stages, so what a process does is not called its stage."""
 
 
 def _members(columns: Sequence[_Column[M]], members: Sequence[M], marked: set[str], width: int) -> Table:
@@ -159,6 +185,13 @@ def _members(columns: Sequence[_Column[M]], members: Sequence[M], marked: set[st
     for each in sorted(members, key=lambda member: member.id not in marked):
         table.add_row(*(Text(column.cell(each)) for column in shown), style="red" if each.id in marked else "")
     return table
+
+
+def _doing(worker: WorkerStatus) -> str:
+    if not worker.waits_for:
+        return worker.stage or UNKNOWN
+    long = worker.waits_s is not None and worker.waits_s >= _WAIT_SHOWN_S
+    return f"waits for {cells(worker.waits_for)}{f', {seconds(worker.waits_s)}' if long else ''}"
 
 
 def _notes(server: ServerStatus, controller: str | None) -> str:

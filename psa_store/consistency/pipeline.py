@@ -113,8 +113,25 @@ class Pipeline:
             held = self._held[stage]
             if held.backwards < held.forwards and (stage == self._last or held.backwards in held.gradients):
                 return Backward(stage, held.backwards)
-            room = held.forwards - held.backwards < self._last - stage + 1
             here = stage == 0 or held.forwards in held.activations
-            if held.forwards < self._microbatches and room and here:
+            if self._may_go_forward(stage) and here:
                 return Forward(stage, held.forwards)
         return None
+
+    @property
+    def waits_for(self) -> tuple[int, ...]:
+        """The stages of other workers of which something must arrive before there is anything to do."""
+        if self.next() is not None:
+            return ()
+        awaited = set()
+        for stage, held in self._held.items():
+            if held.backwards < held.forwards:
+                awaited.add(stage + 1)
+            if self._may_go_forward(stage):
+                awaited.add(stage - 1)
+        return tuple(sorted(awaited - self._held.keys()))
+
+    def _may_go_forward(self, stage: int) -> bool:
+        """Whether a stage has micro-batches left, and room for the activations of one more."""
+        held = self._held[stage]
+        return held.forwards < self._microbatches and held.forwards - held.backwards < self._last - stage + 1

@@ -8,10 +8,10 @@ Pure: no I/O, no threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from psa_store.cluster import NO_WORKER, Member, assign_cells, assign_shards
+from psa_store.cluster import NO_WORKER, Cell, Member, Plan, assign_cells, assign_shards
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
@@ -42,15 +42,37 @@ class ServerShare:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerShare:
+    """What one worker computes, and what it needs memory for at least: activations and the script's own come on top."""
+
+    cells: tuple[Cell, ...]
+    """A worker beyond the cells stands by."""
+    parameter_bytes: int
+    """Of the stages that it has a cell of, buffers and frozen ones included."""
+    gradient_bytes: int
+    """Of a gradient of each of those stages."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(cell.rank for cell in self.cells))
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Of a job with every worker and server alive."""
 
-    ranks: tuple[tuple[int, ...], ...]
-    """By worker; a worker beyond the ranks stands by."""
+    workers: tuple[WorkerShare, ...]
     servers: tuple[ServerShare, ...]
     """A server beyond the shards owns nothing."""
     links: tuple[tuple[Link, ...], ...]
     """By worker and server."""
+    cuts: int
+    """Places, in all ranks together, at which one stage is with another worker than the next."""
+
+    @property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """By worker, those of which it computes a stage at least."""
+        return tuple(worker.ranks for worker in self.workers)
 
     @property
     def commit_bytes(self) -> int:
@@ -73,15 +95,16 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
     members = [Member(f"{index:08}", "", 0) for index in range(max(workers, servers))]
     sizes = [shard.size_bytes for shard in layout.shards]
     used, owners = assign_shards(sizes, members[:servers])
-    holders = assign_cells((NO_WORKER,) * config.ranks, [member.id for member in members[:workers]])
-    ranks = [tuple(r for r, holder in enumerate(holders) if int(holder) == worker) for worker in range(workers)]
+    cells = assign_cells((NO_WORKER,) * config.cells, [member.id for member in members[:workers]])
+    plan = Plan(0, 0, 0, (), (), cells, stages=config.stages)
+    shares = [_share(layout, plan.cells_of(member.id)) for member in members[:workers]]
     owned_shards = [
         [shard for shard, owner in zip(layout.shards, owners, strict=True) if used and int(used[owner].id) == server]
         for server in range(servers)
     ]
     ways = _Ways(config, layout, shares_memory)
     return Traffic(
-        tuple(ranks),
+        tuple(shares),
         tuple(
             ServerShare(
                 len(own),
@@ -93,14 +116,28 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
         tuple(
             tuple(
                 Link(
-                    sum(ways.up_bytes(shard, rank) for shard in own for rank in held),
-                    sum(ways.down_bytes(shard) for shard in own) * pulls_per_version(config, held),
+                    sum(ways.up_bytes(s, cell.rank) for s in own for cell in share.cells if cell.stage == s.stage),
+                    sum(ways.down_bytes(shard) for shard in _needed(share.cells, own))
+                    * pulls_per_version(config, share.ranks),
                 )
                 for own in owned_shards
             )
-            for held in ranks
+            for share in shares
         ),
+        sum(plan.holder(r, s) != plan.holder(r, s + 1) for r in range(config.ranks) for s in range(config.stages - 1)),
     )
+
+
+def _share(layout: Layout, cells: tuple[Cell, ...]) -> WorkerShare:
+    needed = _needed(cells, layout.shards)
+    trained = [shard for shard in needed if shard.role is TensorRole.TRAINED]
+    return WorkerShare(cells, sum(s.size_bytes for s in needed), sum(s.size_bytes for s in trained))
+
+
+def _needed(cells: Iterable[Cell], shards: Iterable[Shard]) -> list[Shard]:
+    """Those of the stages that a worker with these cells has."""
+    stages = {cell.stage for cell in cells}
+    return [shard for shard in shards if shard.stage in stages]
 
 
 class _Ways:

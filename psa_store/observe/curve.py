@@ -83,7 +83,7 @@ class Curve:
         version = slowest.metrics["version"]
         self._follow(slowest.time, version)
         norms = [each.metrics["gradient_norm"] for each in serving if "gradient_norm" in each.metrics]
-        rank_0: Mapping[str, float] = next((each.metrics for each in workers if 0 in each.ranks), {})
+        rank_0: Mapping[str, float] = next((each.metrics for each in workers if each.has_loss_of(0)), {})
         point = Point(
             time=time_s,
             version=int(version),

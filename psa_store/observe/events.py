@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from psa_store.cluster import NO_WORKER, Plan, TakeOver, View
 from psa_store.logs import hide_passwords
+from psa_store.observe.formatting import count
 from psa_store.observe.heartbeat import Heartbeat
 
 _NOTES_MAX = 256
@@ -150,7 +151,7 @@ class Events:
         """Note that a term has begun. ``reached``: the version that this server had made before."""
         text = f"{action.reason}; term {plan.term} began at version {plan.resume}, took {took_s:.2f} s"
         if before is None and plan.resume == 0:
-            self.note(EventKind.CREATED, f"the job was created, with {plan.ranks} ranks", version=0)
+            self.note(EventKind.CREATED, f"the job was created, with {_cut(plan)}", version=0)
         if before is None or not before.owners:
             self.note(EventKind.TERM, text, term=plan.term, version=plan.resume)
         elif action.reason.startswith("hand-over"):
@@ -163,8 +164,13 @@ class Events:
         if before is not None and (before.cells, before.servers) == (plan.cells, plan.servers):
             return
         workers = len(set(plan.cells) - {NO_WORKER})
-        text = f"{reason}: {workers} workers hold the {plan.ranks} ranks, {len(plan.servers)} servers the shards"
+        text = f"{reason}: {workers} workers hold the {_cut(plan)}, {len(plan.servers)} servers the shards"
         self.note(EventKind.MEMBERS, text, term=plan.term)
+
+
+def _cut(plan: Plan) -> str:
+    """What workers share out."""
+    return f"{plan.ranks} ranks" if plan.stages == 1 else f"{plan.stages} stages of {count(plan.ranks, 'rank')}"
 
 
 def _named(plan: Plan | None) -> tuple[frozenset[str], frozenset[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from psa_store.cluster import Cell
 
 UNKNOWN = "-"
 _RUNS_MAX = 6
@@ -56,6 +58,28 @@ def ranks(held: Sequence[int]) -> str:
     written = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs[:_RUNS_MAX]]
     left = sum(map(len, runs[_RUNS_MAX:]))
     return ", ".join(written) + (f" and {left} more" if left else "")
+
+
+def model_parts(stages: int, microbatches: int) -> str:
+    """Into what a job cuts its model and its batches; empty for a model that is trained whole."""
+    parts = ((stages, "stages"), (microbatches, "micro-batches"))
+    return ", ".join(f"{number} {noun}" for number, noun in parts if number > 1)
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """As rank 3, or ranks 0-3."""
+    return f"{noun if len(numbers) == 1 else noun + 's'} {ranks(numbers)}"
+
+
+def cells(held: Iterable[Cell]) -> str:
+    """Cells by their stages, as stage 1 of ranks 0-3; stages of which the ranks are equal stand together."""
+    of_stage: dict[int, list[int]] = {}
+    for cell in sorted(held):
+        of_stage.setdefault(cell.stage, []).append(cell.rank)
+    stages_of: dict[tuple[int, ...], list[int]] = {}
+    for stage, numbers in sorted(of_stage.items()):
+        stages_of.setdefault(tuple(numbers), []).append(stage)
+    return " and ".join(f"{numbered('stage', stages)} of {numbered('rank', of)}" for of, stages in stages_of.items())
 
 
 def host_name(identity: str) -> str:

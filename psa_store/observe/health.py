@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from psa_store.cluster import Cell
 from psa_store.observe.heartbeat import Reported
 
 COMPUTING, WAITING = "computing", "waiting"
@@ -21,6 +22,14 @@ class Activity:
     """That a server owns."""
     ranks: tuple[int, ...] = ()
     """That the plan gives to a worker."""
+    stages: int = 1
+    """Of the model."""
+    cells: tuple[Cell, ...] = ()
+    """Which stages of its ranks a worker computes, where there are several."""
+    waits_for: tuple[Cell, ...] = ()
+    """Cells of other workers of which something must arrive before a worker can go on with its step ..."""
+    waits_s: float | None = None
+    """... and for how long it has waited."""
     reported: Mapping[int, Reported] = field(default_factory=dict)
     """By rank, what a script said with its newest step."""
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from psa_store.cluster import ProcessRole
+from psa_store.cluster import Cell, ProcessRole
+from psa_store.job.document import ADDED_LATER
 
 _WINDOW_S = 5.0
 
@@ -44,6 +45,14 @@ class Heartbeat:
     """That a server owns."""
     ranks: tuple[int, ...] = ()
     """That the plan gives to a worker."""
+    stages: int = field(default=1, metadata=ADDED_LATER)
+    """Of the model."""
+    cells: tuple[Cell, ...] = field(default=(), metadata=ADDED_LATER)
+    """Which stages of its ranks a worker computes, where there are several."""
+    waits_for: tuple[Cell, ...] = field(default=(), metadata=ADDED_LATER)
+    """Cells of other workers of which something must arrive before it can go on with its step ..."""
+    waits_s: float | None = field(default=None, metadata=ADDED_LATER)
+    """... and for how long it has waited."""
     steps_per_s: float | None = None
     """Of a worker, over the last few seconds; all of its ranks count."""
     samples_per_s: float | None = None
@@ -51,6 +60,10 @@ class Heartbeat:
     """By rank that a worker computes, where its script gives metrics to ``worker.step()``."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Numbers by the names of :data:`psa_store.observe.metrics.METRICS`; those that are not known are absent."""
+
+    def has_loss_of(self, rank: int) -> bool:
+        """Whether this worker computes what a rank's loss comes from: its last stage."""
+        return rank in self.ranks if self.stages == 1 else Cell(rank, self.stages - 1) in self.cells
 
     def whole(self, metric: str) -> int | None:
         """A metric that counts; None if it is not known."""
@@ -82,7 +95,7 @@ class Rates:
 
 def mean_reported(heartbeats: Iterable[Heartbeat]) -> dict[str, float]:
     """What scripts reported, by name: the weighted mean over ranks, as their gradients are averaged."""
-    ranks = {rank: said for each in heartbeats for rank, said in each.reported.items() if rank in each.ranks}
+    ranks = {rank: said for each in heartbeats for rank, said in each.reported.items() if each.has_loss_of(rank)}
     sums: dict[str, tuple[float, float]] = {}
     for _, said in sorted(ranks.items()):
         for name, value in said.metrics.items():

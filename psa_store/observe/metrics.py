@@ -57,12 +57,15 @@ METRICS = (
     # workers
     Metric("step", Kind.GAUGE, _WORKER, "step that this worker computes"),
     Metric("steps", Kind.COUNTER, _WORKER, "steps of any of its ranks that it has computed"),
-    Metric("ranks_held", Kind.GAUGE, _WORKER, "ranks that the plan gives to this worker"),
-    Metric("samples", Kind.COUNTER, _WORKER, "samples that it has computed"),
+    Metric("ranks_held", Kind.GAUGE, _WORKER, "ranks that the plan gives to this worker, or stages of them"),
+    Metric("cells_held", Kind.GAUGE, _WORKER, "cells that the plan gives to this worker: stages of ranks"),
+    Metric("samples", Kind.COUNTER, _WORKER, "samples that it has computed; with stages, where the last one is"),
     Metric("loss", Kind.GAUGE, _WORKER, "loss that the script gave to worker.step()"),
     Metric("learning_rate", Kind.GAUGE, _WORKER, "learning rate of the first parameter group"),
-    Metric("compute_seconds", Kind.COUNTER, _WORKER, "time between a batch and its worker.step()"),
-    Metric("wait_seconds", Kind.COUNTER, _WORKER, "time in worker.step() and between it and the next batch"),
+    Metric(
+        "compute_seconds", Kind.COUNTER, _WORKER, "time between a batch and its worker.step(), but for waits for stages"
+    ),
+    Metric("wait_seconds", Kind.COUNTER, _WORKER, "time in worker.step(), from it to the next batch, and for stages"),
     Metric("restarts_of_steps", Kind.COUNTER, _WORKER, "steps that began again because a term ended"),
 )
 """All of them. The dashboard and the alerts in ``deploy/`` use these names; a test compares."""

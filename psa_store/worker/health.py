@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
+from psa_store.cluster import Cell
 from psa_store.errors import UsageError
 from psa_store.observe import Activity
 from psa_store.observe.health import COMPUTING, WAITING
@@ -27,6 +28,8 @@ class Progress:
     stage: str = ""
     since_s: float | None = None
     """When the present stage began."""
+    awaited: Sequence[Cell] = ()
+    """Cells of other workers of which something must arrive before this one can go on with its step."""
     step: int | None = None
     loss: Tensor | float | None = None
     """One number, which that thread does not look at: on a GPU, that would wait for it."""
@@ -42,23 +45,39 @@ class Progress:
 
     def begin(self, rank_step: RankStep) -> None:
         """A batch is here, and its step is being computed from now on."""
-        now_s = time.monotonic()
-        if self.since_s is not None:
-            self.wait_s += now_s - self.since_s
         if rank_step.step <= self.last_steps.get(rank_step.rank, -1):
             self.restarts += 1
         self.last_steps[rank_step.rank] = rank_step.step
-        self.since_s, self.stage, self.step = now_s, COMPUTING, rank_step.step
+        self._enter(COMPUTING)
+        self.step = rank_step.step
+
+    def wait_for(self, cells: Sequence[Cell]) -> None:
+        """In the middle of a step, nothing can be computed until these have sent something; none: it goes on."""
+        stage = WAITING if cells else COMPUTING
+        if stage != self.stage:
+            self._enter(stage)
+        self.awaited = cells
 
     def end(self, samples: int, loss: Tensor | float | None) -> None:
-        """It is computed, from so many samples. By assignments only: it costs every step."""
-        now_s = time.monotonic()
-        assert self.since_s is not None
-        self.compute_s += now_s - self.since_s
+        """It is computed, from so many samples; none: another worker has the loss. By assignments only: it costs every
+        step."""
+        self._enter(WAITING)
+        self.awaited = ()
         self.steps += 1
         self.samples += samples
-        self.loss = loss
-        self.since_s, self.stage = now_s, WAITING
+        if samples:
+            self.loss = loss
+
+    def _enter(self, stage: str) -> None:
+        """Count the time of the present stage, and begin another."""
+        now_s = time.monotonic()
+        if self.since_s is not None:
+            passed_s = now_s - self.since_s
+            if self.stage == COMPUTING:
+                self.compute_s += passed_s
+            else:
+                self.wait_s += passed_s
+        self.since_s, self.stage = now_s, stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +102,7 @@ class WorkerHealth:
             "received_bytes": self.traffic.received_bytes,
             "lease_left_seconds": max(0.0, self.lease_left_s()),
             "ranks_held": len(standing.held),
+            "cells_held": len(standing.cells),
             "steps": progress.steps,
             "samples": progress.samples,
             "compute_seconds": progress.compute_s,
@@ -106,7 +126,18 @@ class WorkerHealth:
             rank: Reported(weight, finite({name: float(value) for name, value in numbers.items()}))
             for rank, (weight, numbers) in self.progress.reported.copy().items()
         }
-        return Activity(self.progress.stage, ranks=self.membership.standing.held, reported=reported)
+        progress, standing = self.progress, self.membership.standing
+        awaited, since_s = tuple(progress.awaited), progress.since_s
+        stages = standing.plan.stages if standing.plan else 1
+        return Activity(
+            progress.stage,
+            ranks=standing.held,
+            stages=stages,
+            cells=standing.cells if stages > 1 else (),
+            waits_for=awaited,
+            waits_s=round(time.monotonic() - since_s, 3) if awaited and since_s is not None else None,
+            reported=reported,
+        )
 
     def why_not_alive(self) -> str:
         """The script may compute as long as it likes; only what follows the plan must go on."""

@@ -131,6 +131,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
             membership=membership,
             journal=journal,
             read_config=lambda: newest_config(store, coordination, job),
+            progress=progress,
         ),
         model,
         may_share=settings.carrier == "auto",

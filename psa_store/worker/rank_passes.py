@@ -1,8 +1,8 @@
 """The forward and backward passes of those cells of one rank that a worker holds, in one step.
 
 When a pass is due decides :class:`psa_store.consistency.pipeline.Pipeline`. Between two stages a graph is cut in any
-case, also where one worker holds both: each stage begins with tensors of its own, so bits do not depend on who holds
-what. Before each forward pass the generators are seeded by (seed, step, rank, stage, micro-batch).
+case, also where one worker holds both: each stage begins with tensors of its own, so bits do not depend on which worker
+holds what. Before each forward pass the generators are seeded by (seed, step, rank, stage, micro-batch).
 
 Used by the worker, in the thread that runs the model.
 """
@@ -107,7 +107,7 @@ class RankPasses:
         for to in [key for key in self._kept if key[0] not in held]:
             self._send(*to, self._kept.pop(to))
         if self._last not in held:
-            self._losses, self._weights = [], []
+            self._losses, self._weights, self.loss = [], [], None
 
     def arrived(self, stage: int, microbatch: int, backward: bool, parcel: Parcel) -> None:
         """Something has come from another worker."""
@@ -131,6 +131,11 @@ class RankPasses:
     def finished(self) -> bool:
         """Whether all gradients of the stages here are there, but not yet handed over."""
         return self._pipeline.finished
+
+    @property
+    def waits_for(self) -> tuple[int, ...]:
+        """The stages of other workers of which something must arrive before the next pass."""
+        return self._pipeline.waits_for
 
     def turn(self) -> bool:
         """Make one pass; False if something must arrive before."""

@@ -31,6 +31,7 @@ from psa_store.optim.history import of_ranks
 from psa_store.testing import failpoints
 from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Kind
+from psa_store.worker.health import Progress
 from psa_store.worker.membership import Membership, Standing
 from psa_store.worker.server_connections import Answer, ServerConnections, is_about_plan
 
@@ -59,6 +60,7 @@ class Tools:
     journal: Journal
     read_config: Callable[[], JobConfig]
     """What the job is now, with all its changes; raises DependencyUnreachable."""
+    progress: Progress
 
 
 class Follower(Protocol):

@@ -316,9 +316,12 @@ class Worker:
         if self._current is None or not isinstance(strategy, StagedStrategy):
             raise UsageError("worker.compute() comes after a batch from worker.batches(), in a worker with stages=")
         try:
-            return strategy.compute(batch)
+            loss = strategy.compute(batch)
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
+        if loss is None:
+            self._samples = 0  # they count once, where the last stage is
+        return loss
 
     def step(
         self,
@@ -358,8 +361,9 @@ class Worker:
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
         self._progress.end(self._samples, loss)
-        if metrics:
-            self._progress.reported[rank] = weight, metrics
+        if metrics and self._samples:
+            strategy = self._strategy
+            self._progress.reported[rank] = strategy.weight if isinstance(strategy, StagedStrategy) else weight, metrics
         self._current = None
         self._strategy.hand_over()
         if self._script_state is not None:

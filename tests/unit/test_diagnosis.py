@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from psa_store.cluster import Member, Phase, Plan, ProcessRole, Server
+from psa_store.cli.status_view import job_view
+from psa_store.cluster import Cell, Member, Phase, Plan, ProcessRole, Server
 from psa_store.coordination import ZooKeeperMember
 from psa_store.job.config import JobConfig
 from psa_store.job.document import from_text, to_fields, to_text
-from psa_store.observe.formatting import ranks
+from psa_store.observe.formatting import cells, ranks
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.status import Finding, JobStatus, Severity
 from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
@@ -223,6 +226,101 @@ def test_a_worker_that_makes_no_steps_while_others_wait() -> None:
 def test_all_workers_wait_for_servers() -> None:
     redis = with_workers(WAITING, WAITING)
     the_one(findings(redis), Severity.SICK, "all workers wait", "psa status demo --watch")
+
+
+STAGED = replace(CONFIG, ranks=1, stages=3, microbatches=4)
+STAGES = tuple(Member(f"w{stage}", f"node-{stage}/boot", 200 + stage) for stage in range(3))
+
+
+def in_stages(*changes: dict[str, Any], living: Sequence[Member] = STAGES, **plan: Any) -> tuple[RedisView, Any]:
+    """A job of one rank, whose three stages are with a worker each; ``changes``: to the heartbeat of each."""
+    cells = tuple(each.id for each in STAGES)
+    staged = replace(PLAN, **{"cells": cells, "stages": 3, **plan})
+    beats = {
+        each.id: heartbeat(each, ProcessRole.WORKER, ranks=(0,), stages=3, cells=(Cell(0, stage),), **change)
+        for stage, (each, change) in enumerate(zip(STAGES, changes or ({}, {}, {}), strict=True))
+    }
+    servers = {each.id: HEARTBEATS[each.id] for each in SERVERS}
+    return (
+        replace(REDIS, config=STAGED, heartbeats=servers | beats),
+        replace(ZOOKEEPER, config=STAGED, plan=staged, workers=living),
+    )
+
+
+def waits(*stages: int, **changes: Any) -> dict[str, Any]:
+    return {**WAITING, "waits_for": tuple(Cell(0, stage) for stage in stages), "waits_s": 9.0, **changes}
+
+
+class TestStages:
+    def test_a_worker_has_cells_and_the_loss_is_that_of_the_last_stage(self) -> None:
+        without = {"metrics": {"step": 120, "loss": 9.0}, "samples_per_s": 0.0}
+        status = look(*in_stages(without, without | {"waits_for": (Cell(0, 2),), "waits_s": 0.5}, {}))
+        assert [each.cells for each in status.workers] == [(Cell(0, 0),), (Cell(0, 1),), (Cell(0, 2),)]
+        assert [each.ranks for each in status.workers] == [(0,)] * 3
+        assert [each.waits_for for each in status.workers] == [(), (Cell(0, 2),), ()]
+        assert status.loss == 1.5, "others may have one from when they held that stage"
+        assert [each.samples_per_s for each in status.workers] == [None, None, 120.0] and status.samples_per_s == 120.0
+        assert (status.ranks, status.stages, status.microbatches) == (1, 3, 4)
+        assert status.findings == () and status.unheld == ()
+        assert from_text(JobStatus, to_text(status), "a status") == status
+
+    def test_without_zookeeper_heartbeats_tell_the_cells(self) -> None:
+        status = look(in_stages()[0], ZooKeeperView("zk1:2181", 4.0, problem="away"))
+        assert [each.cells for each in status.workers] == [(Cell(0, 0),), (Cell(0, 1),), (Cell(0, 2),)]
+        assert status.loss == 1.5
+
+    def test_a_job_without_stages_is_written_as_before(self) -> None:
+        written = to_fields(look(zookeeper=replace(ZOOKEEPER, workers=WORKERS[:1])))
+        assert written["gone"] and written["unheld"] == [1]
+        for fields in (written, *written["workers"], *written["gone"]):
+            assert not fields.keys() & {"cells", "stages", "microbatches", "unheld_cells", "waits_for", "waits_s"}
+
+    def test_the_stage_that_is_waited_for_is_the_slow_one(self) -> None:
+        found = findings(*in_stages(waits(1), waits(2), STANDING))
+        the_one(found, Severity.SICK, "w2 (stage 2 of rank 0)", "2 others wait, w1 for it", "-p 202")
+        found = findings(*in_stages(waits(1), STANDING, STANDING))
+        the_one(found, Severity.SICK, "w1 (stage 1 of rank 0)", "1 other wait, w0 for it")
+
+    def test_a_step_of_many_stages_may_take_long(self) -> None:
+        """Of 9 s a worker computes one, so that in the last seconds none may have made a step."""
+        slow = {"metrics": {"step": 120, "steps": 10.0, "compute_seconds": 10.0, "wait_seconds": 80.0}}
+        found = findings(*in_stages(waits(1, **slow), waits(2, **slow), STANDING | slow))
+        the_one(found, Severity.WARN, "w2", "9 s for one")
+        assert findings(*in_stages(*[waits(each, **slow) for each in (1, 2, 1)])) == [], "all may be on their way"
+
+    def test_all_wait_for_each_other(self) -> None:
+        found = findings(*in_stages(waits(1), waits(2), waits(1)))
+        the_one(found, Severity.SICK, "all workers wait, w0 for stage 1 of rank 0, and no step is made", "--watch")
+        assert findings(*in_stages(waits(1), waits(2), waits(1, waits_s=0.1))) == []
+
+    def test_a_paused_worker_and_the_one_that_waits_for_it(self) -> None:
+        found = findings(*in_stages(waits(1), {"time": NOW_S - 9.0}, waits(1)))
+        the_one(found, Severity.SICK, "w1 holds stage 1 of rank 0", "paused or cut off; w0, w2 wait for it")
+
+    def test_a_worker_gone_leaves_cells_without_holder(self) -> None:
+        status = look(*in_stages(living=STAGES[:2]))
+        assert [each.severity for each in status.findings] == [Severity.SICK, Severity.WARN]
+        assert "stage 2 of rank 0 without a worker" in status.findings[0].what
+        assert "worker w2 is gone; its stage 2 of rank 0 will go to others" in status.findings[1].what
+        assert status.unheld == (0,) and status.unheld_cells == status.gone[0].cells == (Cell(0, 2),)
+
+    def test_they_are_shown(self) -> None:
+        console = Console(width=160, file=StringIO(), record=True)
+        console.print(job_view(look(*in_stages(waits(1), {}, waits(1, waits_s=0.1))), 160))
+        shown = console.export_text()
+        assert "mode sync, 1 ranks, 3 stages, 4 micro-batches, 3 shards" in shown
+        rows = {line.split()[0]: line for line in shown.splitlines() if line.startswith(" w")}
+        assert "stage 0 of rank 0" in rows["w0"] and "waits for stage 1 of rank 0, 9.0 s" in rows["w0"]
+        assert "stage 1 of rank 0" in rows["w1"] and "computing" in rows["w1"]
+        assert "waits for stage 1 of rank 0" in rows["w2"] and "0.1 s" not in rows["w2"]
+
+
+def test_cells_are_written_by_stage() -> None:
+    assert cells([]) == ""
+    assert cells([Cell(1, 2)]) == "stage 2 of rank 1"
+    assert cells(Cell(rank, 1) for rank in range(4)) == "stage 1 of ranks 0-3"
+    assert cells(Cell(rank, stage) for rank in (0, 1) for stage in range(3)) == "stages 0-2 of ranks 0, 1"
+    assert cells([Cell(0, 1), Cell(3, 0)]) == "stage 0 of rank 3 and stage 1 of rank 0"
 
 
 def test_a_server_gone() -> None:

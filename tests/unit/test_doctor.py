@@ -70,6 +70,8 @@ class TestMachine:
         assert machine.judge_descriptors(1024, 1).verdict is PASS
         check = machine.judge_descriptors(1024, 2000)
         assert check.verdict is WARN and "ulimit -n 8192" in check.fix
+        in_stages = machine.judge_descriptors(1024, 500, 4)
+        assert in_stages.fix == check.fix and "for 4 stages of 500 ranks" in in_stages.found
 
     def test_a_loopback_that_crawls_is_told(self) -> None:
         assert machine.judge_loopback(3e9).verdict is PASS

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from psa_store.cluster import Cell
 from psa_store.compression import NONE, Compression, parse_compression
-from psa_store.estimate import Forecast, Speeds, Traffic, forecast, traffic_of
+from psa_store.estimate import Forecast, Speeds, Traffic, bubble, forecast, traffic_of
+from psa_store.estimate.traffic import WorkerShare
 from psa_store.job.config import JobConfig, commit_every_default
 from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
 from psa_store.job.mode import parse_mode
@@ -79,7 +81,7 @@ def down(found: Traffic) -> list[float]:
 class TestBytesOfAStep:
     def test_sync_sends_gradients_of_every_rank_and_buffers_of_rank_0(self) -> None:
         found = traffic(job(ranks=3))
-        assert found.ranks == ((0, 2), (1,))
+        assert found.ranks == ((0, 1), (2,))
         assert up(found) == [2 * TRAINED_BYTES + BUFFER_BYTES, TRAINED_BYTES]
         assert down(found) == [TRAINED_BYTES + BUFFER_BYTES] * 2, "once for all ranks of a worker"
 
@@ -149,6 +151,61 @@ class TestBytesOfAStep:
         for config in (job(), job("local:steps=8"), job("local:steps=8", compression=parse_compression("int8"))):
             found = traffic(config, servers=3)
             assert found.commit_bytes == footprint_of(config, LAYOUT).version_bytes > TRAINED_BYTES
+
+
+STAGES, STAGE = 3, 4 * PAGE_ELEMENTS
+STAGE_BYTES = 4 * STAGE
+IN_STAGES = make_layout(
+    [
+        TensorSpec((f"{stage}.{name}",), (numel,), "float32", role, stage=stage)
+        for stage in range(STAGES)
+        for name, numel, role in (
+            ("weight", STAGE, TensorRole.TRAINED),
+            ("mean", BUFFER_BYTES // 4, TensorRole.BUFFER),
+            ("table", FROZEN_BYTES // 4, TensorRole.FROZEN),
+        )
+    ],
+    SHARD_BYTES,
+)
+
+
+def in_stages(workers: int, *, ranks: int = 2, shared: bool = False) -> Traffic:
+    config = replace(job(ranks=ranks), stages=STAGES, microbatches=4, layout=IN_STAGES.fingerprint)
+    return traffic_of(config, IN_STAGES, workers, 1, shares_memory=shared)
+
+
+class TestStages:
+    def test_a_worker_sends_gets_and_keeps_its_stages_only(self) -> None:
+        found = in_stages(6)
+        assert [each.cells for each in found.workers] == [
+            (Cell(rank, stage),) for stage in range(STAGES) for rank in range(2)
+        ]
+        assert up(found) == [STAGE_BYTES + BUFFER_BYTES, STAGE_BYTES] * STAGES, "buffers are those of rank 0"
+        assert down(found) == [STAGE_BYTES + BUFFER_BYTES] * 6
+        assert {each.parameter_bytes for each in found.workers} == {STAGE_BYTES + BUFFER_BYTES + FROZEN_BYTES}
+        assert {each.gradient_bytes for each in found.workers} == {STAGE_BYTES}
+
+    def test_a_stage_of_two_ranks_is_sent_twice_and_kept_once(self) -> None:
+        found = in_stages(3)
+        assert found.ranks == ((0, 1),) * 3
+        assert up(found) == [2 * STAGE_BYTES + BUFFER_BYTES] * 3 and down(found) == [STAGE_BYTES + BUFFER_BYTES] * 3
+        assert {each.parameter_bytes for each in found.workers} == {STAGE_BYTES + BUFFER_BYTES + FROZEN_BYTES}
+        assert up(in_stages(3, shared=True)) == [BUFFER_BYTES] * 3
+
+    def test_one_worker_has_the_whole_model_and_more_than_cells_stand_by(self) -> None:
+        (alone,) = in_stages(1).workers
+        assert alone.parameter_bytes == IN_STAGES.arena_bytes and len(alone.cells) == 2 * STAGES
+        found = in_stages(7)
+        assert found.workers[6] == WorkerShare((), 0, 0) and up(found)[6] == down(found)[6] == 0
+
+    @pytest.mark.parametrize(("workers", "cuts"), [(1, 0), (2, 2), (3, 4), (6, 4)])
+    def test_a_cut_is_where_the_next_stage_is_elsewhere(self, workers: int, cuts: int) -> None:
+        assert in_stages(workers).cuts == cuts
+
+    def test_the_bubble_is_known_from_stages_and_microbatches(self) -> None:
+        config = job()
+        assert bubble(config) == 0.0
+        assert bubble(replace(config, stages=4, microbatches=12)) == pytest.approx(3 / 15)
 
 
 def foretold(

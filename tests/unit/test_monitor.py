@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psa_store.cluster import Member, Plan, ProcessRole, Server, TakeOver, View
+from psa_store.cluster import Cell, Member, Plan, ProcessRole, Server, TakeOver, View
 from psa_store.job.document import from_fields, from_text, to_fields, to_text
 from psa_store.observe import Event, EventKind, Events
 from psa_store.observe.curve import Curve, Point
@@ -16,7 +16,7 @@ PLAN = Plan(
     resume=1200,
     servers=(Server("s1", "", "", ""), Server("s2", "", "", "")),
     owners=(0, 1),
-    ranks=("w1", "w2"),
+    cells=("w1", "w2"),
 )
 
 
@@ -144,6 +144,17 @@ def test_a_plan_that_only_enters_a_phase_is_no_news() -> None:
     assert note.event.text == "workers changed: 1 workers hold the 2 ranks, 2 servers the shards"
 
 
+def test_events_of_a_model_in_stages_say_what_is_shared_out() -> None:
+    events, plan = Events(), replace(PLAN, cells=("w1", "w1", "w2", "w2"), stages=2)
+    events.planned(PLAN, plan, "workers changed")
+    events.took_over(
+        TakeOver(plan.servers, plan.owners, plan.cells, 1, "no plan"), None, replace(plan, resume=0), 0.1, 0
+    )
+    told = [note.event.text for note in events.drain()]
+    assert told[0] == "workers changed: 2 workers hold the 2 stages of 2 ranks, 2 servers the shards"
+    assert told[1] == "the job was created, with 2 stages of 2 ranks"
+
+
 def test_rates_are_those_of_the_last_seconds() -> None:
     rates = Rates(("steps", "samples"))
     assert rates.update(10.0, {"steps": 5}) == {"steps": 0.0, "samples": 0.0}
@@ -197,6 +208,21 @@ class TestCurve:
         assert mean_reported(beats) == {"accuracy": 10.0 / 4.0}
         assert from_text(Heartbeat, to_text(beats[1]), "heartbeat") == beats[1]
         assert mean_reported([said(0, r0=0.0)]) == {}
+
+    def test_in_stages_the_last_one_has_the_loss_and_what_scripts_say(self) -> None:
+        def said(*cells: Cell, loss: float) -> Heartbeat:
+            reported = {cell.rank: Reported(1.0, {"accuracy": loss}) for cell in cells}
+            ranks = tuple(cell.rank for cell in cells)
+            metrics = {"loss": loss}
+            beat = Heartbeat("w", ProcessRole.WORKER, 100.0, ranks=ranks, stages=2, cells=cells, metrics=metrics)
+            return replace(beat, reported=reported)
+
+        beats = [said(Cell(0, 0), Cell(1, 1), loss=9.0), said(Cell(0, 1), Cell(1, 0), loss=1.0)]
+        point = Curve().point(100.0, [server(100.0, 41), *beats])
+        assert point is not None and point.loss == 1.0
+        assert mean_reported(beats[:1]) == {"accuracy": 9.0} and mean_reported(beats) == {"accuracy": 5.0}
+        assert from_text(Heartbeat, to_text(beats[0]), "heartbeat") == beats[0]
+        assert not {"stages", "cells", "waits_for", "waits_s"} & to_fields(worker(0.0, 1)).keys()
 
     def test_there_is_no_new_point_until_the_job_moves(self) -> None:
         curve = Curve()

@@ -14,6 +14,7 @@ import pytest
 
 from psa_store.checkpoint.catalog import Checkpoint, Reason
 from psa_store.errors import UsageError
+from psa_store.job.config import JobConfig
 from psa_store.job.document import from_fields
 from psa_store.observe import Event, EventKind
 from psa_store.observe.curve import Point
@@ -315,6 +316,14 @@ def test_the_page_lists_all_and_escapes_names() -> None:
         table = text[text.index(f'<table id="{name}">') :].partition("</table>")[0]
         assert table.count("<tr>") == 2
     assert "10.0 s" in text or duration(run.failures[0].pause_s or 0.0) in text
+
+
+def test_a_model_in_stages_is_named_as_such() -> None:
+    config = JobConfig("job", 2, 0, {"name": "sgd"}, "layout", stages=3, microbatches=8)
+    run = describe_run("job", calm(0, 9, 0), (), (), config)
+    assert facts(run)[0] == ("model", "3 stages, 8 micro-batches") and to_json(run)["stages"] == 3
+    whole = describe_run("job", calm(0, 9, 0), (), (), replace(config, stages=1, microbatches=1))
+    assert facts(whole)[0][0] == "version" and "stages" not in to_json(whole)
 
 
 def test_files_appear_whole_and_replace_the_last(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class _StoredJob:
     """What the checks need to know of the job, as Redis has it."""
 
     ranks: int
+    stages: int
     footprint: Footprint
     stored_bytes: int
 
@@ -42,17 +43,17 @@ def examine(
     Raises:
         UnknownJob: Redis answers, and has no such job; the message lists those that exist.
     """
-    of_redis, ranks = _examine_redis(redis_url, job, timeout_s)
+    of_redis, stored_job = _examine_redis(redis_url, job, timeout_s)
     of_zookeeper = _examine_zookeeper(zookeeper_hosts, session_timeout_s, timeout_s)
-    checks = (*_examine_machine(ranks), *of_redis, *of_zookeeper)
+    checks = (*_examine_machine(stored_job), *of_redis, *of_zookeeper)
     return Examination(all(check.verdict is not Verdict.FAIL for check in checks), checks)
 
 
-def _examine_machine(ranks: int) -> list[Check]:
+def _examine_machine(job: _StoredJob | None) -> list[Check]:
     checks = [machine.judge_installed("python", platform.python_version())]
     checks += [machine.judge_installed(name, _installed(name)) for name in machine.OLDEST if name != "python"]
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    checks.append(machine.judge_descriptors(limit, ranks))
+    checks.append(machine.judge_descriptors(limit, job.ranks if job else 1, job.stages if job else 1))
     try:
         checks.append(machine.judge_loopback(measure_loopback(_LOOPBACK_BYTES, _LOOPBACK_S)))
     except Disconnected as error:
@@ -67,12 +68,12 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _examine_redis(url: str, job: str | None, timeout_s: float) -> tuple[list[Check], int]:
-    """The checks, and how many ranks the job has; 1 if that is not known."""
+def _examine_redis(url: str, job: str | None, timeout_s: float) -> tuple[list[Check], _StoredJob | None]:
+    """The checks, and what Redis has of the job, if that can be read."""
     try:
         facts = examine_redis(url, timeout_s)
     except (DependencyUnreachable, UsageError) as error:
-        return [redis.unreachable_redis(str(error))], 1
+        return [redis.unreachable_redis(str(error))], None
     checks = redis.judge_redis(facts)
     stored_job = None
     try:
@@ -84,9 +85,9 @@ def _examine_redis(url: str, job: str | None, timeout_s: float) -> tuple[list[Ch
     except DataIntegrity as error:
         checks.append(redis.unknown_headroom(str(error)))
     except DependencyUnreachable as error:
-        return [redis.unreachable_redis(str(error))], 1
+        return [redis.unreachable_redis(str(error))], None
     checks.append(_measure(url, facts, stored_job, timeout_s))
-    return checks, stored_job.ranks if stored_job else 1
+    return checks, stored_job
 
 
 def _read_job(url: str, job: str, timeout_s: float) -> _StoredJob:
@@ -94,7 +95,7 @@ def _read_job(url: str, job: str, timeout_s: float) -> _StoredJob:
         found = read_job(store, job)
     manifests = [manifest for head in found.heads.values() for manifest in head.manifests]
     stored_bytes = sum(section.size_bytes for manifest in manifests for section in manifest.sections)
-    return _StoredJob(found.config.ranks, footprint_of(found.config, found.layout), stored_bytes)
+    return _StoredJob(found.config.ranks, found.config.stages, footprint_of(found.config, found.layout), stored_bytes)
 
 
 def _measure(url: str, facts: RedisFacts, stored_job: _StoredJob | None, timeout_s: float) -> Check:

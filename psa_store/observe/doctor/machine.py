@@ -40,10 +40,11 @@ def judge_installed(package: str, version: str | None) -> Check:
     return Check(name, Verdict.PASS, version)
 
 
-def judge_descriptors(limit: int, ranks: int) -> Check:
+def judge_descriptors(limit: int, ranks: int, stages: int = 1) -> Check:
     """``limit``: files that a process may have open. ``ranks``: of the job; 1 if none is meant."""
-    needed = DESCRIPTORS_BESIDE + DESCRIPTORS_PER_RANK * ranks
-    found = f"{limit} open files for a process; a server may need {needed} for {count(ranks, 'rank')}"
+    needed = DESCRIPTORS_BESIDE + DESCRIPTORS_PER_RANK * ranks * stages  # there may be a worker for each cell
+    shared_out = count(ranks, "rank") if stages == 1 else f"{stages} stages of {count(ranks, 'rank')}"
+    found = f"{limit} open files for a process; a server may need {needed} for {shared_out}"
     if limit < needed:
         enough = max(4096, 1 << (needed - 1).bit_length())
         fix = f"`ulimit -n {enough}` before psa starts, or LimitNOFILE={enough} in its systemd unit"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
 from psa_store.checkpoint.catalog import Checkpoint
+from psa_store.job.config import JobConfig
+from psa_store.job.document import ADDED_LATER
 from psa_store.observe.curve import Point
 from psa_store.observe.events import Event, EventKind
 from psa_store.observe.report.failures import Failure, find_failures, with_pause
@@ -92,9 +94,19 @@ class Run:
     checkpoints: tuple[Kept, ...]
     points: tuple[Point, ...]
     segments: tuple[Segment, ...]
+    stages: int = field(default=1, metadata=ADDED_LATER)
+    """Of the model ..."""
+    microbatches: int = field(default=1, metadata=ADDED_LATER)
+    """... and the parts in which a rank's batch goes through them."""
 
 
-def describe_run(job: str, points: Iterable[Point], events: Iterable[Event], checkpoints: Iterable[Checkpoint]) -> Run:
+def describe_run(
+    job: str,
+    points: Iterable[Point],
+    events: Iterable[Event],
+    checkpoints: Iterable[Checkpoint],
+    config: JobConfig | None = None,
+) -> Run:
     """Put a run together. Points and events are whole and in order, as JobHistory gives them.
 
     Goodput is useful time over time, from the first to the last that is known:
@@ -146,6 +158,8 @@ def describe_run(job: str, points: Iterable[Point], events: Iterable[Event], che
         ),
         points=known,
         segments=parts,
+        stages=config.stages if config else 1,
+        microbatches=config.microbatches if config else 1,
     )
 
 

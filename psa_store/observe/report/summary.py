@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from psa_store.job.document import to_fields
-from psa_store.observe.formatting import duration
+from psa_store.observe.formatting import duration, model_parts
 from psa_store.observe.report.failures import Failure
 from psa_store.observe.report.run import Run
 
@@ -43,6 +43,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("checkpoints", str(len(run.checkpoints))),
     ]
     rows[6:6] = [(name, f"{value:.4g}") for name, value in sorted(run.metrics.items())]
+    if parts := model_parts(run.stages, run.microbatches):
+        rows.insert(0, ("model", parts))
     if run.clock_back_s > 0.0:
         rows.append(("clocks", f"went back by {duration(run.clock_back_s)}: times near it are wrong"))
     return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from psa_store.cluster import NO_WORKER, Member, Phase, Plan, ProcessRole
+from psa_store.cluster import NO_WORKER, Cell, Member, Phase, Plan, ProcessRole
 from psa_store.coordination import ZooKeeperMember
 from psa_store.job.config import JobConfig
 from psa_store.observe.events import Event
@@ -133,11 +133,15 @@ def assemble(
         )
         for member, age in ages.items()
     }
-    servers, workers = _from_heartbeats(beats) if zookeeper.problem else _from_zookeeper(zookeeper, beats)
+    stages = config.stages if config else plan.stages if plan else 1
+    servers, workers = (
+        _from_heartbeats(beats, stages) if zookeeper.problem else _from_zookeeper(zookeeper, beats, stages)
+    )
     workers = _with_behind(workers)
     owning = [each for each in servers if each.shards and each.version is not None]
     living = {each.id for each in servers} | {each.id for each in workers}
-    gone = () if zookeeper.problem or plan is None else _gone(plan, living)
+    known = None if zookeeper.problem else plan
+    gone, unheld = (_gone(known, living), _unheld(known, living)) if known else ((), ())
     status = JobStatus(
         job=job,
         time=time_s,
@@ -162,17 +166,20 @@ def assemble(
         resumed_at=plan.resume if plan else None,
         controller=zookeeper.controller,
         samples_per_s=_sum(each.samples_per_s for each in workers),
-        loss=next((each.loss for each in workers if 0 in each.ranks and each.loss is not None), None),
+        loss=next((each.loss for each in workers if _has(each, Cell(0, stages - 1)) and each.loss is not None), None),
         metrics=mean_reported(each for each in redis.heartbeats.values() if each is not None),
         servers=servers,
         workers=workers,
         missing=tuple(sorted(each.id for each in gone)),
         gone=gone,
-        unheld=_unheld(plan, living) if plan and not zookeeper.problem else (),
+        unheld=tuple(sorted({cell.rank for cell in unheld})),
         unreadable=tuple(sorted(member for member, each in redis.heartbeats.items() if each is None)),
         redis=_redis(redis),
         zookeeper=_zookeeper(zookeeper),
         events=tuple(redis.events),
+        stages=stages,
+        microbatches=config.microbatches if config else 1,
+        unheld_cells=unheld if stages > 1 else (),
     )
     return replace(status, state=_state(status), findings=tuple(diagnose(status)))
 
@@ -192,7 +199,7 @@ def _state(status: JobStatus) -> JobState:
 _Members = tuple[tuple[ServerStatus, ...], tuple[WorkerStatus, ...]]
 
 
-def _from_zookeeper(zookeeper: ZooKeeperView, beats: Mapping[str, _Beat]) -> _Members:
+def _from_zookeeper(zookeeper: ZooKeeperView, beats: Mapping[str, _Beat], stages: int) -> _Members:
     """Servers and workers as ZooKeeper knows them."""
     plan = zookeeper.plan
     servers = (
@@ -206,13 +213,13 @@ def _from_zookeeper(zookeeper: ZooKeeperView, beats: Mapping[str, _Beat]) -> _Me
         for member in sorted(zookeeper.servers, key=lambda each: each.id)
     )
     workers = (
-        _worker(member, plan.ranks_of(member.id) if plan else (), beats.get(member.id, _NO_BEAT))
+        _worker(member, plan.cells_of(member.id) if plan else (), stages, beats.get(member.id, _NO_BEAT))
         for member in sorted(zookeeper.workers, key=lambda each: each.id)
     )
     return tuple(servers), tuple(workers)
 
 
-def _from_heartbeats(beats: Mapping[str, _Beat]) -> _Members:
+def _from_heartbeats(beats: Mapping[str, _Beat], stages: int) -> _Members:
     """The same, of members that are known by their heartbeats only."""
     servers, workers = [], []
     for name, each in sorted(beats.items()):
@@ -225,7 +232,7 @@ def _from_heartbeats(beats: Mapping[str, _Beat]) -> _Members:
             answer = ServerAnswer(*versions, stage=heartbeat.stage)
             servers.append(_server(member, heartbeat.shards, answer, None, each))
         else:
-            workers.append(_worker(member, heartbeat.ranks, each))
+            workers.append(_worker(member, heartbeat.cells or tuple(map(Cell, heartbeat.ranks)), stages, each))
     return tuple(servers), tuple(workers)
 
 
@@ -260,26 +267,35 @@ def _is_awaited(member: Member, plan: Plan) -> bool:
     return False
 
 
-def _worker(member: Member, ranks: tuple[int, ...], beat: _Beat) -> WorkerStatus:
+def _worker(member: Member, cells: tuple[Cell, ...], stages: int, beat: _Beat) -> WorkerStatus:
     heartbeat = beat.heartbeat or Heartbeat(member.id, ProcessRole.WORKER, 0.0)
     steps, metrics = heartbeat.metrics.get("steps"), heartbeat.metrics
+    counts_samples = heartbeat.samples_per_s or any(cell.stage == stages - 1 for cell in cells) or not cells
     return WorkerStatus(
         id=member.id,
         host=member.host,
         pid=member.pid,
         endpoint=heartbeat.endpoint,
-        ranks=ranks,
+        ranks=tuple(dict.fromkeys(cell.rank for cell in cells)),
         step=heartbeat.whole("step"),
         behind=None,
         compute_s=metrics["compute_seconds"] / steps if steps and "compute_seconds" in metrics else None,
         steps_per_s=heartbeat.steps_per_s,
-        samples_per_s=heartbeat.samples_per_s,
+        samples_per_s=heartbeat.samples_per_s if counts_samples else None,
         stage=heartbeat.stage,
         loss=metrics.get("loss"),
         resident_bytes=heartbeat.resident_bytes,
         heartbeat_age_s=beat.age_s,
         clock_ahead_s=beat.clock_ahead_s,
+        cells=cells if stages > 1 else (),
+        waits_for=heartbeat.waits_for,
+        waits_s=heartbeat.waits_s,
+        wait_s=metrics["wait_seconds"] / steps if steps and stages > 1 and "wait_seconds" in metrics else None,
     )
+
+
+def _has(worker: WorkerStatus, cell: Cell) -> bool:
+    return cell in (worker.cells or map(Cell, worker.ranks))
 
 
 def _with_behind(workers: tuple[WorkerStatus, ...]) -> tuple[WorkerStatus, ...]:
@@ -310,14 +326,14 @@ def _gone(plan: Plan, living: set[str]) -> tuple[GoneMember, ...]:
         if each.id not in living
     ]
     workers = [
-        GoneMember(each, ProcessRole.WORKER, "", 0, plan.ranks_of(each))
+        GoneMember(each, ProcessRole.WORKER, "", 0, plan.ranks_of(each), plan.cells_of(each) if plan.stages > 1 else ())
         for each in sorted(set(plan.cells) - living - {NO_WORKER})
     ]
     return (*servers, *workers)
 
 
-def _unheld(plan: Plan, living: set[str]) -> tuple[int, ...]:
-    return tuple(sorted({i % plan.ranks for i, holder in enumerate(plan.cells) if holder not in living}))
+def _unheld(plan: Plan, living: set[str]) -> tuple[Cell, ...]:
+    return tuple(sorted(cell for holder in set(plan.cells) - living for cell in plan.cells_of(holder)))
 
 
 def _lag_s(owning: Sequence[ServerStatus], beats: Mapping[str, _Beat], time_s: float) -> float | None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from psa_store.cluster import Phase, ProcessRole
-from psa_store.observe.formatting import count, host_name, milliseconds, size
-from psa_store.observe.formatting import ranks as written_ranks
+from psa_store.observe.formatting import cells, count, host_name, milliseconds, numbered, size
 from psa_store.observe.health import COMPUTING, WAITING
-from psa_store.observe.status.model import Finding, JobStatus, MemberStatus, Severity
+from psa_store.observe.status.model import Finding, GoneMember, JobStatus, MemberStatus, Severity, WorkerStatus
 
 HEARTBEAT_S = 3.0
 """A process writes its heartbeat once a second. Two may be lost to a Redis that hesitates."""
@@ -24,6 +23,7 @@ REDIS_SLOW_S = 0.1
 ZOOKEEPER_SLOW_SHARE = 1 / 40
 """Of the session timeout, as for `psa doctor`."""
 CLOCK_SKEW_S = 3.0
+_NAMES_MAX = 4
 
 
 def diagnose(status: JobStatus) -> list[Finding]:
@@ -84,14 +84,15 @@ def _gone(status: JobStatus) -> Iterator[Finding]:
             look = _watch(status) if status.servers else _serve(status)
             yield Finding(Severity.SICK, what, host_name(each.host), look, each.id)
         else:
-            what = f"worker {each.id} is gone; its {_ranks(each.ranks)} will go to others"
+            what = f"worker {each.id} is gone; its {_held(each)} will go to others"
             yield Finding(Severity.WARN, what, "", _watch(status), each.id)
 
 
 def _unheld(status: JobStatus) -> Iterator[Finding]:
     if not status.unheld or not status.servers:
         return
-    what = f"{_ranks(status.unheld)} without a worker: no step can be completed"
+    unheld = cells(status.unheld_cells) or numbered("rank", status.unheld)
+    what = f"{unheld} without a worker: no step can be completed"
     look = _watch(status) if status.workers else "psa worker SCRIPT, or psa run SCRIPT"
     yield Finding(Severity.SICK, what, "", look)
 
@@ -126,29 +127,41 @@ def _servers(status: JobStatus) -> Iterator[Finding]:
 def _silent_workers(status: JobStatus) -> Iterator[Finding]:
     for worker in status.workers:
         if _is_silent(worker):
-            what = f"worker {worker.id} holds {_ranks(worker.ranks)}" if worker.ranks else "a standby worker"
+            what = f"worker {worker.id} holds {_held(worker)}" if worker.ranks else "a standby worker"
             what += f", but its last heartbeat is {_age(worker)} old: it is paused or cut off"
+            waiting = _waiting_for(worker, status)
+            what += f"; {_names(waiting)} {'waits' if len(waiting) == 1 else 'wait'} for it" if waiting else ""
             yield _of_member(worker, Severity.SICK if worker.ranks else Severity.WARN, what)
 
 
 def _idle_workers(status: JobStatus) -> Iterator[Finding]:
-    """A worker that computes and makes no steps, while others wait."""
+    """A worker that computes and makes no steps, while others wait: with stages, one that they wait for, if there is
+    such a one."""
     holding = [each for each in status.workers if each.ranks and not _is_silent(each)]
     waiting = [each for each in holding if each.stage == WAITING]
-    for worker in holding:
-        if waiting and worker.stage == COMPUTING and worker.steps_per_s == 0:
-            what = f"worker {worker.id} ({_ranks(worker.ranks)}) has made no step for seconds: it computes "
-            step = "a step" if worker.step is None else f"step {worker.step}"
-            what += f"{step} while {count(len(waiting), 'other')} wait"
-            slow = worker.compute_s is not None and worker.compute_s > STEP_LONG_S
-            what += f"; it takes {worker.compute_s:.0f} s for one, on average" if slow else ""
-            yield _of_member(worker, Severity.WARN if slow else Severity.SICK, what)
+    idle = [each for each in holding if each.stage == COMPUTING and each.steps_per_s == 0] if waiting else []
+    for worker in [each for each in idle if _waiting_for(each, status)] or idle:
+        what = f"worker {worker.id} ({_held(worker)}) has made no step for seconds: it computes "
+        step = "a step" if worker.step is None else f"step {worker.step}"
+        what += f"{step} while {count(len(waiting), 'other')} wait"
+        awaiting = _waiting_for(worker, status)
+        what += f", {_names(awaiting)} for it" if awaiting else ""
+        slow = _step_s(worker) > STEP_LONG_S
+        what += f"; it takes {_step_s(worker):.0f} s for one, on average" if slow else ""
+        yield _of_member(worker, Severity.WARN if slow else Severity.SICK, what)
 
 
 def _all_wait(status: JobStatus) -> Iterator[Finding]:
     holding = [each for each in status.workers if each.ranks]
-    if holding and all(each.stage == WAITING and each.steps_per_s == 0 for each in holding):
+    if not holding or not all(each.stage == WAITING and each.steps_per_s == 0 for each in holding):
+        return
+    for_cells = [each for each in holding if each.waits_for]
+    if not for_cells:
         what = "all workers wait for servers, and no step is made"
+        yield Finding(Severity.SICK, what, "", _watch(status))
+    elif all((each.waits_s or 0.0) > max(STEP_LONG_S, 2 * _step_s(each)) for each in for_cells):
+        first = for_cells[0]
+        what = f"all workers wait, {first.id} for {cells(first.waits_for)}, and no step is made"
         yield Finding(Severity.SICK, what, "", _watch(status))
 
 
@@ -241,5 +254,20 @@ def _serve(status: JobStatus) -> str:
     return f"psa server --job {status.job}"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {written_ranks(ranks)}"
+def _held(worker: WorkerStatus | GoneMember) -> str:
+    return cells(worker.cells) or numbered("rank", worker.ranks)
+
+
+def _waiting_for(worker: WorkerStatus, status: JobStatus) -> list[WorkerStatus]:
+    """Those that need something of its cells to go on."""
+    return [each for each in status.workers if not set(worker.cells).isdisjoint(each.waits_for)]
+
+
+def _step_s(worker: WorkerStatus) -> float:
+    """How long a step takes, in the mean; with stages what it waits belongs to it. 0 if that is not known."""
+    return (worker.compute_s or 0.0) + (worker.wait_s or 0.0)
+
+
+def _names(members: Sequence[MemberStatus]) -> str:
+    shown = ", ".join(each.id for each in members[:_NAMES_MAX])
+    return shown if len(members) <= _NAMES_MAX else f"{shown} and {len(members) - _NAMES_MAX} more"

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
-from psa_store.cluster import Phase, ProcessRole
+from psa_store.cluster import Cell, Phase, ProcessRole
 from psa_store.job.change import Change
+from psa_store.job.document import ADDED_LATER
 from psa_store.observe.events import Event
 
 
@@ -94,6 +95,14 @@ class WorkerStatus(MemberStatus):
     steps_per_s: float | None
     samples_per_s: float | None
     loss: float | None
+    cells: tuple[Cell, ...] = field(default=(), metadata=ADDED_LATER)
+    """Which stages of its ranks it computes, where the model has several."""
+    waits_for: tuple[Cell, ...] = field(default=(), metadata=ADDED_LATER)
+    """Cells of other workers of which something must arrive before it can go on with its step ..."""
+    waits_s: float | None = field(default=None, metadata=ADDED_LATER)
+    """... and for how long it had waited when it wrote its heartbeat."""
+    wait_s: float | None = field(default=None, metadata=ADDED_LATER)
+    """Of a step, the mean of what it waits, where the model has several stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,7 @@ class GoneMember:
     host: str
     shards: int
     ranks: tuple[int, ...]
+    cells: tuple[Cell, ...] = field(default=(), metadata=ADDED_LATER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +211,7 @@ class JobStatus:
     """Ids of those that are gone."""
     gone: tuple[GoneMember, ...]
     unheld: tuple[int, ...]
-    """Ranks that no living worker computes."""
+    """Ranks that no living worker computes, or not all stages of them."""
     unreadable: tuple[str, ...]
     """Ids whose heartbeat cannot be read: another release wrote it."""
     # what it stands on
@@ -211,3 +221,9 @@ class JobStatus:
     """The newest, the oldest of them first."""
     findings: tuple[Finding, ...] = field(default=())
     """What is not well, the worst first."""
+    stages: int = field(default=1, metadata=ADDED_LATER)
+    """Of the model; a worker computes cells, each a stage of a rank."""
+    microbatches: int = field(default=1, metadata=ADDED_LATER)
+    """Equal parts in which a rank's batch goes through the stages."""
+    unheld_cells: tuple[Cell, ...] = field(default=(), metadata=ADDED_LATER)
+    """Cells that no living worker computes, where the model has several stages."""

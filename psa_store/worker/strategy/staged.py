@@ -45,6 +45,7 @@ class StagedStrategy:
         self._servers = tools.servers
         self._model = model
         self._journal = tools.journal
+        self._progress = tools.progress
         self._log = logs.get_logger()
         self._step = CellStep(tools.steps)
         self._pool = GradientPool(tools.layout, tools.wire)
@@ -58,6 +59,8 @@ class StagedStrategy:
         self._computed: tuple[int, ...] | None = None
         """The stages whose gradients are whole, from ``compute()`` to the end of the step; None before it."""
         self._passes_refused = False
+        self.weight = 1.0
+        """Of the rank that was computed last, in the mean over ranks."""
         self._term: int | None = None
         """In which the passes began."""
 
@@ -103,6 +106,7 @@ class StagedStrategy:
             if not self._hold():
                 return None
             while not passes.finished:
+                self._progress.wait_for([Cell(rank_step.rank, stage) for stage in passes.waits_for])
                 if not passes.turn() and not self._listen():
                     return None
                 if self.session.plan_is_over() and not self._hold():
@@ -161,10 +165,10 @@ class StagedStrategy:
     def _take_gradients(self, passes: RankPasses) -> None:
         """Push the gradients of all cells that were computed."""
         for stage in passes.held:
-            weight = passes.complete(stage)
+            self.weight = passes.complete(stage)
             self._gradients.note = PLAIN
             flat = self._model.flat(stage)
-            flat.end(weight)
+            flat.end(self.weight)
             flat.collect_buffers()
 
     def _want(self, stage: int) -> None:
