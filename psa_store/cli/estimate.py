@@ -48,6 +48,7 @@ def estimate(
 
     Runs the script up to its psa.Worker and stops it there; nothing is trained or stored, and neither Redis nor
     ZooKeeper is needed. Where Redis is known, 32 MiB are moved through it in keys of their own, as `psa doctor` does.
+    Of a model in stages it tells the cells of each worker, and the bubble of the pipeline, too.
     Mode, compression and the like are those of the script, of PSA_MODE, PSA_COMPRESS, … and of psa.toml, as for
     `psa run`.
 

@@ -77,6 +77,29 @@ def test_people_get_tables_and_what_is_not_known(tmp_path: Path) -> None:
     assert "Redis was not measured: PSA_REDIS is not set" in done.stdout
 
 
+def test_a_model_in_stages_is_planned_by_cells(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    script = (str(root / "tests" / "kill" / "staged.py"), "--job=staged", "--steps=9", "--stages=4")
+    options, paths = ("--workers=3", "--ranks=2"), {"PYTHONPATH": str(root)}
+    found = planned(tmp_path, *options, *script, **paths)
+    assert found["pipeline"] == {
+        "stages": 4,
+        "microbatches": 4,
+        "bubble": pytest.approx(3 / 7),
+        "cuts": 4,
+        "carries": 32,
+        "carry_bytes": None,
+    }
+    assert [len(worker["cells"]) for worker in found["workers"]] == [3, 3, 2]
+    assert found["workers"][2]["cells"] == [{"rank": 0, "stage": 3}, {"rank": 1, "stage": 3}]
+    assert 4 * found["workers"][2]["parameter_bytes"] == found["servers"][0]["parameter_bytes"]
+    done = plan(tmp_path, *options, *script, COLUMNS="160", **paths)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks, 4 stages, 4 micro-batches, compression none" in done.stdout
+    assert "each waits 43% of the time, 3 of 7 turns" in done.stdout
+    assert "32 (2 x 4 micro-batches x 4 cuts)" in done.stdout and "stage 3 of ranks 0, 1" in done.stdout
+
+
 def test_redis_is_measured_where_it_is_known_and_left_as_it_was(site: Site, tmp_path: Path) -> None:
     with closing(site.store()) as store:
         before = store.jobs()

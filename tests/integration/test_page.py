@@ -19,7 +19,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-from psa_store.cluster import Member, Plan, ProcessRole, Server
+from psa_store.cluster import Cell, Member, Plan, ProcessRole, Server
 from psa_store.coordination import Coordination
 from psa_store.job.config import JobConfig
 from psa_store.job.document import to_fields, to_text
@@ -42,14 +42,14 @@ needs_chromium = pytest.mark.skipif(
 class Job:
     """A job without processes: what they would have written, written by the test."""
 
-    def __init__(self, name: str, site: Site, stack: ExitStack) -> None:
+    def __init__(self, name: str, site: Site, stack: ExitStack, **facts: Any) -> None:
         self.name = name
         self.store = stack.enter_context(closing(site.store()))
         self.history = stack.enter_context(closing(JobHistory(name, site.redis, timeout_s=5.0)))
         self._zookeeper = site.zookeeper
         self._stack = stack
         self.layout: Layout = make_layout([TensorSpec(("weights",), (1 << 19,), "float32", TensorRole.TRAINED)])
-        config = JobConfig(name, 2, 0, {"name": "sgd"}, self.layout.fingerprint)
+        config = JobConfig(name, 2, 0, {"name": "sgd"}, self.layout.fingerprint, **facts)
         self.store.check()
         self.store.create_job(name, config.to_json(), self.layout.to_json())
 
@@ -209,6 +209,31 @@ def test_the_page_fits_a_telephone_and_an_empty_job(site: Site, stack: ExitStack
     wait_for(browser, "loss", "no points yet")
     assert text_of(browser, "servers") == "no servers" and text_of(browser, "findings") == ""
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+    assert complaints(browser) == []
+
+
+@needs_chromium
+def test_the_page_shows_which_stages_a_worker_has_and_waits_for(
+    site: Site, stack: ExitStack, browser: webdriver.Chrome
+) -> None:
+    job = Job("paged-stages", site, stack, stages=2, microbatches=4)
+    coordination = job.join(ProcessRole.SERVER, Member("s-one", "node-a/boot", 4711, "127.0.0.1:1"))
+    workers = {"w-one": (Cell(0, 0), Cell(1, 0)), "w-two": (Cell(0, 1), Cell(1, 1))}
+    for worker in workers:
+        job.join(ProcessRole.WORKER, Member(worker, "node-a/boot", 4712))
+    server = Server("s-one", "127.0.0.1:1", "", "node-a/boot")
+    cells = ("w-one", "w-one", "w-two", "w-two")
+    plan = Plan(3, 1, 100, (server,), (0,) * len(job.layout.shards), cells, stages=2)
+    coordination.write_plan(plan, None)
+    how = {"stages": 2, "stage": "computing", "ranks": (0, 1)}
+    waits = {**how, "cells": workers["w-one"], "stage": "waiting", "waits_for": (Cell(1, 1),), "waits_s": 2.5}
+    job.beat("w-one", ProcessRole.WORKER, **waits)
+    job.beat("w-two", ProcessRole.WORKER, **how, cells=workers["w-two"])
+    browser.get(serve(site, job.name, stack))
+    wait_for(browser, "workers", "waits for stage 1 of rank 1, 2.5 s")
+    shown = text_of(browser, "workers")
+    assert "stage 0 of ranks 0-1" in shown and "stage 1 of ranks 0-1" in shown and "computing" in shown
+    assert "2 ranks, 2 stages, 4 micro-batches, " in text_of(browser, "facts")
     assert complaints(browser) == []
 
 

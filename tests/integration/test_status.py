@@ -11,15 +11,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from psa_store.cli.status_view import overview
-from psa_store.cluster import Phase
+from psa_store.cli.status_view import job_view, overview
+from psa_store.cluster import Cell, Phase
 from psa_store.coordination import probe_zookeeper
 from psa_store.errors import Disconnected
 from psa_store.job.document import from_text
@@ -69,6 +69,53 @@ def test_a_running_job_is_described(site: Site) -> None:
     assert run.finish() == 0, run.output
     listed = Run(["status"], site.env)
     assert listed.finish() == 0 and "described" in listed.output and "at rest" in listed.output
+
+
+def test_a_job_in_stages_shows_which_worker_waits_for_which(site: Site) -> None:
+    """The worker of the last stage is paused: the one of the first waits for it, and is not the slow one."""
+    root = Path(__file__).parents[2]
+    arguments = ("--steps", "100000", "--stages", "2", "--microbatches", "2", "--pause", "0.01")
+    run = site.run(
+        "staged",
+        *arguments,
+        script=root / "tests" / "kill" / "staged.py",
+        env={"PYTHONPATH": str(root), "PSA_SESSION_TIMEOUT_S": "30"},
+        workers=2,
+        servers=1,
+        ranks=1,
+        commit_every=10,
+    )
+    run.wait_for_step(5)
+
+    def look_until(found: Callable[[JobStatus], bool]) -> JobStatus:
+        watched = Run(["status", "staged", "--watch", "--json"], site.env)
+        line = watched.wait_for_line(lambda line: line.startswith("{") and found(from_text(JobStatus, line, "it")))
+        watched.process.send_signal(signal.SIGINT)
+        assert watched.finish() == 0, watched.output
+        return from_text(JobStatus, line, "it")
+
+    status = look_until(lambda status: status.loss is not None and bool(status.samples_per_s))
+    assert (status.ranks, status.stages, status.microbatches) == (1, 2, 2) and status.unheld == ()
+    first, last = sorted(status.workers, key=lambda each: each.cells)
+    assert (first.cells, last.cells) == ((Cell(0, 0),), (Cell(0, 1),))
+    assert first.loss is None and first.samples_per_s is None, "they count once"
+    os.kill(last.pid, signal.SIGSTOP)
+    try:
+        status = look_until(
+            lambda status: (
+                any(each.waits_for == last.cells for each in status.workers)
+                and any(each.member == last.id and f"{first.id} waits for it" in each.what for each in status.findings)
+            )
+        )
+        console = Console(width=160, file=StringIO(), record=True)
+        console.print(job_view(status, 160))
+        shown = console.export_text()
+        assert "waits for stage 1 of rank 0" in shown and "2 stages, 2 micro-batches" in shown
+        assert "holds stage 1 of rank 0" in shown and f"worker {first.id} (" not in shown
+    finally:
+        os.kill(last.pid, signal.SIGCONT)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.finish() == 0, run.output
 
 
 @pytest.fixture
