@@ -129,6 +129,8 @@ class Pipeline:
                 awaited.add(stage + 1)
             if self._may_go_forward(stage):
                 awaited.add(stage - 1)
+            if held.backwards == self._microbatches:
+                awaited |= set(self._ties.get(stage, ())) - held.ties
         return tuple(sorted(awaited - self._held.keys()))
 
     def _may_go_forward(self, stage: int) -> bool:

@@ -116,7 +116,7 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
         tuple(
             tuple(
                 Link(
-                    sum(ways.up_bytes(s, cell.rank) for s in own for cell in share.cells if cell.stage == s.stage),
+                    sum(ways.up_bytes(s, cell.rank) for s in own for cell in share.cells if cell.stage == s.home),
                     sum(ways.down_bytes(shard) for shard in _needed(share.cells, own))
                     * pulls_per_version(config, share.ranks),
                 )
@@ -137,7 +137,7 @@ def _share(layout: Layout, cells: tuple[Cell, ...]) -> WorkerShare:
 def _needed(cells: Iterable[Cell], shards: Iterable[Shard]) -> list[Shard]:
     """Those of the stages that a worker with these cells has."""
     stages = {cell.stage for cell in cells}
-    return [shard for shard in shards if shard.stage in stages]
+    return [shard for shard in shards if not stages.isdisjoint(shard.stages)]
 
 
 class _Ways:

@@ -157,7 +157,7 @@ STAGES, STAGE = 3, 4 * PAGE_ELEMENTS
 STAGE_BYTES = 4 * STAGE
 IN_STAGES = make_layout(
     [
-        TensorSpec((f"{stage}.{name}",), (numel,), "float32", role, stage=stage)
+        TensorSpec((f"{stage}.{name}",), (numel,), "float32", role, stages=(stage,))
         for stage in range(STAGES)
         for name, numel, role in (
             ("weight", STAGE, TensorRole.TRAINED),
@@ -191,6 +191,15 @@ class TestStages:
         assert up(found) == [2 * STAGE_BYTES + BUFFER_BYTES] * 3 and down(found) == [STAGE_BYTES + BUFFER_BYTES] * 3
         assert {each.parameter_bytes for each in found.workers} == {STAGE_BYTES + BUFFER_BYTES + FROZEN_BYTES}
         assert up(in_stages(3, shared=True)) == [BUFFER_BYTES] * 3
+
+    def test_what_is_tied_is_kept_by_each_stage_that_has_it_and_sent_by_the_first(self) -> None:
+        tied = make_layout(
+            [TensorSpec(("a", "b"), (STAGE,), "float32", TensorRole.TRAINED, stages=(0, 2))], SHARD_BYTES
+        )
+        config = replace(job(ranks=1), stages=STAGES, layout=tied.fingerprint)
+        found = traffic_of(config, tied, 3, 1, shares_memory=False)
+        assert up(found) == [STAGE_BYTES, 0, 0] and down(found) == [STAGE_BYTES, 0, STAGE_BYTES]
+        assert [each.gradient_bytes for each in found.workers] == [STAGE_BYTES, 0, STAGE_BYTES]
 
     def test_one_worker_has_the_whole_model_and_more_than_cells_stand_by(self) -> None:
         (alone,) = in_stages(1).workers

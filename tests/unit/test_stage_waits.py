@@ -66,6 +66,16 @@ class TestPipeline:
         go_on(pipeline)
         assert pipeline.waits_for == (1, 3)
 
+    def test_at_its_end_it_waits_for_stages_that_share_parameters_with_it(self) -> None:
+        pipeline = Pipeline(3, 1, {0: (2,)})
+        pipeline.hold([0])
+        go_on(pipeline)
+        pipeline.arrived(0, 0, backward=True)
+        go_on(pipeline)
+        assert not pipeline.finished and pipeline.waits_for == (2,)
+        pipeline.tied(0, 2)
+        assert pipeline.finished and pipeline.waits_for == ()
+
     def test_once_finished_it_waits_for_none(self) -> None:
         pipeline = holding(2)
         for microbatch in (0, 1):
