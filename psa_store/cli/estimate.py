@@ -16,7 +16,7 @@ from psa_store.cli.options import SCRIPT, Json, Module, Script, begin, check_scr
 from psa_store.config import Settings, as_environment
 from psa_store.config.private_servers import redis_of
 from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
-from psa_store.estimate import Forecast, Traffic, ask_script, bubble, forecast, measure, traffic_of
+from psa_store.estimate import Forecast, Traffic, ask_script, forecast, measure, traffic_of
 from psa_store.estimate.traffic import WorkerShare
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
@@ -149,7 +149,7 @@ def _pipeline(config: JobConfig, traffic: Traffic) -> dict[str, Any]:
     return {
         "stages": config.stages,
         "microbatches": config.microbatches,
-        "bubble": bubble(config),
+        "bubble": config.bubble,
         "cuts": traffic.cuts,
         "carries": 2 * config.microbatches * traffic.cuts,
         "carry_bytes": None,
@@ -191,7 +191,7 @@ def _pipeline_text(config: JobConfig, traffic: Traffic) -> str:
     carries = 2 * microbatches * traffic.cuts
     crossing = "none" if not carries else f"{carries} (2 x {microbatches} micro-batches x {count(traffic.cuts, 'cut')})"
     return (
-        f"pipeline: with a worker for each of the {config.cells} cells, each waits {bubble(config):.0%} of the time, "
+        f"pipeline: with a worker for each of the {config.cells} cells, each waits {config.bubble:.0%} of the time, "
         f"{stages - 1} of {microbatches + stages - 1} turns; more micro-batches make that less\n"
         f"between workers a step sends carries, or gradients of them: {crossing}; their size shows only when stages "
         "compute, so neither bytes nor times below have them"

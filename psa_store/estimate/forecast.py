@@ -112,14 +112,6 @@ def forecast(
     return Forecast(tuple(terms), commit_s, interval)
 
 
-def bubble(config: JobConfig) -> float:
-    """The share of time in which a worker waits for others, with one worker for each cell and stages of equal cost.
-
-    Source: 1F1B and GPipe alike, https://arxiv.org/abs/2104.04473, section 2.2: of M + S - 1 turns, M are used.
-    """
-    return (config.stages - 1) / (config.microbatches + config.stages - 1)
-
-
 def _threads(server: ServerShare, threads: int) -> int:
     return 1 if server.parameter_bytes < INLINE_BYTES else min(threads, server.shards)
 

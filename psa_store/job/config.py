@@ -144,6 +144,14 @@ class JobConfig:
         """How many there are: each stage of each rank."""
         return self.ranks * self.stages
 
+    @property
+    def bubble(self) -> float:
+        """The share of time in which a worker waits for others, with one worker for each cell and stages of equal cost.
+
+        Source: of M + S - 1 turns M are used, with 1F1B as with GPipe, https://arxiv.org/abs/2104.04473, section 2.2.
+        """
+        return (self.stages - 1) / (self.microbatches + self.stages - 1)
+
     def step_of(self, version: int) -> int:
         """How many steps each rank has made at a version; on arrival, in the mean."""
         return version * self.steps_per_version // self.updates_per_step

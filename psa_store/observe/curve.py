@@ -19,6 +19,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator
 
 from psa_store.cluster import ProcessRole
+from psa_store.job.document import ADDED_LATER
 from psa_store.observe.heartbeat import Heartbeat, mean_reported
 
 FRESH_S = 5.0
@@ -55,6 +56,8 @@ class Point:
     servers: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What scripts gave to ``worker.step(metrics=)``: the weighted mean of the newest of each rank."""
+    waiting: Measured = field(default=None, metadata=ADDED_LATER)
+    """Of a model in stages: the share of their time that workers have waited since the point before."""
 
 
 class Curve:
@@ -65,6 +68,10 @@ class Curve:
         """When the server that is behind was at which version, as its newest heartbeat says."""
         self._per_s = 0.0
         self._kept: tuple[int, int] | None = None
+        self._spent: Mapping[str, tuple[float, float]] = {}
+        """By worker of a model in stages, how long it has computed and waited ..."""
+        self._spent_before: Mapping[str, tuple[float, float]] = {}
+        """... and what that was at the last point that was kept."""
 
     def point(self, time_s: float, heartbeats: Iterable[Heartbeat]) -> Point | None:
         """The point that the heartbeats make; None if the job has not moved since the last that was kept.
@@ -97,12 +104,24 @@ class Curve:
             workers=len(workers),
             servers=len(servers),
             metrics=mean_reported(workers),
+            waiting=self._waiting(workers),
         )
         return None if self._kept == (point.term, point.version) else point
 
     def kept(self, point: Point) -> None:
         """Note that this one is on the curve."""
         self._kept = point.term, point.version
+        self._spent_before = self._spent
+
+    def _waiting(self, workers: Iterable[Heartbeat]) -> float | None:
+        self._spent = {
+            each.member: (each.metrics.get("compute_seconds", 0.0), each.metrics.get("wait_seconds", 0.0))
+            for each in workers
+            if each.cells
+        }
+        pairs = [(self._spent_before[name], now) for name, now in self._spent.items() if name in self._spent_before]
+        computed_s, waited_s = (sum(now[part] - before[part] for before, now in pairs) for part in (0, 1))
+        return round(waited_s / (computed_s + waited_s), 4) if computed_s + waited_s > 0.0 else None
 
     def _follow(self, beat_s: float, version: float) -> None:
         """Bring the speed up to date, by the clock of the server: between two calls there may have been no heartbeat of

@@ -8,7 +8,7 @@ import pytest
 
 from psa_store.cluster import Cell
 from psa_store.compression import NONE, Compression, parse_compression
-from psa_store.estimate import Forecast, Speeds, Traffic, bubble, forecast, traffic_of
+from psa_store.estimate import Forecast, Speeds, Traffic, forecast, traffic_of
 from psa_store.estimate.traffic import WorkerShare
 from psa_store.job.config import JobConfig, commit_every_default
 from psa_store.job.layout import Layout, TensorRole, TensorSpec, make_layout
@@ -213,8 +213,8 @@ class TestStages:
 
     def test_the_bubble_is_known_from_stages_and_microbatches(self) -> None:
         config = job()
-        assert bubble(config) == 0.0
-        assert bubble(replace(config, stages=4, microbatches=12)) == pytest.approx(3 / 15)
+        assert config.bubble == 0.0
+        assert replace(config, stages=4, microbatches=12).bubble == pytest.approx(3 / 15)
 
 
 def foretold(

@@ -224,6 +224,21 @@ class TestCurve:
         assert from_text(Heartbeat, to_text(beats[0]), "heartbeat") == beats[0]
         assert not {"stages", "cells", "waits_for", "waits_s"} & to_fields(worker(0.0, 1)).keys()
 
+    def test_waiting_is_counted_from_the_last_point_that_was_kept(self) -> None:
+        def spent(member: str, computed_s: float, waited_s: float) -> Heartbeat:
+            metrics = {"compute_seconds": computed_s, "wait_seconds": waited_s}
+            cells = (Cell(0, 0),)
+            return Heartbeat(member, ProcessRole.WORKER, 100.0, stages=2, cells=cells, metrics=metrics)
+
+        curve = Curve()
+        first = curve.point(100.0, [server(100.0, 41), spent("a", 5.0, 50.0)])
+        assert first is not None and first.waiting is None
+        curve.kept(first)
+        curve.point(100.0, [server(100.0, 42), spent("a", 6.0, 50.0)])
+        point = curve.point(100.0, [server(100.0, 43), spent("a", 8.0, 51.0), spent("new", 9.0, 99.0)])
+        assert point is not None and point.waiting == 0.25
+        assert "waiting" not in to_fields(first)
+
     def test_there_is_no_new_point_until_the_job_moves(self) -> None:
         curve = Curve()
         point = curve.point(100.0, [server(100.0, 41)])

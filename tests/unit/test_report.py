@@ -322,6 +322,10 @@ def test_a_model_in_stages_is_named_as_such() -> None:
     config = JobConfig("job", 2, 0, {"name": "sgd"}, "layout", stages=3, microbatches=8)
     run = describe_run("job", calm(0, 9, 0), (), (), config)
     assert facts(run)[0] == ("model", "3 stages, 8 micro-batches") and to_json(run)["stages"] == 3
+    assert "workers wait" not in dict(facts(run)), "it is not known"
+    run = describe_run("job", [point(0, 0), point(1, 10, waiting=0.5), point(2, 20, waiting=0.25)], (), (), config)
+    said = "38% of their time; with a worker for each cell, 20% are the pipeline's own"
+    assert dict(facts(run))["workers wait"] == said
     whole = describe_run("job", calm(0, 9, 0), (), (), replace(config, stages=1, microbatches=1))
     assert facts(whole)[0][0] == "version" and "stages" not in to_json(whole)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import fmean
 from typing import ClassVar
 
 from psa_store.checkpoint.catalog import Checkpoint
@@ -98,6 +99,10 @@ class Run:
     """Of the model ..."""
     microbatches: int = field(default=1, metadata=ADDED_LATER)
     """... and the parts in which a rank's batch goes through them."""
+    waiting: float | None = field(default=None, metadata=ADDED_LATER)
+    """Of a model in stages: the share of their time that workers waited, the mean over the curve ..."""
+    bubble: float | None = field(default=None, metadata=ADDED_LATER)
+    """... and what of it is the pipeline's own, with a worker for each cell."""
 
 
 def describe_run(
@@ -127,6 +132,7 @@ def describe_run(
     rates = Rates(known, happened, gap_s)
     parts = segments(timeline, happened, rates, gap_s)
     failures = tuple(with_pause(each, timeline, parts, rates) for each in find_failures(happened))
+    waited = [each.waiting for each in known if each.waiting is not None]
     losses = [each.loss for each in known if each.loss is not None]
     times = [parts[0].begin_s, parts[-1].end_s] if parts else [each.time for each in known]
     return Run(
@@ -160,6 +166,8 @@ def describe_run(
         segments=parts,
         stages=config.stages if config else 1,
         microbatches=config.microbatches if config else 1,
+        waiting=fmean(waited) if waited else None,
+        bubble=config.bubble if config and config.stages > 1 else None,
     )
 
 

@@ -45,6 +45,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     rows[6:6] = [(name, f"{value:.4g}") for name, value in sorted(run.metrics.items())]
     if parts := model_parts(run.stages, run.microbatches):
         rows.insert(0, ("model", parts))
+    if run.waiting is not None and run.bubble is not None:
+        own = f"with a worker for each cell, {run.bubble:.0%} are the pipeline's own"
+        rows.insert(5, ("workers wait", f"{run.waiting:.0%} of their time; {own}"))
     if run.clock_back_s > 0.0:
         rows.append(("clocks", f"went back by {duration(run.clock_back_s)}: times near it are wrong"))
     return rows
