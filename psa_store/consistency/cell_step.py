@@ -5,7 +5,8 @@ of those stages only of which it holds one. A step goes on in the order of ranks
 is not complete is worked at by all that hold a cell of it, and no two workers wait for each other.
 
 A cell that comes while the worker awaits a version is computed after a Reload: the worker told the servers that it has
-done with the present one.
+done with the present one. When a cell goes whose gradients were pushed, the other cells of its rank here are computed
+again: what they sent it stayed in this worker, and the next holder needs it.
 
 Pure: no I/O, no threads, no tensors, no clock.
 """
@@ -62,6 +63,8 @@ class CellStep:
     def planned(self, held: Sequence[Cell], owners: frozenset[str]) -> None:
         """What the plan says: the cells held here, and the owners of what changes in their stages."""
         self._held, self._owners = held, owners
+        gone = {cell.rank for cell in self._pushed.difference(held)}
+        self._pushed = {cell for cell in self._pushed if cell.rank not in gone}
 
     def pushed(self, cells: Iterable[Cell]) -> None:
         """The whole gradients of these are on their way."""

@@ -4,6 +4,9 @@ Everything that is sent has an :class:`Address` and never changes: a cell that i
 the first of two is kept and the second compared with it. A cell asks once for all that is for it in a step, and gets
 what is here and what comes. So a worker that takes a dead one's cell begins with what was sent to that one.
 
+A step can end although a cell still waits: its former holder has made its gradients, but sent nothing through here. So
+all that wanted something are told when a step is over.
+
 Pure: no I/O, no threads, no tensors, no clock.
 """
 
@@ -61,12 +64,13 @@ class Relay(Generic[Item, Reader]):
             readers.append(reader)
         return list(self._items.get((step, cell), {}).items())
 
-    def advance(self, version: int) -> None:
-        """A version is made: all steps below are over."""
+    def advance(self, version: int) -> list[Reader]:
+        """A version is made: all steps below are over; returns the readers that wanted something of them."""
         self._version = version
-        for by_step in (self._items, self._readers):
-            for key in [key for key in by_step if key[0] < version]:
-                del by_step[key]
+        for key in [key for key in self._items if key[0] < version]:
+            del self._items[key]
+        over = [key for key in self._readers if key[0] < version]
+        return list(dict.fromkeys(reader for key in over for reader in self._readers.pop(key)))
 
     def forget(self, reader: Reader) -> None:
         """A reader is gone."""

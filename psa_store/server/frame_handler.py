@@ -33,6 +33,7 @@ from psa_store.wire import (
     Header,
     Kind,
     Park,
+    PassedMemory,
     Reason,
     Refusal,
     Report,
@@ -43,13 +44,11 @@ from psa_store.wire import (
 
 _NOTHING = memoryview(b"")
 _OUTSIDE_TERMS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.INSPECT, Kind.REFUSED})
-_REQUESTS = frozenset({Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT, Kind.RELAY, Kind.WANT})
+_REQUESTS = frozenset({Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT, Kind.WANT})
 """What members ask of a server, and what servers tell each other, besides gradients."""
 _OF_A_RANK = frozenset({Kind.AWAIT, Kind.CUT})
-_MEMBERS = _REQUESTS | {Kind.SHARE, Kind.PUSH}
+_MEMBERS = _REQUESTS | {Kind.SHARE, Kind.PUSH, Kind.RELAY}
 """Frames that only a process that said HELLO may send; all but SHARE belong to a term."""
-
-
 _NUMBER_BYTES = 8
 
 
@@ -150,6 +149,8 @@ class FrameHandler:
             reason = self._admission.finish(aggregator, connection, header)
             if reason is not Reason.NONE:
                 self._refuse(connection, header, reason, f"push refused: {reason.name}")
+        elif kind is Kind.RELAY:
+            self._on_relay(aggregator, connection, header, payload)
         elif kind in _REQUESTS:
             if aggregator is not None:
                 self._on_request(aggregator, connection, client, header, payload)
@@ -165,6 +166,20 @@ class FrameHandler:
         elif kind is Kind.REFUSED:
             raise Refused(f"a peer refused: {decode(Refusal, payload).why}")
 
+    def _on_relay(
+        self, aggregator: Aggregator | None, connection: Connection, header: Header, payload: memoryview
+    ) -> None:
+        """Keep what a cell sends; its memory is taken over in any case, since the next frame may bring some, too."""
+        descriptor = connection.take_descriptor()
+        memory = None if descriptor is None else PassedMemory(descriptor)
+        if aggregator is None:
+            return  # the term has ended while the payload came
+        reason, why = Reason.STALE, "the term is over"
+        if header.term == aggregator.plan.term:
+            reason, why = self.relay.put(aggregator.plan, aggregator.version, connection, header, payload, memory)
+        if reason is not Reason.NONE:
+            self._refuse(connection, header, reason, why)
+
     def _on_request(
         self, aggregator: Aggregator, connection: Connection, client: Client | None, header: Header, payload: memoryview
     ) -> None:
@@ -179,12 +194,8 @@ class FrameHandler:
             if client is None:
                 raise Refused("only a worker that said HELLO may do that")
             self.waiters.wait(client, header)
-        elif kind is Kind.RELAY:
-            reason, why = self.relay.put(plan, connection, header, payload)
-            if reason is not Reason.NONE:
-                self._refuse(connection, header, reason, why)
         elif kind is Kind.WANT:
-            self.relay.want(plan, connection, header)
+            self.relay.want(plan, aggregator.version, connection, header)
         elif kind is Kind.NORM:
             aggregator.on_norms(_norms(plan, connection, header, payload))
         elif kind is Kind.FINISH:

@@ -12,7 +12,8 @@ from psa_store.cluster import Cell, Plan
 from psa_store.consistency.relay import Address, Relay
 from psa_store.errors import Refused
 from psa_store.server.connections import Connections
-from psa_store.wire import RELAY_HEAD, Connection, Flag, Header, PassedMemory, Reason
+from psa_store.wire import RELAY_HEAD, Connection, Flag, Header, Kind, PassedMemory, Reason
+from psa_store.wire.frames import PAYLOAD_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,26 +37,37 @@ class _Item:
 
 
 class CellRelay:
-    """Executes what :class:`psa_store.consistency.relay.Relay` decides."""
+    """Executes what :class:`psa_store.consistency.relay.Relay` decides. ``microbatches``: in how many a batch is."""
 
     def __init__(self, connections: Connections, microbatches: int) -> None:
-        self._microbatches = microbatches
         self._connections = connections
+        self._microbatches = microbatches
         self._relay: Relay[_Item, Connection] = Relay()
 
     def __len__(self) -> int:
         return len(self._relay)
 
-    def put(self, plan: Plan, connection: Connection, header: Header, payload: memoryview) -> tuple[Reason, str]:
-        """Keep what a cell sends, and hand it on; returns what to refuse it for.
+    def put(
+        self,
+        plan: Plan,
+        version: int,
+        connection: Connection,
+        header: Header,
+        payload: memoryview,
+        memory: PassedMemory | None,
+    ) -> tuple[Reason, str]:
+        """Keep what a cell sends, and hand it on; returns what to refuse it for. ``version``: the newest here.
 
         Raises:
             Refused: no correct worker sends this.
         """
-        descriptor = connection.take_descriptor()
-        memory = None if descriptor is None else PassedMemory(descriptor)
         if bool(header.flags & Flag.BY_REFERENCE) is not (memory is not None):
             raise Refused("RELAY by reference comes with a descriptor, and by value without one")
+        if memory is not None:
+            memory.check(PAYLOAD_BYTES_MAX)
+        if header.microbatch >= self._microbatches + (plan.stages if header.flags & Flag.BACKWARD else 0):
+            raise Refused(f"RELAY of micro-batch {header.microbatch}, and there are {self._microbatches}")
+        _check_step(header, version)
         backward = bool(header.flags & Flag.BACKWARD)
         sender = header.stage + (1 if backward else -1)
         if backward and header.microbatch >= self._microbatches:
@@ -78,14 +90,24 @@ class CellRelay:
             self._send(plan, reader, item)
         return Reason.NONE, ""
 
-    def want(self, plan: Plan, connection: Connection, header: Header) -> None:
-        """A worker computes a cell: send it what is here for it, and from now on what comes."""
+    def want(self, plan: Plan, version: int, connection: Connection, header: Header) -> None:
+        """A worker computes a cell: send it what is here for it, and from now on what comes.
+
+        Raises:
+            Refused: no correct worker sends this.
+        """
+        if header.stage >= plan.stages or header.rank >= plan.ranks:
+            raise Refused(f"WANT of stage {header.stage} of rank {header.rank}: there is none")
+        _check_step(header, version)
+        if header.step < version:
+            self._tell_over(plan, version, connection)
         for _, item in self._relay.want(header.step, Cell(header.rank, header.stage), connection):
             self._send(plan, connection, item)
 
-    def advance(self, version: int) -> None:
+    def advance(self, plan: Plan, version: int) -> None:
         """A version is made: nothing of the steps before is needed any more."""
-        self._relay.advance(version)
+        for reader in self._relay.advance(version):
+            self._tell_over(plan, version, reader)
 
     def forget(self, connection: Connection) -> None:
         """The connection is closed."""
@@ -95,6 +117,9 @@ class CellRelay:
         """The term is over: its cells are computed again."""
         self._relay = Relay()
 
+    def _tell_over(self, plan: Plan, version: int, reader: Connection) -> None:
+        self._connections.send(reader, Header(Kind.WANT, plan.term, plan.revision, version))
+
     def _send(self, plan: Plan, reader: Connection, item: _Item) -> None:
         header = item.header._replace(term=plan.term, revision=plan.revision)
         if item.memory is None or reader.is_local:
@@ -103,3 +128,9 @@ class CellRelay:
             whole = item.whole()
             flags = header.flags & ~Flag.BY_REFERENCE
             self._connections.send(reader, header._replace(flags=flags, length=len(whole)), whole)
+
+
+def _check_step(header: Header, version: int) -> None:
+    """A worker may know of one version more than a server that owns nothing that changes."""
+    if header.step > version + 1:
+        raise Refused(f"{header.kind.name} for step {header.step} while version {version} is the newest")

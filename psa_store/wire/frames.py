@@ -10,7 +10,7 @@
     CLOCKS                      CLOCKS   pushes of each rank that count now, and that are durable (on arrival)
     CUT     a checkpoint ends with the first pushes of a rank: so many (on arrival)
     RELAY   what a cell sends   RELAY    the same, to the cell that it is for
-    WANT    all that is for a cell in a step
+    WANT    all that is for a cell  WANT     all steps below are over: nothing comes of them any more
     INSPECT                     REPORT   what the server does
                                 REFUSED  which frame, and why
 

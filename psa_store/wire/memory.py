@@ -100,8 +100,15 @@ class PassedMemory:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
+    def check(self, size_bytes_max: int) -> None:
+        """Raise Refused if it is larger than this, or no memory that stays as large as it is."""
+        _check_passed(self.fd, 0)
+        size = os.fstat(self.fd).st_size
+        if size > size_bytes_max:
+            raise Refused(f"memory of {size} bytes was passed; at most {size_bytes_max} are possible")
+
     def attach(self) -> SharedMemory:
-        """Map it, for reading; raises Refused if it could shrink meanwhile."""
+        """Map it, for reading; raises Refused if it was not checked and could shrink."""
         return SharedMemory.attach(os.dup(self.fd), os.fstat(self.fd).st_size)
 
     def __del__(self) -> None:

@@ -105,7 +105,10 @@ class RankPasses:
             parameter.grad = None
         self._came = {key for key in self._came if key[0] in held}
         for to in [key for key in self._kept if key[0] not in held]:
-            self._send(*to, self._kept.pop(to))
+            stage, _, backward = to
+            parcel = self._kept.pop(to)
+            if stage + (1 if backward else -1) in held:  # else its next holder sends it
+                self._send(*to, parcel)
         if self._last not in held:
             self._losses, self._weights, self.loss = [], [], None
 

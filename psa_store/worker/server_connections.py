@@ -42,7 +42,9 @@ from psa_store.worker.gradients import GradientMemory
 _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
 _NUMBER_BYTES = 8
-_ANSWERS = frozenset({Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE, Kind.RELAY})
+_ANSWERS = frozenset(
+    {Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE, Kind.RELAY, Kind.WANT}
+)
 _NOTHING = memoryview(b"")
 _FINITE = Flag.BY_REFERENCE
 _NOT_FINITE = Flag.BY_REFERENCE | Flag.NONFINITE
@@ -50,7 +52,7 @@ _NOT_FINITE = Flag.BY_REFERENCE | Flag.NONFINITE
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A frame from a server: PARAMS whose payload is in place, STATE, VERSION, DURABLE, CLOCKS, RELAY, or REFUSED."""
+    """A frame from a server: PARAMS whose payload is in place, STATE, VERSION, DURABLE, CLOCKS, RELAY, WANT, or REFUSED."""
 
     header: Header
     server: str

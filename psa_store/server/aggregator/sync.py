@@ -206,7 +206,7 @@ class SyncAggregator(Aggregator):
     def _on_version(self) -> None:
         self._metrics["version"] = self._step.version
         self._tools.waiters.stale = True
-        self._tools.relay.advance(self._step.version)
+        self._tools.relay.advance(self.plan, self._step.version)
 
     def _move(self) -> None:
         """Go on in a copy of the parameters: workers that hold no rank may read the present version on."""

@@ -63,6 +63,8 @@ class StagedStrategy:
         """Of the rank that was computed last, in the mean over ranks."""
         self._term: int | None = None
         """In which the passes began."""
+        self._over = 0
+        """All steps below are complete, as a server says: nothing comes of them any more."""
 
     @property
     def version(self) -> int:
@@ -160,7 +162,12 @@ class StagedStrategy:
 
     def _listen(self) -> bool:
         """Wait for what other workers send; False if passes are to be given up."""
-        return self.session.wait() and not self.session.term_is_over() and not self._passes_refused
+        if not self.session.wait() or self.session.term_is_over():
+            return False
+        if self._over > self._rank_step.step:
+            self.session.lose("the step is complete without the cells that came here")
+            return False
+        return not self._passes_refused
 
     def _take_gradients(self, passes: RankPasses) -> None:
         """Push the gradients of all cells that were computed."""
@@ -287,6 +294,7 @@ class StagedStrategy:
         self._pool.give_up()
         self._servers.carries.give_up()
         self._step.lost()
+        self._over = 0
 
     def refused(self, header: Header) -> None:
         """A push or a parcel is not taken: what came of this rank has to be made again, if it stays here."""
@@ -312,6 +320,8 @@ class StagedStrategy:
                 self.session.arrived[header.shard] = header.step
             case Kind.RELAY:
                 self._take_parcel(answer)
+            case Kind.WANT:
+                self._over = header.step
             case _:
                 pass
 

@@ -1,0 +1,487 @@
+"""A worker's part in the steps of a model in stages: alone, and several with servers that do what they must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psa_store.cluster import NO_WORKER, Cell, Plan, assign_cells
+from psa_store.consistency.cell_step import CellStep
+from psa_store.consistency.pipeline import Backward, Pipeline
+from psa_store.consistency.relay import Address, Relay
+from psa_store.consistency.worker_instructions import Await, Compute, Finish, Listen
+from psa_store.consistency.worker_step import NEVER, Reload, Show
+
+OWNERS = frozenset({"s1", "s2"})
+LAST = 3
+
+
+def cells(*pairs: tuple[int, int]) -> list[Cell]:
+    return [Cell(*pair) for pair in pairs]
+
+
+def standing(held: Sequence[Cell], *, last: int | None = LAST, version: int = 0) -> CellStep:
+    step = CellStep(last)
+    step.loaded(version)
+    step.planned(held, OWNERS)
+    return step
+
+
+def test_ranks_are_computed_in_their_order_then_the_next_version_is_awaited_and_shown() -> None:
+    step = standing(cells((2, 0), (0, 1), (2, 1)))
+    for rank, stages in ((0, (1,)), (2, (0, 1))):
+        assert step.next() == Compute(0, rank) == step.next()
+        assert step.first == rank and step.missing(rank) == stages
+        step.pushed(Cell(rank, stage) for stage in stages)
+    assert step.first is None and step.missing(0) == step.missing(2) == ()
+    assert step.next() == Await(1, OWNERS)
+    assert step.next() == Listen()
+    step.brought("s1", 1)
+    assert step.next() == Listen()
+    step.brought("s2", 1)
+    assert step.next() == Show(1)
+    step.loaded(1)
+    assert step.next() == Compute(1, 0)
+
+
+def test_a_rank_is_complete_when_all_cells_of_it_here_are() -> None:
+    step = standing(cells((0, 0), (0, 2)))
+    step.pushed(cells((0, 2)))
+    assert step.next() == Compute(0, 0) and step.missing(0) == (0,)
+
+
+def test_a_cell_that_comes_is_computed_before_those_of_later_ranks() -> None:
+    """All workers work at the first rank that is not complete, so each finds the others there."""
+    step = standing(cells((1, 0)))
+    assert step.next() == Compute(0, 1)
+    step.planned(cells((0, 1), (1, 0)), OWNERS)
+    assert step.next() == Compute(0, 0) and step.missing(0) == (1,)
+
+
+def test_a_cell_that_goes_before_it_is_computed_is_missing_no_more() -> None:
+    step = standing(cells((0, 0), (1, 0)))
+    step.planned(cells((1, 0)), OWNERS)
+    assert step.next() == Compute(0, 1)
+    step.planned([], OWNERS)
+    assert step.next() == Await(LAST, OWNERS)
+
+
+def test_a_pushed_cell_that_goes_has_the_others_of_its_rank_computed_again() -> None:
+    """What they sent it never left this worker."""
+    step = standing(cells((0, 0), (0, 1), (1, 0)))
+    step.pushed(cells((0, 0), (0, 1), (1, 0)))
+    step.planned(cells((0, 0), (1, 0)), OWNERS)
+    assert step.next() == Compute(0, 0) and step.missing(0) == (0,) and step.missing(1) == ()
+    step.pushed(cells((0, 0)))
+    assert step.next() == Await(1, OWNERS)
+    step.planned(cells((1, 0)), OWNERS)
+    assert step.next() == Listen(), "no other cell of its rank is here"
+
+
+def test_a_refused_push_is_made_again_with_all_cells_of_the_rank() -> None:
+    step = standing(cells((0, 0), (0, 1), (1, 0)))
+    step.pushed(cells((0, 0), (0, 1), (1, 0)))
+    step.refused(step=0, rank=0)
+    assert step.next() == Compute(0, 0) and step.missing(0) == (0, 1) and step.missing(1) == ()
+
+
+def test_a_refusal_of_an_older_step_changes_nothing() -> None:
+    step = standing(cells((0, 0)), version=2)
+    step.pushed(cells((0, 0)))
+    step.refused(step=1, rank=0)
+    assert step.next() == Await(3, OWNERS)
+
+
+def test_a_refused_push_while_a_version_is_awaited_is_made_again_on_new_connections() -> None:
+    step = standing(cells((0, 0)))
+    step.pushed(cells((0, 0)))
+    assert step.next() == Await(1, OWNERS)
+    step.refused(step=0, rank=0)
+    assert isinstance(step.next(), Reload)
+    step.lost()
+    step.loaded(0)
+    assert step.next() == Compute(0, 0)
+
+
+def test_without_cells_the_last_version_is_awaited_or_for_ever() -> None:
+    for last in (LAST, None):
+        step = standing([], last=last)
+        assert step.watches
+        assert step.next() == Await(NEVER if last is None else last, OWNERS)
+        assert not step.watches, "it has been asked for"
+
+
+def test_cells_that_come_while_a_version_is_awaited_load_anew() -> None:
+    step = standing([])
+    step.next()
+    step.planned(cells((0, 1)), OWNERS)
+    assert isinstance(step.next(), Reload)
+    step.lost()
+    assert step.next() == Compute(0, 0)
+
+
+def test_a_version_beyond_the_awaited_one_loads_anew() -> None:
+    step = standing(cells((0, 0)))
+    step.pushed(cells((0, 0)))
+    step.next()
+    step.brought("s1", 1)
+    step.brought("s2", 2)
+    assert isinstance(step.next(), Reload)
+
+
+def test_a_job_that_ends_elsewhere_than_was_known_finishes_there() -> None:
+    step = standing(cells((0, 0)), last=None, version=3)
+    assert step.next() == Compute(3, 0)
+    step.ends_at(3)
+    assert step.next() == Finish(3)
+
+
+@dataclass
+class World:
+    """Servers, and a controller, that do anything that correct ones may do."""
+
+    step: CellStep
+    version: int = 0
+    held: list[Cell] = field(default_factory=list)
+    awaited: int | None = None
+    brought: dict[str, int] = field(default_factory=dict)
+    pushed: set[Cell] = field(default_factory=set)
+
+    def load(self, version: int) -> None:
+        self.step.lost()
+        self.version, self.awaited, self.pushed, self.brought = version, None, set(), {}
+        self.step.loaded(version)
+
+    def plan(self, held: list[Cell]) -> None:
+        self.held = held
+        self.step.planned(held, OWNERS)
+
+
+some_cells = st.lists(st.builds(Cell, st.integers(0, 2), st.integers(0, 2)), unique=True)
+
+
+@given(st.data())
+def test_what_a_worker_computes_and_shows_is_always_of_the_present_version(data: st.DataObject) -> None:
+    world = World(CellStep(LAST))
+    world.load(0)
+    world.plan(data.draw(some_cells))
+    for _ in range(data.draw(st.integers(0, 60))):
+        match world.step.next():
+            case Compute(at, rank):
+                assert at == world.version and world.awaited is None
+                assert rank == world.step.first, "no rank before it has a cell here that is missing"
+                stages = world.step.missing(rank)
+                assert stages and {Cell(rank, stage) for stage in stages} <= set(world.held)
+                match data.draw(st.sampled_from(["push", "push", "plan", "refuse"])):
+                    case "push":
+                        world.step.pushed(Cell(rank, stage) for stage in stages)
+                        world.pushed.update(Cell(rank, stage) for stage in stages)
+                    case "plan":
+                        world.plan(data.draw(some_cells))
+                    case "refuse":
+                        world.step.refused(world.version, rank)
+            case Await(version, servers):
+                assert world.awaited is None and set(servers) == OWNERS
+                assert world.pushed >= set(world.held)
+                assert version == (world.version + 1 if world.held else LAST)
+                world.awaited = version
+            case Show(version):
+                assert version == world.awaited and world.brought == dict.fromkeys(OWNERS, version)
+                world.step.loaded(version)
+                world.version, world.awaited, world.pushed, world.brought = version, None, set(), {}
+            case Reload():
+                assert world.awaited is not None
+                world.load(max([world.version, *world.brought.values()]))
+            case Finish(version):
+                assert version == world.version >= LAST
+                return
+            case Listen():
+                assert world.awaited is not None
+                match data.draw(st.sampled_from(["bring", "bring", "plan", "lose", "refuse"])):
+                    case "bring":
+                        missing = sorted(OWNERS - world.brought.keys())
+                        server = data.draw(st.sampled_from(missing)) if missing else "s1"
+                        version = max([world.awaited, *world.brought.values()])
+                        world.brought[server] = version
+                        world.step.brought(server, version)
+                    case "plan":
+                        world.plan(data.draw(some_cells))
+                    case "lose":
+                        world.load(world.version)
+                    case "refuse":
+                        world.step.refused(world.version, data.draw(st.integers(0, 2)))
+
+
+# --- several workers, and the servers between them
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Something is here for a cell."""
+
+    address: Address
+
+
+@dataclass(frozen=True)
+class Version:
+    """An awaited version is here."""
+
+    version: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A push, or what was sent to a cell, did not fit the plan."""
+
+    step: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class StepIsOver:
+    """Nothing comes any more for a cell that was wanted."""
+
+    version: int
+
+
+class Passes:
+    """Those of one rank's cells in a worker: what :class:`psa_store.worker.rank_passes.RankPasses` does, without
+    tensors."""
+
+    def __init__(self, job: Job, worker: str, step: int, rank: int) -> None:
+        self.step, self.rank = step, rank
+        self.pipeline = Pipeline(job.stages, job.microbatches)
+        self._job, self._worker = job, worker
+        self._kept: dict[Address, int] = {}
+        """What went from one stage here to the next, and the stage that it came from."""
+        self._came: set[Address] = set()
+
+    def hold(self, stages: Iterable[int]) -> None:
+        before = self.pipeline.held
+        self.pipeline.hold(stages)
+        held = self.pipeline.held
+        self._came = {address for address in self._came if address.cell.stage in held}
+        for address in [address for address in self._kept if address.cell.stage not in held]:
+            if self._kept.pop(address) in held:
+                self._job.put(self._worker, address)
+        for stage in held:
+            if stage not in before:
+                self._job.want(self._worker, self.step, Cell(self.rank, stage))
+
+    def arrived(self, address: Address) -> None:
+        if (address.step, address.cell.rank) == (self.step, self.rank) and address not in self._came:
+            if address.cell.stage in self.pipeline.held:
+                self._came.add(address)
+            self.pipeline.arrived(address.cell.stage, address.microbatch, backward=address.backward)
+
+    def turn(self) -> bool:
+        due = self.pipeline.next()
+        if due is None:
+            return False
+        backward = isinstance(due, Backward)
+        self.pipeline.done(due)
+        to = due.stage + (-1 if backward else 1)
+        if 0 <= to < self._job.stages:
+            address = Address(self.step, Cell(self.rank, to), due.microbatch, backward)
+            if to in self.pipeline.held:
+                self._kept[address] = due.stage
+                self.arrived(address)
+            else:
+                self._job.put(self._worker, address)
+        return True
+
+
+class Worker:
+    """Does what :class:`psa_store.worker.strategy.staged.StagedStrategy` does."""
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._name = job, name
+        self.step = CellStep(LAST)
+        self.inbox: list[Parcel | Version | Refused | StepIsOver] = []
+        self.finished = False
+        self._plan: Plan | None = None
+        self._passes: Passes | None = None
+        self._over = 0
+        self._load()
+
+    def turn(self, *, looks: bool = True) -> bool:
+        """Do one thing; False if there is nothing to do. ``looks``: whether it knows the newest plan."""
+        if looks and self._plan is not self._job.plan:
+            self._follow()
+            if self._passes is not None:
+                self._hold()
+            return True
+        return self._compute() if self._passes is not None else self._decide()
+
+    def _compute(self) -> bool:
+        passes = self._passes
+        assert passes is not None
+        if passes.pipeline.finished:
+            pushed = [Cell(passes.rank, stage) for stage in passes.pipeline.held]
+            self._passes = None
+            self.step.pushed(pushed)
+            self._job.push(self._name, passes.step, pushed)
+            return True
+        if passes.turn():
+            return True
+        heard = self._listen()
+        if self._over > passes.step:
+            self._load()
+        return heard
+
+    def _decide(self) -> bool:
+        match self.step.next():
+            case Compute(step, rank):
+                self._passes = Passes(self._job, self._name, step, rank)
+                self._hold()
+            case Await(version, _):
+                self._job.awaits[self._name] = version
+                self._job.answer()
+            case Show(version):
+                self.step.loaded(version)
+            case Reload():
+                self._load()
+            case Finish():
+                self.finished = True
+                return False
+            case Listen():
+                return self._listen()
+        return True
+
+    def _hold(self) -> None:
+        """Follow the plan in the middle of passes, or give them up."""
+        assert self._passes is not None
+        step, rank = self._passes.step, self._passes.rank
+        if step == self.step.version and rank == self.step.first:
+            self._passes.hold(self.step.missing(rank))
+        else:
+            self._passes = None
+
+    def _listen(self) -> bool:
+        if not self.inbox:
+            return False
+        match self.inbox.pop(0):
+            case Parcel(address):
+                if self._passes is not None:
+                    self._passes.arrived(address)
+            case Version(version):
+                for server in OWNERS:
+                    self.step.brought(server, version)
+            case Refused(step, rank):
+                self.step.refused(step, rank)
+            case StepIsOver(version):
+                self._over = version
+        return True
+
+    def _load(self) -> None:
+        """Connect anew, and get the newest version."""
+        self._job.disconnect(self._name)
+        self.inbox.clear()
+        self._passes = None
+        self.step.lost()
+        self.step.loaded(self._job.version)
+        self._follow()
+
+    def _follow(self) -> None:
+        self._plan = self._job.plan
+        self.step.planned(self._plan.cells_of(self._name), OWNERS)
+
+
+class Job:
+    """A server, a controller, and workers that come and go."""
+
+    def __init__(self, ranks: int, stages: int, microbatches: int) -> None:
+        self.stages, self.microbatches = stages, microbatches
+        self.version = 0
+        self.plan = Plan(1, 0, 0, (), (), (NO_WORKER,) * (ranks * stages), stages=stages)
+        self.relay: Relay[object, str] = Relay()
+        self.awaits: dict[str, int] = {}
+        self.workers: dict[str, Worker] = {}
+        self._received: set[Cell] = set()
+
+    def join(self, name: str) -> None:
+        if name not in self.workers:
+            self.workers[name] = Worker(self, name)
+            self._share_out()
+
+    def die(self, name: str) -> None:
+        if len(self.workers) > 1:
+            del self.workers[name]
+            self.disconnect(name)
+            self._share_out()
+
+    def _share_out(self) -> None:
+        shared = assign_cells(self.plan.cells, self.workers)
+        self.plan = Plan(1, self.plan.revision + 1, 0, (), (), shared, stages=self.stages)
+
+    # --- what a server does
+
+    def disconnect(self, name: str) -> None:
+        self.relay.forget(name)
+        self.awaits.pop(name, None)
+
+    def put(self, sender: str, address: Address) -> None:
+        rank, stage = address.cell.rank, address.cell.stage
+        if self.plan.holder(rank, stage + (1 if address.backward else -1)) != sender:
+            self.workers[sender].inbox.append(Refused(address.step, rank))
+            return
+        readers, _ = self.relay.put(address, object())
+        for reader in readers:
+            self.workers[reader].inbox.append(Parcel(address))
+
+    def want(self, reader: str, step: int, cell: Cell) -> None:
+        found = self.relay.want(step, cell, reader)
+        if step < self.version:
+            self.workers[reader].inbox.append(StepIsOver(self.version))
+        self.workers[reader].inbox += [Parcel(address) for address, _ in found]
+
+    def push(self, sender: str, step: int, pushed: Iterable[Cell]) -> None:
+        if step != self.version:
+            return
+        for cell in pushed:
+            if self.plan.holder(cell.rank, cell.stage) == sender:
+                self._received.add(cell)
+            else:
+                self.workers[sender].inbox.append(Refused(step, cell.rank))
+        if len(self._received) == len(self.plan.cells):
+            self._received.clear()
+            self.version += 1
+            for reader in self.relay.advance(self.version):
+                self.workers[reader].inbox.append(StepIsOver(self.version))
+            self.answer()
+
+    def answer(self) -> None:
+        for name, version in list(self.awaits.items()):
+            if version <= self.version:
+                del self.awaits[name]
+                self.workers[name].inbox.append(Version(self.version))
+
+
+names = st.sampled_from("abcde")
+
+
+@settings(max_examples=150)
+@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 2))
+def test_whatever_workers_come_and_die_all_steps_are_made(
+    data: st.DataObject, ranks: int, stages: int, microbatches: int
+) -> None:
+    job = Job(ranks, stages, microbatches)
+    for name in data.draw(st.sets(names, min_size=1)):
+        job.join(name)
+    for _ in range(data.draw(st.integers(0, 60))):
+        if data.draw(st.integers(0, 9)):
+            name = data.draw(st.sampled_from(sorted(job.workers)))
+            for _ in range(data.draw(st.integers(1, 8))):
+                job.workers[name].turn(looks=data.draw(st.booleans()))
+        elif data.draw(st.booleans()):
+            job.join(data.draw(names))
+        else:
+            job.die(data.draw(st.sampled_from(sorted(job.workers))))
+    while sum(worker.turn() for worker in job.workers.values()):
+        pass
+    assert job.version == LAST and all(worker.finished for worker in job.workers.values()), (
+        f"nothing moves any more at version {job.version} with {job.plan.cells}"
+    )
