@@ -9,12 +9,15 @@ Used by the worker, in the thread that runs the model.
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from psa_store.errors import Refused, UsageError
@@ -23,6 +26,10 @@ from psa_store.wire import RELAY_HEAD, SharedMemory
 
 _ALIGN_BYTES = 64
 """As in the layout: vector kernels may give other last bits for other alignments."""
+_DTYPES = frozenset(name_of(each) for each in vars(torch).values() if isinstance(each, torch.dtype))
+_DESCRIPTION: TypeAdapter[
+    tuple[tuple[tuple[str, tuple[int, ...]] | None, ...], tuple[bool, ...], bool, float | None]
+] = TypeAdapter(tuple[tuple[tuple[str, tuple[int, ...]] | None, ...], tuple[bool, ...], bool, float | None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +56,15 @@ class Parcel:
         return sum(_rounded(t.numel() * t.element_size()) for t in self.tensors if t is not None)
 
     def write(self, memory: Tensor) -> None:
-        """Write the tensors into flat uint8 memory, one after the other."""
+        """Write the tensors into flat uint8 memory, one after the other, with zeros between: relays compare bytes."""
         low = 0
         for tensor in self.tensors:
             if tensor is not None:
                 size_bytes = tensor.numel() * tensor.element_size()
+                end = low + _rounded(size_bytes)
                 memory[low : low + size_bytes].view(tensor.dtype).copy_(tensor.reshape(-1))
-                low += _rounded(size_bytes)
+                memory[low + size_bytes : end].zero_()
+                low = end
 
 
 def by_value(parcel: Parcel) -> memoryview:
@@ -104,23 +113,31 @@ def read(payload: memoryview, descriptor: int | None) -> Parcel:
     """
     try:
         length, _ = RELAY_HEAD.unpack_from(payload)
-        low = RELAY_HEAD.size
-        each, wants_gradient, single, weight = json.loads(bytes(payload[low : low + length]))
-        sizes = [0 if one is None else _size_bytes(*one) for one in each]
+        said = json.loads(bytes(payload[RELAY_HEAD.size : RELAY_HEAD.size + length]))
+        described, wants_gradient, single, weight = _DESCRIPTION.validate_python(said)
+        sizes = [0 if each is None else _size_bytes(*each) for each in described]
+        whole = sum(map(_rounded, sizes))
+        if len(wants_gradient) != len(described):
+            raise ValueError("not as many tensors as it says")
         if descriptor is not None:
-            memory = SharedMemory.attach(descriptor, sum(map(_rounded, sizes)))
+            memory = SharedMemory.attach(os.dup(descriptor), whole)
             flat = torch.frombuffer(memory.buffer, dtype=torch.uint8)
         else:
-            flat = torch.frombuffer(payload, dtype=torch.uint8)[_rounded(low + length) :]
+            flat = _aligned(torch.frombuffer(payload, dtype=torch.uint8)[_rounded(RELAY_HEAD.size + length) :])
+        if whole > len(flat):
+            raise ValueError(f"{len(flat)} bytes of {whole}")
         tensors: list[Tensor | None] = []
         low = 0
-        for one, size_bytes in zip(each, sizes, strict=True):
-            dtype, shape = one or ("uint8", ())
-            tensors.append(None if one is None else flat[low : low + size_bytes].view(to_torch(dtype)).view(shape))
+        for each, size_bytes in zip(described, sizes, strict=True):
+            part = flat[low : low + size_bytes]
+            tensors.append(None if each is None else part.view(to_torch(each[0])).view(each[1]))
             low += _rounded(size_bytes)
-    except (struct.error, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (struct.error, ValueError, RecursionError, RuntimeError) as error:
         raise Refused(f"RELAY of something that is no carry: {error}") from error
-    return Parcel(tuple(tensors), tuple(wants_gradient), single, weight)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    return Parcel(tuple(tensors), wants_gradient, single, weight)
 
 
 def of_stage(returned: Any, stage: int) -> Parcel:
@@ -129,18 +146,35 @@ def of_stage(returned: Any, stage: int) -> Parcel:
     Raises:
         UsageError: it is no tensor and no tuple of tensors.
     """
+    single = isinstance(returned, Tensor)
     tensors: Sequence[Any] = returned if isinstance(returned, tuple | list) else (returned,)
+    if not tensors:
+        raise UsageError(f"stage {stage} returned nothing for the next one: return a tensor or a tuple of tensors")
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise UsageError(
                 f"stage {stage} returned a {type(returned).__name__} with a {type(tensor).__name__} in it: a stage "
                 "returns a tensor or a tuple of tensors for the next one, and the last one the loss"
             )
-    return Parcel(tuple(t.detach() for t in tensors), tuple(t.requires_grad for t in tensors), returned is tensors[0])
+    return Parcel(tuple(map(as_it_travels, tensors)), tuple(t.requires_grad for t in tensors), single)
+
+
+def as_it_travels(tensor: Tensor) -> Tensor:
+    """The same numbers as the next stage gets them, also where it is here: in order, and aligned as in the layout.
+
+    Kernels go by both, so last bits would depend on which worker holds the next stage.
+    """
+    return _aligned(tensor.detach().contiguous())
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % _ALIGN_BYTES else tensor
 
 
 def _size_bytes(dtype: str, shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel() * to_torch(dtype).itemsize
+    if dtype not in _DTYPES or any(length < 0 for length in shape):
+        raise ValueError(f"{dtype} of shape {shape}")
+    return math.prod(shape) * to_torch(dtype).itemsize
 
 
 def _rounded(size_bytes: int) -> int:

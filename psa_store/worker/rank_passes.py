@@ -24,7 +24,7 @@ from psa_store.job.sampling import stream_seed
 from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
 from psa_store.worker.batches import RankStep
-from psa_store.worker.carry import Parcel, of_stage
+from psa_store.worker.carry import Parcel, as_it_travels, of_stage
 from psa_store.worker.randomness import seed_all
 from psa_store.worker.stages import StagedModel
 
@@ -231,7 +231,8 @@ class RankPasses:
                     torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
         if stage:
             leaves = self._inputs.pop((stage, index))
-            gradients = tuple(None if leaf is None else leaf.grad for leaf in leaves.tensors)
+            given = [None if leaf is None else leaf.grad for leaf in leaves.tensors]
+            gradients = tuple(None if gradient is None else as_it_travels(gradient) for gradient in given)
             weight = self._total if is_last else None
             self._deliver(stage - 1, index, True, Parcel(gradients, leaves.wants_gradient, leaves.single, weight))
         self._pipeline.done(due)
