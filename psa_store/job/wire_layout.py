@@ -4,7 +4,8 @@ A job with compression ``bf16:both`` sends float32 gradients and parameters in h
 once, by the worker; they are added, and the optimizer works, in float32. Parameters are rounded for the way only: what
 servers keep, commit and restore is float32. Every carrier rounds alike, so the carrier never shows in the bits.
 
-Rounded tensors lie as the arena has them, each segment squeezed to half its length where it starts.
+Rounded tensors lie as the arena has them, the segments of all stages squeezed to half their length where the first one
+starts.
 
 Pure: no I/O, no threads, no torch.
 """

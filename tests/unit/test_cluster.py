@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import groupby
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psa_store.cluster import (
     NO_WORKER,
+    Cell,
     Member,
     Phase,
     Plan,
@@ -22,6 +26,7 @@ from psa_store.cluster import (
     newest_common,
     plan_from_json,
 )
+from psa_store.errors import DataIntegrity
 
 names = st.sampled_from("abcdefgh")
 
@@ -76,6 +81,86 @@ def test_plans_and_members_survive_json() -> None:
     assert member_from_json(member("a", leaving=True).to_json()) == member("a", leaving=True)
 
 
+BEFORE_STAGES = """{
+ "format": 2, "term": 3, "revision": 9, "resume": 40,
+ "servers": [{"id": "s", "address": "h:1", "local": "l", "host": "h"}],
+ "owners": [[0, 3]], "ranks": ["v", "w"],
+ "phase": "stop", "freeze_revision": null, "stop_version": 41, "cut": null
+}"""
+"""As the release before stages wrote it."""
+
+
+def test_a_plan_of_the_format_before_stages_is_read_as_one_of_a_single_stage() -> None:
+    plan = plan_from_json(BEFORE_STAGES)
+    assert (plan.term, plan.owners, plan.phase, plan.stop_version) == (3, (0, 0, 0), Phase.STOP, 41)
+    assert (plan.cells, plan.stages, plan.ranks) == (("v", "w"), 1, 2)
+    assert plan.holder(1) == "w" and plan.ranks_of("w") == (1,) and plan.cells_of("w") == (Cell(1),)
+    assert plan_from_json(plan.to_json()) == plan
+    assert json.loads(plan.to_json())["format"] == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", BEFORE_STAGES.replace('"ranks"', '"cells"'), BEFORE_STAGES.replace("2,", "1,", 1)]
+)
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(DataIntegrity, match="the plan in ZooKeeper"):
+        plan_from_json(text)
+
+
+@st.composite
+def staged_plans(draw: st.DrawFn) -> Plan:
+    ranks, stages = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    cells = draw(st.lists(names | st.just(NO_WORKER), min_size=ranks * stages, max_size=ranks * stages))
+    return Plan(1, 1, 0, (), (), tuple(cells), stages=stages)
+
+
+@given(staged_plans())
+def test_each_cell_has_one_holder_and_each_worker_its_cells_in_their_order(plan: Plan) -> None:
+    assert plan_from_json(plan.to_json()) == plan
+    every = [Cell(rank, stage) for rank in range(plan.ranks) for stage in range(plan.stages)]
+    assert sorted(cell for worker in set(plan.cells) for cell in plan.cells_of(worker)) == every
+    for worker in set(plan.cells):
+        cells = plan.cells_of(worker)
+        assert list(cells) == [cell for cell in every if plan.holder(cell.rank, cell.stage) == worker]
+        assert plan.ranks_of(worker) == tuple(sorted({cell.rank for cell in cells}))
+    assert plan.begun_again(2, 7).stages == plan.stages
+    assert plan.cells_of("a stranger") == plan.ranks_of("a stranger") == ()
+
+
+@given(ranks=st.integers(1, 8), stages=st.integers(1, 6), alive=st.sets(names, min_size=1))
+def test_at_a_fresh_start_neighbours_stay_together(ranks: int, stages: int, alive: set[str]) -> None:
+    """A worker has a run of cells, so it needs as few stages as its share of the cells allows."""
+    cells = assign_cells([NO_WORKER] * (ranks * stages), alive)
+    runs = [holder for holder, _ in groupby(cells)]
+    assert len(runs) == len(set(runs)) == min(len(alive), len(cells))
+    plan = Plan(1, 1, 0, (), (), cells, stages=stages)
+    for worker in runs:
+        count = len(plan.cells_of(worker))
+        assert len({cell.stage for cell in plan.cells_of(worker)}) <= (count + ranks - 2) // ranks + 1
+
+
+@given(current=st.lists(names, min_size=1, max_size=24), alive=st.sets(names, min_size=1))
+def test_a_worker_keeps_its_cells_up_to_an_even_share(current: list[str], alive: set[str]) -> None:
+    cells = assign_cells(current, alive)
+    share = len(current) // len(alive)
+    for worker in alive:
+        kept = sum(before == after == worker for before, after in zip(current, cells, strict=True))
+        assert kept >= min(current.count(worker), share)
+
+
+def test_the_cells_of_a_job_in_stages_are_given_out_with_the_first_plan_and_with_every_one_after() -> None:
+    cluster = Cluster(stages=3)
+    cluster.servers, cluster.workers = members("a"), members("v", "w")
+    action = decide(cluster.view())
+    assert isinstance(action, TakeOver) and action.stages == 3
+    assert action.cells == ("v",) * 6 + ("w",) * 6
+    cluster.settle()
+    del cluster.workers["v"]
+    cluster.settle()
+    assert cluster.plan is not None and (cluster.plan.stages, cluster.plan.ranks) == (3, 4)
+    assert cluster.plan.cells == ("w",) * 12 and cluster.terms == [1], "the owners of shards stay"
+
+
 @given(st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 9))))
 def test_newest_common_is_common_and_newest(versions: dict[int, set[int]]) -> None:
     common = newest_common(versions)
@@ -89,8 +174,8 @@ class Cluster:
     ``interval``: with rank state, the versions between two commits of it.
     """
 
-    def __init__(self, interval: int = 0) -> None:
-        self.interval = interval
+    def __init__(self, interval: int = 0, stages: int = 1) -> None:
+        self.interval, self.stages = interval, stages
         self.plan: Plan | None = None
         self.servers: dict[str, Member] = {}
         self.workers: dict[str, Member] = {}
@@ -98,7 +183,15 @@ class Cluster:
         self.terms: list[int] = []
 
     def view(self) -> View:
-        return View(self.plan, dict(self.servers), dict(self.workers), (4, 4, 4, 4, 4, 4), 4, self.interval)
+        return View(
+            self.plan,
+            dict(self.servers),
+            dict(self.workers),
+            (4, 4, 4, 4, 4, 4),
+            ranks=4,
+            stages=self.stages,
+            stop_interval=self.interval,
+        )
 
     def decide_once(self) -> bool:
         action = decide(self.view())
@@ -110,7 +203,9 @@ class Cluster:
             self.terms.append(term)
             if self.interval:
                 self.version -= self.version % self.interval
-            self.plan = Plan(term, revision, self.version, action.servers, action.owners, action.cells)
+            self.plan = Plan(
+                term, revision, self.version, action.servers, action.owners, action.cells, stages=action.stages
+            )
         else:
             assert isinstance(action, Publish)
             assert self.plan is not None and action.plan.term == self.plan.term
@@ -158,9 +253,11 @@ events = st.lists(
 
 
 @settings(max_examples=300)
-@given(events=events, interval=st.sampled_from([0, 3]))
-def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[str, str]], interval: int) -> None:
-    cluster = Cluster(interval)
+@given(events=events, interval=st.sampled_from([0, 3]), stages=st.integers(1, 3))
+def test_whatever_happens_the_cluster_settles_on_the_living(
+    events: list[tuple[str, str]], interval: int, stages: int
+) -> None:
+    cluster = Cluster(interval, stages)
     for what, name in events:
         match what:
             case "join":
@@ -189,6 +286,7 @@ def test_whatever_happens_the_cluster_settles_on_the_living(events: list[tuple[s
         assert not staying
         return
     owners = {server.id for server in cluster.plan.servers}
+    assert cluster.plan.stages == stages and cluster.plan.ranks == 4
     if staying:
         assert owners <= staying and len(owners) == min(len(staying), 6)
         assert len(cluster.plan.owners) == 6

@@ -7,10 +7,10 @@ import importlib
 import json
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -19,7 +19,7 @@ from psa_store.compression import parse_compression
 from psa_store.errors import DataIntegrity
 from psa_store.job.average import Average
 from psa_store.job.config import JobConfig
-from psa_store.job.document import from_text, to_fields, to_text
+from psa_store.job.document import ADDED_LATER, from_text, to_fields, to_text
 from psa_store.job.mode import parse_mode
 from psa_store.observe.doctor.check import Check
 
@@ -104,3 +104,52 @@ def test_a_format_that_cannot_be_read_is_named_with_the_document_and_a_way_out(k
 def test_what_is_no_document_is_refused(kind: type[Any], text: str) -> None:
     with pytest.raises(DataIntegrity, match="this one cannot be read"):
         from_text(kind, text, "this one")
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    weight: float = field(default=1.0, metadata=ADDED_LATER)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A document that has gained fields, at all depths."""
+
+    FORMAT: ClassVar[int] = 1
+
+    one: Part
+    several: tuple[Part, ...]
+    nested: tuple[tuple[Part, ...], ...] = ()
+    rest: dict[str, Any] = field(default_factory=dict)
+    perhaps: Part | None = field(default=None, metadata=ADDED_LATER)
+    color: str = field(default="", metadata=ADDED_LATER)
+
+
+def test_a_field_that_was_added_later_is_written_only_where_it_differs_from_its_default_at_any_depth() -> None:
+    old, new = Part("old"), Part("new", 2.0)
+    document = Whole(old, (old, new), ((new,), (old, old)), {"weight": 1.0, "color": ""})
+    named, weighed = {"name": "old"}, {"name": "new", "weight": 2.0}
+    assert to_fields(document) == {
+        "format": 1,
+        "one": named,
+        "several": [named, weighed],
+        "nested": [[weighed], [named, named]],
+        "rest": {"weight": 1.0, "color": ""},
+    }
+    assert from_text(Whole, to_text(document), "it") == document
+
+
+def test_one_that_differs_is_written_with_all_that_is_in_it() -> None:
+    document = Whole(Part("one"), (), perhaps=Part("perhaps"), color="red")
+    written = to_fields(document)
+    assert (written["perhaps"], written["color"]) == ({"name": "perhaps"}, "red")
+    assert from_text(Whole, to_text(document), "it") == document
+
+
+def test_a_job_without_stages_is_written_as_before_there_were_any() -> None:
+    """Golden value: an older release reads it."""
+    assert JobConfig("demo", 2, 0, {"name": "SGD"}, "fingerprint").to_json() == (
+        '{"format":1,"name":"demo","ranks":2,"seed":0,"optimizer":{"name":"SGD"},"layout":"fingerprint",'
+        '"commit_every":50,"skip_nonfinite":false,"mode":"sync","compression":"none"}'
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import groupby
 
 import pytest
 from hypothesis import given
@@ -28,22 +29,28 @@ from psa_store.job.layout import (
 
 
 def tensor(
-    name: str, *shape: int, dtype: str = "float32", role: TensorRole = TensorRole.TRAINED, group: int = 0
+    name: str,
+    *shape: int,
+    dtype: str = "float32",
+    role: TensorRole = TensorRole.TRAINED,
+    group: int = 0,
+    stage: int = 0,
 ) -> TensorSpec:
-    return TensorSpec((name,), shape, dtype, role, group)
+    return TensorSpec((name,), shape, dtype, role, group, stage=stage)
 
 
 @st.composite
 def models(draw: st.DrawFn) -> list[TensorSpec]:
-    """Tensors of all roles and dtypes, empty, tiny, or larger than several shards, some of them tied."""
+    """Tensors of all roles, dtypes and stages, empty, tiny, or larger than several shards, some of them tied."""
     specs = []
+    stages = draw(st.integers(1, 3))
     for i in range(draw(st.integers(1, 12))):
         role = draw(st.sampled_from(TensorRole))
         dtype = draw(st.sampled_from(sorted(TRAINABLE_DTYPES if role is TensorRole.TRAINED else ITEM_BYTES)))
         shape = draw(st.sampled_from([(), (0,), (3, 0), (1,), (7, 3), (16,), (1023,), (64, 33), (9000,)]))
         names = (f"t{i}", f"tied.t{i}") if draw(st.booleans()) else (f"t{i}",)
         group = draw(st.integers(0, 2)) if role is TensorRole.TRAINED else 0
-        specs.append(TensorSpec(names, shape, dtype, role, group))
+        specs.append(TensorSpec(names, shape, dtype, role, group, stage=draw(st.integers(0, stages - 1))))
     return specs
 
 
@@ -70,7 +77,7 @@ def test_a_piece_lies_where_its_tensor_lies(model: list[TensorSpec], shard_bytes
         free = 0
         for piece in shard.pieces:
             spec = model[piece.tensor]
-            assert (spec.role, spec.dtype) == (shard.role, shard.dtype)
+            assert (spec.role, spec.dtype, spec.stage) == (shard.role, shard.dtype, shard.stage)
             assert shard.offset_bytes + piece.shard_start * item == (
                 layout.offsets_bytes[piece.tensor] + piece.tensor_start * item
             )
@@ -85,7 +92,8 @@ def test_shards_tile_their_segments(model: list[TensorSpec], shard_bytes: int) -
     assert [shard.index for shard in layout.shards] == list(range(len(layout.shards)))
     end = 0
     for previous, shard in zip((None, *layout.shards), layout.shards, strict=False):
-        same_segment = previous and (previous.role, previous.dtype) == (shard.role, shard.dtype)
+        segment = shard.role, shard.dtype, shard.stage
+        same_segment = previous and (previous.role, previous.dtype, previous.stage) == segment
         if same_segment:
             assert previous is not None
             assert previous.size_bytes == shard_bytes, "only the last shard of a segment may be shorter"
@@ -141,6 +149,7 @@ BASE = (tensor("a", 5000), tensor("b", 3, 4), tensor("c", 8, role=TensorRole.BUF
         ({"role": TensorRole.FROZEN}, "has role"),
         ({"group": 1}, "has group 0"),
         ({"persistent": False}, "has persistent True"),
+        ({"stage": 1}, "has stage 0"),
     ],
 )
 def test_the_fingerprint_changes_with_every_property_of_a_tensor(change: dict[str, object], words: str) -> None:
@@ -163,10 +172,37 @@ def test_the_fingerprint_changes_with_the_shard_size_the_order_and_the_number_of
 
 
 def test_the_fingerprint_does_not_change_between_releases() -> None:
-    """Golden value: stored jobs compare with it. A change of the layout is a change of the format."""
-    assert make_layout(BASE, PAGE_BYTES).fingerprint == (
-        "8dc8e0a09326e33b418a6eb48390b65c30899464d4f86b0aefd51d63df0258dc"
+    """Golden values: stored jobs compare with them. A change of the layout is a change of the format."""
+    layout = make_layout(BASE, PAGE_BYTES)
+    assert layout.fingerprint == "8dc8e0a09326e33b418a6eb48390b65c30899464d4f86b0aefd51d63df0258dc"
+    assert layout.to_json() == (
+        '{"format":1,"shard_bytes":4096,"tensors":['
+        '{"names":["a"],"shape":[5000],"dtype":"float32","role":"trained","group":0,"persistent":true},'
+        '{"names":["b"],"shape":[3,4],"dtype":"float32","role":"trained","group":0,"persistent":true},'
+        '{"names":["c"],"shape":[8],"dtype":"int64","role":"buffer","group":0,"persistent":true}]}'
     )
+
+
+@given(models(), shard_sizes)
+def test_a_worker_finds_all_of_its_stages_in_shards_of_these_alone(model: list[TensorSpec], shard_bytes: int) -> None:
+    layout = make_layout(model, shard_bytes)
+    for stage in range(3):
+        tensors = {index for index, spec in enumerate(model) if spec.stage == stage and spec.numel}
+        pieces = [piece.tensor for shard in layout.shards if shard.stage == stage for piece in shard.pieces]
+        assert set(pieces) == tensors
+
+
+@given(models(), shard_sizes)
+def test_segments_of_one_dtype_are_neighbours_whatever_their_stages(model: list[TensorSpec], shard_bytes: int) -> None:
+    """Rounded tensors lie in half the place of all of them."""
+    kinds = [(shard.role, shard.dtype) for shard in make_layout(model, shard_bytes).shards]
+    assert len(list(groupby(kinds))) == len(set(kinds))
+
+
+def test_a_stage_is_written_only_where_it_is_not_the_first() -> None:
+    layout = make_layout([tensor("front", 4), tensor("back", 4, stage=1)])
+    assert [spec.get("stage") for spec in json.loads(layout.to_json())["tensors"]] == [None, 1]
+    assert [shard.stage for shard in layout_from_json(layout.to_json()).shards] == [0, 1]
 
 
 def test_one_tensor_spans_shards() -> None:

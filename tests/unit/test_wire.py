@@ -38,6 +38,9 @@ numbers = st.integers(0, 2**32 - 1)
         length=st.just(0),
         barrier=numbers,
         weight=st.floats(0.0, width=32),
+        stage=st.integers(0, 2**16 - 1),
+        microbatch=st.integers(0, 2**16 - 1),
+        stages=numbers,
     )
 )
 def test_headers_survive(header: Header) -> None:
@@ -54,6 +57,8 @@ def test_headers_survive(header: Header) -> None:
         (lambda data: Header(Kind.HELLO, length=1 << 40).pack(), "at most"),
         (lambda data: Header(Kind.PUSH, flags=Flag.BY_REFERENCE, length=1).pack(), "at most 0"),
         (lambda data: Header(Kind.AWAIT, length=1).pack(), "at most 0"),
+        (lambda data: Header(Kind.WANT, length=1).pack(), "at most 0"),
+        (lambda data: Header(Kind.RELAY, flags=Flag.BY_REFERENCE, length=(1 << 20) + 1).pack(), "at most 1048576"),
     ],
 )
 def test_strange_headers_are_refused(damage: object, what: str) -> None:

@@ -10,18 +10,21 @@ from psa_store.job.layout import PAGE_BYTES, TensorRole, TensorSpec, make_layout
 from psa_store.job.wire_layout import WireLayout
 
 specs = st.builds(
-    lambda shape, dtype, role: (shape, dtype, role),
+    lambda shape, dtype, role, stage: (shape, dtype, role, stage),
     st.lists(st.integers(1, 40), max_size=3).map(tuple),
     st.sampled_from(["float32", "bfloat16", "float64"]),
     st.sampled_from(TensorRole),
+    st.integers(0, 2),
 )
 
 
 @given(st.lists(specs, min_size=1, max_size=12), st.sampled_from(Form))
 def test_no_two_shards_share_a_byte_and_tensors_lie_inside_their_shards(
-    drawn: list[tuple[tuple[int, ...], str, TensorRole]], form: Form
+    drawn: list[tuple[tuple[int, ...], str, TensorRole, int]], form: Form
 ) -> None:
-    tensors = [TensorSpec((f"t{i}",), shape, dtype, role) for i, (shape, dtype, role) in enumerate(drawn)]
+    tensors = [
+        TensorSpec((f"t{i}",), shape, dtype, role, stage=stage) for i, (shape, dtype, role, stage) in enumerate(drawn)
+    ]
     layout = make_layout(tensors, PAGE_BYTES)
     wire = WireLayout(layout, Compression(form))
     end = 0
