@@ -197,7 +197,7 @@ def hello_without_a_name(scene: Scene, carrier: str) -> None:
 
 @deed
 def anything_before_hello(scene: Scene, carrier: str) -> None:
-    for kind in (Kind.SHARE, Kind.PUSH, Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH):
+    for kind in (Kind.SHARE, Kind.PUSH, Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.RELAY, Kind.WANT):
         peer = scene.peer(carrier)
         peer.say(kind)
         peer.is_thrown_out(f"{kind.name} before HELLO")
@@ -514,6 +514,31 @@ def clocks_of_a_job_that_has_none(scene: Scene, carrier: str) -> None:
     peer.hello()
     peer.say(Kind.CLOCKS, term=scene.plan.term)
     peer.is_thrown_out("CLOCKS")
+
+
+@deed
+def cells_in_a_job_without_stages(scene: Scene, carrier: str) -> None:
+    for kind, stage, flags in (
+        (Kind.RELAY, 0, Flag.NONE),
+        (Kind.RELAY, 1, Flag.NONE),
+        (Kind.RELAY, 0, Flag.BACKWARD),
+        (Kind.WANT, 1, Flag.NONE),
+    ):
+        peer = scene.peer(carrier)
+        peer.hello()
+        peer.say(kind, b"" if kind is Kind.WANT else b"carry", stage=stage, flags=flags)
+        peer.is_thrown_out("there is none")
+
+
+@deed
+def memory_for_a_cell_of_a_term_that_is_over(scene: Scene, carrier: str) -> None:
+    memory = scene.gradient_memory()
+    peer = scene.peer(carrier)
+    peer.hello()
+    for _ in range(3):
+        fds = [memory.fd] if carrier == "unix" else []
+        peer.say(Kind.RELAY, fds=fds, term=scene.plan.term - 1, flags=Flag.BY_REFERENCE)
+        peer.is_refused(Reason.STALE)
 
 
 def memfd(kept: ExitStack, size_bytes: int, seals: int) -> int:

@@ -327,10 +327,10 @@ class Worker:
             return True
         if passes.turn():
             return True
-        heard = self._listen()
+        came = self._listen()
         if self._over > passes.step:
             self._load()
-        return heard
+        return came
 
     def _decide(self) -> bool:
         match self.step.next():

@@ -38,6 +38,7 @@ def aggregator_of_nothing(arithmetic: Lazy) -> SyncAggregator:
         clients={},
         detach_all=lambda: None,
         adopt=lambda work: None,
+        advance=lambda plan, version: None,
     )
     tools = SimpleNamespace(
         config=SimpleNamespace(ranks=2, commit_every=0, commit_interval=0, mode=SYNC),
@@ -46,6 +47,7 @@ def aggregator_of_nothing(arithmetic: Lazy) -> SyncAggregator:
         committer=nothing,
         shared_parameters=nothing,
         waiters=nothing,
+        relay=nothing,
         connections=nothing,
         peers={},
         journal=Journal(None, "server", "s"),

@@ -43,3 +43,18 @@ def test_no_two_shards_share_a_byte_and_tensors_lie_inside_their_shards(
             assert (low, size, wire.dtype(shard)) == (shard.offset_bytes, shard.size_bytes, shard.dtype)
         else:
             assert wire.dtype(shard) == "bfloat16" and size == shard.size_bytes // 2
+
+
+def test_rounded_stages_lie_one_after_the_other_in_half_the_place() -> None:
+    tensors = [TensorSpec((f"t{i}",), (1500,), "float32", TensorRole.TRAINED, stage=i) for i in range(3)]
+    layout = make_layout(tensors, PAGE_BYTES)
+    wire = WireLayout(layout, Compression(Form.BF16_BOTH))
+    assert [(shard.stage, wire.offset_bytes(shard), wire.size_bytes(shard)) for shard in layout.shards] == [
+        (0, 0, 2048),
+        (0, 2048, 960),
+        (1, 4096, 2048),
+        (1, 6144, 960),
+        (2, 8192, 2048),
+        (2, 10240, 960),
+    ]
+    assert wire.gradient_bytes == 11200
