@@ -52,7 +52,7 @@ _NOT_FINITE = Flag.BY_REFERENCE | Flag.NONFINITE
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A frame from a server: PARAMS whose payload is in place, STATE, VERSION, DURABLE, CLOCKS, RELAY, WANT, or REFUSED."""
+    """A frame from a server: PARAMS whose payload is in place, or what :data:`_ANSWERS` has besides."""
 
     header: Header
     server: str

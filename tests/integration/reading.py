@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import psa_store as psa
+from chaos.train import await_end
 
 
 class Numbered(Dataset[tuple[int, torch.Tensor]]):
@@ -39,6 +40,7 @@ def main() -> None:
     options.add_argument("--processes", type=int, default=0)
     options.add_argument("--hold-at", type=int, default=-1, help="a step at which to wait for the file --until")
     options.add_argument("--until", type=Path)
+    options.add_argument("--end-after", type=Path)
     args = options.parse_args()
     torch.manual_seed(1)
     model = nn.Linear(3, 1)
@@ -51,6 +53,7 @@ def main() -> None:
             source = DataLoader(data, share, shuffle=True, drop_last=args.drop_last, num_workers=args.processes)
             batch_size = None
         for indices, x in worker.batches(source, batch_size=batch_size, changed_data=args.changed_data):
+            await_end(worker, args.steps, args.end_after)
             step, rank = worker.version, worker.rank
             if step == args.hold_at:
                 while not args.until.exists():

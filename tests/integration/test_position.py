@@ -28,7 +28,8 @@ Seen = dict[tuple[int, int], list[int]]
 
 def start(site: Site, job: str, *extra: str, **options: object) -> Run:
     defaults: dict[str, object] = {"workers": 2, "servers": 1, "ranks": 2, "commit_every": 5}
-    return site.run(job, *extra, script=SCRIPT, **{**defaults, **options})
+    root = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return site.run(job, *extra, script=SCRIPT, env=root, **{**defaults, **options})
 
 
 def seen(*runs: Run) -> Seen:
@@ -100,7 +101,7 @@ def test_steps_that_are_made_again_read_as_they_did(site: Site) -> None:
     saved = Run(["checkpoint", "save", "position-again", "--name", "early"], site.env)
     assert saved.finish() == 0, saved.output
     first = train(site, "position-again")
-    second = start(site, "position-again", "--batch", "16", "--steps", "40", "--pace-s", "0.02", commit_every=5)
+    second = start(site, "position-again", "--batch", "16", "--steps", "40", commit_every=5, held=True)
     second.wait_for_step(13)
     for role in ("servers", "workers"):
         for pid in site.pids("position-again", role):

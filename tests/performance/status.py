@@ -94,7 +94,7 @@ def make_job(stack: ExitStack, settings: Settings, addresses: list[str], workers
         resume=0,
         servers=tuple(Server(each.id, each.address, "", each.host) for each in servers),
         owners=tuple(shard * len(servers) // shards for shard in range(shards)),
-        ranks=tuple(names),
+        cells=tuple(names),
     )
     members = [(ProcessRole.SERVER, each) for each in servers]
     members += [(ProcessRole.WORKER, Member(each, host_identity(), os.getpid())) for each in names]

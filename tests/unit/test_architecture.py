@@ -132,7 +132,7 @@ def test_the_mode_makes_a_difference_in_its_rooms_only() -> None:
 
 
 def test_public_names() -> None:
-    assert psa_store.__all__ == ["Store", "Worker", "ema", "errors", "optim"]
+    assert psa_store.__all__ == ["Store", "Worker", "ema", "errors", "optim", "split"]
     assert all(hasattr(psa_store, name) for name in psa_store.__all__)
 
 

@@ -65,7 +65,7 @@ def copy(arrivals: Arrivals) -> Copy:
 
 
 def plan(**changes: object) -> Plan:
-    fields = {"term": 3, "revision": 1, "resume": 0, "servers": (), "owners": (), "ranks": ("w",) * RANKS, **changes}
+    fields = {"term": 3, "revision": 1, "resume": 0, "servers": (), "owners": (), "cells": ("w",) * RANKS, **changes}
     return Plan(**fields)  # type: ignore[arg-type]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from psa_store.errors import Refused, UsageError
-from psa_store.worker.carry import Parcel, as_it_travels, by_value, in_memory, of_stage, read
+from psa_store.worker.carry import CarryPool, Parcel, as_it_travels, by_value, of_stage, read
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.bool]
 SHAPES = [(), (0,), (3, 0), (1,), (7,), (2, 3), (64,), (5, 1, 33)]
@@ -37,7 +37,7 @@ def sent_by_value(parcel: Parcel) -> Parcel:
 
 
 def sent_in_memory(parcel: Parcel) -> Parcel:
-    memory = in_memory(parcel)
+    memory = CarryPool().write(parcel)
     return read(memoryview(bytearray(parcel.describe())), os.dup(memory.fd))
 
 
@@ -71,7 +71,7 @@ def test_both_ways_have_the_same_bytes_in_the_same_order(parcel: Parcel) -> None
     """A relay compares what comes in one way with what came in the other."""
     whole = bytes(by_value(parcel))
     assert len(whole) == len(parcel.describe()) + parcel.size_bytes
-    assert whole == (parcel.describe() + bytes(in_memory(parcel).buffer))[: len(whole)]
+    assert whole == (parcel.describe() + bytes(CarryPool().write(parcel).buffer))[: len(whole)]
 
 
 def test_numbers_that_are_none_come_out_bit_by_bit() -> None:
@@ -83,7 +83,7 @@ def test_numbers_that_are_none_come_out_bit_by_bit() -> None:
 
 def test_what_comes_out_may_be_written_to() -> None:
     """A stage may change what it gets in place; the relay's memory, and other readers', stay as they are."""
-    memory = in_memory(parcel := Parcel((torch.ones(4),), (False,)))
+    memory = CarryPool().write(parcel := Parcel((torch.ones(4),), (False,)))
     for _ in range(2):
         [found] = read(memoryview(bytearray(parcel.describe())), os.dup(memory.fd)).tensors
         assert found is not None and found.tolist() == [1.0] * 4
@@ -193,7 +193,7 @@ def test_garbage_is_refused(payload: bytes) -> None:
 
 @pytest.mark.parametrize("payload", GARBAGE)
 def test_garbage_with_memory_is_refused_and_the_memory_closed(payload: bytes) -> None:
-    memory = in_memory(Parcel((), ()))
+    memory = CarryPool().write(Parcel((), ()))
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(Refused):
         read(memoryview(bytearray(payload)), os.dup(memory.fd))

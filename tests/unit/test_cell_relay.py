@@ -25,11 +25,12 @@ from psa_store.optim import SGD
 from psa_store.server.aggregator import Aggregator
 from psa_store.server.frame_handler import FrameHandler
 from psa_store.testing.journal import Journal
-from psa_store.wire import PROTOCOL, Connection, Flag, Header, Kind, Mailbox, Reason, SharedMemory
+from psa_store.wire import PROTOCOL, RELAY_HEAD, Connection, Flag, Header, Kind, Mailbox, Reason, SharedMemory
 from psa_store.wire.frames import PAYLOAD_BYTES_MAX
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is passed on Linux only")
 VERSION = 4
+HEAD = RELAY_HEAD.pack(4, 8)
 SPEC = TensorSpec(("weight",), (4,), "float32", TensorRole.TRAINED)
 LAYOUT = make_layout([SPEC])
 CONFIG = JobConfig("demo", 2, 0, SGD().to_dict(), LAYOUT.fingerprint, stages=3, microbatches=2)
@@ -70,7 +71,7 @@ class Peer:
 
     def relay(self, payload: bytes = b"carry", fds: tuple[int, ...] = (), **fields: Any) -> None:
         """Send something to stage 1 of rank 0 in the present step, or wherever ``fields`` say."""
-        self.say(Kind.RELAY, payload, fds, **{"step": VERSION, "stage": 1, **fields})
+        self.say(Kind.RELAY, HEAD + payload, fds, **{"step": VERSION, "stage": 1, **fields})
 
     def want(self, **fields: Any) -> None:
         self.say(Kind.WANT, **{"step": VERSION, "stage": 1, **fields})
@@ -82,7 +83,8 @@ class Peer:
         for header, payload in self._connection.receive():
             descriptor = self._connection.take_descriptor()
             memory = None if descriptor is None else bytes(SharedMemory.attach(descriptor, 1).buffer[:8])
-            found.append((header, bytes(payload), memory))
+            whole = bytes(payload)
+            found.append((header, whole[len(HEAD) :] if header.kind is Kind.RELAY else whole, memory))
         return found
 
     def items(self) -> list[tuple[int, bytes, bytes | None]]:
@@ -358,7 +360,7 @@ def test_a_frame_of_a_term_that_is_over_leaves_no_memory_behind_and_the_next_may
 def test_a_term_that_ends_while_a_frame_comes_leaves_no_memory_behind(scene: Scene) -> None:
     front, memory = scene.peer("front"), memory_of(b"tensors!")
     before = descriptors()
-    front.relay(b"car", (memory.fd,), length=5, **BY_REFERENCE)  # two bytes are still to come
+    front.relay(b"car", (memory.fd,), length=len(HEAD) + 5, **BY_REFERENCE)  # two bytes are still to come
     assert descriptors() == before + 1
     scene.handler.end()
     front._connection._sock.sendall(b"ry")

@@ -36,7 +36,7 @@ def tensor(
     group: int = 0,
     stage: int = 0,
 ) -> TensorSpec:
-    return TensorSpec((name,), shape, dtype, role, group, stage=stage)
+    return TensorSpec((name,), shape, dtype, role, group, stages=(stage,))
 
 
 @st.composite
@@ -50,7 +50,7 @@ def models(draw: st.DrawFn) -> list[TensorSpec]:
         shape = draw(st.sampled_from([(), (0,), (3, 0), (1,), (7, 3), (16,), (1023,), (64, 33), (9000,)]))
         names = (f"t{i}", f"tied.t{i}") if draw(st.booleans()) else (f"t{i}",)
         group = draw(st.integers(0, 2)) if role is TensorRole.TRAINED else 0
-        specs.append(TensorSpec(names, shape, dtype, role, group, stage=draw(st.integers(0, stages - 1))))
+        specs.append(TensorSpec(names, shape, dtype, role, group, stages=(draw(st.integers(0, stages - 1)),)))
     return specs
 
 
@@ -77,7 +77,7 @@ def test_a_piece_lies_where_its_tensor_lies(model: list[TensorSpec], shard_bytes
         free = 0
         for piece in shard.pieces:
             spec = model[piece.tensor]
-            assert (spec.role, spec.dtype, spec.stage) == (shard.role, shard.dtype, shard.stage)
+            assert (spec.role, spec.dtype, spec.stages) == (shard.role, shard.dtype, shard.stages)
             assert shard.offset_bytes + piece.shard_start * item == (
                 layout.offsets_bytes[piece.tensor] + piece.tensor_start * item
             )
@@ -92,8 +92,8 @@ def test_shards_tile_their_segments(model: list[TensorSpec], shard_bytes: int) -
     assert [shard.index for shard in layout.shards] == list(range(len(layout.shards)))
     end = 0
     for previous, shard in zip((None, *layout.shards), layout.shards, strict=False):
-        segment = shard.role, shard.dtype, shard.stage
-        same_segment = previous and (previous.role, previous.dtype, previous.stage) == segment
+        segment = shard.role, shard.dtype, shard.stages
+        same_segment = previous and (previous.role, previous.dtype, previous.stages) == segment
         if same_segment:
             assert previous is not None
             assert previous.size_bytes == shard_bytes, "only the last shard of a segment may be shorter"
@@ -149,7 +149,7 @@ BASE = (tensor("a", 5000), tensor("b", 3, 4), tensor("c", 8, role=TensorRole.BUF
         ({"role": TensorRole.FROZEN}, "has role"),
         ({"group": 1}, "has group 0"),
         ({"persistent": False}, "has persistent True"),
-        ({"stage": 1}, "has stage 0"),
+        ({"stages": (1,)}, "has stages (0,)"),
     ],
 )
 def test_the_fingerprint_changes_with_every_property_of_a_tensor(change: dict[str, object], words: str) -> None:
@@ -187,8 +187,8 @@ def test_the_fingerprint_does_not_change_between_releases() -> None:
 def test_a_worker_finds_all_of_its_stages_in_shards_of_these_alone(model: list[TensorSpec], shard_bytes: int) -> None:
     layout = make_layout(model, shard_bytes)
     for stage in range(3):
-        tensors = {index for index, spec in enumerate(model) if spec.stage == stage and spec.numel}
-        pieces = [piece.tensor for shard in layout.shards if shard.stage == stage for piece in shard.pieces]
+        tensors = {index for index, spec in enumerate(model) if spec.home == stage and spec.numel}
+        pieces = [piece.tensor for shard in layout.shards if shard.home == stage for piece in shard.pieces]
         assert set(pieces) == tensors
 
 
@@ -201,8 +201,8 @@ def test_segments_of_one_dtype_are_neighbours_whatever_their_stages(model: list[
 
 def test_a_stage_is_written_only_where_it_is_not_the_first() -> None:
     layout = make_layout([tensor("front", 4), tensor("back", 4, stage=1)])
-    assert [spec.get("stage") for spec in json.loads(layout.to_json())["tensors"]] == [None, 1]
-    assert [shard.stage for shard in layout_from_json(layout.to_json()).shards] == [0, 1]
+    assert [spec.get("stages") for spec in json.loads(layout.to_json())["tensors"]] == [None, [1]]
+    assert [shard.home for shard in layout_from_json(layout.to_json()).shards] == [0, 1]
 
 
 def test_one_tensor_spans_shards() -> None:

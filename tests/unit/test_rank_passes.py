@@ -15,7 +15,7 @@ from psa_store.job.wire_layout import WireLayout
 from psa_store.worker.batches import RankStep
 from psa_store.worker.carry import Parcel, by_value, read
 from psa_store.worker.gradients import GradientMemory
-from psa_store.worker.rank_passes import RankPasses
+from psa_store.worker.rank_passes import RankPasses, ties_of
 from psa_store.worker.stages import StagedModel, describe_stages
 
 STAGES, MICROBATCHES, WIDTH, SEED = 3, 4, 37, 5
@@ -59,7 +59,7 @@ class Scene:
         for name in sorted({*holders, *self.workers}):
             if name not in self.workers:
                 model = StagedModel(BUILDERS, LAYOUT, SEED)
-                passes = RankPasses(RankStep(2, 1), BATCH, STAGES, model, SEED, self._send)
+                passes = RankPasses(RankStep(2, 1), BATCH, STAGES, ties_of(LAYOUT), model, SEED, self._send)
                 self.workers[name] = model, passes
             model, passes = self.workers[name]
             stages = [stage for stage, holder in enumerate(holders) if holder == name]
@@ -91,7 +91,7 @@ class Scene:
         for stage, name in enumerate(self.holders):
             model, passes = self.workers[name]
             assert passes.finished
-            found.append(torch.tensor(passes.scale(stage)))
+            found.append(torch.tensor(passes.complete(stage)))
             found += [p.grad.clone() for p in model.module(stage).parameters() if p.grad is not None]
         loss = self.workers[self.holders[-1]][1].loss
         assert loss is not None

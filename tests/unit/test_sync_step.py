@@ -313,7 +313,7 @@ def alone(**changes: int) -> SyncStep:
 
 
 def plan(**changes: object) -> Plan:
-    fields = {"term": 3, "revision": 1, "resume": 0, "servers": (), "owners": (0,), "ranks": ("w",), **changes}
+    fields = {"term": 3, "revision": 1, "resume": 0, "servers": (), "owners": (0,), "cells": ("w",), **changes}
     return Plan(**fields)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,8 @@ def test_no_two_shards_share_a_byte_and_tensors_lie_inside_their_shards(
     drawn: list[tuple[tuple[int, ...], str, TensorRole, int]], form: Form
 ) -> None:
     tensors = [
-        TensorSpec((f"t{i}",), shape, dtype, role, stage=stage) for i, (shape, dtype, role, stage) in enumerate(drawn)
+        TensorSpec((f"t{i}",), shape, dtype, role, stages=(stage,))
+        for i, (shape, dtype, role, stage) in enumerate(drawn)
     ]
     layout = make_layout(tensors, PAGE_BYTES)
     wire = WireLayout(layout, Compression(form))
@@ -46,10 +47,10 @@ def test_no_two_shards_share_a_byte_and_tensors_lie_inside_their_shards(
 
 
 def test_rounded_stages_lie_one_after_the_other_in_half_the_place() -> None:
-    tensors = [TensorSpec((f"t{i}",), (1500,), "float32", TensorRole.TRAINED, stage=i) for i in range(3)]
+    tensors = [TensorSpec((f"t{i}",), (1500,), "float32", TensorRole.TRAINED, stages=(i,)) for i in range(3)]
     layout = make_layout(tensors, PAGE_BYTES)
     wire = WireLayout(layout, Compression(Form.BF16_BOTH))
-    assert [(shard.stage, wire.offset_bytes(shard), wire.size_bytes(shard)) for shard in layout.shards] == [
+    assert [(shard.home, wire.offset_bytes(shard), wire.size_bytes(shard)) for shard in layout.shards] == [
         (0, 0, 2048),
         (0, 2048, 960),
         (1, 4096, 2048),
