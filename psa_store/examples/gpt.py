@@ -14,13 +14,10 @@ others go on, and the result has the same bits. Its parts can be imported; the b
 from __future__ import annotations
 
 import argparse
-import math
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +25,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import psa_store as psa
+from psa_store.examples.layers import feed_forward, initialise, turned
 from psa_store.examples.progress import Progress, StepTimer
+from psa_store.examples.training import (
+    Evaluation,
+    add_options,
+    build_optimizer,
+    evaluating,
+    evaluation_is_due,
+    is_in_stages,
+    load_if_in_stages,
+    parts,
+    say_how_to_go_on,
+)
 
 STDLIB_CHARACTERS_MAX = 1 << 20  # about the size of the Shakespeare text
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
@@ -119,21 +128,6 @@ class GPTConfig:
     dropout: float = 0.0
 
 
-@cache
-def rotation(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (length, size / 2), of the angles by which each place turns each pair of elements."""
-    frequencies = 10_000.0 ** -(torch.arange(0, size, 2, device=device) / size)
-    angles = torch.arange(length, device=device)[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def turned(x: Tensor) -> Tensor:
-    """Rotary places (arXiv 2104.09864): (..., length, size), so that products tell how far two tokens are apart."""
-    cosines, sines = rotation(x.shape[-2], x.shape[-1], x.device)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosines - second * sines, first * sines + second * cosines), dim=-1)
-
-
 class Attention(nn.Module):
     """Every token gathers from itself and the tokens before it, in several heads side by side."""
 
@@ -162,11 +156,7 @@ class Layer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.width, bias=False)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * config.width, config.width, bias=False),
-        )
+        self.mlp = feed_forward(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,15 +179,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width, bias=False)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self.head.weight = self.tokens.weight
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Every layer adds twice to the residual stream: scaled down, the stream starts out as wide as its input."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                into_stream = name.endswith(("project_out.weight", "mlp.2.weight"))
-                scale = math.sqrt(2 * self.config.layers) if into_stream else 1.0
-                nn.init.normal_(parameter, std=0.02 / scale)
+        initialise(self, additions=2 * config.layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, length <= block) int64 -> (batch, length, vocabulary)."""
@@ -217,16 +199,6 @@ EVAL_WINDOWS = 64
 """Windows in one batch of an evaluation: a constant, as another number would give other last bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    loss: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"validation loss {self.loss:.4f} ({self.tokens} tokens)"
-
-
-@torch.no_grad()
 def evaluate(model: GPT, windows: TextWindows, batches: int) -> Evaluation:
     """The mean loss over windows spread evenly over the text, the same ones every time.
 
@@ -234,59 +206,40 @@ def evaluate(model: GPT, windows: TextWindows, batches: int) -> Evaluation:
     """
     count = max(1, min(batches * EVAL_WINDOWS, len(windows) // windows.block))
     starts = [place * (len(windows) - 1) // max(1, count - 1) for place in range(count)]
-    was_training = model.training
-    model.eval()
     total = 0.0
-    for tokens, following in DataLoader(Subset(windows, starts), batch_size=EVAL_WINDOWS):
-        total += model.loss((tokens, following)).item() * len(tokens)
-    model.train(was_training)
+    with evaluating(model):
+        for tokens, following in DataLoader(Subset(windows, starts), batch_size=EVAL_WINDOWS):
+            total += model.loss((tokens, following)).item() * len(tokens)
     return Evaluation(total / count, count * windows.block)
 
 
-@torch.no_grad()
 def sample(model: GPT, start: Tensor, count: int, *, seed: int, temperature: float = 0.8) -> list[int]:
     """``count`` tokens that the model writes after the 1-D ``start``; equal seeds write equal texts."""
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
     tokens = start
-    for _ in range(count):
-        logits = model(tokens[None, -model.config.block :])[0, -1]
-        probabilities = F.softmax(logits / temperature, dim=-1)
-        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)])
-    model.train(was_training)
+    with evaluating(model):
+        for _ in range(count):
+            logits = model(tokens[None, -model.config.block :])[0, -1]
+            probabilities = F.softmax(logits / temperature, dim=-1)
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)])
     return tokens[len(start) :].tolist()
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small GPT. Run it with `psa run`.")
+    add_options(parser, job="gpt", steps=2000)
     add = parser.add_argument
     add("--data", type=Path, help="file or folder of text (default: source of Python's standard library)")
     add("--bytes", action="store_true", help="one token per byte, not per character")
-    add("--job", default="gpt", help="name of the training run; running it again resumes it")
-    add("--steps", type=int, default=2000, help="where the job ends; may be raised later")
     add("--batch-size", type=int, default=12, help="windows per step, over all ranks")
-    add("--ranks", type=int, help="world size of a new job (default: as `psa run` says)")
-    add("--stages", type=int, default=1, help="parts of the model, which different workers may compute")
-    add("--microbatches", type=int, default=1, help="parts in which a rank's windows go through the stages")
     add("--mode", help="sync, async, ssp:staleness=N, or local:steps=H (default: sync)")
-    add("--seed", type=int, default=1337)
     add("--layers", type=int, default=4)
     add("--heads", type=int, default=4)
     add("--width", type=int, default=128)
     add("--block", type=int, default=64, help="tokens that the model sees at most")
     add("--dropout", type=float, default=0.0)
-    add("--lr", type=float, default=1e-3)
-    add("--min-lr", type=float, default=1e-4)
-    add("--warmup", type=int, default=100, help="steps in which the learning rate rises")
-    add("--decay-steps", type=int, default=2000, help="step at which it has fallen to --min-lr")
-    add("--weight-decay", type=float, default=0.1)
-    add("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
-    add("--eval-every", type=int, default=0, metavar="N", help="evaluate every N steps (default: at the end)")
     add("--eval-batches", type=int, default=32, help="of 64 windows, per evaluation; 0: no evaluation")
     add("--sample", type=int, default=300, metavar="N", help="characters to write at the end")
-    add("--threads", type=int, default=1, help="threads of this process")
-    add("--timing", type=Path, metavar="FILE", help="write the time per step to FILE, as JSON")
     return parser.parse_args(arguments)
 
 
@@ -297,34 +250,13 @@ def build_model(options: argparse.Namespace, vocabulary: Vocabulary) -> GPT:
     return GPT(GPTConfig(vocabulary.size, *shape))
 
 
-def build_optimizer(options: argparse.Namespace) -> psa.optim.AdamW:
-    """AdamW with weight decay for matrices only. It belongs to the job and cannot change while the job lives."""
-    return psa.optim.AdamW(
-        lr=psa.optim.warmup_cosine(options.lr, warmup=options.warmup, total=options.decay_steps, final=options.min_lr),
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
-        clip_grad_norm=options.clip,
-        groups=[psa.optim.group("matrices", weight_decay=options.weight_decay)],
-    )
-
-
-def parts(options: argparse.Namespace, model: GPT) -> dict[str, Any]:
-    """What the worker trains: the model, or stages of it, each of about as many layers."""
-    if options.stages == options.microbatches == 1:
-        return {"model": model}
-    if not 1 <= options.stages <= options.layers:
+def cuts(options: argparse.Namespace) -> list[str]:
+    """Where the stages after the first begin, so that each has about as many layers."""
+    if options.stages > options.layers:
         raise psa.errors.UsageError(
             f"--stages {options.stages}: a model of {options.layers} layers has so many at most"
         )
-    cuts = [f"layers.{stage * options.layers // options.stages}" for stage in range(1, options.stages)]
-    return {"stages": psa.split(model.loss, cuts), "microbatches": options.microbatches}
-
-
-def evaluation_is_due(options: argparse.Namespace, step: int) -> bool:
-    """Whether to evaluate after ``step`` steps; after the last of them the report does."""
-    if not options.eval_every or not options.eval_batches or step == options.steps:
-        return False
-    return step % int(options.eval_every) == 0
+    return [f"layers.{stage * options.layers // options.stages}" for stage in range(1, options.stages)]
 
 
 def train(options: argparse.Namespace) -> None:
@@ -337,10 +269,9 @@ def train(options: argparse.Namespace) -> None:
     progress = Progress(options.steps, options.batch_size * options.block)
     timer = StepTimer()
 
-    trained = parts(options, model)
     with psa.Worker(
         options.job,
-        **trained,
+        **parts(options, model, model.loss, cuts(options)),
         optimizer=build_optimizer(options),
         ranks=options.ranks,
         steps=options.steps,
@@ -350,7 +281,7 @@ def train(options: argparse.Namespace) -> None:
         with progress:
             for batch in worker.batches(training, batch_size=options.batch_size):
                 before = worker.version
-                if "stages" in trained:
+                if is_in_stages(options):
                     loss = worker.compute(batch)
                 else:
                     loss = model.loss(batch)
@@ -360,21 +291,15 @@ def train(options: argparse.Namespace) -> None:
                     continue  # this process has another rank to compute for the step, or shows nothing
                 progress.show(worker.version, loss.item(), worker.members, worker.term)
                 timer.passed(worker.version, worker.members)
-                if evaluation_is_due(options, worker.version):
-                    load_if_in_stages(options, trained, model)
+                if options.eval_batches and evaluation_is_due(options, worker.version):
+                    load_if_in_stages(options, model)
                     evaluation = evaluate(model, validation, options.eval_batches)
                     progress.note(f"step {worker.version}: {evaluation}")
         if worker.is_main:
-            load_if_in_stages(options, trained, model)
+            load_if_in_stages(options, model)
             report(options, worker, model, vocabulary, validation)
             if options.timing:
                 timer.write(options.timing)
-
-
-def load_if_in_stages(options: argparse.Namespace, trained: dict[str, Any], model: GPT) -> None:
-    """Where no process has the whole model, read it as the job has it: its newest durable version."""
-    if "stages" in trained:
-        model.load_state_dict(psa.Store(options.job).state_dict())
 
 
 def report(
@@ -384,17 +309,13 @@ def report(
     vocabulary: Vocabulary,
     validation: TextWindows,
 ) -> None:
-    """Say what came out and how to go on. The job's other processes may be gone already."""
-    if not worker.finished:
-        print(f"stopped at step {worker.version} of {options.steps}; the same command goes on from there")
-        return
-    if options.eval_batches:
+    """Say what came out and how to go on."""
+    if worker.finished and options.eval_batches:
         print(evaluate(model, validation, options.eval_batches))
-    if options.sample:
+    if worker.finished and options.sample:
         tokens = sample(model, validation.tokens[:1], options.sample, seed=options.seed)
         print(f"\n{vocabulary.decode(tokens)}\n")
-    print(f"job {options.job} is at step {worker.version}; the same command with a larger --steps goes on from there")
-    print(f"`psa status {options.job}` shows it (after `psa up`, if its Redis and ZooKeeper were private)", flush=True)
+    say_how_to_go_on(options, worker)
 
 
 if __name__ == "__main__":

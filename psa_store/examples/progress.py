@@ -13,12 +13,14 @@ from rich.progress import Progress as Bar
 class Progress:
     """A bar on a terminal, else a line now and then. Shows nothing in a process that never calls it."""
 
-    def __init__(self, steps: int, tokens_per_step: int) -> None:
+    def __init__(self, steps: int, tokens_per_step: int, introduction: str = "") -> None:
+        """``introduction``: shown before the first step that is."""
         columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bar = Bar(TextColumn("step"), *columns)
         self._task = self._bar.add_task("", total=steps)
         self._steps = steps
         self._tokens_per_step = tokens_per_step
+        self._introduction = introduction
         self._interval_s = 0.5 if self._bar.console.is_terminal else 2.0
         self._shown: tuple[int, float] | None = None
         """Step and time of the last call that showed something: the rate is measured from there."""
@@ -35,6 +37,8 @@ class Progress:
         now_s = time.monotonic()
         if self._shown is None:
             self._shown = (step, now_s)
+            if self._introduction:
+                self.note(self._introduction)
         shown_step, shown_at_s = self._shown
         passed_s = now_s - shown_at_s
         if passed_s < self._interval_s and step != self._steps:

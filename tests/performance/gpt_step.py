@@ -58,7 +58,7 @@ def plain_loop(
     """
     rule = gpt.build_optimizer(options)
     assert isinstance(rule.lr, Schedule) and rule.clip_grad_norm is not None
-    optimizer = _torch_optimizer(model, rule)
+    optimizer = torch_optimizer(model, rule)
     for step in range(options.steps):
         indices = sample_indices(options.seed, step, 0, ranks=1, batch_size=options.batch_size, n=len(training))
         loss = model.loss(default_collate([training[index] for index in indices]))
@@ -71,7 +71,7 @@ def plain_loop(
         on_step(step + 1, loss.item())
 
 
-def _torch_optimizer(model: nn.Module, rule: AdamW) -> torch.optim.AdamW:
+def torch_optimizer(model: nn.Module, rule: AdamW) -> torch.optim.AdamW:
     groups = [
         {
             "params": [p for name, p in model.named_parameters() if rule.group_of(name, p.shape) == index],
