@@ -18,6 +18,7 @@ from psa_store.examples.beam import search
 from psa_store.examples.measures import MEASURES, f1, normalised
 from psa_store.examples.pairs import (
     BEGIN,
+    BETWEEN,
     COLUMNS,
     END,
     PAD,
@@ -34,6 +35,7 @@ from psa_store.examples.pairs import (
 from psa_store.examples.seq2seq import (
     Seq2Seq,
     Seq2SeqConfig,
+    Seq2SeqWriter,
     Workload,
     build,
     evaluate,
@@ -310,6 +312,23 @@ def trained(work: Workload) -> Workload:
     """Enough to write this and that, not enough to be sure of it."""
     plain_loop(parse_options([*TINY, "--task=translate", "--lr=1e-2", "--steps=12"]), work, lambda *_: None)
     return work
+
+
+def test_token_by_token_the_predictions_are_those_of_all_at_once(work: Workload) -> None:
+    """But for special tokens, which are not written."""
+    source = collate([work.validation[0], work.validation[17]]).source
+    inputs = torch.tensor([[BEGIN, *range(70, 76)], [BEGIN, *range(80, 86)]])
+    with evaluating(work.model):
+        for parameter in work.model.parameters():
+            parameter *= 8  # as small as at first, it would hardly matter where a token is
+        writer = Seq2SeqWriter(work.model, source)
+        found = torch.stack([writer.predict(last) for last in inputs.unbind(1)], dim=1)
+        expected = work.model(source, inputs)
+        moved = work.model(source, inputs[:, [0, 2, 1, 3, 4, 5, 6]])
+    written = [END, *range(SPECIAL, work.subwords.size)]
+    torch.testing.assert_close(found[..., written], expected[..., written], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected[:, -1], moved[:, -1], rtol=1e-2)
+    assert found[..., [PAD, BEGIN, BETWEEN]].max() == -torch.inf
 
 
 def test_a_beam_of_one_is_greedy(trained: Workload) -> None:
