@@ -22,8 +22,8 @@ SCRIPT = Path(psa_store.__file__).parent / "examples" / "seq2seq.py"
 HELD = Path(__file__).parent / "seq2seq_job.py"
 STEPS = 20
 TINY = (
-    *("--layers=1", "--heads=2", "--width=16", "--vocabulary=300", "--batch-size=4", "--warmup=5"),
-    *("--source-max=48", "--target-max=12", "--measure=4", "--beam=2", f"--steps={STEPS}"),
+    *("--layers=1", "--heads=2", "--width=16", "--vocabulary=300", "--batch-size=2", "--warmup=5", "--lr=5e-3"),
+    *("--source-max=48", "--target-max=32", "--measure=4", "--beam=2", f"--steps={STEPS}"),
 )
 SCORES = {"translate": r"chrF [\d.]+, BLEU [\d.]+", "summarise": r"ROUGE-L [\d.]+", "answer": r"exact match [\d.]+, F1"}
 
@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_a_plain_loop_with_the_same_batches(undisturbed: Run
     after = seq2seq.evaluate(work.model, work.validation).loss
     found = re.search(r"validation loss (\S+)", undisturbed.output)
     assert found is not None
-    assert float(found[1]) == pytest.approx(after, abs=1e-3)
+    assert float(found[1]) == pytest.approx(after, abs=3e-4)
     assert before - after > 0.1
 
 
