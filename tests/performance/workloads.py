@@ -87,8 +87,8 @@ def plain_loop(
 
 def run_plain(options: argparse.Namespace) -> Outcome:
     """Train by the plain loop."""
-    work = seq2seq.build(options)
     began_s = time.monotonic()
+    work = seq2seq.build(options)
     plain_loop(options, work, lambda *_: None)
     minutes = (time.monotonic() - began_s) / 60
     written = seq2seq.write_and_measure(work, options)
@@ -139,7 +139,7 @@ def steps_in(minutes: float, options: argparse.Namespace) -> int:
     except StopIteration:
         pass
     step_s = (times_s[-1] - times_s[2]) / (TRIED_STEPS - 2)  # the first ones are slower
-    return min(STEPS_MAX, int(60 * minutes / (PLAIN_SHARE * step_s)))
+    return max(TRIED_STEPS, min(STEPS_MAX, int(60 * minutes / (PLAIN_SHARE * step_s))))
 
 
 def main() -> None:
@@ -156,7 +156,7 @@ def main() -> None:
     arguments = [f"--task={own.task}", f"--data={data}", f"--valid={valid}", "--measure=1000000", *others]
     torch.set_num_threads(PLAIN_THREADS)
     steps = steps_in(own.minutes, seq2seq.parse_options(arguments))
-    arguments += [f"--steps={steps}", f"--decay-steps={steps}"]
+    arguments += [f"--steps={steps}", f"--decay-steps={steps}", f"--warmup={min(100, steps // 10)}"]
     print(f"{own.task}: {steps} steps", flush=True)
     with private_servers() as servers:
         outcomes = {"psa, 2 workers, one killed": run_psa(arguments, steps, servers)}
