@@ -250,15 +250,6 @@ def build_model(options: argparse.Namespace, vocabulary: Vocabulary) -> GPT:
     return GPT(GPTConfig(vocabulary.size, *shape))
 
 
-def cuts(options: argparse.Namespace) -> list[str]:
-    """Where the stages after the first begin, so that each has about as many layers."""
-    if options.stages > options.layers:
-        raise psa.errors.UsageError(
-            f"--stages {options.stages}: a model of {options.layers} layers has so many at most"
-        )
-    return [f"layers.{stage * options.layers // options.stages}" for stage in range(1, options.stages)]
-
-
 def train(options: argparse.Namespace) -> None:
     """What every process does. Ranks come and go between processes, and the batches with them."""
     torch.set_num_threads(options.threads)
@@ -271,7 +262,7 @@ def train(options: argparse.Namespace) -> None:
 
     with psa.Worker(
         options.job,
-        **parts(options, model, model.loss, cuts(options)),
+        **parts(options, model, model.loss, [f"layers.{index}" for index in range(options.layers)]),
         optimizer=build_optimizer(options),
         ranks=options.ranks,
         steps=options.steps,

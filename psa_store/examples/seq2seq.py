@@ -51,12 +51,18 @@ from psa_store.examples.training import (
     build_optimizer,
     evaluating,
     evaluation_is_due,
+    is_in_stages,
+    load_if_in_stages,
+    parts,
     positive,
     say_how_to_go_on,
 )
 
 KeysValues = tuple[Tensor, Tensor]
 """Of attention, each (batch, heads, length, width / heads)."""
+
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +90,13 @@ class Attention(nn.Module):
         self.project_out = nn.Linear(config.width, config.width, bias=False)
 
     def _per_head(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        batch, length, width = x.shape
+        return x.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
 
     def keys_values(self, x: Tensor, first: int = 0) -> KeysValues:
         """Of tokens that are to be seen; ``first``: the place of the first of them."""
-        key, value = (self._per_head(part) for part in self.project_seen(x).chunk(2, dim=-1))
+        key, value = self.project_seen(x).chunk(2, dim=-1)
+        key, value = self._per_head(key), self._per_head(value)
         return (turned(key, first) if self.has_places else key), value
 
     def forward(
@@ -195,7 +203,7 @@ class Seq2Seq(nn.Module):
         joint = F.softmax(torch.cat([self.head(x), to_copy], dim=-1), dim=-1)
         written, copied = joint.tensor_split([self.config.vocabulary], dim=-1)
         probabilities = written.scatter_add(-1, source[:, None].expand_as(copied), copied)
-        return probabilities.clamp_min(torch.finfo(x.dtype).tiny).log()
+        return probabilities.clamp_min(_TINY).log()
 
     def forward(self, source: Tensor, inputs: Tensor) -> Tensor:
         """(batch, length of source), (batch, length) int64 -> (batch, length, vocabulary)."""
@@ -210,6 +218,10 @@ class Seq2Seq(nn.Module):
         """Mean cross-entropy, in nats per token that is to be written; padding counts nothing."""
         predicted = self(batch.source, batch.inputs)
         return F.nll_loss(predicted.flatten(0, 1), batch.outputs.flatten(), ignore_index=PAD)
+
+    def weighted_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same, and of how many tokens it is the mean, as a last stage returns it."""
+        return self.loss(batch), (batch.outputs != PAD).sum()
 
 
 def is_text(source: Tensor) -> Tensor:
@@ -341,6 +353,7 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     work = build(options)
     model, digest = work.model, work.subwords.digest
+    layers = [f"{part}.{index}" for part in ("encoder", "decoder") for index in range(options.layers)]
     loader = DataLoader(work.training, shuffle=True, collate_fn=collate)
     told = f"training with {work.training}\nvalidating with {work.validation}"
     progress = Progress(options.steps, round(options.batch_size * work.training.target_tokens), told)
@@ -348,34 +361,44 @@ def train(options: argparse.Namespace) -> None:
 
     with psa.Worker(
         options.job,
-        model,
+        **parts(options, model, model.weighted_loss, layers),
         optimizer=build_optimizer(options),
         ranks=options.ranks,
         steps=options.steps,
         seed=options.seed,
-        state={"tokens": digest},
+        state=None if is_in_stages(options) else {"tokens": digest},
     ) as worker:
         with progress:
             for batch in worker.batches(loader, batch_size=options.batch_size):
-                if worker.state["tokens"] != digest:
-                    raise psa.errors.UsageError(
-                        f"job {options.job} has other tokens than were learnt here: give the --data and --vocabulary "
-                        "that it began with, and use the same release of tokenizers"
-                    )
                 before = worker.version
-                loss = model.loss(batch)
-                loss.backward()  # type: ignore[no-untyped-call]
-                worker.step(loss, weight=batch.tokens)
-                if worker.version == before or not worker.is_main:
+                if is_in_stages(options):
+                    loss = worker.compute(batch)
+                    worker.step(loss)
+                else:
+                    refuse_other_tokens(options, worker.state["tokens"], digest)
+                    loss = model.loss(batch)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    worker.step(loss, weight=batch.tokens)
+                if worker.version == before or loss is None or not worker.is_main:
                     continue  # this process has another rank to compute for the step, or shows nothing
                 progress.show(worker.version, loss.item(), worker.members, worker.term)
                 timer.passed(worker.version, worker.members)
                 if evaluation_is_due(options, worker.version):
+                    load_if_in_stages(options, model)
                     progress.note(f"step {worker.version}: {evaluate(model, work.validation)}")
         if worker.is_main:
+            load_if_in_stages(options, model)
             report(options, worker, work)
             if options.timing:
                 timer.write(options.timing)
+
+
+def refuse_other_tokens(options: argparse.Namespace, theirs: str, ours: str) -> None:
+    if theirs != ours:
+        raise psa.errors.UsageError(
+            f"job {options.job} has other tokens than were learnt here: give the --data and --vocabulary that it began "
+            "with, and use the same release of tokenizers"
+        )
 
 
 def report(options: argparse.Namespace, worker: psa.Worker, work: Workload) -> None:

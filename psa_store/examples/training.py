@@ -64,11 +64,17 @@ def is_in_stages(options: argparse.Namespace) -> bool:
 
 
 def parts(
-    options: argparse.Namespace, model: nn.Module, loss: Callable[[Any], Any], cuts: Sequence[str]
+    options: argparse.Namespace, model: nn.Module, loss: Callable[[Any], Any], layers: Sequence[str]
 ) -> dict[str, Any]:
-    """What the worker trains: the model, or stages of it. ``loss``: a method of the model, cut at modules."""
+    """What the worker trains: the model, or stages of it.
+
+    ``loss``: a method of the model, to be cut so that each stage has about as many of ``layers``, in their order.
+    """
     if not is_in_stages(options):
         return {"model": model}
+    if options.stages > len(layers):
+        raise psa.errors.UsageError(f"--stages {options.stages}: a model of {len(layers)} layers has so many at most")
+    cuts = [layers[stage * len(layers) // options.stages] for stage in range(1, options.stages)]
     return {"stages": psa.split(loss, cuts), "microbatches": options.microbatches}
 
 
