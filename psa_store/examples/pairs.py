@@ -134,6 +134,20 @@ class Subwords:
         return text.strip()
 
 
+def refuse_other_tokens(job: str, theirs: str, ours: str) -> None:
+    """Raise UsageError if a job that has tokens of one digest would be trained with those of another."""
+    if theirs != ours:
+        raise UsageError(
+            f"job {job} has other tokens than were learnt here: give the --data and --vocabulary that it began with, "
+            "and use the same release of tokenizers"
+        )
+
+
+def is_text(source: Tensor) -> Tensor:
+    """(batch, length) int64 -> (batch, 1, 1, length) bool, False for what is padding."""
+    return (source != PAD)[:, None, None]
+
+
 class Batch(NamedTuple):
     """Three int64 tensors (batch, length), filled up with PAD to the longest row of each.
 

@@ -42,7 +42,9 @@ from psa_store.examples.pairs import (
     Subwords,
     TokenPairs,
     collate,
+    is_text,
     load_pairs,
+    refuse_other_tokens,
 )
 from psa_store.examples.progress import Progress, StepTimer
 from psa_store.examples.training import (
@@ -60,9 +62,6 @@ from psa_store.examples.training import (
 
 KeysValues = tuple[Tensor, Tensor]
 """Of attention, each (batch, heads, length, width / heads)."""
-
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +89,7 @@ class Attention(nn.Module):
         self.project_out = nn.Linear(config.width, config.width, bias=False)
 
     def _per_head(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        return x.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, x: Tensor, first: int = 0) -> KeysValues:
         """Of tokens that are to be seen; ``first``: the place of the first of them."""
@@ -203,7 +201,7 @@ class Seq2Seq(nn.Module):
         joint = F.softmax(torch.cat([self.head(x), to_copy], dim=-1), dim=-1)
         written, copied = joint.tensor_split([self.config.vocabulary], dim=-1)
         probabilities = written.scatter_add(-1, source[:, None].expand_as(copied), copied)
-        return probabilities.clamp_min(_TINY).log()
+        return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def forward(self, source: Tensor, inputs: Tensor) -> Tensor:
         """(batch, length of source), (batch, length) int64 -> (batch, length, vocabulary)."""
@@ -222,11 +220,6 @@ class Seq2Seq(nn.Module):
     def weighted_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same, and of how many tokens it is the mean, as a last stage returns it."""
         return self.loss(batch), (batch.outputs != PAD).sum()
-
-
-def is_text(source: Tensor) -> Tensor:
-    """(batch, length) int64 -> (batch, 1, 1, length) bool, False for what is padding."""
-    return (source != PAD)[:, None, None]
 
 
 class Seq2SeqWriter:
@@ -375,7 +368,7 @@ def train(options: argparse.Namespace) -> None:
                     loss = worker.compute(batch)
                     worker.step(loss)
                 else:
-                    refuse_other_tokens(options, worker.state["tokens"], digest)
+                    refuse_other_tokens(options.job, worker.state["tokens"], digest)
                     loss = model.loss(batch)
                     loss.backward()  # type: ignore[no-untyped-call]
                     worker.step(loss, weight=batch.tokens)
@@ -391,14 +384,6 @@ def train(options: argparse.Namespace) -> None:
             report(options, worker, work)
             if options.timing:
                 timer.write(options.timing)
-
-
-def refuse_other_tokens(options: argparse.Namespace, theirs: str, ours: str) -> None:
-    if theirs != ours:
-        raise psa.errors.UsageError(
-            f"job {options.job} has other tokens than were learnt here: give the --data and --vocabulary that it began "
-            "with, and use the same release of tokenizers"
-        )
 
 
 def report(options: argparse.Namespace, worker: psa.Worker, work: Workload) -> None:
