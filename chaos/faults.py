@@ -54,8 +54,9 @@ def _process_faults() -> list[FaultKind]:
     ]
 
 
-NOT_IN_TRAINING = ("barrier", "fork", "rollback")
-"""Groups of failpoints that a job does not pass by itself: chaos/barrier and tests/kill/test_checkpoints hit them."""
+NOT_IN_TRAINING = ("barrier", "cell", "fork", "rollback")
+"""Groups of failpoints that a job does not pass by itself: chaos/barrier, tests/kill/test_checkpoints and
+test_stages hit them."""
 
 
 def _failpoint_faults() -> list[FaultKind]:

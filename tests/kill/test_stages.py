@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,33 @@ def test_killing_processes_anywhere_changes_no_bit(site: Site, tmp_path: Path, c
         run.wait_for_line(lambda line: "restarting" in line)
     assert run.finish() == 0, run.output
     assert site.digest(job, STEPS) == site.digest(f"cells-calm-{carrier}", STEPS)
+
+
+def await_hit(folder: Path, place: str) -> int:
+    """Wait until a process stands still there; returns its id."""
+    while not (found := hit(folder, place)):
+        time.sleep(0.01)  # a process that is stopped can not say it; the test has a deadline
+    return found[0]
+
+
+def test_a_worker_that_wakes_late_and_a_server_that_dies_with_a_full_relay_change_no_bit(
+    site: Site, tmp_path: Path
+) -> None:
+    cut = ["--stages", "2", "--dropout", "0.1", "--tied"]
+    calm = start(site, "late-calm", *cut, workers=1, ranks=2)
+    assert calm.finish() == 0, calm.output
+    run = start(site, "late", *cut, workers=2, ranks=2, failpoints=tmp_path, held=True)
+    run.wait_for_step(2)
+    arm(tmp_path, "cell.sent", FailpointAction.STOP)
+    paused = await_hit(tmp_path, "cell.sent")
+    run.wait_for_step(8)  # its cells are computed by the other one, when ZooKeeper has given it up
+    os.kill(paused, signal.SIGCONT)
+    run.wait_for_step(14)
+    arm(tmp_path, "cell.backward", FailpointAction.STOP, at_least=2)
+    paused = await_hit(tmp_path, "cell.backward")
+    for process in site.pids("late", "servers"):
+        os.kill(process, signal.SIGKILL)
+    run.wait_for_line(lambda line: "restarting" in line)
+    os.kill(paused, signal.SIGCONT)
+    assert run.finish() == 0, run.output
+    assert site.digest("late", STEPS) == site.digest("late-calm", STEPS)
