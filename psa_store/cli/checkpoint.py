@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import threading
 import time
 from dataclasses import asdict
@@ -20,16 +22,18 @@ from psa_store.checkpoint.reader import find_damage
 from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
 from psa_store.checkpoint.take import take
-from psa_store.cli.options import Job, Json, Yes, confirm, reach
+from psa_store.cli.options import Job, Json, Yes, check_script, confirm, reach
 from psa_store.cli.transfer import export_files, import_files
-from psa_store.config import Settings
+from psa_store.config import Settings, as_environment
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, UsageError
+from psa_store.estimate import ask_script
 from psa_store.job.config import check_job_name
 from psa_store.observe import Event, EventKind, add_if_possible
 from psa_store.observe.formatting import date, size
 from psa_store.storage import RedisStore
 
+_SCRIPT_S = 600.0
 app = typer.Typer(
     name="checkpoint",
     help="Versions that are kept: take, compare, check, go back to, fork, remove, move to files. "
@@ -212,12 +216,27 @@ def checkpoint_import(
     shard_bytes: Annotated[
         int | None, typer.Option(min=4096, help="another shard size, that of the script [default: as exported]")
     ] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="SCRIPT", help="cut the model as this script, with its arguments, does")
+    ] = None,
 ) -> None:
     """Begin a job with an export. Its files are checked first; run the same script with this job name.
 
+    With --like it gets the stages that the model has in a script, or none: that is run up to its psa.Worker.
+
     Example: psa checkpoint import s3://models/shakespeare-1 --as hamlet --ranks 8
+
+    Example: psa checkpoint import shakespeare-1 --as hamlet --like "gpt.py --stages 4 --microbatches 8"
     """
-    import_files(url, job, reach("checkpoint"), ranks, shard_bytes)
+    settings = reach("checkpoint")
+    cut = None
+    if like is not None:
+        if shard_bytes is not None:
+            raise UsageError("--shard-bytes does not go with --like: the script says that, too")
+        script, *arguments = shlex.split(like)
+        check_script(script, False)
+        cut = ask_script([script], arguments, {**os.environ, **as_environment(settings)}, _SCRIPT_S)
+    import_files(url, job, settings, ranks, shard_bytes, cut)
 
 
 @app.command("prune")

@@ -10,7 +10,8 @@ from psa_store.checkpoint.files.importing import import_export
 from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
 from psa_store.coordination import Coordination
-from psa_store.job.config import check_job_name
+from psa_store.job.config import JobConfig, check_job_name
+from psa_store.job.layout import Layout
 from psa_store.logs import printable
 from psa_store.observe.formatting import seconds, size
 from psa_store.storage import RedisStore
@@ -44,14 +45,22 @@ def export_files(
     )
 
 
-def import_files(url: str, job: str, settings: Settings, ranks: int | None, shard_bytes: int | None) -> None:
-    """Create ``job`` from the export in the folder at ``url``, and say so in one line."""
+def import_files(
+    url: str,
+    job: str,
+    settings: Settings,
+    ranks: int | None,
+    shard_bytes: int | None,
+    like: tuple[JobConfig, Layout] | None = None,
+) -> None:
+    """Create ``job`` from the export in the folder at ``url``, cut like another one, and say so in one line."""
     check_job_name(job)
     with RedisStore.from_settings(settings) as store, Coordination.from_settings(settings, job) as coordination:
         store.check()
         export = open_export(url)
-        config = import_export(export, job, store, coordination, ranks=ranks, shard_bytes=shard_bytes)
+        config = import_export(export, job, store, coordination, ranks=ranks, shard_bytes=shard_bytes, like=like)
+    stages = f", {config.stages} stages" if config.stages > 1 else ""
     print(
         f"created job {job!r} at step {export.step} from version {export.version} of {export.config.name!r}: "
-        f"{config.ranks} ranks, mode {config.mode}"
+        f"{config.ranks} ranks, mode {config.mode}{stages}"
     )

@@ -89,7 +89,7 @@ class Attention(nn.Module):
         self.project_out = nn.Linear(config.width, config.width, bias=False)
 
     def _per_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2)
 
     def keys_values(self, x: Tensor, first: int = 0) -> KeysValues:
         """Of tokens that are to be seen; ``first``: the place of the first of them."""

@@ -68,6 +68,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--job", required=True)
     options.add_argument("--steps", type=int, required=True)
+    options.add_argument("--until", type=int, help="where this run ends, if not at --steps")
     options.add_argument("--stages", type=int, default=1)
     options.add_argument("--microbatches", type=int, default=4)
     options.add_argument("--dropout", type=float, default=0.0)
@@ -87,7 +88,7 @@ def main() -> None:
         stages=stages,
         microbatches=args.microbatches,
         optimizer=psa.optim.AdamW(lr=1e-2, clip_grad_norm=args.clip or None),
-        steps=args.steps,
+        steps=args.until or args.steps,
         seed=3,
         shard_bytes=4096,
     ) as worker:

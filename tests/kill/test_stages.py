@@ -116,3 +116,28 @@ def test_a_worker_that_wakes_late_and_a_server_that_dies_with_a_full_relay_chang
     os.kill(paused, signal.SIGCONT)
     assert run.finish() == 0, run.output
     assert site.digest("late", STEPS) == site.digest("late-calm", STEPS)
+
+
+def test_a_job_is_forked_and_goes_on_in_other_stages(site: Site, tmp_path: Path) -> None:
+    def psa_checkpoint(*arguments: str) -> None:
+        run = Run(["checkpoint", *arguments], {**site.env, "PYTHONPATH": str(Path(__file__).parents[2])})
+        assert run.finish() == 0, run.output
+
+    whole = start(site, "cuts-whole", "--stages", "1", workers=1, servers=1)
+    assert whole.finish() == 0, whole.output
+    half = start(site, "cuts-half", "--stages", "1", "--until", "20", workers=1, servers=1)
+    assert half.finish() == 0, half.output
+    psa_checkpoint("save", "cuts-half", "--name", "half")
+    psa_checkpoint("export", "cuts-half", str(tmp_path / "half"), "half")
+    like = f"{SCRIPT} --job any --steps {STEPS} --stages 4"
+    psa_checkpoint("import", str(tmp_path / "half"), "--as", "cuts-four", "--like", like)
+    four = start(site, "cuts-four", "--stages", "4", workers=2, servers=1)
+    assert four.finish() == 0, four.output
+    assert values(site, "cuts-four") == values(site, "cuts-whole")
+    psa_checkpoint("save", "cuts-four", "--name", "end")
+    psa_checkpoint("fork", "cuts-four", "end", "--as", "cuts-fork")
+    assert values(site, "cuts-fork") == values(site, "cuts-whole")
+    psa_checkpoint("export", "cuts-fork", str(tmp_path / "end"))
+    like = f"{SCRIPT} --job any --steps {STEPS} --stages 1"
+    psa_checkpoint("import", str(tmp_path / "end"), "--as", "cuts-one", "--like", like)
+    assert values(site, "cuts-one") == values(site, "cuts-whole")

@@ -42,6 +42,7 @@ def import_export(
     *,
     ranks: int | None = None,
     shard_bytes: int | None = None,
+    like: tuple[JobConfig, Layout] | None = None,
     restore: bool = False,
 ) -> JobConfig:
     """Create ``job`` with the state of an export; returns its facts.
@@ -56,6 +57,7 @@ def import_export(
     Args:
         coordination: of ``job``, started.
         ranks, shard_bytes: of the new job; None: as exported.
+        like: a job that has the same tensors in other stages, or in none: the new one is cut as it is.
         restore: Redis has lost the job: write it again, be it that ZooKeeper knows it. The caller holds
             ``CREATOR_NODE``, and the export is one that ``newest_export`` has just read and found whole.
 
@@ -66,7 +68,12 @@ def import_export(
         DependencyUnreachable: Redis, ZooKeeper or the file system fails.
     """
     layout = make_layout(export.layout.tensors, shard_bytes or export.layout.shard_bytes)
-    config = replace(export.config, name=job, ranks=ranks or export.config.ranks, layout=layout.fingerprint)
+    config = replace(export.config, name=job, ranks=ranks or export.config.ranks)
+    if like is not None:
+        cut, layout = like
+        _refuse_other_tensors(export, layout)
+        config = replace(config, stages=cut.stages, microbatches=cut.microbatches)
+    config = replace(config, layout=layout.fingerprint)
     source = Source(export, config, layout)
     _refuse_known(config, store, coordination, restore=restore)
     if not restore:
@@ -100,6 +107,24 @@ def _refuse_known(config: JobConfig, store: RedisStore, coordination: Coordinati
         raise JobBusy(f"job {job!r}: servers live and write it again from memory: {', '.join(sorted(servers))}")
 
 
+def _refuse_other_tensors(export: Export, layout: Layout) -> None:
+    """Raise UsageError if a layout is not of the exported tensors, in whatever order and stages."""
+
+    def described(of: Layout) -> dict[str, tuple[object, ...]]:
+        return {
+            min(spec.names): (sorted(spec.names), spec.shape, spec.dtype, spec.role, spec.group, spec.persistent)
+            for spec in of.tensors
+        }
+
+    theirs, ours = described(export.layout), described(layout)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise UsageError(
+                f"{export.url}: {name} is not the same there and in the script: an export can be cut into other "
+                "stages, but its tensors stay what they are"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Bytes of a tensor of a file, and where in a section they belong."""
@@ -130,6 +155,10 @@ class Source:
         if export.clocks and not same_ranks:
             self._clocks = (export.step,) * config.ranks
         self.version = sum(self._clocks) if config.clocks else export.version
+        self._exported = {
+            name: (index, spec) for index, spec in enumerate(export.layout.tensors) for name in spec.names
+        }
+        """By name, each tensor and its index in the export."""
         self._scalars = {shard.index: self._scalars_of(shard) for shard in layout.shards}
 
     def look(self) -> None:
@@ -158,7 +187,7 @@ class Source:
         """Of what each section but those of ranks is made."""
         sections: dict[str, list[_Part]] = {}
         for piece in shard.pieces:
-            spec = self._layout.tensors[piece.tensor]
+            _, spec = self._exported[self._layout.tensors[piece.tensor].name]
             keys = {PARAM: param_key(spec), **{slot: slot_key(slot, spec) for slot in self._export.slots}}
             for section, key in keys.items():
                 stored = self._stored.get(key)
@@ -208,8 +237,11 @@ class Source:
                     f"{self._export.url}: its shards have had different numbers of updates ({OPT_STEP}), so they "
                     f"cannot be cut anew: import it with {self._export.layout.shard_bytes} bytes a shard"
                 )
-            skipped = [f"{SKIPPED}{piece.tensor}" for piece in shard.pieces]
-            scalars = alike[0] | {name: each[name] for name in skipped for each in former if name in each}
+            scalars = dict(alike[0])
+            for piece in shard.pieces:
+                index, _ = self._exported[self._layout.tensors[piece.tensor].name]
+                name = f"{SKIPPED}{index}"
+                scalars |= {f"{SKIPPED}{piece.tensor}": each[name] for each in former if name in each}
         if not scalars:
             return scalars  # never updated, as when it was created
         scalars = {name: value for name, value in scalars.items() if not name.startswith(CLOCK)}
