@@ -173,7 +173,9 @@ class RankPasses:
     def _forward(self, due: Forward) -> None:
         stage, index = due.stage, due.microbatch
         step, rank = self.rank_step.step, self.rank_step.rank
-        seed_all(stream_seed(self._seed, step, rank, f"stage {stage}, micro-batch {index}"))
+        one_pass = self._last == 0 and len(self._microbatches) == 1  # then it is a model in one piece, with its bits
+        purpose = "compute" if one_pass else f"stage {stage}, micro-batch {index}"
+        seed_all(stream_seed(self._seed, step, rank, purpose))
         carry: Any = None
         leaves = Parcel((), ())
         if stage:

@@ -38,7 +38,8 @@ GroupOf = Callable[[str, tuple[int, ...]], int]
 
 
 def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) -> list[TensorSpec]:
-    """List the parameters and buffers of all stages, without their memory: each is built on torch's meta device.
+    """List the parameters and buffers of all stages, without their memory: each is built on torch's meta device,
+    if that can be.
 
     A name that two stages have is one parameter, tied.
 
@@ -48,8 +49,7 @@ def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) 
     specs: list[TensorSpec] = []
     places: dict[str, int] = {}
     for stage, build in enumerate(stages):
-        with torch.device("meta"):
-            module = _build(build, stage, seed)
+        module = _build_without_memory(build, stage, seed)
         for spec in describe_model(module, group_of):
             names = build.all_names(spec.names) if isinstance(build, NamesTied) else spec.names
             place = next((places[name] for name in names if name in places), len(specs))
@@ -68,6 +68,15 @@ def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) 
                 other, names=tuple(dict.fromkeys(other.names + names)), stages=(*other.stages, stage)
             )
     return specs
+
+
+def _build_without_memory(build: BuildStage, stage: int, seed: int) -> nn.Module:
+    """Build a stage to see what it has; in memory if it looks at values of its tensors, which have none there."""
+    try:
+        with torch.device("meta"):
+            return _build(build, stage, seed)
+    except (RuntimeError, NotImplementedError):
+        return _build(build, stage, seed)
 
 
 def refuse_with_stages(**given: object) -> None:

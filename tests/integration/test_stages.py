@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import psa_store as psa
 from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.sampling import sample_indices
+from tests.harness import Servers, Site
 
 WIDTH = 6
 
@@ -60,6 +61,37 @@ def test_the_loss_is_that_of_the_model_in_one_piece(job: str) -> None:
         expected.backward()
         optimizer.step()
     torch.testing.assert_close(parameters["back.weight"], whole[1].weight.data)
+
+
+class Whole(nn.Module):
+    """A model in one piece that is its own only stage, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.scale = float(
+            self.layer.weight.detach().abs().max().item()
+        )  # looks at a value: not on torch's meta device
+
+    def forward(self, carry: Any, microbatch: Tensor) -> Tensor:
+        return nn.functional.dropout(self.layer(microbatch), 0.5).square().mean() * self.scale
+
+
+def test_one_stage_has_the_bits_of_a_model_in_one_piece(job: str, site: Site) -> None:
+    optimizer, other = psa.optim.Adam(lr=0.1), f"{job}-whole"
+    servers = Servers(site, other)
+    with psa.Worker(job, stages=[Whole], optimizer=optimizer, ranks=2, steps=4) as worker:
+        for batch in worker.batches(DATA, batch_size=8):
+            worker.step(worker.compute(batch))
+    model = Whole()
+    with psa.Worker(other, model, optimizer=optimizer, ranks=2, steps=4) as worker:
+        for batch in worker.batches(DATA, batch_size=8):
+            loss = model(None, batch)
+            loss.backward()
+            worker.step(loss)
+    servers.stop()
+    assert site.digest(job, 4) == site.digest(other, 4)
 
 
 @pytest.mark.parametrize(
