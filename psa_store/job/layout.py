@@ -227,7 +227,8 @@ def describe_difference(ours: Layout, theirs: Layout) -> str:
         for what in ("shape", "dtype", "role", "group", "persistent", "names", "stages"):
             if getattr(spec, what) != getattr(stored, what):
                 here, there = getattr(spec, what), getattr(stored, what)
-                return f"tensor {name!r} has {what} {here} in this model and {there} in the job"
+                way = "; `psa checkpoint import --like` cuts an export anew" if what == "stages" else ""
+                return f"tensor {name!r} has {what} {here} in this model and {there} in the job{way}"
     if ours.shard_bytes != theirs.shard_bytes:
         return f"shard_bytes is {ours.shard_bytes} here and {theirs.shard_bytes} in the job"
     return "the tensors come in another order"

@@ -32,7 +32,8 @@ def _part(value: Any, index: int, count: int, sizes: set[int]) -> Any:
         if size == 0 or size % count or len(sizes) > 1:
             raise UsageError(
                 f"a batch of {' and '.join(map(str, sorted(sizes)))} samples for a rank can not be cut into {count} "
-                "micro-batches: give each rank a multiple of microbatches="
+                "micro-batches: give each rank a multiple of microbatches= (batch_size counts those of all ranks, and "
+                "a new job has as many ranks as workers, unless `psa run --ranks` says)"
             )
         length = size // count
         return value[index * length : (index + 1) * length]

@@ -209,7 +209,8 @@ class RankPasses:
         if weight is None:
             return returned / len(self._microbatches)
         self._weights.append(weight)
-        weighted: Tensor = returned * weight
+        # Left out altogether, be its loss NaN: 0 times NaN is NaN.
+        weighted: Tensor = returned * weight if weight else torch.zeros_like(returned, requires_grad=False)
         return weighted
 
     def _backward(self, due: Backward) -> None:
@@ -221,7 +222,8 @@ class RankPasses:
         outputs = self._outputs.pop((stage, index))
         with nullcontext() if is_last else flat.accumulate():
             if stage == self._last:
-                outputs[0].backward()  # type: ignore[no-untyped-call]
+                if outputs[0].requires_grad:
+                    outputs[0].backward()  # type: ignore[no-untyped-call]
                 if is_last:
                     self._end_loss()
             else:
@@ -255,7 +257,8 @@ class RankPasses:
         if self._weights:
             weights = torch.tensor(self._weights, dtype=torch.float64)
             self._total = float(weights.sum())
-            losses = losses * weights.to(losses) / (self._total or 1.0)
+            counted = weights > 0
+            losses = losses[counted] * weights[counted].to(losses) / (self._total or 1.0)
             self.loss = losses.sum()
         else:
             self.loss = losses.mean()

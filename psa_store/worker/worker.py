@@ -113,6 +113,8 @@ class Worker:
             raise UsageError("psa.Worker needs a model, or stages=[…] that build its parts, and not both")
         if model is not None:
             check_model(model)
+            if microbatches != 1:
+                raise UsageError(f"microbatches={microbatches} goes with stages=[…]; a script cuts batches as it likes")
         steps = None if steps is None else whole_number("steps", steps, 0)
         self._settings = load_settings()
         logs.configure_once(self._settings.log_level, ProcessRole.WORKER, as_json=self._settings.log_json)
@@ -127,7 +129,7 @@ class Worker:
         rule = self._optimizer.optimizer
         self._script_state: ScriptState | None = None
         if model is None:
-            refuse_with_stages(state=state)
+            refuse_with_stages(state=state, push_early=push_early)
             specs = describe_stages(stages or (), seed, rule.group_of)
         else:
             self._script_state = None if state is None else ScriptState(model, state)
@@ -314,7 +316,9 @@ class Worker:
         """
         strategy = self._strategy if self._opened is not None else None
         if self._current is None or not isinstance(strategy, StagedStrategy):
-            raise UsageError("worker.compute() comes after a batch from worker.batches(), in a worker with stages=")
+            raise UsageError(
+                f"{script_line()}: worker.compute() comes after a batch from worker.batches(), in a worker with stages="
+            )
         try:
             loss = strategy.compute(batch)
         except UsageError as error:
@@ -351,6 +355,8 @@ class Worker:
         self._average.refuse("worker.step()")
         rank = self._current.rank
         try:
+            if isinstance(self._strategy, StagedStrategy) and not self._strategy.was_computed:
+                raise UsageError("worker.step() without worker.compute(batch): with stages, that makes the passes")
             self._optimizer.end()
             if not isinstance(weight, float) or weight != 1.0:
                 weight = checked_weight(weight, self._config)

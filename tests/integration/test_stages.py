@@ -179,6 +179,8 @@ def test_a_batch_that_can_not_be_cut(job: str) -> None:
             "one of torch goes with a whole model",
         ),
         ({"microbatches": 0}, "microbatches=0"),
+        ({"push_early": True}, "push_early=.* does not go with stages"),
+        ({"stages": None, "model": nn.Linear(2, 2)}, "microbatches=2 goes with stages"),
         ({"stages": []}, "needs a model, or stages"),
         ({"model": nn.Linear(2, 2)}, "and not both"),
     ],
@@ -197,3 +199,28 @@ def test_statements_of_a_model_in_one_piece_are_refused(job: str) -> None:
         with pytest.raises(UsageError, match=r"worker.step\(\) without worker.compute\(batch\)"):
             worker.step()
     del batch
+
+
+class Weighted(Part):
+    """Counts its first micro-batch only; the loss of the other one is NaN."""
+
+    def forward(self, carry: Any, microbatch: Tensor) -> Any:
+        self.turn = getattr(self, "turn", 0) + 1
+        loss = super().forward(carry, microbatch)
+        return (loss, 2.0) if self.turn % 2 else (loss * float("nan"), 0.0)
+
+
+def test_a_micro_batch_of_weight_0_is_left_out_be_it_nan(job: str) -> None:
+    (loss,) = train(job, [STAGES[0], partial(Weighted, "back", True)], steps=1)
+    whole = nn.Sequential(*(build().get_submodule(name) for build, name in zip(STAGES, ("front", "back"), strict=True)))
+    indices = sample_indices(0, 0, 0, ranks=1, batch_size=8, n=len(DATA))
+    expected = whole(torch.stack([DATA[i] for i in indices[:4]])).square().mean()
+    assert loss is not None
+    torch.testing.assert_close(loss, expected.detach())
+    expected.backward()
+    with psa.Store(job) as store:
+        after = store.state_dict()
+    for index, name in enumerate(("front", "back")):
+        weight = whole[index].weight
+        assert weight.grad is not None
+        torch.testing.assert_close(after[f"{name}.weight"], weight.data - 0.1 * weight.grad)

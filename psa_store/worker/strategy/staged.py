@@ -119,11 +119,15 @@ class StagedStrategy:
         finally:
             self._passes = None
 
+    @property
+    def was_computed(self) -> bool:
+        """Whether ``compute()`` was called for the present batch."""
+        return self._computed is not None
+
     def hand_over(self) -> None:
         """With the gradient that is the step's last, wait for the next version and load it."""
         computed, push = self._computed, self._push
-        if computed is None:
-            raise UsageError("worker.step() without worker.compute(batch): with stages, that makes the passes")
+        assert computed is not None
         self._computed = None
         if computed:
             if push.flaw:
