@@ -135,7 +135,9 @@ def test_under_torchrun_its_world_size_is_the_number_of_ranks(home: Path, script
     assert {line.partition(" on ")[2] for line in computed} == {"0", "1"}, "one process each"
 
 
-@pytest.mark.parametrize(("arguments", "env"), [([1, 4], {}), ([1], {"PSA_RANKS": "4"})])
+@pytest.mark.parametrize(
+    ("arguments", "env"), [([1, 4], {}), pytest.param([1], {"PSA_RANKS": "4"}, marks=pytest.mark.long)]
+)
 def test_an_argument_and_a_setting_count_before_torchrun(
     home: Path, script: Path, served: str, arguments: list[int], env: dict[str, str]
 ) -> None:

@@ -53,7 +53,9 @@ def times(samples: Seen, first: int = 0) -> Counter[int]:
     return Counter(each for (step, _), some in samples.items() for each in some if step >= first)
 
 
-@pytest.mark.parametrize("mode", ["sync", "local:steps=5", pytest.param("async", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "mode", ["sync", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("local:steps=5", "async"))]
+)
 def test_another_batch_size_goes_on_with_the_next_sample(site: Site, mode: str) -> None:
     job = f"position-{mode.partition(':')[0]}"
     first = train(site, job, mode=mode)

@@ -92,7 +92,7 @@ def assert_each_round_counts_once(folder: Path, mode: str) -> None:
         pytest.param("plain", "a worker", marks=pytest.mark.long),
         pytest.param("plain", "a server", marks=pytest.mark.long),
         ("plain", "all workers"),
-        ("int8", "a worker and a server"),
+        pytest.param("int8", "a worker and a server", marks=pytest.mark.long),
         ("topk", "a worker"),
         ("streaming", "a worker and a server"),
         ("overlap", "a worker"),

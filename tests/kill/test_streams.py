@@ -33,7 +33,7 @@ def samples(run: Run) -> list[int]:
     return [index for _, indices in sorted(read.items()) for index in indices]
 
 
-@pytest.mark.parametrize("loader", [pytest.param(False, marks=pytest.mark.long), True], ids=["dataset", "loader"])
+@pytest.mark.parametrize("loader", [False, pytest.param(True, marks=pytest.mark.long)], ids=["dataset", "loader"])
 def test_each_sample_counts_once_whatever_dies(site: Site, loader: bool) -> None:
     job, arguments = f"stream-{loader}", ["--loader"] if loader else []
     calm = start(site, f"{job}-calm", *arguments)
