@@ -97,12 +97,24 @@ class GradientPool:
         self._wire = wire
         self._free: list[GradientMemory] = []
         self._taken: list[GradientMemory] = []
+        self._step = 0
 
     def take(self) -> GradientMemory:
         """Memory that no server reads."""
         memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire)
         self._taken.append(memory)
         return memory
+
+    def take_for(self, step: int, *, shared: bool) -> GradientMemory:
+        """Memory for the gradient of a rank in a step.
+
+        Where servers read gradients in place (``shared``), each rank of a step needs its own, and the next version
+        frees them. Where they are sent, one is enough, once it has left.
+        """
+        if not shared or step != self._step:
+            self.release()
+        self._step = step
+        return self.take()
 
     def put_back(self, memory: GradientMemory, *, read: bool) -> None:
         """Take one back. ``read``: a server may still read it, so it is not used again."""

@@ -58,14 +58,14 @@ class Progress:
             self._enter(stage)
         self.awaited = cells
 
-    def end(self, samples: int, loss: Tensor | float | None) -> None:
-        """It is computed, from so many samples; none: another worker has the loss. By assignments only: it costs every
+    def end(self, samples: int | None, loss: Tensor | float | None) -> None:
+        """It is computed, from so many samples; None: another worker has the loss. By assignments only: it costs every
         step."""
         self._enter(WAITING)
         self.awaited = ()
         self.steps += 1
-        self.samples += samples
-        if samples:
+        if samples is not None:
+            self.samples += samples
             self.loss = loss
 
     def _enter(self, stage: str) -> None:

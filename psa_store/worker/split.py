@@ -72,13 +72,12 @@ class SplitStage:
     ) -> None:
         self._model = model
         self._loss = loss if index == len(parts) - 1 else None
-        self._takes = _crossing(parts, index - 1) if index else []
         self._graph = _stage_graph(graph, parts, index)
 
     def __call__(self) -> nn.Module:
         """Build the stage."""
         used = dict.fromkeys(str(node.target) for node in self._graph.nodes if node.op in ("call_module", "get_attr"))
-        return _Stage(self._model, self._graph, used, len(self._takes), self._loss)
+        return _Stage(self._model, self._graph, used, self._loss)
 
     def all_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """All names of the parameter that has these in the stage, in the order of the whole model."""
@@ -93,13 +92,12 @@ class SplitStage:
 class _Stage(nn.Module):
     """Some modules of a model, under their names in it, and the part of its forward pass that calls them."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, used: Iterable[str], takes: int, loss: Loss | None) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, used: Iterable[str], loss: Loss | None) -> None:
         super().__init__()
         memo: dict[int, Any] = {}
         for name in used:
             _place(self, name, copy.deepcopy(_attribute(model, name), memo))
         self.training = model.training
-        self._takes = takes
         self._loss = loss
         code = fx.GraphModule(self, graph)
         self._run = type(code).forward  # the generated code, with this module as self

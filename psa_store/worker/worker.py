@@ -155,6 +155,7 @@ class Worker:
             raise SystemExit(0)
 
         self._current: RankStep | None = None
+        self._samples: int | None = None
         self._progress = Progress()
         self._opened: Opened | None = None
         self._is_open = False
@@ -324,7 +325,7 @@ class Worker:
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
         if loss is None:
-            self._samples = 0  # they count once, where the last stage is
+            self._samples = None  # they count once, where the last stage is
         return loss
 
     def step(
@@ -367,7 +368,7 @@ class Worker:
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
         self._progress.end(self._samples, loss)
-        if metrics and self._samples:
+        if metrics and self._samples is not None:
             strategy = self._strategy
             self._progress.reported[rank] = strategy.weight if isinstance(strategy, StagedStrategy) else weight, metrics
         self._current = None

@@ -94,7 +94,7 @@ def main() -> None:
     ) as worker:
         for batch in worker.batches(data, batch_size=32):
             await_end(worker, args.steps, args.end_after)
-            time.sleep(args.pause)
+            time.sleep(args.pause)  # what a larger model would compute
             step = worker.version
             loss = worker.compute(batch)
             worker.step(loss)

@@ -116,13 +116,13 @@ class TestProgress:
         progress.begin(RankStep(5, 0))
         progress.wait_for([Cell(0, 1)])
         clock[0] += 2.0
-        progress.end(0, None)
+        progress.end(None, None)
         assert progress.stage == WAITING and not progress.awaited
         assert (progress.compute_s, progress.wait_s) == (0.0, 2.0)
 
     def test_a_rank_whose_loss_is_elsewhere_adds_no_samples_and_hides_no_loss(self, clock: list[float]) -> None:
         progress = Progress()
-        for samples, loss in ((8, 0.5), (0, None)):
+        for samples, loss in ((8, 0.5), (None, None)):
             progress.begin(RankStep(5, 0))
             progress.end(samples, loss)
         assert (progress.steps, progress.samples, progress.loss) == (2, 8, 0.5)

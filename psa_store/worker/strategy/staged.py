@@ -51,7 +51,6 @@ class StagedStrategy:
         self._pool = GradientPool(tools.layout, tools.wire)
         self._push = GradientPush(tools, self.session, lambda rank, shard: None)
         self._gradients: GradientMemory
-        self._version_of_pool = 0
         self._rank_step: RankStep
         self._ties = ties_of(tools.layout)
         self._passes: RankPasses | None = None
@@ -234,15 +233,12 @@ class StagedStrategy:
         self._step.loaded(version)
 
     def _take_gradient_memory(self, step: int) -> bool:
-        """Have memory that nothing reads for the next gradient; False if one must wait for it: see SyncStrategy."""
+        """Have memory that nothing reads for the next gradient; False if one must wait for it."""
         shares = self._servers.shares
         if not shares and self._servers.sending:
             self.session.wait()
             return False
-        if not shares or step != self._version_of_pool:
-            self._pool.release()
-        self._version_of_pool = step
-        self._gradients = self._pool.take()
+        self._gradients = self._pool.take_for(step, shared=shares)
         return True
 
     # --- loading

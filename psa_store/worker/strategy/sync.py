@@ -52,7 +52,6 @@ class SyncStrategy:
         self._pool = GradientPool(tools.layout, tools.wire)
         self._push = GradientPush(tools, self.session, self._residual)
         self._gradients: GradientMemory
-        self._version_of_pool = 0
         self._trained = {shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)}
         self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
         self._all_push_buffers = tools.config.pushes_all_buffers
@@ -155,19 +154,12 @@ class SyncStrategy:
         self._step.loaded(version)
 
     def _take_gradient_memory(self, step: int) -> bool:
-        """Have memory that nothing reads for the next gradient; False if one must wait for it.
-
-        Where servers read gradients in place, each rank of a step needs its own, and the next version frees them. Where
-        they are sent, one is enough, once it has left.
-        """
+        """Have memory that nothing reads for the next gradient; False if one must wait for it."""
         shares = self._servers.shares
         if not shares and self._servers.sending:
             self.session.wait()
             return False
-        if not shares or step != self._version_of_pool:
-            self._pool.release()
-        self._version_of_pool = step
-        self._gradients = self._pool.take()
+        self._gradients = self._pool.take_for(step, shared=shares)
         return True
 
     # --- loading
