@@ -73,17 +73,17 @@ def run_campaign(campaign: Campaign) -> None:
     console = Console(highlight=False)
     console.print(f"journals and report: {campaign.folder}")
     runs: list[Run] = []
-    references: dict[int, Reference] = {}
+    references: dict[tuple[int, int], Reference] = {}
     console.print(_ROW.format("scenario", "seed", "A", "B", "faults", "R max, s", "verdict"))
     try:
         for kind, group in groupby(sorted(rows, key=_kind_of_site), key=_kind_of_site):
             rows_here = list(group)
             with open_site(rows_here[0], campaign.folder / f"site-{kind}") as site:
                 for spec in (_run_spec(campaign, row, seed) for row in rows_here for seed in campaign.seeds):
-                    steps = spec.job.steps
-                    if steps not in references:
-                        references[steps] = undisturbed(site, steps, campaign.folder / f"undisturbed-{steps}")
-                    runs.append(_one(spec, site, references[steps], campaign.keep))
+                    what = spec.job.steps, spec.job.stages
+                    if what not in references:
+                        references[what] = undisturbed(site, *what, campaign.folder)
+                    runs.append(_one(spec, site, references[what], campaign.keep))
                     console.print(_line(runs[-1]))
                     for violation in runs[-1].verdict.violations[:5]:
                         console.print(f"    {violation.check}: {violation.message}")
@@ -99,9 +99,10 @@ def run_campaign(campaign: Campaign) -> None:
         )
 
 
-def undisturbed(site: Site, steps: int, folder: Path) -> Reference:
+def undisturbed(site: Site, steps: int, stages: int, folder: Path) -> Reference:
     """Run without faults, with one worker and one server, and return what other runs are compared with."""
-    job_spec = JobSpec(f"undisturbed-{steps}", steps, 0.0, folder)
+    name = f"undisturbed-{steps}-{stages}"
+    job_spec = JobSpec(name, steps, 0.0, folder / name, stages=stages)
     for each in (job_spec.journals, job_spec.failpoints):
         each.mkdir(parents=True, exist_ok=True)
     job = SupervisedJob(job_spec, site, workers=1, servers=1)
@@ -129,7 +130,8 @@ def _run_spec(campaign: Campaign, row: Scenario, seed: int) -> RunSpec:
     folder = campaign.folder / f"{row.name}-{seed}"
     name = f"{row.name}-{seed}".replace(".", "-")
     env = {} if row.checkpoint_every_s is None else {"PSA_CHECKPOINT_EVERY_S": str(row.checkpoint_every_s)}
-    job_spec = JobSpec(name, steps, pace_s(schedule, steps, PACE_S), folder, commit_every=row.commit_every, env=env)
+    pace = pace_s(schedule, steps, PACE_S)
+    job_spec = JobSpec(name, steps, pace, folder, env, row.commit_every, row.stages)
     return RunSpec(row, seed, schedule, job_spec, replay_command(row.name, seed, extra))
 
 

@@ -54,9 +54,8 @@ def _process_faults() -> list[FaultKind]:
     ]
 
 
-NOT_IN_TRAINING = ("barrier", "cell", "fork", "rollback")
-"""Groups of failpoints that a job does not pass by itself: chaos/barrier, tests/kill/test_checkpoints and
-test_stages hit them."""
+NOT_IN_TRAINING = ("barrier", "fork", "rollback")
+"""Groups of failpoints that a job does not pass by itself: chaos/barrier and tests/kill/test_checkpoints hit them."""
 
 
 def _failpoint_faults() -> list[FaultKind]:
@@ -65,7 +64,7 @@ def _failpoint_faults() -> list[FaultKind]:
         room = name.partition(".")[0]
         if room in NOT_IN_TRAINING:
             continue
-        numbers = {"commit.chunk": (1, 6), "push.middle": (0, 4)}.get(name, (0, 1))
+        numbers = {"commit.chunk": (1, 6), "push.middle": (0, 4), "cell.backward": (0, 2)}.get(name, (0, 1))
         start = room == "create"
         found.append(FaultKind(f"die-{name}", f"SIGKILL where {where}", numbers=numbers, at_start=start))
         found.append(FaultKind(f"hang-{name}", f"SIGSTOP where {where}; SIGCONT", _PAUSE_S, numbers, at_start=start))

@@ -1,4 +1,4 @@
-"""The history of a run: the events in the journals of its processes. ``chaos/README.md`` has a table of all events."""
+"""The history of a run: the events in the journals of its processes."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class History:
 class Reference:
     """What a run without faults comes to; every other run must come to the same."""
 
-    digests: Mapping[int, str]
-    """By version, the digest of the model that user code gets."""
+    digests: Mapping[tuple[int, int | None], str]
+    """By version, and by stage or None for the whole model, the digest of what user code gets."""
     final: str
     """sha256 of all parameters and optimizer state after the last step."""
 
@@ -80,4 +80,9 @@ def read_history(folder: Path) -> History:
 
 def reference_of(history: History, final: str) -> Reference:
     """Return what an undisturbed run comes to."""
-    return Reference({event["version"]: event["digest"] for event in history.of("batch")}, final)
+    return Reference({whole_or_stage(event): event["digest"] for event in history.of("batch")}, final)
+
+
+def whole_or_stage(event: Event) -> tuple[int, int | None]:
+    """Which version was seen, and which stage of it; None: the whole model."""
+    return event["version"], event.fields.get("stage")

@@ -19,7 +19,12 @@ from chaos.site import SERVERS_HOSTED, SERVERS_SUPERVISED, SESSION_TIMEOUT_S, WO
 from psa_store.launch.guard import die_with_parent
 
 TRAIN = Path(__file__).with_name("train.py")
-RANKS = 3
+STAGED = Path(__file__).with_name("staged.py")
+_ROOT = str(TRAIN.parents[1])
+"""What scripts import from."""
+_RANKS = 3
+_RANKS_STAGED = 2
+"""With four stages each worker holds cells of both, and no worker holds a whole one."""
 _END_S = 20.0
 _UNDISTURBED_S = 3600.0
 _RETRYABLE_EXIT = 3
@@ -35,6 +40,15 @@ class JobSpec:
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)
     commit_every: int = 10
+    stages: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return _RANKS if self.stages == 1 else _RANKS_STAGED
+
+    @property
+    def script(self) -> Path:
+        return TRAIN if self.stages == 1 else STAGED
 
     @property
     def journals(self) -> Path:
@@ -64,7 +78,14 @@ class JobSpec:
             str(self.pace_s),
             "--paced-until",
             str(self.calm),
+            *self._cut,
         ]
+
+    @property
+    def _cut(self) -> list[str]:
+        if self.stages == 1:
+            return []
+        return ["--stages", str(self.stages), "--microbatches", "2", "--tied", "--dropout", "0.1", "--clip", "1.0"]
 
     def environment(self, site: Site) -> dict[str, str]:
         return {
@@ -75,8 +96,9 @@ class JobSpec:
             "PSA_JOURNAL": str(self.journals),
             "PSA_FAILPOINTS": str(self.failpoints),
             "PSA_COMMIT_EVERY": str(self.commit_every),
-            "PSA_RANKS": str(RANKS),
+            "PSA_RANKS": str(self.ranks),
             "PSA_CONFIG": "",
+            "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH")))),
             **self.env,
         }
 
@@ -114,7 +136,7 @@ class SupervisedJob:
         command = [sys.executable, "-m", "psa_store.cli", "run", *self._arguments]
         with self._spec.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*command, str(TRAIN), *self._spec.script_arguments],
+                [*command, str(self._spec.script), *self._spec.script_arguments],
                 env={**os.environ, **self._spec.environment(self._site)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -217,7 +239,7 @@ def start_role(site: Site, spec: JobSpec, name: str, env: Mapping[str, str], nam
 def _entry(spec: JobSpec, name: str) -> tuple[str, Sequence[object]]:
     if name.startswith("server"):
         return "psa_store.launch.processes:server_main", [spec.name]
-    return "psa_store.launch.processes:worker_main", [str(TRAIN), spec.script_arguments]
+    return "psa_store.launch.processes:worker_main", [str(spec.script), spec.script_arguments]
 
 
 def session_of(leader: int) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from chaos.inject import Context, NotFired, inject, prepare
-from chaos.job import RANKS, HostedJob, Job, JobSpec, SupervisedJob
+from chaos.job import HostedJob, Job, JobSpec, SupervisedJob
 from chaos.sampler import Sampler
 from chaos.scenarios import Scenario, Shape
 from chaos.schedule import REST_S, ScheduledFault
@@ -64,7 +64,8 @@ def run_once(run: RunSpec, site: Site) -> None:
             name=run.scenario.name,
             seed=run.seed,
             steps=spec.steps,
-            ranks=RANKS,
+            ranks=spec.ranks,
+            stages=spec.stages,
             commit_every=spec.commit_every,
             supervised=site.shape is not Shape.HOSTS,
             session_timeout_s=SESSION_TIMEOUT_S,

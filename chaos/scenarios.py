@@ -31,11 +31,27 @@ class Scenario:
     commit_every: int = 10
     checkpoint_every_s: float | None = None
     """The interval of automatic checkpoints."""
+    stages: int = 1
+    """Into how many the model is cut."""
+
+
+_STAGES = 4
+_KILLS_OF_STAGES = (
+    "kill-worker",
+    "kill-server",
+    "kill-controller",
+    "kill-all-workers",
+    "kill-all-servers",
+    "kill-everything",
+    "stop-worker",
+    "stop-server",
+)
 
 
 def _rows() -> list[Scenario]:
     supervised = [name for name in FAULTS if name.startswith(("kill-", "stop-"))]
     failpoints = sorted({name.partition("-")[2] for name in FAULTS if name.startswith(("die-", "hang-"))})
+    in_one_piece = [name for name in failpoints if not name.startswith("cell.")]
     proxied = [name for name in FAULTS if name.startswith(("redis-torn", "redis-delay", "redis-throttle"))]
     proxied += ["redis-stall", "redis-refuse", "zk-torn-reply", "zk-delay", "zk-stall"]
     hosted = [name for name in FAULTS if name.startswith(("cut-", "mute-", "isolate-", "throttle-", "flap-"))]
@@ -44,7 +60,7 @@ def _rows() -> list[Scenario]:
         Scenario("kill-redis-briefly", ("kill-redis-briefly",), commit_every=100),
         *(
             Scenario(name, (f"die-{name}", f"hang-{name}"), checkpoint_every_s=1.0 if "checkpoint" in name else None)
-            for name in failpoints
+            for name in in_one_piece
         ),
         *(Scenario(name, (name,)) for name in ("wipe-redis", "wipe-zookeeper", "damage-value", "flush-functions")),
         Scenario("wipe-redis-between-commits", ("wipe-redis",), commit_every=100),
@@ -57,6 +73,16 @@ def _rows() -> list[Scenario]:
             for name in ("kill-worker", "kill-server", "kill-controller", "stop-server")
         ),
         Scenario("clock-jump", ("clock-jump",), sets_clock=True),
+        *(
+            Scenario(f"stages-{name}", (f"die-{name}", f"hang-{name}"), stages=_STAGES)
+            for name in failpoints
+            if name.partition(".")[0] in ("cell", "push", "step", "worker")
+        ),
+        *(Scenario(f"stages-{name}", (name,), stages=_STAGES) for name in _KILLS_OF_STAGES),
+        *(
+            Scenario(f"stages-unsupervised-{name}", (name,), Shape.HOSTS, stages=_STAGES)
+            for name in ("kill-worker", "stop-worker", "cut-worker-server")
+        ),
     ]
 
 

@@ -1,35 +1,40 @@
 """A: every acknowledged gradient is in the final history once, every other one at most once.
 
 A version of the final history was made by one term. Each of its servers must have applied it once, with the gradient
-of every rank in every one of its shards once; and what it applied must be what a worker computed: fingerprints of
-gradients are additive, so those of all servers add up to that of the worker.
+of every cell in every one of its shards once; and what it applied must be what a worker computed: fingerprints of
+gradients are additive, so those of all servers add up to that of the worker. A cell is a stage of a rank; a model in
+one piece is one stage.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 from chaos.check.lineage import Term, makers, terms
 from chaos.check.violation import Violation
-from chaos.history import History, Reference
+from chaos.history import Event, History, Reference
 
 _NAME = "exactly_once"
 _MODULUS = 1 << 64
+_Cell = tuple[int, int]
 
 
 def check(history: History, _reference: Reference) -> list[Violation]:
     """See the module."""
     if not history.of("scenario"):
         return []
-    steps, ranks = history.scenario["steps"], history.scenario["ranks"]
+    facts = history.scenario
+    steps, cells = facts["steps"], list(itertools.product(range(facts["ranks"]), range(facts["stages"])))
     found = terms(history)
-    pushed: dict[tuple[int, int], set[str]] = defaultdict(set)
+    pushed: dict[tuple[int, _Cell], set[str]] = defaultdict(set)
     for event in history.of("pushed"):
-        pushed[event["step"], event["rank"]].add(event["sum"])
-    computed = {(event["step"], event["rank"]) for event in history.of("computing")}
+        pushed[event["step"], _cell(event)].add(event["sum"])
+    computed = {(event["step"], _cell(event)) for event in history.of("computing")}
     violations = [
-        Violation(_NAME, f"step {step}, rank {rank}: computed differently by different workers: {sorted(sums)}")
-        for (step, rank), sums in pushed.items()
+        Violation(_NAME, f"step {step}, {_named(cell)}: computed differently by different workers: {sorted(sums)}")
+        for (step, cell), sums in pushed.items()
         if len(sums) > 1
     ]
     violations += _applied_twice(history)
@@ -39,12 +44,28 @@ def check(history: History, _reference: Reference) -> list[Violation]:
         if version not in made_by:
             violations.append(Violation(_NAME, f"no term made version {version}"))
             continue
-        violations += _version(made_by[version], version, ranks, pushed, computed)
+        violations += _version(made_by[version], version, cells, pushed, computed)
     return violations
 
 
+def _cell(event: Event) -> _Cell:
+    return event["rank"], event["stage"]
+
+
+def _key(cell: _Cell) -> str:
+    return f"{cell[0]}.{cell[1]}"
+
+
+def _named(cell: _Cell) -> str:
+    return f"stage {cell[1]} of rank {cell[0]}"
+
+
 def _version(
-    term: Term, version: int, ranks: int, pushed: dict[tuple[int, int], set[str]], computed: set[tuple[int, int]]
+    term: Term,
+    version: int,
+    cells: Sequence[_Cell],
+    pushed: Mapping[tuple[int, _Cell], set[str]],
+    computed: set[tuple[int, _Cell]],
 ) -> list[Violation]:
     """One version of the final history."""
     events = term.applied.get(version, [])
@@ -55,23 +76,22 @@ def _version(
     if all(event.event == "skipped" for event in events):
         return []
     violations = []
-    for rank in range(ranks):
+    for cell in cells:
         total = 0
         for event in events:
-            shards = len(term.serving[event.name]["trained"])
-            counted = event["ranks"].get(str(rank), 0) if event.event == "applied" else 0
+            shards = term.serving[event.name]["trained"].get(str(cell[1]), 0)
+            applied = event.event == "applied"
+            counted = event["shards"].get(_key(cell), 0) if applied else 0
             if counted != shards:
-                text = f"{where}: rank {rank} counts in {counted} of {shards} shards of {event.name}"
+                text = f"{where}: {_named(cell)} counts in {counted} of {shards} shards of {event.name}"
                 violations.append(Violation(_NAME, text, event.t))
-            total += int(event["sums"].get(str(rank), "0"), 16) if event.event == "applied" else 0
-        sums = pushed.get((version - 1, rank))
+            total += int(event["sums"].get(_key(cell), "0"), 16) if applied else 0
+        sums = pushed.get((version - 1, cell))
         if sums and f"{total % _MODULUS:016x}" not in sums:
-            text = (
-                f"{where}: what was applied for rank {rank} is not what was pushed: once, twice, or from another step"
-            )
+            text = f"{where}: what was applied of {_named(cell)} is not what was pushed: twice, or of another step"
             violations.append(Violation(_NAME, text, events[0].t))
-        if (version - 1, rank) not in computed:
-            violations.append(Violation(_NAME, f"{where}: no worker computed rank {rank} of step {version - 1}"))
+        if (version - 1, cell) not in computed:
+            violations.append(Violation(_NAME, f"{where}: no worker computed {_named(cell)} of step {version - 1}"))
     return violations
 
 

@@ -5,6 +5,7 @@ Used by the event loop's thread only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from psa_store import logs
@@ -85,7 +86,7 @@ class Serving:
             resume=plan.resume,
             member=serve.member,
             shards=list(aggregator.owned_shards),
-            trained=[owned.shard.index for owned in aggregator.trained],
+            trained=Counter(owned.shard.home for owned in aggregator.trained),
             clocks={i: owned.clocks for i, owned in aggregator.versioned.items() if owned.clocks},
         )
         self._metrics.set("term", plan.term)

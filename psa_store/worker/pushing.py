@@ -48,7 +48,8 @@ class GradientPush:
             for shard in tools.layout.shards_of(TensorRole.TRAINED)
             if tools.config.compression.applies_to(shard.dtype)
         }
-        self._fingerprint = 0
+        self._fingerprints: dict[int, int] = {}
+        """By stage, the sum over those of its shards that were pushed; a model in one piece is stage 0."""
         self.flaw = ""
         """A parameter whose gradient is not finite, in a job that does not skip such."""
         self._state_of: Mapping[int, Callable[[], Tensor]] = {}
@@ -60,10 +61,14 @@ class GradientPush:
     ) -> None:
         """A gradient is about to be computed. ``state_of``: by shard, the rank state that is pushed behind it."""
         self.rank_step, self.gradients = rank_step, gradients
-        self._fingerprint, self.flaw, self.payloads = 0, "", {}
+        self._fingerprints, self.flaw, self.payloads = {}, "", {}
         self._state_of = state_of or {}
+
+    def computing(self, stage: int = 0) -> None:
+        """A cell of the rank is about to be computed."""
         if self._session.recording:
-            self._journal.record("computing", term=self._session.term, step=rank_step.step, rank=rank_step.rank)
+            step, rank = self.rank_step.step, self.rank_step.rank
+            self._journal.record("computing", term=self._session.term, step=step, rank=rank, stage=stage)
 
     def push(self, shards: Sequence[int], *, finite: bool = True) -> None:
         """Check the gradients of some shards, unless they are known not to be finite, and push them."""
@@ -80,7 +85,9 @@ class GradientPush:
             if self._compressed:
                 self._encode(some)
             if self._session.recording:
-                self._fingerprint += sum(self._digest(shard) for shard in some)
+                for shard in some:
+                    stage = self._shards[shard].home
+                    self._fingerprints[stage] = self._fingerprints.get(stage, 0) + self._digest(shard)
             self.send(self.rank_step, some, self.gradients, self.payloads, self.note, finite=finite and not flaw)
             if self._session.failpoints:
                 failpoint("push.middle", some[-1])
@@ -122,9 +129,11 @@ class GradientPush:
             assert gradients is not None
             self._servers.push(step, rank, shards, gradients, note, finite=finite)
 
-    def done(self) -> None:
-        """The whole gradient is on its way, and what belongs to it."""
-        record_pushed(self._session, self._journal, self.rank_step.step, self.rank_step.rank, self._fingerprint)
+    def done(self, stages: Iterable[int] = (0,)) -> None:
+        """The whole gradients of these cells are on their way, and what belongs to them."""
+        step, rank = self.rank_step.step, self.rank_step.rank
+        sums = {stage: self._fingerprints.get(stage, 0) for stage in stages}
+        record_pushed(self._session, self._journal, step, rank, sums)
 
     def _encode(self, shards: Iterable[int]) -> None:
         """Make the payloads of those shards that are compressed."""
@@ -160,9 +169,11 @@ def digest(config: JobConfig, shard: Shard, payload: Tensor) -> int:
     return xxh3_64_intdigest(as_bytes(payload), seed=shard.index)
 
 
-def record_pushed(session: PlanSession, journal: Journal, step: int, rank: int, fingerprint: int) -> None:
-    """All of a push is on its way."""
+def record_pushed(session: PlanSession, journal: Journal, step: int, rank: int, sums: Mapping[int, int]) -> None:
+    """All of a push is on its way. ``sums``: by stage, the sum of the fingerprints of its shards."""
     if session.recording:
-        journal.record("pushed", term=session.term, step=step, rank=rank, sum=fingerprint_text(fingerprint))
+        for stage, total in sums.items():
+            where = {"term": session.term, "step": step, "rank": rank, "stage": stage}
+            journal.record("pushed", **where, sum=fingerprint_text(total))
     if session.failpoints:
         failpoint("push.done")

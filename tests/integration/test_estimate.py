@@ -79,7 +79,7 @@ def test_people_get_tables_and_what_is_not_known(tmp_path: Path) -> None:
 
 def test_a_model_in_stages_is_planned_by_cells(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    script = (str(root / "tests" / "kill" / "staged.py"), "--job=staged", "--steps=9", "--stages=4")
+    script = (str(root / "chaos" / "staged.py"), "--job=staged", "--steps=9", "--stages=4")
     options, paths = ("--workers=3", "--ranks=2"), {"PYTHONPATH": str(root)}
     found = planned(tmp_path, *options, *script, **paths)
     assert found["pipeline"] == {

@@ -74,11 +74,11 @@ def test_a_running_job_is_described(site: Site) -> None:
 def test_a_job_in_stages_shows_which_worker_waits_for_which(site: Site) -> None:
     """The worker of the last stage is paused: the one of the first waits for it, and is not the slow one."""
     root = Path(__file__).parents[2]
-    arguments = ("--steps", "100000", "--stages", "2", "--microbatches", "2", "--pause", "0.01")
+    arguments = ("--steps", "100000", "--stages", "2", "--microbatches", "2", "--pace-s", "0.01")
     run = site.run(
         "staged",
         *arguments,
-        script=root / "tests" / "kill" / "staged.py",
+        script=root / "chaos" / "staged.py",
         env={"PYTHONPATH": str(root), "PSA_SESSION_TIMEOUT_S": "30"},
         workers=2,
         servers=1,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import psa_store as psa
+from chaos.job import STAGED
 from psa_store.testing.failpoints import ENV, FailpointAction, arm, hit
 from tests.harness import Run, Site
 
-SCRIPT = Path(__file__).with_name("staged.py")
 STEPS = 40
 
 
@@ -30,7 +30,7 @@ def start(
     if failpoints is not None:
         root[ENV] = str(failpoints)
     how = {"workers": 2, "servers": 2, "ranks": 1, "commit_every": 10, **how}
-    return site.run(job, "--steps", str(STEPS), *arguments, script=SCRIPT, env=root, held=held, **how)
+    return site.run(job, "--steps", str(STEPS), *arguments, script=STAGED, env=root, held=held, **how)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def calm(site: Site) -> str:
 @pytest.mark.parametrize("carrier", ["auto", "tcp"])
 def test_killing_processes_anywhere_changes_no_bit(site: Site, calm: str, tmp_path: Path, carrier: str) -> None:
     job = f"cells-{carrier}"
-    paced = [*CUT, "--pause", "0.05"]
+    paced = [*CUT, "--pace-s", "0.05"]
     run = start(site, job, *paced, workers=3, ranks=2, failpoints=tmp_path, held=True, carrier=carrier)
     run.wait_for_step(2)
     for place, index in PLACES:
@@ -137,7 +137,7 @@ def test_a_job_is_forked_and_goes_on_in_other_stages(site: Site, tmp_path: Path)
     assert half.finish() == 0, half.output
     psa_checkpoint("save", "cuts-half", "--name", "half")
     psa_checkpoint("export", "cuts-half", str(tmp_path / "half"), "half")
-    like = f"{SCRIPT} --job any --steps {STEPS} --stages 4"
+    like = f"{STAGED} --job any --steps {STEPS} --stages 4"
     psa_checkpoint("import", str(tmp_path / "half"), "--as", "cuts-four", "--like", like)
     four = start(site, "cuts-four", "--stages", "4", workers=2, servers=1)
     assert four.finish() == 0, four.output
@@ -146,6 +146,6 @@ def test_a_job_is_forked_and_goes_on_in_other_stages(site: Site, tmp_path: Path)
     psa_checkpoint("fork", "cuts-four", "end", "--as", "cuts-fork")
     assert values(site, "cuts-fork") == values(site, "cuts-whole")
     psa_checkpoint("export", "cuts-fork", str(tmp_path / "end"))
-    like = f"{SCRIPT} --job any --steps {STEPS} --stages 1"
+    like = f"{STAGED} --job any --steps {STEPS} --stages 1"
     psa_checkpoint("import", str(tmp_path / "end"), "--as", "cuts-one", "--like", like)
     assert values(site, "cuts-one") == values(site, "cuts-whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,21 +19,29 @@ from psa_store.errors import DataIntegrity
 STEPS, RANKS, COMMIT_EVERY = 40, 2, 10
 STEP_S = 0.01
 SHARDS = {"s0": [0, 1], "s1": [2]}
+CUT = {0: 0, 1: 1, 2: 1}
+"""By shard, its stage in a model of two."""
 
 
-def share(server: str, step: int, rank: int) -> int:
-    """The fingerprint of a gradient, in the shards of one server."""
-    return 1000 * step + 100 * rank + len(SHARDS[server])
+def share(server: str, step: int, rank: int, stage: int) -> int:
+    """The fingerprint of a cell's gradient, in its shards of one server."""
+    return 1000 * step + 100 * rank + 10 * stage + len(SHARDS[server])
 
 
 class HistoryBuilder:
     """The history of a run as its processes would record it; tests change it before it is checked."""
 
-    def __init__(self, **scenario: Any) -> None:
+    def __init__(self, stages: int = 1) -> None:
         self.events: list[Event] = []
         self.t = 0.0
+        self.cells = list(itertools.product(range(RANKS), range(stages)))
+        self.stage_of = CUT if stages > 1 else dict.fromkeys(CUT, 0)
         facts = {"name": "kill-server", "seed": 0, "steps": STEPS, "ranks": RANKS, "commit_every": COMMIT_EVERY}
-        self.record("harness", "0", "scenario", **{**facts, "loses_redis": False, "replay": "psa …", **scenario})
+        self.record("harness", "0", "scenario", **facts, stages=stages, loses_redis=False, replay="psa …")
+
+    def shards_of(self, server: str, stage: int) -> int:
+        """How many shards of a stage a server has."""
+        return sum(self.stage_of[shard] == stage for shard in SHARDS[server])
 
     def record(self, role: str, name: str, event: str, /, **fields: Any) -> None:
         self.t += 1e-6
@@ -42,7 +51,8 @@ class HistoryBuilder:
         """A term that makes the versions after ``resume`` up to ``until``."""
         self.record("server", "s0", "published", term=number, resume=resume, servers=list(SHARDS))
         for server, shards in SHARDS.items():
-            self.record("server", server, "serving", term=number, resume=resume, shards=shards, trained=shards)
+            trained = {str(stage): self.shards_of(server, stage) for stage in set(self.stage_of.values())}
+            self.record("server", server, "serving", term=number, resume=resume, shards=shards, trained=trained)
             for shard in shards:
                 manifests = [[version, number, f"n{number}-{version}"] for version in (resume,)]
                 self.record("reader", "0", "head", shard=shard, term=number, manifests=manifests)
@@ -51,15 +61,17 @@ class HistoryBuilder:
 
     def step(self, term: int, step: int) -> None:
         self.t += STEP_S
-        for rank in range(RANKS):
-            total = sum(share(server, step, rank) for server in SHARDS)
+        for rank, stage in self.cells:
+            total = sum(share(server, step, rank, stage) for server in SHARDS if self.shards_of(server, stage))
+            where = {"term": term, "step": step, "rank": rank, "stage": stage}
             self.record("train", f"t{rank}", "batch", term=term, version=step, rank=rank, digest=f"d{step}")
-            self.record("worker", f"w{rank}", "computing", term=term, step=step, rank=rank)
-            self.record("worker", f"w{rank}", "pushed", term=term, step=step, rank=rank, sum=f"{total:016x}")
-        for server, shards in SHARDS.items():
-            ranks = {str(rank): len(shards) for rank in range(RANKS)}
-            sums = {str(rank): f"{share(server, step, rank):016x}" for rank in range(RANKS)}
-            self.record("server", server, "applied", term=term, version=step + 1, ranks=ranks, sums=sums)
+            self.record("worker", f"w{rank}", "computing", **where)
+            self.record("worker", f"w{rank}", "pushed", **where, sum=f"{total:016x}")
+        for server in SHARDS:
+            cells = [(rank, stage) for rank, stage in self.cells if self.shards_of(server, stage)]
+            counts = {f"{rank}.{stage}": self.shards_of(server, stage) for rank, stage in cells}
+            sums = {f"{rank}.{stage}": f"{share(server, step, rank, stage):016x}" for rank, stage in cells}
+            self.record("server", server, "applied", term=term, version=step + 1, shards=counts, sums=sums)
         for rank in range(RANKS):
             self.record("worker", f"w{rank}", "acked", term=term, version=step + 1)
         if (step + 1) % COMMIT_EVERY == 0:
@@ -95,13 +107,22 @@ class HistoryBuilder:
         return {violation.check for violation in check_history(History(self.events), REFERENCE).violations}
 
 
-REFERENCE = Reference({version: f"d{version}" for version in range(STEPS)}, "F")
+REFERENCE = Reference({(version, None): f"d{version}" for version in range(STEPS)}, "F")
 
 
 @pytest.fixture
 def builder() -> HistoryBuilder:
     """A server dies after version 27; the next term goes back to 20."""
-    builder = HistoryBuilder()
+    return with_a_rollback(HistoryBuilder())
+
+
+@pytest.fixture
+def staged() -> HistoryBuilder:
+    """The same of a model in two stages; the second server has shards of the last one only."""
+    return with_a_rollback(HistoryBuilder(stages=2))
+
+
+def with_a_rollback(builder: HistoryBuilder) -> HistoryBuilder:
     builder.term(1, 0, 27)
     builder.fault()
     builder.term(2, 20, STEPS)
@@ -114,12 +135,12 @@ def test_a_healthy_run_with_a_rollback_keeps_all_promises(builder: HistoryBuilde
 
 
 def test_a_gradient_that_counts_twice_is_seen(builder: HistoryBuilder) -> None:
-    builder.change("applied", -1, sums={"0": "1", "1": "2"})
+    builder.change("applied", -1, sums={"0.0": "1", "1.0": "2"})
     assert builder.broken() == {"exactly_once"}
 
 
 def test_a_rank_that_is_missing_in_a_shard_is_seen(builder: HistoryBuilder) -> None:
-    builder.change("applied", -2, ranks={"0": 2, "1": 1})
+    builder.change("applied", -2, shards={"0.0": 2, "1.0": 1})
     assert builder.broken() == {"exactly_once"}
 
 
@@ -135,7 +156,7 @@ def test_a_version_that_a_server_applied_twice_is_seen(builder: HistoryBuilder) 
 
 def test_what_was_applied_in_a_term_that_was_rolled_back_may_be_anything(builder: HistoryBuilder) -> None:
     lost = [i for i, each in enumerate(e for e in builder.events if e.event == "applied") if each["version"] == 25]
-    builder.change("applied", lost[0], sums={"0": "1", "1": "2"})
+    builder.change("applied", lost[0], sums={"0.0": "1", "1.0": "2"})
     assert builder.broken() == set()
 
 
@@ -146,8 +167,59 @@ def test_an_acknowledgement_before_the_update_is_seen(builder: HistoryBuilder) -
 
 
 def test_ranks_that_compute_differently_are_seen(builder: HistoryBuilder) -> None:
-    builder.record("worker", "w9", "pushed", term=1, step=3, rank=0, sum="0" * 16)
+    builder.record("worker", "w9", "pushed", term=1, step=3, rank=0, stage=0, sum="0" * 16)
     assert builder.broken() == {"exactly_once"}
+
+
+def test_a_healthy_run_in_stages_keeps_all_promises(staged: HistoryBuilder) -> None:
+    assert staged.broken() == set()
+
+
+def applied_last(builder: HistoryBuilder, server: int, **changed: dict[str, Any]) -> None:
+    """Falsify, cell by cell, what a server says of the last version."""
+    events = [event for event in builder.events if event.event == "applied"][-2:]
+    builder.change("applied", server - 2, **{name: {**events[server][name], **of} for name, of in changed.items()})
+
+
+LAST = STEPS - 1
+
+
+@pytest.mark.parametrize(
+    ("what", "falsified"),
+    [
+        ("the push of a cell was lost", {"shards": {"1.1": 0}, "sums": {"1.1": "0"}}),
+        ("the push of a cell was lost in one shard", {"shards": {"1.0": 0}}),
+        ("the push of a cell counts twice", {"sums": {"1.1": f"{2 * share('s0', LAST, 1, 1):016x}"}}),
+        ("the push of a cell is of another version", {"sums": {"1.1": f"{share('s0', LAST - 1, 1, 1):016x}"}}),
+        (
+            "the pushes of two cells of a rank were exchanged: their sum is right",
+            {"sums": {"1.0": f"{share('s0', LAST, 1, 1):016x}", "1.1": f"{share('s0', LAST, 1, 0):016x}"}},
+        ),
+    ],
+)
+def test_a_push_of_a_cell_that_is_not_there_once_is_seen(
+    staged: HistoryBuilder, what: str, falsified: dict[str, dict[str, Any]]
+) -> None:
+    applied_last(staged, 0, **falsified)
+    assert staged.broken() == {"exactly_once"}, what
+
+
+def test_a_cell_that_is_computed_with_another_result_is_seen(staged: HistoryBuilder) -> None:
+    of_the_other_stage = f"{sum(share(server, 3, 0, 1) for server in SHARDS):016x}"
+    staged.record("worker", "w9", "pushed", term=1, step=3, rank=0, stage=0, sum=of_the_other_stage)
+    assert staged.broken() == {"exactly_once"}
+
+
+def test_a_cell_that_no_worker_computed_is_seen(staged: HistoryBuilder) -> None:
+    cell = {"step": 25, "rank": 0, "stage": 1}
+    staged.events = [e for e in staged.events if e.event != "computing" or not cell.items() <= e.fields.items()]
+    assert staged.broken() == {"exactly_once"}
+
+
+def test_a_stage_with_parameters_of_another_version_is_seen(staged: HistoryBuilder) -> None:
+    for digest in ("stage 1 at version 20", "stage 1 at version 19"):
+        staged.record("train", "t0", "batch", term=2, version=20, rank=0, stage=1, digest=digest)
+    assert staged.broken() == {"bits"}
 
 
 @pytest.mark.parametrize(("event", "fields"), [("final", {"digest": "G"}), ("end", {"exit_code": 1})])

@@ -48,7 +48,7 @@ def test_every_kind_of_fault_and_every_failpoint_has_a_row() -> None:
     played = {kind for row in MATRIX.values() for kind in row.kinds}
     assert played == set(FAULTS)
     drilled = {kind.partition("-")[2] for kind in FAULT_KINDS}
-    elsewhere = {name for name in FAILPOINTS if name.partition(".")[0] in ("cell", "fork", "rollback")}  # by tests/kill
+    elsewhere = {name for name in FAILPOINTS if name.partition(".")[0] in ("fork", "rollback")}  # by tests/kill
     assert set(FAILPOINTS) <= {kind.partition("-")[2] for kind in played} | drilled | elsewhere
 
 

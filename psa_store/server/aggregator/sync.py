@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -224,11 +225,15 @@ class SyncAggregator(Aggregator):
 
     def _record_applied(self, version: int) -> None:
         """Write down what goes into ``version``, before any process can learn of it."""
-        ranks = range(self._tools.config.ranks)
-        prints = [each for each in (owned.fingerprints() for owned in self.trained) if each]
-        counts = {rank: sum(rank in each for each in prints) for rank in ranks}
-        sums = {rank: fingerprint_text(sum(each.get(rank, 0) for each in prints)) for rank in ranks}
-        self._tools.journal.record("applied", term=self.plan.term, version=version, ranks=counts, sums=sums)
+        counts: Counter[str] = Counter()
+        sums: Counter[str] = Counter()
+        for owned in self.trained:
+            for rank, fingerprint in owned.fingerprints().items():
+                cell = f"{rank}.{owned.shard.home}"
+                counts[cell] += 1
+                sums[cell] += fingerprint
+        texts = {cell: fingerprint_text(total) for cell, total in sums.items()}
+        self._tools.journal.record("applied", term=self.plan.term, version=version, shards=counts, sums=texts)
 
 
 def _is_pushed(config: JobConfig, layout: Layout, shard: int, step: int) -> bool:

@@ -122,6 +122,7 @@ class AsyncStrategy:
     def begin(self, rank_step: RankStep) -> None:
         self._finite = True
         self._push.begin(rank_step, self._gradients)
+        self._push.computing()
         self._clip = self.session.history.at(rank_step.step).clip_grad_norm
         self._waits_for_whole = self._clip is not None or self._config.skip_nonfinite
         # Where something must be known of the whole gradient before, none of it is pushed until it is here.

@@ -181,7 +181,7 @@ class LocalSGDStrategy:
             pushes += [(shard, value.view(torch.uint8)) for shard, value in state.buffers]
         state.pushed, state.pushed_round = pushes, number
         self._push_kept(rank)
-        record_pushed(self.session, self._journal, number, rank, fingerprint)
+        record_pushed(self.session, self._journal, number, rank, {0: fingerprint})
 
     def _push_kept(self, rank: int) -> None:
         state = self._ranks[rank]

@@ -137,7 +137,7 @@ class StagedStrategy:
                     if shard.home in computed:
                         flat = self._model.flat(shard.home)
                         self._servers.push_value(step, rank, shard.index, flat.parameters(shard))
-            push.done()
+            push.done(computed)
             self._step.pushed(Cell(rank, stage) for stage in computed)
         self._decide(handing_over=True)
 
@@ -159,6 +159,7 @@ class StagedStrategy:
         for stage in stages:
             if stage not in passes.held:
                 self._model.flat(stage).begin(self._gradients, self._push.push)
+                self._push.computing(stage)
                 self._want(stage)
         passes.hold(stages)
         return True

@@ -93,6 +93,7 @@ class SyncStrategy:
             memory = self._memories_next[rank_step.rank]
             state_of = {shard: partial(self._states.pack, shard, memory) for shard in self._states.kept}
         self._push.begin(rank_step, self._gradients, state_of)
+        self._push.computing()
         self._flat_model.begin(self._gradients, self._push.push)
         self._begun_s = time.monotonic()
 
