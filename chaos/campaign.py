@@ -21,7 +21,6 @@ from chaos.schedule import ScheduledFault, long_schedule, pace_s, short_schedule
 from chaos.site import Site, open_site
 from psa_store.errors import PsaError, UsageError
 
-SHORT_STEPS = 200
 PACE_S = 0.012
 """The least time that a rank computes in a step: about half of an undisturbed step."""
 _STEPS_PER_S = 18.0
@@ -119,7 +118,7 @@ def undisturbed(site: Site, steps: int, stages: int, folder: Path) -> Reference:
 def _run_spec(campaign: Campaign, row: Scenario, seed: int) -> RunSpec:
     schedule: list[ScheduledFault]
     extra: list[str] = []
-    steps = SHORT_STEPS
+    steps = row.steps
     if campaign.duration_s is None and row is not SOAK:
         schedule = short_schedule(row.kinds, row.name, seed)
     else:
@@ -141,7 +140,7 @@ def _one(spec: RunSpec, site: Site, reference: Reference, keep: bool) -> Run:
     run_once(spec, site)
     read = read_history(spec.job.journals)
     verdict = check_history(read, reference)
-    long = spec.job.steps > SHORT_STEPS
+    long = spec.job.steps > spec.scenario.steps
     if not (keep or long or verdict.violations):
         shutil.rmtree(folder)
     history = read if long or keep or verdict.violations else None

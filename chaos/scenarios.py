@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from chaos.faults import FAULTS
 from psa_store.errors import UsageError
@@ -33,9 +34,11 @@ class Scenario:
     """The interval of automatic checkpoints."""
     stages: int = 1
     """Into how many the model is cut."""
+    steps: int = 200
+    """How long a short run is."""
 
 
-_STAGES = 4
+_staged = partial(Scenario, stages=4, steps=100)  # each step takes longer: cells wait for each other
 _KILLS_OF_STAGES = (
     "kill-worker",
     "kill-server",
@@ -74,13 +77,13 @@ def _rows() -> list[Scenario]:
         ),
         Scenario("clock-jump", ("clock-jump",), sets_clock=True),
         *(
-            Scenario(f"stages-{name}", (f"die-{name}", f"hang-{name}"), stages=_STAGES)
+            _staged(f"stages-{name}", (f"die-{name}", f"hang-{name}"))
             for name in failpoints
             if name.partition(".")[0] in ("cell", "push", "step", "worker")
         ),
-        *(Scenario(f"stages-{name}", (name,), stages=_STAGES) for name in _KILLS_OF_STAGES),
+        *(_staged(f"stages-{name}", (name,)) for name in _KILLS_OF_STAGES),
         *(
-            Scenario(f"stages-unsupervised-{name}", (name,), Shape.HOSTS, stages=_STAGES)
+            _staged(f"stages-unsupervised-{name}", (name,), Shape.HOSTS)
             for name in ("kill-worker", "stop-worker", "cut-worker-server")
         ),
     ]

@@ -105,12 +105,13 @@ def _applied_twice(history: History) -> list[Violation]:
 
 
 def _acknowledged(history: History, by_number: dict[int, Term]) -> list[Violation]:
-    """A worker was told of a version only after every server of the term had applied it."""
+    """A worker was told of a version only after every server of the term had applied it that owns what changes."""
     violations = []
     for event in history.of("acked"):
         term = by_number.get(event["term"])
         applied = {} if term is None else {each.name: each.t for each in term.applied.get(event["version"], [])}
-        late = [] if term is None else [name for name in term.serving if applied.get(name, event.t + 1) > event.t]
+        owners = [] if term is None else [name for name, each in term.serving.items() if each["versioned"]]
+        late = [name for name in owners if applied.get(name, event.t + 1) > event.t]
         if term is None or late:
             text = f"version {event['version']} of term {event['term']} was acknowledged before {late} applied it"
             violations.append(Violation(_NAME, text, event.t))

@@ -86,6 +86,7 @@ class Serving:
             resume=plan.resume,
             member=serve.member,
             shards=list(aggregator.owned_shards),
+            versioned=len(aggregator.versioned),
             trained=Counter(owned.shard.home for owned in aggregator.trained),
             clocks={i: owned.clocks for i, owned in aggregator.versioned.items() if owned.clocks},
         )

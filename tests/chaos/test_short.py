@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.campaign import PACE_S, SHORT_STEPS, undisturbed
+from chaos.campaign import PACE_S, undisturbed
 from chaos.check import Verdict, check_history
 from chaos.cluster.network import namespaces_available
 from chaos.history import Reference, read_history
@@ -80,8 +80,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def references(site: Site, tmp_path_factory: pytest.TempPathFactory) -> References:
     """What an undisturbed run of a row comes to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    of_stages = functools.cache(lambda stages: undisturbed(site, SHORT_STEPS, stages, folder))
-    return lambda name: of_stages(scenario(name).stages)
+    made = functools.cache(lambda steps, stages: undisturbed(site, steps, stages, folder))
+    return lambda name: made(scenario(name).steps, scenario(name).stages)
 
 
 def play(
@@ -98,8 +98,8 @@ def play(
     row = scenario(name)
     spec = JobSpec(
         f"{name}-{bug or seed}".replace(".", "-"),
-        SHORT_STEPS,
-        pace_s(schedule, SHORT_STEPS, PACE_S),
+        row.steps,
+        pace_s(schedule, row.steps, PACE_S),
         folder / "run",
         environment(bug) if bug else {},
         commit_every or row.commit_every,

@@ -76,7 +76,7 @@ def calm(site: Site) -> str:
     return site.digest("cells-calm", STEPS)
 
 
-@pytest.mark.parametrize("carrier", ["auto", "tcp"])
+@pytest.mark.parametrize("carrier", ["auto", pytest.param("tcp", marks=pytest.mark.long)])
 def test_killing_processes_anywhere_changes_no_bit(site: Site, calm: str, tmp_path: Path, carrier: str) -> None:
     job = f"cells-{carrier}"
     paced = [*CUT, "--pace-s", "0.05"]

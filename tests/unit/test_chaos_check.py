@@ -52,7 +52,8 @@ class HistoryBuilder:
         self.record("server", "s0", "published", term=number, resume=resume, servers=list(SHARDS))
         for server, shards in SHARDS.items():
             trained = {str(stage): self.shards_of(server, stage) for stage in set(self.stage_of.values())}
-            self.record("server", server, "serving", term=number, resume=resume, shards=shards, trained=trained)
+            facts = {"term": number, "resume": resume, "shards": shards, "versioned": len(shards), "trained": trained}
+            self.record("server", server, "serving", **facts)
             for shard in shards:
                 manifests = [[version, number, f"n{number}-{version}"] for version in (resume,)]
                 self.record("reader", "0", "head", shard=shard, term=number, manifests=manifests)
@@ -164,6 +165,17 @@ def test_an_acknowledgement_before_the_update_is_seen(builder: HistoryBuilder) -
     early = Event(0.001, "acked", "worker", "w0", 1, {"term": 1, "version": 27})
     builder.events.append(early)
     assert builder.broken() == {"exactly_once"}
+
+
+def test_a_server_whose_shards_never_change_is_not_waited_for(builder: HistoryBuilder) -> None:
+    """Found by stages-unsupervised-kill-worker, seed 1, in this check."""
+    facts = {"term": 2, "resume": 20, "shards": [3], "versioned": 0, "trained": {}}
+    builder.events.append(Event(0.1, "serving", "server", "s2", 1, facts))
+    told = {event["version"]: event.t for event in builder.events if event.event == "acked" and event["term"] == 2}
+    for version, t in told.items():
+        facts = {"term": 2, "version": version, "shards": {}, "sums": {}}
+        builder.events.append(Event(t + 1e-3, "applied", "server", "s2", 1, facts))
+    assert builder.broken() == set()
 
 
 def test_ranks_that_compute_differently_are_seen(builder: HistoryBuilder) -> None:
