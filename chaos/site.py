@@ -43,14 +43,14 @@ class Site:
     @property
     def redis_url(self) -> str:
         """The address of Redis for the job."""
-        return self.redis.url if self.redis_proxy is None else f"redis://127.0.0.1:{self.redis_proxy.port}"
+        return self.redis.url if self.redis_proxy is None else self.redis.url_at("127.0.0.1", self.redis_proxy.port)
 
     @property
     def zookeeper_hosts(self) -> str:
         """The addresses of ZooKeeper for the job."""
         if not self.zookeeper_proxies:
             return self.zookeeper.hosts
-        return ",".join(f"127.0.0.1:{proxy.port}" for proxy in self.zookeeper_proxies)
+        return self.zookeeper.hosts_at([("127.0.0.1", proxy.port) for proxy in self.zookeeper_proxies])
 
     def host(self, name: str) -> Host:
         """Return the host of a process of the job: this machine, unless each has its own."""

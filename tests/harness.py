@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from kazoo.client import KazooClient
+from kazoo.security import make_digest_acl
+
 from chaos.cluster.spawner import Spawner
 from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
+from psa_store.coordination import as_access
 from psa_store.observe.status import JobStatus, describe
 from psa_store.storage import RedisStore
 
@@ -194,6 +198,18 @@ class ForkedServer(Followed):
             os.close(self._writable)  # now the last one: what is read comes to an end
             self._writable = -1
         return code
+
+
+def plain_client(where: str) -> KazooClient:
+    """A client of Kazoo's for an address as PSA_ZOOKEEPER has it; not started."""
+    access = as_access(where)
+    digest = make_digest_acl(access.user, access.password, all=True)
+    return KazooClient(
+        access.hosts,
+        timeout=4.0,
+        auth_data=[("digest", f"{access.user}:{access.password}")],
+        default_acl=[digest],
+    )
 
 
 def _session_pids(session: int) -> list[int]:

@@ -58,11 +58,12 @@ def drill(
 
 class _Drill:
     def __init__(self, hosts: str, job: str, journals: Path, armed: Path, env: Mapping[str, str]) -> None:
-        self._command = [sys.executable, "-m", "chaos.barrier.member", hosts, job]
+        self._command = [sys.executable, "-m", "chaos.barrier.member", job]
         self._journals, self._armed = journals, armed
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), root, os.environ.get("PYTHONPATH")]))
         self._env = {**os.environ, **env, "PYTHONPATH": paths, failpoints.ENV: str(armed)}
+        self._env["PSA_ZOOKEEPER"] = hosts
         self._news = threading.Event()
         self._door = Coordination(
             hosts, job, session_timeout_s=SESSION_S, connect_timeout_s=CONNECT_S, wake=self._news.set

@@ -112,7 +112,8 @@ class Member:
 
 def main() -> int:
     die_with_parent(signal.SIGKILL)
-    hosts, job, name, slot, journals = sys.argv[1:]
+    hosts = os.environ["PSA_ZOOKEEPER"]
+    job, name, slot, journals = sys.argv[1:]
     with closing(Member(hosts, job, name, int(slot), Path(journals))) as member:
         return member.run()
 

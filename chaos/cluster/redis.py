@@ -30,17 +30,20 @@ class RedisNode:
         if disk_mb is not None:
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={disk_mb}m", "none", str(folder)], check=True)
             self._mounted = True
-        # Without a password it serves other hosts only on request; the network is the test's own.
-        options = {} if host.namespace is None else {"protected-mode": "no"}
+        options = {}
         if disk_mb is None:
             # The checker requires that what Redis acknowledged is durable. (With this, a full disk ends Redis.)
             options["appendfsync"] = "always"
-        self._server = PrivateRedis(folder, options, place_on(host))
+        self._server = PrivateRedis(folder, options, place_on(host), tcp=True)
         self._by_socket = host.namespace is None
 
     @property
     def url(self) -> str:
         return self._server.url if self._by_socket else self._server.tcp_url
+
+    def url_at(self, host: str, port: int) -> str:
+        """By another address that leads to it."""
+        return self._server.url_at(host, port)
 
     @property
     def address(self) -> tuple[str, int]:

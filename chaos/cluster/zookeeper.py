@@ -33,6 +33,10 @@ class ZooKeeperEnsemble:
         """The addresses as PSA_ZOOKEEPER takes them."""
         return self._servers.hosts
 
+    def hosts_at(self, addresses: Sequence[tuple[str, int]]) -> str:
+        """The same by other addresses that lead to the nodes."""
+        return self._servers.hosts_at(addresses)
+
     @property
     def addresses(self) -> list[tuple[str, int]]:
         return self._servers.addresses

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from psa_store.cli.options import Json, begin
 from psa_store.config import FOR_PEOPLE, Settings, origins
-from psa_store.logs import hide_passwords, printable
+from psa_store.logs import hide_passwords, printable, printable_hosts
 
 app = typer.Typer(name="config", help="Settings: from flags, else PSA_* variables, else psa.toml, else defaults.")
 
@@ -41,6 +41,8 @@ def show(with_origin: bool, as_json: bool, settings: Settings) -> None:
     values = {name: hide_passwords(its) if isinstance(its, str) else its for name, its in found_values.items()}
     if settings.redis is not None:
         values["redis"] = printable(settings.redis)
+    if settings.zookeeper is not None:
+        values["zookeeper"] = printable_hosts(settings.zookeeper)
     found = origins() if with_origin else {}
     document = {
         name: {

@@ -44,15 +44,7 @@ def examine(job: str | None, as_json: bool, settings: Settings) -> int:
         UsageError: no address of Redis or ZooKeeper is known.
         UnknownJob: there is no such job.
     """
-    settings = fill_addresses(settings)
-    assert settings.redis is not None and settings.zookeeper is not None
-    found = doctor.examine(
-        settings.redis,
-        settings.zookeeper,
-        job,
-        session_timeout_s=settings.session_timeout_s,
-        timeout_s=settings.connect_timeout_s,
-    )
+    found = doctor.examine(fill_addresses(settings), job)
     if as_json:
         print(to_text(found, indent=1))
     else:

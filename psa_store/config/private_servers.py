@@ -1,6 +1,8 @@
 """Finding the private servers of PSA_HOME: `psa up` and `psa run` start them, and write down where they answer.
 
 The process that runs them holds a lock on its pid file as long as it lives; the kernel drops the lock however it dies.
+
+The home is closed to other users: what is written down holds the passwords of the servers.
 """
 
 from __future__ import annotations
@@ -9,16 +11,19 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from psa_store.config.own_files import private_home, refuse_foreign, write_private
 from psa_store.config.settings import Settings
 from psa_store.errors import UsageError
 from psa_store.job.document import from_text, to_text
 
 _POLL_S = 0.005
 _GLANCE_S = 0.1
+_MARKS = ("up.pid", "servers.json", "redis")
+"""What a folder has that is a home already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +32,15 @@ class Addresses:
 
     FORMAT: ClassVar[int] = 1
 
-    redis: str
-    zookeeper: str
+    redis: str = field(repr=False)
+    zookeeper: str = field(repr=False)
 
 
 def running(home: Path) -> Addresses | None:
     """The addresses of the private servers, if they run and answer.
 
     Raises:
+        UsageError: the home belongs to another user.
         DataIntegrity: another release runs them, and wrote the addresses in a format that this one does not know.
     """
     path = _addresses_path(home)
@@ -64,8 +70,13 @@ def fill_addresses(settings: Settings) -> Settings:
 
 def with_addresses(settings: Settings, found: Addresses) -> Settings:
     """The same settings, with these addresses where they say none."""
-    redis, zookeeper = settings.redis or found.redis, settings.zookeeper or found.zookeeper
-    return settings.model_copy(update={"redis": redis, "zookeeper": zookeeper})
+    update: dict[str, object] = {}
+    if settings.redis is None:
+        update["redis"] = found.redis
+    if settings.zookeeper is None:  # what is said about another ZooKeeper is not for this one
+        others = ("zookeeper_credentials", "zookeeper_ca", "zookeeper_cert", "zookeeper_key")
+        update |= {"zookeeper": found.zookeeper, **dict.fromkeys(others)}
+    return settings.model_copy(update=update)
 
 
 def redis_of(settings: Settings) -> str | None:
@@ -90,9 +101,14 @@ def known_zookeeper(settings: Settings) -> str:
     return addresses
 
 
+def make_home(home: Path) -> None:
+    """Make the folder; raises UsageError if it is another user's, or open to others."""
+    private_home(home, _MARKS)
+
+
 def hold_home(home: Path) -> Callable[[], None] | None:
     """Become the one process that runs private servers in ``home``; None if another is. Call the result to let go."""
-    home.mkdir(parents=True, exist_ok=True)
+    make_home(home)
     file = os.open(home / "up.pid", os.O_RDWR | os.O_CREAT, 0o600)
     if not _lock(file):
         os.close(file)
@@ -118,10 +134,7 @@ def _lock(file: int) -> bool:
 
 def publish(home: Path, addresses: Addresses) -> None:
     """Let :func:`running` find the servers; whole or not at all."""
-    path = _addresses_path(home)
-    draft = path.with_suffix(".draft")
-    draft.write_text(to_text(addresses))
-    draft.replace(path)
+    write_private(_addresses_path(home), to_text(addresses))
 
 
 def _addresses_path(home: Path) -> Path:
@@ -129,7 +142,9 @@ def _addresses_path(home: Path) -> Path:
 
 
 def holder(home: Path) -> int | None:
-    """The process that runs private servers in ``home``, if one does."""
+    """The process that runs private servers in ``home``, if one does; raises UsageError if it is another user's."""
+    if home.exists():
+        refuse_foreign(home)
     path = home / "up.pid"
     if not path.exists():
         return None

@@ -73,7 +73,17 @@ class Settings(BaseSettings):
         pattern="^(redis|rediss|unix)://",
         description="where Redis is: redis://host:port/db, rediss://…, or unix:///path",
     )
-    zookeeper: str | None = Field(default=None, description="where ZooKeeper is: host:port,host:port/chroot")
+    zookeeper: str | None = Field(
+        default=None, description="where ZooKeeper is: host:port,host:port/chroot, or user:password@host:port/chroot"
+    )
+    zookeeper_credentials: _Folder | None = Field(
+        default=None, description="file of mode 0600 that holds user:password for ZooKeeper, if its address does not"
+    )
+    zookeeper_ca: _Folder | None = Field(
+        default=None, description="certificates (PEM) that ZooKeeper's must be signed by; with it connections are TLS"
+    )
+    zookeeper_cert: _Folder | None = Field(default=None, description="our certificate (PEM), if ZooKeeper wants one")
+    zookeeper_key: _Folder | None = Field(default=None, description="the key (PEM) of that certificate")
     home: _Folder = Field(
         default=Path.home() / ".local" / "share" / "psa_store", description="data of the private servers"
     )
@@ -197,7 +207,7 @@ def load_settings() -> Settings:
         origin = origins()[name]
         if origin != variable_of(name):
             raise UsageError(f"{origin}: {name}: {why}. Correct or remove it.") from error
-        value = "" if name == "redis" else f"={first['input']!r}"  # a URL may hold a password
+        value = "" if name in ("redis", "zookeeper") else f"={first['input']!r}"  # a URL may hold a password
         raise UsageError(f"{origin}{value}: {why}. Correct or unset it.") from error
 
 

@@ -12,9 +12,11 @@ import contextlib
 import itertools
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from kazoo.client import KazooClient
@@ -23,6 +25,9 @@ from kazoo.protocol.connection import ConnectionHandler
 from kazoo.protocol.serialization import Connect
 from kazoo.protocol.states import KeeperState
 from kazoo.retry import KazooRetry
+from kazoo.security import ACL, make_digest_acl
+
+from psa_store.coordination.access import Access
 
 _RECONNECT_DELAY_S = 0.05
 _RECONNECT_DELAY_MAX_S = 0.25
@@ -32,12 +37,20 @@ _ANSWER_BYTES_MAX = 1 << 16
 
 
 class Client(KazooClient):  # type: ignore[misc]
-    """``addresses``: "host:port,host:port". ``attempt_s``: limit of one attempt to open a TCP connection."""
+    """``attempt_s``: limit of one attempt to open a TCP connection."""
 
-    def __init__(self, addresses: str, session_timeout_s: float, attempt_s: float) -> None:
+    def __init__(self, access: Access, session_timeout_s: float, attempt_s: float) -> None:
         self._carrier = _Carrier(attempt_s)
+        tls = access.tls
         super().__init__(
-            hosts=addresses,
+            hosts=access.hosts,
+            auth_data=[("digest", f"{access.user}:{access.password}")] if access.user else None,
+            default_acl=_acl(access),
+            use_ssl=tls is not None,
+            check_hostname=tls is not None,
+            ca=tls and tls.ca,
+            certfile=tls and tls.cert,
+            keyfile=tls and (tls.key or tls.cert),
             timeout=session_timeout_s,
             handler=self._carrier,
             connection_retry=KazooRetry(
@@ -58,6 +71,16 @@ class Client(KazooClient):  # type: ignore[misc]
     def peer(self) -> str | None:
         """Address of the ZooKeeper server that we last connected to."""
         return self._carrier.peer
+
+    @property
+    def problem(self) -> str:
+        """Why the newest attempt at TLS failed; empty if none did."""
+        return self._carrier.problem
+
+    @property
+    def refused(self) -> bool:
+        """Whether ZooKeeper does not take our credentials: then this client never connects again."""
+        return bool(self._state == KeeperState.AUTH_FAILED)
 
     @property
     def outlived(self) -> bool:
@@ -99,6 +122,7 @@ class _Carrier(SequentialThreadingHandler):  # type: ignore[misc]
         self._numbers = itertools.count()
         self._socket: socket.socket | None = None
         self.peer: str | None = None
+        self.problem = ""
 
     def spawn(self, func: Callable[..., object], *args: Any, **kwargs: Any) -> threading.Thread:
         name = f"psa-zookeeper-{next(self._numbers)}"
@@ -108,8 +132,13 @@ class _Carrier(SequentialThreadingHandler):  # type: ignore[misc]
 
     def create_connection(self, *args: Any, **kwargs: Any) -> socket.socket:
         kwargs["timeout"] = min(self._attempt_s, kwargs.get("timeout") or self._attempt_s)
-        connected: socket.socket = super().create_connection(*args, **kwargs)
+        try:
+            connected: socket.socket = super().create_connection(*args, **kwargs)
+        except ssl.SSLError as error:
+            self.problem = f"TLS: {error.reason or error}"
+            raise
         self._socket = connected
+        self.problem = ""
         self.peer = "{}:{}".format(*connected.getpeername()[:2])
         return connected
 
@@ -139,14 +168,22 @@ class _Connection(ConnectionHandler):  # type: ignore[misc]
         return answer
 
 
-def four_letters(address: tuple[str, int], word: bytes, timeout_s: float) -> str:
+def _acl(access: Access) -> list[ACL] | None:
+    """All rights for our user, none for others; None: what is created is open to all."""
+    return [make_digest_acl(access.user, access.password, all=True)] if access.user else None
+
+
+def four_letters(address: tuple[str, int], word: bytes, timeout_s: float, tls: ssl.SSLContext | None = None) -> str:
     """Say one of ZooKeeper's four-letter words to a server; what it says until it hangs up, or is silent so long.
 
     Raises:
         OSError: there is no connection.
     """
     answer = b""
-    with socket.create_connection(address, timeout=timeout_s) as sock:
+    with ExitStack() as stack:
+        sock = stack.enter_context(socket.create_connection(address, timeout=timeout_s))
+        if tls is not None:
+            sock = stack.enter_context(tls.wrap_socket(sock, server_hostname=address[0]))
         end_s = time.monotonic() + timeout_s
         with contextlib.suppress(OSError):
             sock.sendall(word)

@@ -22,16 +22,14 @@ from dataclasses import dataclass, field
 
 from psa_store.cluster import Member, Plan, ProcessRole, member_from_json, plan_from_json
 from psa_store.config import Settings
-from psa_store.config.private_servers import known_zookeeper
 from psa_store.coordination import attempts, barrier, election, terms
+from psa_store.coordination.access import Access, access_of, as_access
 from psa_store.coordination.barrier import Barrier
 from psa_store.coordination.request import CheckpointRequest, request_from_json
 from psa_store.coordination.session import Lease, Session, SessionState, now_s
 from psa_store.coordination.znodes import Znodes
 from psa_store.errors import Disconnected, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
-
-_ROOT = "psa"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +46,30 @@ class StoredPlan:
 class Coordination:
     """One process's session with ZooKeeper for one job. Thread-safe; started and closed once, as ``with`` does.
 
-    ``hosts``: "host:port,host:port/chroot"; the chroot is created when something is written below it. ``wake`` is
-    called from a Kazoo thread, and must only set a flag: whenever something that was read with ``watch`` may have
-    changed, when a predecessor or holder went, and on every change of the connection, since events may have been
+    ``where``: as PSA_ZOOKEEPER has it; its chroot is created when something is written below it. ``wake`` is called
+    from a Kazoo thread, and must only set a flag: whenever something that was read with ``watch`` may have changed,
+    when a predecessor or holder went, and on every change of the connection, since events may have been
     missed. Read again then.
     """
 
     def __init__(
         self,
-        hosts: str,
+        where: Access | str,
         job: str,
         *,
         session_timeout_s: float,
         connect_timeout_s: float,
         wake: Callable[[], None],
     ) -> None:
-        addresses, _, chroot = hosts.partition("/")
-        self._root = "/".join(["", *filter(None, chroot.split("/")), _ROOT])
+        access = as_access(where)
+        self._root = access.root
         self._job = f"{self._root}/{job}"
         self._term = f"{self._job}/term"
         self._election = f"{self._job}/election"
         self._barriers = f"{self._job}/barriers"
         self._checkpoints = f"{self._job}/checkpoints"
         self._session = Session(
-            addresses, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=wake
+            access, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=wake
         )
         self._joined: dict[ProcessRole, set[str]] = {role: set() for role in ProcessRole}
         """Ids under which we may be a member: all that we tried since the last success."""
@@ -92,7 +90,7 @@ class Coordination:
             UsageError: neither is known.
         """
         return cls(
-            known_zookeeper(settings),
+            access_of(settings),
             job,
             session_timeout_s=settings.session_timeout_s,
             connect_timeout_s=connect_timeout_s or settings.connect_timeout_s,
@@ -100,8 +98,17 @@ class Coordination:
         )
 
     def start(self) -> None:
-        """Connect. Raises DependencyUnreachable, naming the hosts, if no quorum answers in time."""
+        """Connect, and see that we may read what is there.
+
+        Raises:
+            DependencyUnreachable: no quorum answers in time, or it does not let us in; the message names the hosts.
+        """
         self._session.start()
+        try:
+            self.jobs()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the session: our ephemerals vanish at once. Idempotent; calls that are under way raise Disconnected."""

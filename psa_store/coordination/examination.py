@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from kazoo.hosts import collect_hosts
-
+from psa_store.coordination.access import Access, as_access
 from psa_store.coordination.client import four_letters
 from psa_store.coordination.session import Session
 from psa_store.coordination.znodes import Znodes
-from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
+from psa_store.errors import DependencyUnfit, DependencyUnreachable, Disconnected
 
 _ROUND_TRIPS = 15
 _ASKED_AT_ONCE = 8
@@ -49,39 +48,41 @@ class ZooKeeperMember:
         return not self.problem
 
 
-def examine_zookeeper(hosts: str, *, session_timeout_s: float, connect_timeout_s: float) -> list[ZooKeeperMember]:
-    """Ask every address of ``hosts`` ("host:port,host:port/chroot"), in their order.
+def examine_zookeeper(
+    where: Access | str, *, session_timeout_s: float, connect_timeout_s: float
+) -> list[ZooKeeperMember]:
+    """Ask every address ("host:port,host:port/chroot"), in their order.
 
     Raises:
-        UsageError: ``hosts`` cannot be read.
+        UsageError: the address cannot be read.
     """
-    return _ask_each(hosts, lambda host, port: _examine(host, port, session_timeout_s, connect_timeout_s))
+    access = as_access(where)
+    return _ask_each(access, lambda each: _examine(each, access.root, session_timeout_s, connect_timeout_s))
 
 
-def probe_zookeeper(hosts: str, timeout_s: float) -> list[ZooKeeperMember]:
+def probe_zookeeper(where: Access | str, timeout_s: float) -> list[ZooKeeperMember]:
     """The same from one short question to each, without a session: nothing is known of how fast it is.
 
     A member that is silent for ``timeout_s``, as a stopped process is, does not serve.
 
     Raises:
-        UsageError: ``hosts`` cannot be read.
+        UsageError: the address cannot be read.
     """
-    return _ask_each(hosts, lambda host, port: _ask_srvr(host, port, timeout_s))
+    return _ask_each(where, lambda each: _ask_srvr(each, timeout_s))
 
 
-def _ask_each(hosts: str, ask: Callable[[str, int], ZooKeeperMember]) -> list[ZooKeeperMember]:
-    try:
-        addresses, _ = collect_hosts(hosts)
-    except ValueError as error:
-        raise UsageError(f"ZooKeeper address {hosts!r}: {error}. Write host:port,host:port/chroot") from error
+def _ask_each(where: Access | str, ask: Callable[[Access], ZooKeeperMember]) -> list[ZooKeeperMember]:
+    access = as_access(where)
+    members = [access.member(host, port) for host, port in access.addresses]
     with ThreadPoolExecutor(_ASKED_AT_ONCE, thread_name_prefix="psa-zookeeper-ask") as pool:
-        return list(pool.map(lambda address: ask(*address), addresses))
+        return list(pool.map(ask, members))
 
 
-def _ask_srvr(host: str, port: int, timeout_s: float) -> ZooKeeperMember:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _ask_srvr(member: Access, timeout_s: float) -> ZooKeeperMember:
+    address = member.hosts
+    tls = member.tls.context() if member.tls is not None else None
     try:
-        answer = four_letters((host, port), b"srvr", timeout_s)
+        answer = four_letters(member.addresses[0], b"srvr", timeout_s, tls)
     except OSError as error:
         return ZooKeeperMember(address, f"no connection: {error.strerror or error}")
     if not answer:
@@ -92,18 +93,21 @@ def _ask_srvr(host: str, port: int, timeout_s: float) -> ZooKeeperMember:
     return ZooKeeperMember(address, "", version, mode)
 
 
-def _examine(host: str, port: int, session_timeout_s: float, connect_timeout_s: float) -> ZooKeeperMember:
-    answered = _ask_srvr(host, port, connect_timeout_s)
+def _examine(member: Access, root: str, session_timeout_s: float, connect_timeout_s: float) -> ZooKeeperMember:
+    answered = _ask_srvr(member, connect_timeout_s)
     if not answered.serves:
         return answered
     session = Session(
-        answered.address, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=lambda: None
+        member, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=lambda: None
     )
     try:
         with closing(session):
             session.start()
+            session.run(lambda znodes: znodes.children(root))
             trips_s = [session.run(_round_trip) for _ in range(_ROUND_TRIPS)]
             return replace(answered, granted_s=session.granted_s, round_trips_s=tuple(trips_s))
+    except DependencyUnfit as error:
+        return replace(answered, problem=str(error))
     except (DependencyUnreachable, Disconnected):
         return replace(answered, problem=f"it gives no session within {connect_timeout_s:g} s")
 

@@ -23,13 +23,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
-from kazoo.exceptions import ConnectionLoss, KazooException, OperationTimeoutError, SessionExpiredError
+from kazoo.exceptions import (
+    AuthFailedError,
+    ConnectionLoss,
+    KazooException,
+    NoAuthError,
+    OperationTimeoutError,
+    SessionExpiredError,
+)
 from kazoo.handlers.threading import KazooTimeoutError
 from kazoo.protocol.states import KazooState, KeeperState
 
+from psa_store.coordination.access import Access
 from psa_store.coordination.client import Client
 from psa_store.coordination.znodes import Znodes
-from psa_store.errors import DependencyUnfit, DependencyUnreachable, Disconnected, UsageError
+from psa_store.errors import DependencyUnfit, DependencyUnreachable, Disconnected
 
 T = TypeVar("T")
 
@@ -67,22 +75,19 @@ class Lease:
 
 
 class Session:
-    """``addresses``: "host:port,host:port". Thread-safe; started and closed once.
+    """Thread-safe; started and closed once.
 
     Owns the thread ``psa-zookeeper-heartbeat`` and, through Kazoo, three named ``psa-zookeeper-<n>``.
     """
 
     def __init__(
-        self, addresses: str, *, session_timeout_s: float, connect_timeout_s: float, wake: Callable[[], None]
+        self, access: Access, *, session_timeout_s: float, connect_timeout_s: float, wake: Callable[[], None]
     ) -> None:
-        self.addresses = addresses
+        self._access = access
         self._connect_timeout_s = connect_timeout_s
         self._wake = wake
         self._attempt_s = min(connect_timeout_s * _ATTEMPT_SHARE, _ATTEMPT_S_MAX)
-        try:
-            self._client = Client(addresses, session_timeout_s, self._attempt_s)
-        except ValueError as error:
-            raise UsageError(f"ZooKeeper address {addresses!r}: {error}. Write host:port,host:port/chroot") from error
+        self._client = Client(access, session_timeout_s, self._attempt_s)
         self._client.add_listener(self._on_state)
         self._changed = threading.Condition()
         self._state = SessionState.LOST
@@ -183,27 +188,42 @@ class Session:
                 repeated = True
             except KazooTimeoutError as error:
                 raise self._unreachable() from error
+            except (NoAuthError, AuthFailedError) as error:
+                raise self._refused() from error
             except KazooException as error:
-                raise DependencyUnfit(
-                    f"ZooKeeper at {self.addresses} refused a request: {error!r}. "
-                    "Check its access rules (psa_store needs all rights below its path)."
-                ) from error
+                raise DependencyUnfit(f"ZooKeeper at {self._access} refused a request: {error!r}.") from error
 
     def _await_connection(self, deadline_s: float) -> None:
         """Znodes are made only while connected: Kazoo would keep them, and send them after we have given up."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._client.connected or self._closing.is_set(), max(0.0, deadline_s - now_s())
+                lambda: self._client.connected or self._client.refused or self._closing.is_set(),
+                max(0.0, deadline_s - now_s()),
             )
         if self._closing.is_set():
-            raise Disconnected(f"this process has closed its session with ZooKeeper at {self.addresses}")
+            raise Disconnected(f"this process has closed its session with ZooKeeper at {self._access}")
+        if self._client.refused:
+            raise self._refused()
         if not self._client.connected or now_s() >= deadline_s:
             raise self._unreachable()
 
+    def _refused(self) -> DependencyUnfit:
+        user = self._access.user
+        if not user:
+            return DependencyUnfit(
+                f"ZooKeeper at {self._access} lets only its owner in: put user and password into the address, "
+                "PSA_ZOOKEEPER=user:password@host:port/chroot, or into a file, PSA_ZOOKEEPER_CREDENTIALS"
+            )
+        return DependencyUnfit(
+            f"ZooKeeper at {self._access} does not let user {user!r} in with this password: what is there belongs to "
+            "another user, or was made with another password. Correct PSA_ZOOKEEPER (or PSA_ZOOKEEPER_CREDENTIALS)"
+        )
+
     def _unreachable(self) -> DependencyUnreachable:
+        problem = self._client.problem or f"session {self._state.value}"
         return DependencyUnreachable(
-            f"ZooKeeper at {self.addresses} did not answer within {self._connect_timeout_s:g} s "
-            f"(session {self._state.value}). Check that it runs, has a quorum, and that PSA_ZOOKEEPER names it."
+            f"ZooKeeper at {self._access} did not answer within {self._connect_timeout_s:g} s "
+            f"({problem}). Check that it runs, has a quorum, and that PSA_ZOOKEEPER names it."
         )
 
     # --- heartbeats, in their own thread

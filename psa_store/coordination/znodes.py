@@ -8,6 +8,7 @@ makes the call's next attempt or ends it. Only this package may use it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,16 @@ class Znodes:
                 self._answer(answer)
             except (NoNodeError, NotEmptyError):
                 continue
+
+    def is_ours(self, path: str) -> bool:
+        """Whether a node is open to our user, and to no other."""
+        acls, _ = self._answer(self._client.get_acls_async(path))
+        return bool(acls == self._client.default_acl)
+
+    def own(self, path: str) -> None:
+        """Let our user do everything with a node, and others nothing; it may be absent."""
+        with suppress(NoNodeError):
+            self._answer(self._client.set_acls_async(path, self._client.default_acl))
 
     def sync(self) -> None:
         """Ask the *leader*: answered only while our server follows it and it knows our session."""

@@ -7,6 +7,7 @@ that started it was killed and the old process is still writing its last bytes.
 from __future__ import annotations
 
 import random
+import secrets
 import shutil
 import socket
 import subprocess
@@ -15,10 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from psa_store.config.own_files import private_opener, read_secret, write_private
 from psa_store.errors import DependencyUnreachable
 
 _LOG_LINES = 16  # a Java stack trace, and above it the reason
 _POLL_S = 0.01
+_ANSWER_S = 1.0
+_PASSWORD_BYTES = 24
 # Below the ports that Linux gives to outgoing connections: a client that keeps trying the address of a server that
 # is down would sooner or later be given that very port, connect to itself, and keep the server from coming back.
 _PORTS = range(16384, 32768)
@@ -57,11 +61,17 @@ class ChildServer:
         # The kernel ends the child when we die, however we die; setpriv is in util-linux.
         setpriv = shutil.which("setpriv")
         guarded = [setpriv, "--pdeathsig", "TERM", *command] if setpriv else list(command)
-        with self._log.open("ab") as log:
+        with open(self._log, "ab", opener=private_opener) as log:
             self._process = subprocess.Popen(
-                guarded, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                guarded,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                umask=0o077,  # its files and sockets are for this user alone
             )
-        self._pid_path.write_text(f"{self.pid} {_started_at(self.pid)}")
+        write_private(self._pid_path, f"{self.pid} {_started_at(self.pid)}")
 
     def wait_until(self, serves: Callable[[], bool], end_s: float, what: str) -> None:
         """Wait until the program serves; raises DependencyUnreachable with the end of its log if it does not."""
@@ -125,14 +135,34 @@ def not_installed(what: str, packages: str) -> DependencyUnreachable:
     )
 
 
-def answer_of(address: tuple[str, int], request: bytes) -> bytes:
+def answer_of(where: tuple[str, int] | Path, request: bytes) -> bytes:
     """All that a server answers until it ends the connection; nothing if it does not answer."""
     try:
-        with socket.create_connection(address, timeout=1.0) as sock:
+        with _connected(where) as sock:
             sock.sendall(request)
             return b"".join(iter(lambda: sock.recv(8192), b""))
     except OSError:
         return b""
+
+
+def _connected(where: tuple[str, int] | Path) -> socket.socket:
+    if not isinstance(where, Path):
+        return socket.create_connection(where, timeout=_ANSWER_S)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(_ANSWER_S)
+        sock.connect(str(where))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def remembered_password(path: Path) -> str:
+    """The password of an earlier start; a new one the first time. It needs no percent-encoding in an address."""
+    if not path.exists():
+        write_private(path, secrets.token_urlsafe(_PASSWORD_BYTES))
+    return read_secret(path)
 
 
 def remembered_ports(path: Path, count: int) -> list[int]:
@@ -140,7 +170,7 @@ def remembered_ports(path: Path, count: int) -> list[int]:
     ports = [int(word) for word in path.read_text().split()] if path.exists() else []
     if len(ports) != count:
         ports = _free_ports(count)
-        path.write_text(" ".join(map(str, ports)))
+        write_private(path, " ".join(map(str, ports)))
     return ports
 
 

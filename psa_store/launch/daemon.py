@@ -30,7 +30,7 @@ def _on_signal(_number: int, _frame: FrameType | None) -> None:
     raise _Stop
 
 
-def main(home: Path, ensemble: int) -> int:
+def main(home: Path, ensemble: int, *, tcp: bool) -> int:
     """Run the servers of ``home``; returns the exit code."""
     logs.configure("info", "up")
     logs.entitle(f"private servers of {home}")
@@ -38,7 +38,7 @@ def main(home: Path, ensemble: int) -> int:
     let_go = hold_home(home)
     if let_go is None:
         return 0  # another one was faster, and that is as good
-    servers = PrivateServers(home, ensemble)
+    servers = PrivateServers(home, ensemble, tcp=tcp)
     restarts: deque[float] = deque(maxlen=_RESTARTS_MAX)
     try:
         for number in _SIGNALS:
@@ -69,4 +69,4 @@ def main(home: Path, ensemble: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), tcp="--tcp" in sys.argv[3:]))

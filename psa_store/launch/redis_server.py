@@ -1,50 +1,78 @@
-"""A private redis-server: append-only, never evicting, reachable from this machine only."""
+"""A private redis-server: append-only, never evicting, with a password, on a Unix socket of this user alone."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
-from psa_store.launch.child import ChildServer, Place, answer_of, find_program, remembered_ports
+from psa_store.config.own_files import private_folder, short_lived_folder, write_private
+from psa_store.launch.child import (
+    ChildServer,
+    Place,
+    answer_of,
+    find_program,
+    remembered_password,
+    remembered_ports,
+)
 
-_SOCKET_PATH_MAX = 100
+_SOCKET_FOLDER_MAX = 90
+_NO_PORT = 0
 _OPTIONS = {
     "save": '""',
     "appendonly": "yes",
     "appendfsync": "everysec",
     "maxmemory-policy": "noeviction",
     "daemonize": "no",
-    "protected-mode": "yes",
     "auto-aof-rewrite-min-size": "256mb",
     "rdbcompression": "no",  # weights do not get smaller: 1 GB took 5.6 s of a core to rewrite instead of 1.2
 }
 
 
 class PrivateRedis:
-    """One redis-server (or valkey-server) whose data, port and socket live in ``folder`` and survive restarts."""
+    """One redis-server (or valkey-server) whose data, password and addresses live in ``folder`` and survive restarts.
 
-    def __init__(self, folder: Path, options: Mapping[str, str] | None = None, place: Place | None = None) -> None:
-        self._folder = folder.absolute()
+    ``tcp``: it listens at ``place`` as well as on its socket.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Mapping[str, str] | None = None,
+        place: Place | None = None,
+        *,
+        tcp: bool = False,
+    ) -> None:
+        self._folder = private_folder(folder.absolute())
         self._place = place or Place()
-        self._options = {"bind": self._place.address, **_OPTIONS, **(options or {})}
-        self._folder.mkdir(parents=True, exist_ok=True)
+        given = options or {}
+        self._password = given.get("requirepass") or remembered_password(self._folder / "password")
+        self._options = {"bind": self._place.address, **_OPTIONS, "requirepass": self._password, **given}
         self._child = ChildServer("redis", self._folder)
-        (self._port,) = remembered_ports(self._folder / "port", 1)
-        self._socket = self._folder / "redis.sock"
+        self._port = remembered_ports(self._folder / "port", 1)[0] if tcp else _NO_PORT
+        self._socket = self._socket_folder() / "redis.sock"
 
     @property
     def url(self) -> str:
-        """The Unix socket, unless its path is too long for the kernel."""
-        return f"unix://{quote(str(self._socket))}" if self._has_socket else self.tcp_url
+        """By its Unix socket."""
+        return f"unix://:{quote(self._password, safe='')}@{quote(str(self._socket))}"
 
     @property
     def tcp_url(self) -> str:
-        return f"redis://{self._place.address}:{self._port}"
+        return self.url_at(*self.address)
+
+    def url_at(self, host: str, port: int) -> str:
+        """By another address that leads to it, such as a proxy's."""
+        return f"redis://:{quote(self._password, safe='')}@{host}:{port}"
 
     @property
     def address(self) -> tuple[str, int]:
+        assert self._port != _NO_PORT, "it was not made with tcp=True"
         return self._place.address, self._port
 
     @property
@@ -54,10 +82,6 @@ class PrivateRedis:
     @property
     def running(self) -> bool:
         return self._child.running
-
-    @property
-    def _has_socket(self) -> bool:
-        return len(str(self._socket)) < _SOCKET_PATH_MAX
 
     def start(self, deadline_s: float) -> None:
         """Start it unless it runs; returns when it answers, with all its data loaded.
@@ -76,18 +100,32 @@ class PrivateRedis:
 
     def stop(self, deadline_s: float = 10.0) -> None:
         self._child.stop(deadline_s)
+        if self._socket.parent != self._folder:
+            with suppress(OSError):
+                self._socket.parent.rmdir()
+
+    def _socket_folder(self) -> Path:
+        """Ours, unless the kernel would not take so long a path: then one in the folder for temporary files."""
+        if len(str(self._folder)) < _SOCKET_FOLDER_MAX:
+            return self._folder
+        name = f"psa-{os.geteuid()}-{sha256(str(self._folder).encode()).hexdigest()[:16]}"
+        return Path(tempfile.gettempdir()) / name
 
     def _write_config(self) -> Path:
-        options = {**self._options, "port": str(self._port), "dir": f'"{self._folder}"'}
-        if self._has_socket:
-            options["unixsocket"] = f'"{self._socket}"'
+        if self._socket.parent != self._folder:
+            short_lived_folder(self._socket.parent)
+        options = {
+            **self._options,
+            "port": str(self._port),
+            "dir": f'"{self._folder}"',
+            "unixsocket": f'"{self._socket}"',
+            "unixsocketperm": "700",
+        }
         path = self._folder / "redis.conf"
-        path.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
+        write_private(path, "".join(f"{name} {value}\n" for name, value in options.items()))
         return path
 
     def _answers(self) -> bool:
-        """It answers PING, and it is ours: another program may have taken the port while we were down."""
-        reply = answer_of(self.address, b"PING\r\nINFO server\r\nQUIT\r\n")
-        if reply.startswith(b"-NOAUTH"):  # with a password it says no more than that
-            return self.running
-        return reply.startswith(b"+PONG") and f"process_id:{self.pid}\r\n".encode() in reply
+        """It answers PING, and it is the process that we started."""
+        reply = answer_of(self._socket, f"AUTH {self._password}\r\nPING\r\nINFO server\r\nQUIT\r\n".encode())
+        return reply.startswith(b"+OK\r\n+PONG") and f"process_id:{self.pid}\r\n".encode() in reply

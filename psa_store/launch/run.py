@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from psa_store import logs
 from psa_store.cluster import ProcessRole
-from psa_store.config import Settings, as_environment, fill_addresses, running
-from psa_store.config.private_servers import hold_home, publish, with_addresses
+from psa_store.config import Settings, as_environment, running
+from psa_store.config.private_servers import with_addresses
 from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
 from psa_store.job.config import RUN_NODE
+from psa_store.launch.home import HomeServers
 from psa_store.launch.output import Output
 from psa_store.launch.processes import Program, module_main, server_main, worker_main
 from psa_store.launch.supervisor import Child, Supervisor
-from psa_store.launch.up import PrivateServers
 from psa_store.observe.tensorboard import BoardWriter, check_tensorboard
 from psa_store.storage import RedisStore, known_redis
 
@@ -50,8 +50,8 @@ def run_job(run: Run, settings: Settings) -> int:
     """
     with ExitStack() as stack:
         private = _private_servers(settings, stack)
-        settings = with_addresses(settings, private.addresses) if private else fill_addresses(settings)
-        _check(settings)
+        settings = with_addresses(settings, private.start()) if private else settings
+        _check(settings, private)
         job = stack.enter_context(closing(_RunningJob(settings)))
         if settings.tensorboard is not None:
             check_tensorboard()
@@ -80,9 +80,8 @@ def run_job(run: Run, settings: Settings) -> int:
                     supervisor.spawn(ProcessRole.SERVER, server_main, name)
 
         def finished() -> bool:
-            if private is not None and not private.running:
-                logs.get_logger().warning("a private server died: starting it again")
-                private.start()
+            if private is not None:
+                private.mend()
             if output is not None and output.broken:
                 logs.get_logger().warning("nothing takes what the run prints any more: leaving")
                 return True
@@ -156,21 +155,13 @@ class _RunningJob:
             time.sleep(_HOLD_POLL_S)
 
 
-def _private_servers(settings: Settings, stack: ExitStack) -> PrivateServers | None:
-    """Start private servers for this run, if no others are known."""
-    if (settings.redis is not None and settings.zookeeper is not None) or running(settings.home) is not None:
+def _private_servers(settings: Settings, stack: ExitStack) -> HomeServers | None:
+    """The private servers of the home, if no others are known."""
+    if settings.redis is not None and settings.zookeeper is not None:
         return None
-    if settings.redis is not None or settings.zookeeper is not None:
+    if (settings.redis is not None or settings.zookeeper is not None) and running(settings.home) is None:
         raise UsageError("set both PSA_REDIS and PSA_ZOOKEEPER (in psa.toml: redis, zookeeper), or none of them")
-    let_go = hold_home(settings.home)
-    if let_go is None:
-        raise DependencyUnreachable(f"another process is starting private servers in {settings.home}: try again")
-    stack.callback(let_go)
-    servers = stack.enter_context(closing(PrivateServers(settings.home)))
-    servers.start()
-    publish(settings.home, servers.addresses)
-    logs.get_logger().info("private Redis and ZooKeeper", home=str(settings.home))
-    return servers
+    return stack.enter_context(closing(HomeServers(settings.home)))
 
 
 def _output(run: Run, settings: Settings) -> Output | None:
@@ -181,8 +172,17 @@ def _output(run: Run, settings: Settings) -> Output | None:
     return Output(label=label, folder=settings.log_dir) if label or settings.log_dir is not None else None
 
 
-def _check(settings: Settings) -> None:
+def _check(settings: Settings, private: HomeServers | None) -> None:
     """Fail now, with one error, and not later in every process."""
+    try:
+        _reach(settings)
+    except DependencyUnreachable:
+        if private is None or not private.mend():
+            raise
+        _reach(settings)  # the process that ran them has just ended
+
+
+def _reach(settings: Settings) -> None:
     with RedisStore.from_settings(settings) as store:
         store.check()
     with Coordination.from_settings(settings, "check"):

@@ -13,7 +13,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from psa_store.config.private_servers import Addresses, holder, running
+from psa_store.config.own_files import private_opener
+from psa_store.config.private_servers import Addresses, holder, make_home, running
 from psa_store.errors import DependencyUnreachable
 from psa_store.launch.redis_server import PrivateRedis
 from psa_store.launch.zookeeper_server import PrivateZooKeeper
@@ -25,15 +26,16 @@ _LOG_LINES = 12
 
 
 class PrivateServers:
-    """The pair of private servers of one home folder."""
+    """The pair of private servers of one home folder. ``tcp``: Redis is reached by TCP instead of its socket."""
 
-    def __init__(self, home: Path, ensemble: int = 1) -> None:
-        self._redis = PrivateRedis(home / "redis")
+    def __init__(self, home: Path, ensemble: int = 1, *, tcp: bool = False) -> None:
+        self._tcp = tcp
+        self._redis = PrivateRedis(home / "redis", tcp=tcp)
         self._zookeeper = PrivateZooKeeper(home / f"zookeeper-{ensemble}", ensemble)
 
     @property
     def addresses(self) -> Addresses:
-        return Addresses(self._redis.url, self._zookeeper.hosts)
+        return Addresses(self._redis.tcp_url if self._tcp else self._redis.url, self._zookeeper.hosts)
 
     @property
     def running(self) -> bool:
@@ -49,20 +51,22 @@ class PrivateServers:
         self._redis.stop()
 
 
-def up(home: Path, ensemble: int) -> Addresses:
+def up(home: Path, ensemble: int, *, tcp: bool = False) -> Addresses:
     """Start the private servers in the background, unless they run; returns their addresses.
 
     Raises:
+        UsageError: the home belongs to another user, or is open to others.
         DependencyUnreachable: they do not start; the message holds the end of the log.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    make_home(home)
     found = running(home)
     if found is not None:
         return found
     log_path = home / "up.log"
-    with log_path.open("ab") as log:
+    with open(log_path, "ab", opener=private_opener) as log:
         daemon = subprocess.Popen(
-            [sys.executable, "-m", "psa_store.launch.daemon", str(home), str(ensemble)],
+            # -P: a file in the current directory is no module of ours.
+            [sys.executable, "-P", "-m", "psa_store.launch.daemon", str(home), str(ensemble), *["--tcp"] * tcp],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

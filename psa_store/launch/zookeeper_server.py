@@ -1,13 +1,27 @@
-"""A private ZooKeeper, one node or an ensemble of three, reachable from this machine only."""
+"""A private ZooKeeper, one node or an ensemble of three, reachable from this machine only, and open to us alone.
+
+It listens on TCP, which ZooKeeper needs, so any process of the machine reaches it: what is in it, its root included,
+belongs to one user whose password lies in ``folder``.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from psa_store.launch.child import ChildServer, Place, answer_of, find_program, not_installed, remembered_ports
+from psa_store.config.own_files import private_folder, write_private
+from psa_store.coordination import close_to_others
+from psa_store.launch.child import (
+    ChildServer,
+    Place,
+    answer_of,
+    find_program,
+    not_installed,
+    remembered_password,
+    remembered_ports,
+)
 
 # Debian's jar names what it needs in its manifest, except for a logger, without which failures leave no word.
 _CLASSPATHS = {
@@ -23,11 +37,12 @@ _JAVA_OPTIONS = (
     "-XX:-UsePerfData",
     "-Xshare:auto",
     "-Dzookeeper.admin.enableServer=false",
-    "-Dzookeeper.4lw.commands.whitelist=ruok,srvr,conf",
+    "-Dzookeeper.4lw.commands.whitelist=srvr,conf",  # they tell versions, counts and paths, no contents
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
     "-Djava.net.preferIPv4Stack=true",
 )
+_USER = "psa"
 _PORTS_PER_NODE = 3  # clients, followers, elections
 
 
@@ -35,15 +50,20 @@ class PrivateZooKeeper:
     """ZooKeeper nodes whose data and ports live in ``folder`` and survive restarts."""
 
     def __init__(self, folder: Path, nodes: int = 1, places: Sequence[Place] | None = None) -> None:
-        self._folder = folder.absolute()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = private_folder(folder.absolute())
+        self._password = remembered_password(self._folder / "password")
         self._places = places or [Place()] * nodes
         self._ports = remembered_ports(self._folder / "ports", nodes * _PORTS_PER_NODE)
         self._nodes = [ChildServer(f"node{index}", self._folder) for index in range(nodes)]
 
     @property
     def hosts(self) -> str:
-        return ",".join(f"{address}:{port}" for address, port in self.addresses)
+        """As PSA_ZOOKEEPER has them, with user and password."""
+        return self.hosts_at(self.addresses)
+
+    def hosts_at(self, addresses: Iterable[tuple[str, int]]) -> str:
+        """The same by other addresses that lead to the nodes, such as proxies'."""
+        return f"{_USER}:{self._password}@{','.join(f'{address}:{port}' for address, port in addresses)}"
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
@@ -70,6 +90,7 @@ class PrivateZooKeeper:
                 node.start(self._command(index), end_s)
         for index, node in enumerate(self._nodes):
             node.wait_until(partial(self._serves, index), end_s, "the private ZooKeeper")
+        close_to_others(self.hosts, max(1.0, end_s - time.monotonic()))
 
     def kill(self, node: int = 0) -> None:
         self._nodes[node].kill()
@@ -104,7 +125,7 @@ class PrivateZooKeeper:
 
     def _write_config(self, index: int) -> Path:
         data = self._data(index)
-        data.mkdir(exist_ok=True)
+        private_folder(data)
         lines = [
             "tickTime=500",
             "initLimit=20",
@@ -118,12 +139,12 @@ class PrivateZooKeeper:
             f"clientPortAddress={self._places[index].address}",
         ]
         if len(self._nodes) > 1:
-            (data / "myid").write_text(str(index + 1))
+            write_private(data / "myid", str(index + 1))
             for other in range(len(self._nodes)):
                 _, follow, elect = self._ports[other * _PORTS_PER_NODE : (other + 1) * _PORTS_PER_NODE]
                 lines.append(f"server.{other + 1}={self._places[other].address}:{follow}:{elect}")
         path = self._folder / f"node{index}.cfg"
-        path.write_text("\n".join(lines) + "\n")
+        write_private(path, "\n".join(lines) + "\n")
         return path
 
     def _serves(self, index: int) -> bool:

@@ -1,6 +1,6 @@
 """The log of a process, without secrets. Every room may use it."""
 
-from psa_store.logs.secrets import hide_passwords, printable
+from psa_store.logs.secrets import hide_passwords, printable, printable_hosts
 from psa_store.logs.setup import Log, complain, configure, configure_once, get_logger, identify
 from psa_store.logs.title import entitle
 
@@ -14,4 +14,5 @@ __all__ = [
     "hide_passwords",
     "identify",
     "printable",
+    "printable_hosts",
 ]

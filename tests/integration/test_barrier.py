@@ -17,6 +17,7 @@ from psa_store.coordination import Barrier, BarrierState, Coordination
 from psa_store.coordination.barrier import BARRIERS_KEPT
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.launch import PrivateZooKeeper
+from tests.harness import plain_client
 
 OPEN, DONE, ABORTED = BarrierState
 PATIENCE_S = 120.0
@@ -62,7 +63,7 @@ def members(zookeeper: PrivateZooKeeper, job: str) -> Iterator[list[Member]]:
 
 @pytest.fixture
 def raw(zookeeper: PrivateZooKeeper) -> Iterator[KazooClient]:
-    client = KazooClient(zookeeper.hosts)
+    client = plain_client(zookeeper.hosts)
     client.start(10)
     yield client
     client.stop()

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from psa_store.cluster import Member, Plan, ProcessRole
-from psa_store.coordination import Coordination
+from psa_store.coordination import Coordination, as_access
 from psa_store.coordination.session import SessionState
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UsageError
 from psa_store.job.config import JobConfig
@@ -163,11 +163,10 @@ def paused(zookeeper: PrivateZooKeeper) -> Iterator[None]:
 class Proxy:
     """A TCP proxy that loses the answer to one request, or puts garbage between the answers."""
 
-    def __init__(self, target: str) -> None:
-        host, port = target.split(":")
-        self._target = (host, int(port))
+    def __init__(self, target: PrivateZooKeeper) -> None:
+        self._target = target.addresses[0]
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.hosts = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.hosts = target.hosts_at([self._listener.getsockname()])
         self.lose_answer_to: bytes | None = None
         self.garbage = b""
         self.fired = 0
@@ -224,7 +223,7 @@ class Proxy:
 
 @pytest.fixture
 def proxy(zookeeper: PrivateZooKeeper) -> Iterator[Proxy]:
-    between = Proxy(zookeeper.hosts)
+    between = Proxy(zookeeper)
     yield between
     between.close()
 
@@ -485,7 +484,7 @@ def test_a_call_during_an_outage_ends_in_time(enter: Enter, zookeeper: PrivateZo
     with paused(zookeeper):
         for _ in range(2):
             began_s = time.monotonic()
-            with pytest.raises(DependencyUnreachable, match=zookeeper.hosts):
+            with pytest.raises(DependencyUnreachable, match=str(as_access(zookeeper.hosts))):
                 door.read_plan()
             assert 0.9 < time.monotonic() - began_s < PATIENCE_S
         began_s = time.monotonic()
@@ -583,7 +582,7 @@ def test_nothing_is_left_after_close(zookeeper: PrivateZooKeeper, job: str) -> N
         process.door.start()
         process.door.join(WORKER, member("w"))
         assert process.door.session_state is SessionState.CONNECTED
-        assert process.door.peer == zookeeper.hosts
+        assert process.door.peer == str(as_access(zookeeper.hosts))
         assert process.door.session_timeout_s == SESSION_S
         process.door.close()
         assert process.door.session_state is SessionState.CLOSED
@@ -623,9 +622,8 @@ def test_an_ensemble_goes_on_when_its_leader_is_killed(tmp_path: Path, job: str)
 
 
 def _leader(ensemble: PrivateZooKeeper) -> int:
-    for node, host_port in enumerate(ensemble.hosts.split(",")):
-        host, port = host_port.split(":")
-        with socket.create_connection((host, int(port)), 5.0) as connection, connection.makefile("rb") as answer:
+    for node, address in enumerate(ensemble.addresses):
+        with socket.create_connection(address, 5.0) as connection, connection.makefile("rb") as answer:
             connection.sendall(b"srvr")
             if b"Mode: leader" in answer.read():
                 return node

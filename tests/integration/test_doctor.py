@@ -72,7 +72,7 @@ def verdicts(checks: Checks, names: list[str]) -> set[str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
     """A Redis that may be spoiled."""
-    private = PrivateRedis(tmp_path_factory.mktemp("redis"))
+    private = PrivateRedis(tmp_path_factory.mktemp("redis"), tcp=True)
     private.start(120)
     yield private
     private.stop()

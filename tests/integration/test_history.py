@@ -24,7 +24,7 @@ JOB = "job"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
-    private = PrivateRedis(tmp_path_factory.mktemp("redis"))
+    private = PrivateRedis(tmp_path_factory.mktemp("redis"), tcp=True)
     private.start(120)
     yield private
     private.stop()

@@ -40,7 +40,7 @@ class TestPrivateServers:
         server = PrivateRedis(tmp_path)
         server.start(120)
         try:
-            url, pid = server.tcp_url, server.pid
+            url, pid = server.url, server.pid
             with redis.Redis.from_url(server.url) as client:
                 client.set("a", "1")
                 assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
@@ -50,7 +50,7 @@ class TestPrivateServers:
             again = PrivateRedis(tmp_path)
             server = again
             again.start(120)
-            assert again.tcp_url == url and again.pid != pid
+            assert again.url == url and again.pid != pid
             with redis.Redis.from_url(url) as client:
                 assert client.get("a") == b"1"
         finally:

@@ -21,7 +21,7 @@ PASSWORD = "Kdj4Qx@x9"
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = PrivateRedis(tmp_path_factory.mktemp("redis"), {"requirepass": PASSWORD})
+    server = PrivateRedis(tmp_path_factory.mktemp("redis"), {"requirepass": PASSWORD}, tcp=True)
     server.start(120)
     host, port = server.address
     yield f"redis://:{PASSWORD}@{host}:{port}"

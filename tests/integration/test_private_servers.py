@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +16,17 @@ from typing import Any
 
 import pytest
 import redis as redis_client
-from kazoo.client import KazooClient
 
 from psa_store.config import running
 from psa_store.config.private_servers import hold_home
-from psa_store.errors import DependencyUnreachable
+from psa_store.errors import DependencyUnreachable, UsageError
 from psa_store.launch import (
     PrivateRedis,
     PrivateZooKeeper,
     down,
     up,
 )
+from tests.harness import plain_client
 from tests.integration.processes import GONE_S, PATIENCE_S, ends_within, python, read_line
 
 
@@ -55,23 +56,25 @@ class TestRedis:
         server = PrivateRedis(tmp_path / "redis", {"appendfsync": "always"})
         server.start(PATIENCE_S)
         try:
-            with redis_client.Redis.from_url(server.tcp_url, decode_responses=True) as client:
+            with redis_client.Redis.from_url(server.url, decode_responses=True) as client:
                 assert client.config_get("appendfsync") == {"appendfsync": "always"}
         finally:
             server.stop()
 
     @pytest.mark.parametrize("end", [PrivateRedis.stop, PrivateRedis.kill])
-    def test_data_and_addresses_survive(self, redis: PrivateRedis, end: Callable[[PrivateRedis], None]) -> None:
-        addresses, pid = (redis.url, redis.tcp_url), redis.pid
+    def test_data_address_and_password_survive(
+        self, redis: PrivateRedis, tmp_path: Path, end: Callable[[PrivateRedis], None]
+    ) -> None:
+        address, pid = redis.url, redis.pid
         with redis_client.Redis.from_url(redis.url) as client:
             client.set("key", "value")
         with ends_within(GONE_S, pid):
             end(redis)
         assert not redis.running
-        again = PrivateRedis(Path(redis.url.removeprefix("unix://")).parent)
+        again = PrivateRedis(tmp_path / "redis")
         again.start(PATIENCE_S)
         try:
-            assert (again.url, again.tcp_url) == addresses
+            assert again.url == address
             assert again.pid != pid
             with redis_client.Redis.from_url(again.url) as client:
                 assert client.get("key") == b"value"
@@ -94,18 +97,37 @@ class TestRedis:
         finally:
             server.stop()
 
-    def test_a_path_too_long_for_a_socket_leaves_tcp(self, tmp_path: Path) -> None:
+    def test_a_path_too_long_for_a_socket_has_it_in_a_short_lived_folder_of_this_user_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
         server = PrivateRedis(tmp_path / ("long" * 30))
-        assert server.url == server.tcp_url
         server.start(PATIENCE_S)
+        (folder,) = tmp_path.glob("psa-*")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        with redis_client.Redis.from_url(server.url) as client:
+            assert client.ping()
         server.stop()
+        assert not folder.exists()
+        folder.mkdir(mode=0o755)
+        with pytest.raises(UsageError, match=f"{folder} is not ours alone"):
+            server.start(PATIENCE_S)
 
-    def test_a_stranger_on_its_port_is_not_taken_for_it(self, redis: PrivateRedis, tmp_path: Path) -> None:
-        other = tmp_path / "other"
-        other.mkdir()
-        (other / "port").write_text(redis.tcp_url.rpartition(":")[2])
-        with pytest.raises(DependencyUnreachable, match="Address already in use"):
-            PrivateRedis(other).start(PATIENCE_S)
+    def test_by_tcp_only_on_request(self, redis: PrivateRedis, tmp_path: Path) -> None:
+        with redis_client.Redis.from_url(redis.url, decode_responses=True) as client:
+            assert client.config_get("port") == {"port": "0"}
+        asked = PrivateRedis(tmp_path / "asked", tcp=True)
+        asked.start(PATIENCE_S)
+        try:
+            with redis_client.Redis.from_url(asked.tcp_url) as client:
+                assert client.ping()
+            other = tmp_path / "other"
+            other.mkdir()
+            (other / "port").write_text(str(asked.address[1]))
+            with pytest.raises(DependencyUnreachable, match="Address already in use"):
+                PrivateRedis(other, tcp=True).start(PATIENCE_S)
+        finally:
+            asked.stop()
 
     def test_it_waits_for_the_process_of_an_earlier_start(self, redis: PrivateRedis, tmp_path: Path) -> None:
         again = PrivateRedis(tmp_path / "redis")
@@ -176,7 +198,7 @@ class TestZooKeeper:
     @staticmethod
     @contextlib.contextmanager
     def client(hosts: str) -> Iterator[Any]:
-        client = KazooClient(hosts=hosts, timeout=4.0)
+        client = plain_client(hosts)
         client.start(timeout=PATIENCE_S)
         try:
             yield client
@@ -223,10 +245,11 @@ class TestUpAndDown:
             assert client.get("key") == b"value"
 
     def test_two_at_once_start_one(self, home: Path) -> None:
-        program = "import sys, pathlib; from psa_store.launch import up; print(up(pathlib.Path(sys.argv[1]), 1))"
+        program = "import sys, pathlib; from psa_store.launch import up; print(up(pathlib.Path(sys.argv[1]), 1).redis)"
         commands = [python(program, home) for _ in range(2)]
         outputs = [command.communicate(timeout=PATIENCE_S)[0].strip() for command in commands]
-        assert outputs == [str(running(home))] * 2
+        found = running(home)
+        assert found is not None and outputs == [found.redis] * 2
         with ends_within(GONE_S, *self.pids(home)):
             down(home)
 

@@ -75,7 +75,7 @@ def main() -> None:
     args = options.parse_args()
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder)))
-        server = PrivateRedis(home / "redis", {"appendonly": "no"})
+        server = PrivateRedis(home / "redis", {"appendonly": "no"}, tcp=args.tcp)
         stack.callback(server.stop)
         server.start(10)
         url = server.tcp_url if args.tcp else server.url

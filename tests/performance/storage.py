@@ -172,7 +172,7 @@ def main() -> None:
     args = options.parse_args()
     persistence = {"appendonly": "yes" if args.append_only else "no"}
     with tempfile.TemporaryDirectory() as home, ExitStack() as stack:
-        server = PrivateRedis(Path(home), persistence)
+        server = PrivateRedis(Path(home), persistence, tcp=args.tcp)
         stack.callback(server.stop)
         server.start(10)
         url = server.tcp_url if args.tcp else server.url

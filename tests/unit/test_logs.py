@@ -238,3 +238,15 @@ def test_what_is_left_can_still_be_read(text: str, shown: str) -> None:
 )
 def test_what_is_no_secret_stays(text: str) -> None:
     assert hide_passwords(text) == text == printable(text).replace("%20", " ")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("PSA_ZOOKEEPER=me:se/c%40ret@zk1:2181,zk2:2181/team", "PSA_ZOOKEEPER=me:***@zk1:2181,zk2:2181/team"),
+        ("'me:secret@[::1]:2181'", "'me:***@[::1]:2181'"),
+        ("at me:secret@10.0.0.1:2181. Is it running?", "at me:***@10.0.0.1:2181. Is it running?"),
+    ],
+)
+def test_the_password_of_zookeeper_is_hidden_as_well(text: str, shown: str) -> None:
+    assert hide_passwords(text) == shown == hide_passwords(shown)

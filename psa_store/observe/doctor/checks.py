@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from psa_store.checkpoint.catalog import read_job
-from psa_store.coordination import examine_zookeeper
+from psa_store.config import Settings
+from psa_store.coordination import access_of, examine_zookeeper
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UsageError
 from psa_store.observe.doctor import machine, redis, zookeeper
 from psa_store.observe.doctor.check import Check, Examination, Verdict
@@ -30,21 +31,19 @@ class _StoredJob:
     stored_bytes: int
 
 
-def examine(
-    redis_url: str, zookeeper_hosts: str, job: str | None, *, session_timeout_s: float, timeout_s: float
-) -> Examination:
+def examine(settings: Settings, job: str | None) -> Examination:
     """Examine this machine, Redis and ZooKeeper; takes seconds.
 
     Args:
+        settings: with both addresses.
         job: whose memory must fit into Redis; None for no job.
-        session_timeout_s: what the job's processes will ask of ZooKeeper.
-        timeout_s: how long a dependency may take to answer.
 
     Raises:
         UnknownJob: Redis answers, and has no such job; the message lists those that exist.
     """
-    of_redis, stored_job = _examine_redis(redis_url, job, timeout_s)
-    of_zookeeper = _examine_zookeeper(zookeeper_hosts, session_timeout_s, timeout_s)
+    assert settings.redis is not None
+    of_redis, stored_job = _examine_redis(settings.redis, job, settings.connect_timeout_s)
+    of_zookeeper = _examine_zookeeper(settings)
     checks = (*_examine_machine(stored_job), *of_redis, *of_zookeeper)
     return Examination(all(check.verdict is not Verdict.FAIL for check in checks), checks)
 
@@ -107,9 +106,12 @@ def _measure(url: str, facts: RedisFacts, stored_job: _StoredJob | None, timeout
         return redis.broken_measurement(str(error))
 
 
-def _examine_zookeeper(hosts: str, session_timeout_s: float, timeout_s: float) -> list[Check]:
+def _examine_zookeeper(settings: Settings) -> list[Check]:
+    asked_s = settings.session_timeout_s
     try:
-        members = examine_zookeeper(hosts, session_timeout_s=session_timeout_s, connect_timeout_s=timeout_s)
+        members = examine_zookeeper(
+            access_of(settings), session_timeout_s=asked_s, connect_timeout_s=settings.connect_timeout_s
+        )
     except UsageError as error:
         return [zookeeper.unusable_zookeeper(str(error))]
-    return zookeeper.judge_zookeeper(members, session_timeout_s)
+    return zookeeper.judge_zookeeper(members, asked_s)

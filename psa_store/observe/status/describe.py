@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from psa_store.cluster import Member, ProcessRole, newest_common
 from psa_store.config import Settings
-from psa_store.coordination import Coordination, probe_zookeeper
+from psa_store.coordination import Coordination, access_of, probe_zookeeper
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UnknownJob
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.layout import Layout, layout_from_json
@@ -65,10 +65,10 @@ class Observer:
     """
 
     def __init__(self, job: str, settings: Settings, store: RedisStore) -> None:
-        assert settings.redis is not None and settings.zookeeper is not None
+        assert settings.redis is not None
         self._job = job
         self._settings = settings
-        self._hosts = settings.zookeeper
+        self._access = access_of(settings)
         self._patience_s = min(settings.connect_timeout_s, PATIENCE_S_MAX)
         self._store = store
         self._history = JobHistory(job, settings.redis, timeout_s=self._patience_s)
@@ -86,7 +86,7 @@ class Observer:
         """Look once; raises UnknownJob if Redis answers and has no such job."""
         with ThreadPoolExecutor(3, thread_name_prefix="psa-status") as pool:
             redis = pool.submit(self._ask_redis)
-            members = pool.submit(probe_zookeeper, self._hosts, min(_ANSWER_S, self._patience_s))
+            members = pool.submit(probe_zookeeper, self._access, min(_ANSWER_S, self._patience_s))
             zookeeper = self._ask_zookeeper()
             stored = redis.result()
             zookeeper = replace(zookeeper, members=members.result())
@@ -128,7 +128,7 @@ class Observer:
     # --- ZooKeeper, and the servers that it names
 
     def _ask_zookeeper(self) -> ZooKeeperView:
-        view = ZooKeeperView(hosts=self._hosts, session_timeout_s=self._settings.session_timeout_s)
+        view = ZooKeeperView(hosts=str(self._access), session_timeout_s=self._settings.session_timeout_s)
         try:
             coordination = self._connected()
             seen = coordination.read_plan()

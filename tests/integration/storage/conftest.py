@@ -15,7 +15,7 @@ from psa_store.storage import RedisStore
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
-    private = PrivateRedis(tmp_path_factory.mktemp("redis"), {"requirepass": "sesame"})
+    private = PrivateRedis(tmp_path_factory.mktemp("redis"), {"requirepass": "sesame"}, tcp=True)
     private.start(120)
     yield private
     private.stop()
@@ -23,9 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateRedis]:
 
 @pytest.fixture(params=["tcp", "unix"])
 def url(server: PrivateRedis, request: pytest.FixtureRequest) -> str:
-    if request.param == "tcp":
-        return server.tcp_url.replace("redis://", "redis://:sesame@")
-    return server.url.replace("unix://", "unix://:sesame@")
+    return server.tcp_url if request.param == "tcp" else server.url
 
 
 @pytest.fixture

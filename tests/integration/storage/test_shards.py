@@ -230,7 +230,7 @@ def test_a_load_does_not_make_redis_hold_a_second_copy(server: PrivateRedis, sto
     size = 16 * CHUNK_BYTES
     store.seal(JOB, [0], 1, LAYOUT)
     manifest = commit(store, 1, size=size)
-    with closing(redis.Redis.from_url(server.tcp_url, password="sesame")) as watcher:
+    with closing(redis.Redis.from_url(server.tcp_url)) as watcher:
         before = watcher.info("memory")["used_memory"]
         watched = [before]
         done = threading.Event()

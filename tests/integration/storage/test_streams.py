@@ -175,7 +175,7 @@ def test_a_commit_frees_as_fast_as_it_writes(server: PrivateRedis, store: RedisS
     store.seal(JOB, range(shards), 1, LAYOUT)
     for version in range(1, KEEP + 1):
         commit_all(store, version, shards, size=size)
-    with closing(redis.Redis.from_url(server.tcp_url, password="sesame")) as watcher:
+    with closing(redis.Redis.from_url(server.tcp_url)) as watcher:
         before = keyspace_bytes(watcher)
         held = []
         states = [state_of(shard, 9, expect=KEEP, size=size) for shard in range(shards)]

@@ -1,0 +1,106 @@
+"""Files and folders that are for this user alone: made so, and refused where others could have written them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from psa_store.errors import UsageError
+
+_OTHERS = 0o077
+_OTHERS_WRITE = 0o022
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder of our own inside one of our own, or close one that is there to others; returns it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_mode & _OTHERS:
+        path.chmod(0o700)
+    return path
+
+
+def short_lived_folder(path: Path) -> None:
+    """Make a folder of our own in one that is open to all, as /tmp is.
+
+    Raises:
+        UsageError: another user was there first.
+    """
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & _OTHERS:
+        raise UsageError(f"{path} is not ours alone: remove it, or set PSA_HOME to a folder with a shorter path")
+
+
+def private_home(path: Path, marks: tuple[str, ...]) -> Path:
+    """Make a person's choice of a folder our own; returns it.
+
+    One that is there is closed to others if it is empty or has one of the ``marks``, names of what we keep in it. A
+    folder that is more than that, as /tmp is, keeps its mode.
+
+    Raises:
+        UsageError: it belongs to another user, or others may write there.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    refuse_foreign(path)
+    mode = path.stat().st_mode
+    if mode & _OTHERS and (any((path / mark).exists() for mark in marks) or not any(path.iterdir())):
+        path.chmod(0o700)
+    elif mode & _OTHERS_WRITE:
+        raise UsageError(
+            f"PSA_HOME={str(path)!r}: other users may write there. Use a folder of your own, "
+            f"or close it: `chmod go-w {path}`"
+        )
+    return path
+
+
+def refuse_foreign(home: Path) -> None:
+    """Raise UsageError if the folder is another user's."""
+    owner = home.stat().st_uid
+    if owner != os.geteuid():
+        raise UsageError(
+            f"PSA_HOME={str(home)!r} belongs to {_user(owner)}, and this process is of {_user(os.geteuid())}: "
+            "set PSA_HOME to a folder of your own"
+        )
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that is closed to others; readers see it whole or not at all."""
+    draft = path.with_name(f"{path.name}.draft")
+    file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with open(file, "w") as stream:
+        os.fchmod(file, 0o600)
+        stream.write(text)
+    draft.replace(path)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """For ``open(…, opener=)``: a file that is made is closed to others."""
+    return os.open(path, flags, 0o600)
+
+
+def read_secret(path: Path) -> str:
+    """The one line of a file that is closed to others.
+
+    Raises:
+        UsageError: it cannot be read, or others can.
+    """
+    try:
+        with path.open() as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read().strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    if stat.S_ISREG(mode) and mode & _OTHERS:
+        raise UsageError(f"{path}: other users can read it. Close it: `chmod 600 {path}`")
+    return text
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
