@@ -1,7 +1,7 @@
 """Closing a whole ZooKeeper, one that is ours alone, to others: also what was open, and its root.
 
-The ACL of a znode says which users may read and write it and create below it. The root is therefore closed as the last one:
-once it is, everything is, and an attempt that was cut off before is made again.
+The ACL of a znode says which users may read and write it, and create below it. The root is closed as the last one: once
+it is, everything is, and an attempt that was cut off before is made again.
 """
 
 from __future__ import annotations
