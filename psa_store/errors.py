@@ -6,7 +6,8 @@
     │   ├── JobBusy                       another run of this job is going on
     │   └── UnknownJob                    there is no such job
     ├── UserCodeFailed                1   the training script raised, or its restarts are used up
-    │   └── NonFiniteGradient             a gradient held NaN or Inf
+    │   ├── NonFiniteGradient             a gradient held NaN or Inf
+    │   └── OutOfMemory                   a model, or a stage of it, does not fit into a worker's memory
     ├── DependencyUnreachable         3   Redis or ZooKeeper does not answer
     │   └── DependencyUnfit               it answers, but must not be used as it is configured
     ├── DataIntegrity                 4   stored bytes are damaged or missing; nothing was guessed
@@ -57,6 +58,10 @@ class UserCodeFailed(PsaError):
 
 class NonFiniteGradient(UserCodeFailed):
     """A gradient held NaN or Inf, and the job's policy is to refuse it."""
+
+
+class OutOfMemory(UserCodeFailed, MemoryError):
+    """A model, or a stage of it, does not fit into the memory of this worker."""
 
 
 class DependencyUnreachable(PsaError):

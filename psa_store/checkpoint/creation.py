@@ -130,7 +130,8 @@ def _streams(layout: Layout, version: int, states: Iterable[ShardState]) -> Iter
         its = 0 if layout.shards[state.shard].role is TensorRole.FROZEN else version
         if some and (its != at or size_bytes >= _STREAM_BYTES):
             yield at, some
-            some, size_bytes = [], 0
+            some.clear()  # also for the caller, which has the list until the next one comes
+            size_bytes = 0
         at = its
         some.append(state)
         size_bytes += sum(data.nbytes for _, data in state.arrays.values())

@@ -9,7 +9,7 @@ from psa_store.wire.frames import PROTOCOL, RELAY_HEAD, Flag, Header, Kind, Reas
 from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
 from psa_store.wire.mailbox import Mailbox
-from psa_store.wire.memory import Passable, PassedMemory, SharedMemory, Window, can_show
+from psa_store.wire.memory import CopyOnWrite, Passable, PassedMemory, SharedMemory, Window, can_show
 
 __all__ = [
     "PARK",
@@ -17,6 +17,7 @@ __all__ = [
     "RELAY_HEAD",
     "Admit",
     "Connection",
+    "CopyOnWrite",
     "Flag",
     "Header",
     "Hello",

@@ -24,6 +24,7 @@ from typing import Any
 
 from psa_store.errors import Refused
 from psa_store.job.layout import PAGE_BYTES as LAYOUT_PAGE_BYTES
+from psa_store.job.parts import Parts
 
 PAGE_BYTES = mmap.PAGESIZE
 _MAP_FIXED = 0x10
@@ -32,33 +33,39 @@ _PAGEMAP_ENTRY_BYTES = 8
 _PRESENT = 1 << 63
 _SWAPPED = 1 << 62
 _OF_FILE = 1 << 61
+_COPY_BYTES = 1 << 20
 
 
 class SharedMemory:
-    """``size_bytes`` of zeros that can be passed to other processes of this host, or what one of them passed."""
+    """``size_bytes`` of zeros that can be passed to other processes of this host, or what one of them passed.
 
-    def __init__(self, fd: int | None, mapping: mmap.mmap) -> None:
+    What this process makes is mapped here when it is asked for: the whole, or some ranges.
+    """
+
+    def __init__(self, fd: int | None, mapping: mmap.mmap | None, size_bytes: int) -> None:
         self._fd = fd
         self._mapping = mapping
+        self._size_bytes = size_bytes
 
     @classmethod
     def create(cls, name: str, size_bytes: int) -> SharedMemory:
         """Own memory. Where there is no memfd (not Linux) it works, but cannot be passed."""
         size_bytes = max(PAGE_BYTES, size_bytes)
         if sys.platform != "linux":
-            return cls(None, mmap.mmap(-1, size_bytes))
+            return cls(None, mmap.mmap(-1, size_bytes), size_bytes)
         fd = os.memfd_create(f"psa-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            return cls(fd, mmap.mmap(fd, size_bytes))
+            return cls(fd, None, size_bytes)
         except BaseException:
             os.close(fd)
             raise
 
     @classmethod
-    def attach(cls, fd: int, size_bytes: int) -> SharedMemory:
-        """Map what a peer passed, for reading; takes over ``fd``.
+    def attach(cls, fd: int, size_bytes: int, low: int = 0) -> SharedMemory:
+        """Map what a peer passed, for reading; takes over ``fd``. ``low``: the byte with which it begins here, that of
+        a page.
 
         Raises:
             Refused: it is smaller than ``size_bytes``, or could shrink while it is mapped.
@@ -66,7 +73,8 @@ class SharedMemory:
         try:
             size_bytes = max(PAGE_BYTES, size_bytes)
             _check_passed(fd, size_bytes)
-            return cls(None, mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY))
+            length = size_bytes - low
+            return cls(None, mmap.mmap(fd, length, access=mmap.ACCESS_COPY, offset=low), length)
         except OSError as error:
             raise Refused(f"memory was passed that cannot be mapped: {error}") from error
         finally:
@@ -81,13 +89,23 @@ class SharedMemory:
     @property
     def buffer(self) -> mmap.mmap:
         """For ``torch.frombuffer``. The memory lives as long as anything that was made from it."""
+        if self._mapping is None:
+            self._mapping = mmap.mmap(self.fd, self._size_bytes)
         return self._mapping
 
-    def copy_on_write(self) -> CopyOnWrite:
-        """The same memory once more, to be written to without effect here."""
+    def part(self, low: int, high: int) -> mmap.mmap | memoryview:
+        """As :attr:`buffer`, but from ``low``, a multiple of a page, to ``high`` only, or to the end."""
+        high = min(high, self._size_bytes)
         if self._fd is None:
-            return CopyOnWrite(self._mapping)
-        return CopyOnWrite(mmap.mmap(self._fd, len(self._mapping), access=mmap.ACCESS_COPY))
+            return memoryview(self.buffer)[low:high]
+        return mmap.mmap(self._fd, high - low, offset=low)
+
+    def copy_on_write(self, low: int, high: int) -> CopyOnWrite:
+        """The same part once more, to be written to without effect here."""
+        if self._fd is None:
+            return CopyOnWrite(self.part(low, high))
+        length = min(high, self._size_bytes) - low
+        return CopyOnWrite(mmap.mmap(self._fd, length, access=mmap.ACCESS_COPY, offset=low))
 
     def __del__(self) -> None:
         if self._fd is not None:
@@ -122,28 +140,29 @@ class CopyOnWrite:
     """Shows memory; what is written to it stays in it and hides the original, page by page (Linux only; else it is the
     original)."""
 
-    def __init__(self, mapping: mmap.mmap) -> None:
+    def __init__(self, mapping: mmap.mmap | memoryview) -> None:
         self.buffer = mapping
         """For ``torch.frombuffer``."""
 
     def forget(self) -> None:
         """Show the original everywhere again."""
-        if sys.platform == "linux":
+        if isinstance(self.buffer, mmap.mmap) and sys.platform == "linux":
             self.buffer.madvise(mmap.MADV_DONTNEED)
 
 
 class Window:
-    """A range of private memory, some parts of which may show memory of other processes (Linux only).
+    """A range of private memory for ``parts`` of an arena, which may show memory of other processes (Linux only).
 
     What is written to a shown part stays private and hides the original page by page; :meth:`refresh` undoes it.
+    Ranges are in bytes of the arena, in whole parts.
     """
 
-    def __init__(self, size_bytes: int) -> None:
-        self._size_bytes = _round_up(max(size_bytes, 1))
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         if sys.platform == "linux":
-            self._mapping = mmap.mmap(-1, self._size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._mapping = mmap.mmap(-1, parts.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
-            self._mapping = mmap.mmap(-1, self._size_bytes)
+            self._mapping = mmap.mmap(-1, parts.size_bytes)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self._shown: dict[str, _Shown] = {}
         self._pagemap = os.open(_PAGEMAP_PATH, os.O_RDONLY | os.O_CLOEXEC) if can_show() else -1
@@ -153,9 +172,12 @@ class Window:
         for name in list(self._shown):
             shown = self._shown.pop(name)
             for low, high in shown.ranges:
-                kept = self._mapping[low:high]
-                self._map(low, high, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-                self._mapping[low:high] = kept
+                for start in range(low, high, _COPY_BYTES):  # a copy of the whole would need its memory once more
+                    end = min(start + _COPY_BYTES, high)
+                    here = slice(self._parts.place(start), self._parts.place(start) + end - start)
+                    kept = self._mapping[here]
+                    self._map(start, end, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+                    self._mapping[here] = kept
             os.close(shown.fd)
         if self._pagemap >= 0:
             os.close(self._pagemap)
@@ -172,7 +194,7 @@ class Window:
         return bool(self._shown)
 
     def show(self, name: str, fd: int, ranges: Sequence[tuple[int, int]]) -> None:
-        """Show the same ranges (in bytes from the start of both) of a descriptor's memory; takes over ``fd``.
+        """Show these ranges of the arena, which is a descriptor's memory; takes over ``fd``.
 
         ``name``: whose memory it is; what was shown of the same before is closed, and must have had the same ranges.
 
@@ -217,7 +239,7 @@ class Window:
 
         of_file = np.uint64(_OF_FILE)
         pages = np.empty((_round_up(high) - low) // PAGE_BYTES, dtype=np.uint64)
-        place = (self._address + low) // PAGE_BYTES * _PAGEMAP_ENTRY_BYTES
+        place = (self._address + self._parts.place(low)) // PAGE_BYTES * _PAGEMAP_ENTRY_BYTES
         if os.preadv(self._pagemap, [pages.data.cast("B")], place) != pages.nbytes:
             return True
         if np.bitwise_and.reduce(pages) & of_file:
@@ -226,8 +248,10 @@ class Window:
         return bool(np.any(here & (pages & of_file == 0)))
 
     def _map(self, low: int, high: int, flags: int, fd: int) -> None:
-        assert low % PAGE_BYTES == 0 and 0 <= low < high <= self._size_bytes
-        address, length = self._address + low, _round_up(high) - low
+        assert (
+            low % PAGE_BYTES == 0 and low < high and self._parts.place(high - 1) - self._parts.place(low) < high - low
+        )
+        address, length = self._address + self._parts.place(low), _round_up(high) - low
         offset = 0 if fd < 0 else low
         got = _libc().mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags | _MAP_FIXED, fd, offset)
         if got != address:

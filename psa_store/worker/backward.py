@@ -223,7 +223,6 @@ class Backward:
     def _bring(self, bound: BoundTensor) -> None:
         """Have the model's gradient in its place; from then on the model's is that place, if it can be."""
         place, tensor = self._gradients.views[bound.index], bound.tensor
-        assert place is not None
         gradient = tensor.grad
         if gradient is None:
             place.zero_()
@@ -247,14 +246,11 @@ class Backward:
             return False
         place = self._gradients.views[bound.index]
         if gradient is not place:
-            assert place is not None
             return not place.equal(gradient.to(place))
         return self._digest(bound) != taken.digest
 
     def _digest(self, bound: BoundTensor) -> int:
-        place = self._gradients.views[bound.index]
-        assert place is not None
-        data = as_bytes(place.view(-1))
+        data = as_bytes(self._gradients.views[bound.index].view(-1))
         return sample_digest(data, self._turn // len(self._trained)) if self._early else xxh3_64_intdigest(data)
 
     def _watch(self, changed: bool) -> None:

@@ -10,6 +10,7 @@ Used by the worker, in the thread that runs the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from psa_store.errors import UsageError
 from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
+from psa_store.job.parts import parts_of
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.tensors import as_bytes, name_of, to_torch
 from psa_store.wire import SharedMemory, Window
@@ -73,16 +75,16 @@ class FlatModel:
         self._model = model
         self._layout = layout
         self._stage = stage
-        self._window = Window(layout.arena_bytes)
         _refuse_another(model, layout, stage)
+        own = [shard for shard in layout.shards if stage in shard.stages]
+        self._parts = parts_of((shard.offset_bytes, shard.offset_bytes + shard.size_bytes) for shard in own)
+        self._window = Window(self._parts)
         self._memory = torch.frombuffer(self._window.buffer, dtype=torch.uint8)
         self._wire = WireLayout(layout)
         self._rounded: dict[int, Tensor] = {}
         """Shards that are rounded on their way: received here, or shown here by a server of this host."""
-        buffers = [shard for shard in layout.shards_of(TensorRole.BUFFER) if stage in shard.stages]
-        self._buffers = self._memory[
-            slice(buffers[0].offset_bytes, buffers[-1].offset_bytes + buffers[-1].size_bytes) if buffers else slice(0)
-        ]
+        buffers = [self._slice(shard) for shard in own if shard.role is TensorRole.BUFFER]
+        self._buffers = self._memory[slice(buffers[0].start, buffers[-1].stop) if buffers else slice(0)]
         self._buffers_kept = self._buffers.clone()
         self._bound = [self._bind_new(index) for index, spec in enumerate(layout.tensors) if stage in spec.stages]
         self._bound_buffers = [bound for bound in self._bound if bound.role is TensorRole.BUFFER]
@@ -115,7 +117,7 @@ class FlatModel:
 
     def parameters(self, shard: Shard) -> memoryview:
         """The bytes of a shard's parameters or buffers as the model has them."""
-        return as_bytes(self._memory)[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
+        return as_bytes(self._memory)[self._slice(shard)]
 
     def receive_as(self, wire: WireLayout) -> None:
         """Parameters come as ``wire`` lays them out. Called once, before any comes."""
@@ -136,14 +138,7 @@ class FlatModel:
             Refused: the descriptor's memory is not what the layout needs.
         """
         if not self._wire.is_exact:
-            memory = SharedMemory.attach(descriptor, self._wire.gradient_bytes)
-            for shard in (self._layout.shards[index] for index in shards):
-                self._rounded[shard.index] = torch.frombuffer(
-                    memory.buffer,
-                    dtype=to_torch(self._wire.dtype(shard)),
-                    offset=self._wire.offset_bytes(shard),
-                    count=shard.numel,
-                )
+            self._show_rounded(descriptor, [self._layout.shards[index] for index in shards])
             return
         ranges: list[tuple[int, int]] = []
         for index in shards:
@@ -154,6 +149,23 @@ class FlatModel:
             else:
                 ranges.append((low, high))
         self._window.show(server, descriptor, ranges)
+
+    def _show_rounded(self, descriptor: int, shards: Sequence[Shard]) -> None:
+        wire = self._wire
+        parts = parts_of((wire.offset_bytes(each), wire.offset_bytes(each) + wire.size_bytes(each)) for each in shards)
+        try:
+            for low, high in parts.ranges:
+                memory = SharedMemory.attach(os.dup(descriptor), min(high, wire.gradient_bytes), low)
+                for shard in shards:
+                    if low <= wire.offset_bytes(shard) < high:
+                        self._rounded[shard.index] = torch.frombuffer(
+                            memory.buffer,
+                            dtype=to_torch(wire.dtype(shard)),
+                            offset=wire.offset_bytes(shard) - low,
+                            count=shard.numel,
+                        )
+        finally:
+            os.close(descriptor)
 
     def hide(self) -> None:
         """Own memory for everything again, with undefined contents: parameters are about to be received."""
@@ -175,8 +187,7 @@ class FlatModel:
         self._guard.check_buffers_kept()
         for index, rounded in self._rounded.items():
             shard = self._layout.shards[index]
-            whole = self._memory[shard.offset_bytes : shard.offset_bytes + shard.size_bytes]
-            whole.view(to_torch(shard.dtype)).copy_(rounded)
+            self._memory[self._slice(shard)].view(to_torch(shard.dtype)).copy_(rounded)
         if self._bound_buffers:
             self._look_for_buffers()
             self._buffers_kept.copy_(self._buffers)
@@ -255,6 +266,10 @@ class FlatModel:
 
     # --- binding
 
+    def _slice(self, shard: Shard) -> slice:
+        low = self._parts.place(shard.offset_bytes)
+        return slice(low, low + shard.size_bytes)
+
     def _look_for_buffers(self) -> None:
         for bound, (module, name) in zip(self._bound_buffers, self._holders, strict=True):
             bound.tensor = module.get_buffer(name)
@@ -272,12 +287,13 @@ class FlatModel:
     def _bind_new(self, index: int) -> BoundTensor:
         spec, low = self._layout.tensors[index], self._layout.offsets_bytes[index]
         high = low + spec.size_bytes
+        place = self._parts.place(low) if spec.numel else 0
         dtype = to_torch(spec.dtype)
         # A storage of its own: torch.save() takes none that tensors of several dtypes share, and writes it whole.
         flat = (
-            torch.frombuffer(self._window.buffer, dtype=dtype, count=spec.numel, offset=low)
+            torch.frombuffer(self._window.buffer, dtype=dtype, count=spec.numel, offset=place)
             if spec.numel
-            else self._memory[low:high].view(dtype)
+            else self._memory[:0].view(dtype)
         )
         view = flat.view(spec.shape)
         trained = self._layout.shards_of(TensorRole.TRAINED) if spec.role is TensorRole.TRAINED else ()

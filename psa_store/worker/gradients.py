@@ -7,17 +7,20 @@ not used again, when the connections were lost meanwhile: a server may still hol
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, TensorRole
+from psa_store.job.parts import parts_of
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim.note import PLAIN
 from psa_store.optim.reduce import clip_factor, squared_norm
 from psa_store.optim.tensors import as_bytes, to_torch
-from psa_store.wire import SharedMemory
+from psa_store.wire import CopyOnWrite, SharedMemory
 
 NORM_SURELY_FINITE = 1e18
 """Above it, the float32 sum of squares may overflow although every element is finite."""
@@ -26,43 +29,71 @@ _ELEMENT_MAX = 1e33
 
 
 class GradientMemory:
-    """One rank's gradient, in the places of ``wire``."""
+    """One rank's gradient, in the places of ``wire``; memory is mapped here for those ``stages`` only."""
 
-    def __init__(self, layout: Layout, wire: WireLayout) -> None:
+    def __init__(self, layout: Layout, wire: WireLayout, stages: Iterable[int] | None = None) -> None:
         self.shared = SharedMemory.create("gradient", wire.gradient_bytes)
         self.passed = False
         """Whether a server has its descriptor."""
         self.note = PLAIN
         """What is said of this gradient beside its numbers."""
-        self._layout = layout
-        self._after_step = self.shared.copy_on_write()
-
-        def cut(flat: Tensor, low: int, dtype: str, numel: int) -> Tensor:
-            return flat[low : low + numel * ITEM_BYTES[dtype]].view(to_torch(dtype))
-
-        def tensors_of(flat: Tensor) -> list[Tensor | None]:
-            return [
-                cut(flat, wire.tensor_offset_bytes(i), wire.tensor_dtype(i), spec.numel).view(spec.shape).data
-                if spec.role is TensorRole.TRAINED
-                else None
-                for i, spec in enumerate(layout.tensors)
-            ]
-
-        own = torch.frombuffer(self.shared.buffer, dtype=torch.uint8)
-        self.views = tensors_of(own)
-        """By tensor of the layout; None for those that are not trained. Each has a version counter of its own."""
-        self.views_after_step = tensors_of(torch.frombuffer(self._after_step.buffer, dtype=torch.uint8))
+        self.stages: frozenset[int] = frozenset()
+        self.views: dict[int, Tensor] = {}
+        """By trained tensor of the layout. Each has a version counter of its own."""
+        self.views_after_step: dict[int, Tensor] = {}
         """The same gradient, for the model once it is handed over: what a script writes there changes nothing here."""
-        self.numbers = {
-            shard.index: cut(own, wire.offset_bytes(shard), wire.dtype(shard), shard.numel)
-            for shard in layout.shards_of(TensorRole.TRAINED)
-        }
+        self.numbers: dict[int, Tensor] = {}
         """By trained shard: its gradient, flat."""
+        self._layout = layout
+        self._wire = wire
+        self._after_step: list[CopyOnWrite] = []
+        trained = layout.shards_of(TensorRole.TRAINED)
+        self.add({stage for shard in trained for stage in shard.stages} if stages is None else stages)
+
+    def add(self, stages: Iterable[int]) -> None:
+        """Have the gradients of more stages."""
+        new = frozenset(stages) - self.stages
+        self.stages |= new
+        layout, wire = self._layout, self._wire
+        shards = [
+            shard
+            for shard in layout.shards_of(TensorRole.TRAINED)
+            if not new.isdisjoint(shard.stages) and shard.index not in self.numbers
+        ]
+        tensors = [
+            index
+            for index, spec in enumerate(layout.tensors)
+            if spec.role is TensorRole.TRAINED and not new.isdisjoint(spec.stages) and index not in self.views
+        ]
+        if not tensors:
+            return
+        parts = parts_of((wire.offset_bytes(each), wire.offset_bytes(each) + wire.size_bytes(each)) for each in shards)
+        mapped: list[tuple[int, int, Tensor, Tensor]] = []
+        for low, high in parts.ranges:
+            after_step = self.shared.copy_on_write(low, high)
+            self._after_step.append(after_step)
+            own = torch.frombuffer(self.shared.part(low, high), dtype=torch.uint8)
+            mapped.append((low, high, own, torch.frombuffer(after_step.buffer, dtype=torch.uint8)))
+
+        def cut(at: int, dtype: str, numel: int) -> tuple[Tensor, Tensor]:
+            """Some numbers, and the same after the step."""
+            at = at if numel else mapped[0][0]
+            start, own, other = next((low, own, other) for low, high, own, other in mapped if low <= at < high)
+            here = slice(at - start, at - start + numel * ITEM_BYTES[dtype])
+            return own[here].view(to_torch(dtype)), other[here].view(to_torch(dtype))
+
+        for index in tensors:
+            spec = layout.tensors[index]
+            own, other = cut(wire.tensor_offset_bytes(index), wire.tensor_dtype(index), spec.numel)
+            self.views[index], self.views_after_step[index] = own.view(spec.shape).data, other.view(spec.shape).data
+        for shard in shards:
+            self.numbers[shard.index], _ = cut(wire.offset_bytes(shard), wire.dtype(shard), shard.numel)
 
     def begin(self) -> None:
         """Get ready for another gradient."""
         self.note = PLAIN
-        self._after_step.forget()
+        for each in self._after_step:
+            each.forget()
 
     def bytes_of(self, shard: int) -> memoryview:
         """The bytes of a shard's gradient, to send."""
@@ -99,13 +130,15 @@ class GradientPool:
         self._taken: list[GradientMemory] = []
         self._step = 0
 
-    def take(self) -> GradientMemory:
-        """Memory that no server reads."""
-        memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire)
+    def take(self, stages: Collection[int] | None = None) -> GradientMemory:
+        """Memory that no server reads, for these stages; None: for all."""
+        if stages is not None:  # else a stage that has gone would keep its memory here
+            self._free = [memory for memory in self._free if memory.stages == frozenset(stages)]
+        memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire, stages)
         self._taken.append(memory)
         return memory
 
-    def take_for(self, step: int, *, shared: bool) -> GradientMemory:
+    def take_for(self, step: int, stages: Collection[int] | None = None, *, shared: bool) -> GradientMemory:
         """Memory for the gradient of a rank in a step.
 
         Where servers read gradients in place (``shared``), each rank of a step needs its own, and the next version
@@ -114,7 +147,7 @@ class GradientPool:
         if not shared or step != self._step:
             self.release()
         self._step = step
-        return self.take()
+        return self.take(stages)
 
     def put_back(self, memory: GradientMemory, *, read: bool) -> None:
         """Take one back. ``read``: a server may still read it, so it is not used again."""

@@ -19,7 +19,7 @@ from psa_store.cluster import ProcessRole
 from psa_store.config import Settings, fill_addresses
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
-from psa_store.errors import PsaError, UsageError
+from psa_store.errors import OutOfMemory, PsaError, UsageError
 from psa_store.job.change import Numbers
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
@@ -35,6 +35,7 @@ from psa_store.worker.data_position import DataPosition
 from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.given_optimizer import GivenOptimizer
 from psa_store.worker.health import Progress, WorkerHealth
+from psa_store.worker.host_memory import must_suffice
 from psa_store.worker.membership import Membership
 from psa_store.worker.model_files import model_files
 from psa_store.worker.server_connections import ServerConnections
@@ -167,7 +168,8 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
 def _memory_of(given: Given) -> FlatModel | StagedModel:
     if given.model is None:
         return StagedModel(given.stages, given.layout, given.wanted.seed)
-    return FlatModel(given.model, given.layout, given.push_early)
+    with must_suffice("have the model in one piece", given.layout.arena_bytes):
+        return FlatModel(given.model, given.layout, given.push_early)
 
 
 def _keep_model_files(given: Given, store: RedisStore) -> None:
@@ -183,7 +185,8 @@ def announce_failure(settings: Settings, error: BaseException | None, where: str
     It may be a disk that did not answer once: tried again, unless it comes at the same place again.
     """
     supervisor, member = settings.supervisor, settings.member
-    if supervisor and member and isinstance(error, Exception) and not isinstance(error, PsaError):
+    may_pass = not isinstance(error, PsaError) or isinstance(error, OutOfMemory)  # its stages may come to others
+    if supervisor and member and isinstance(error, Exception) and may_pass:
         announce(supervisor, {"event": "failed", "member": member, "how": f"{type(error).__name__} at {where}"})
 
 

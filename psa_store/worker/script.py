@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 
 from psa_store.errors import UsageError
 
-_NOT_SCRIPTS = (str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).parent), "<")
+_NOT_SCRIPTS = (str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).parent), contextlib.__file__, "<")
 
 
 def script_line() -> str:

@@ -5,7 +5,6 @@ Used by the worker, in the thread that runs the model.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from psa_store.job.layout import Layout, Shard, TensorRole, TensorSpec
 from psa_store.job.sampling import stream_seed
 from psa_store.job.wire_layout import WireLayout
 from psa_store.worker.flat_model import FlatModel, describe_model
+from psa_store.worker.host_memory import give_back, must_suffice
 from psa_store.worker.randomness import seed_all
 from psa_store.worker.script import check_model
 
@@ -122,14 +122,17 @@ class StagedModel:
         self._held.clear()
 
     def initial(self) -> Iterator[tuple[Shard, memoryview]]:
-        """Each shard and its bytes, as the job begins with them: one stage after the other is built for it."""
-        for stage, build in enumerate(self._builders):
-            module = _build(build, stage, self._seed)
-            flat = FlatModel(module, self._layout, push_early=False, stage=stage)
-            yield from flat.initial()
+        """Each shard and its bytes, as the job begins with them: stage after stage is built for it, and goes."""
+        for stage in range(len(self._builders)):
+            module, flat = self._build(stage)
+            for shard, data in flat.initial():
+                copied = memoryview(bytearray(data))  # what is kept until it is written must not keep the whole stage
+                del data
+                yield shard, copied
+                del copied
             flat.close()
             del module, flat
-            gc.collect()  # hooks of a module are cycles
+            give_back()
 
     # --- what is held
 
@@ -144,11 +147,10 @@ class StagedModel:
             self._held.pop(stage)[1].close()
             self._shown_in.pop(stage, None)
             self._graph_checked.discard(stage)
-            gc.collect()
+            give_back()
         new = tuple(sorted(wanted - self._held.keys()))
         for stage in new:
-            module = _build(self._builders[stage], stage, self._seed)
-            flat = FlatModel(module, self._layout, push_early=False, stage=stage)
+            module, flat = self._build(stage)
             if self._wire is not None:
                 flat.receive_as(self._wire)
             self._held[stage] = module, flat
@@ -156,6 +158,19 @@ class StagedModel:
         if new:
             self._log.debug("holding stages", stages=sorted(wanted))
         return new
+
+    def bytes_of(self, stages: Iterable[int]) -> int:
+        """Of the parameters and buffers of some stages."""
+        wanted = frozenset(stages)
+        return sum(shard.size_bytes for shard in self._layout.shards if not wanted.isdisjoint(shard.stages))
+
+    def _build(self, stage: int) -> tuple[nn.Module, FlatModel]:
+        """A stage in flat memory, with the values that it has in the beginning."""
+        with must_suffice(f"build stage {stage} of {len(self._builders)}", self.bytes_of([stage])):
+            module = _build(self._builders[stage], stage, self._seed)
+            flat = FlatModel(module, self._layout, push_early=False, stage=stage)
+        give_back()  # the tensors with which it was built
+        return module, flat
 
     def check_graph(self, stage: int, carry: Iterable[Tensor | None], returned: Iterable[Tensor]) -> None:
         """Refuse, once for each module, what a stage returns if it was made of something that did not come to it.

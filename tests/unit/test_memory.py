@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.errors import Refused
+from psa_store.job.parts import parts_of
 from psa_store.wire import SharedMemory, Window, can_show
 from psa_store.wire.memory import PAGE_BYTES
 
@@ -42,7 +43,7 @@ def attached_to(memory: SharedMemory) -> SharedMemory:
 
 
 def window_on(memory: SharedMemory) -> Window:
-    window = Window(SIZE)
+    window = Window(parts_of([(0, SIZE)]))
     window.show("owner", passed(memory), [(0, SIZE)])
     return window
 
@@ -97,7 +98,7 @@ class TestVisibility:
     def test_two_sources_lie_side_by_side(self) -> None:
         """As two servers whose shards take turns in the arena."""
         left, right = filled(b"l"), filled(b"r")
-        window = Window(SIZE)
+        window = Window(parts_of([(0, SIZE)]))
         window.buffer[2 * PAGE_BYTES : 3 * PAGE_BYTES] = b"o" * PAGE_BYTES
         window.show("left", passed(left), [(0, PAGE_BYTES), (3 * PAGE_BYTES, SIZE)])
         window.show("right", passed(right), [(PAGE_BYTES, 2 * PAGE_BYTES)])
@@ -109,7 +110,7 @@ class TestVisibility:
         memory = SharedMemory.create("test", SIZE)
         for page in range(PAGES):
             memory.buffer[page * PAGE_BYTES] = page + 1
-        window = Window(SIZE)
+        window = Window(parts_of([(0, SIZE)]))
         window.show("owner", passed(memory), [(PAGE_BYTES, 2 * PAGE_BYTES), (3 * PAGE_BYTES, SIZE)])
         window.buffer[PAGE_BYTES + 1] = 7
         assert window.refresh()
@@ -117,7 +118,7 @@ class TestVisibility:
 
     def test_a_range_may_end_within_a_page(self) -> None:
         memory = filled(b"a", SIZE - 100)
-        window = Window(SIZE - 100)
+        window = Window(parts_of([(0, SIZE - 100)]))
         window.show("owner", passed(memory), [(PAGE_BYTES, SIZE - 100)])
         assert window.buffer[PAGE_BYTES : SIZE - 100] == b"a" * (SIZE - 100 - PAGE_BYTES)
         window.buffer[SIZE - 101] = 0
@@ -154,7 +155,7 @@ class TestRefresh:
 
     def test_the_other_sources_and_our_own_memory_are_left_alone(self) -> None:
         written, clean = filled(b"w"), filled(b"c")
-        window = Window(SIZE)
+        window = Window(parts_of([(0, SIZE)]))
         window.show("written", passed(written), [(0, PAGE_BYTES)])
         window.show("clean", passed(clean), [(PAGE_BYTES, 2 * PAGE_BYTES)])
         window.buffer[0] = window.buffer[SIZE - 1] = ord("x")
@@ -162,7 +163,7 @@ class TestRefresh:
         assert [window.buffer[place] for place in (0, PAGE_BYTES, SIZE - 1)] == list(b"wcx")
 
     def test_memory_of_our_own_is_nothing_to_undo(self) -> None:
-        window = Window(SIZE)
+        window = Window(parts_of([(0, SIZE)]))
         window.buffer[:] = b"x" * SIZE
         assert not window.refresh() and window.buffer[:] == b"x" * SIZE
 
@@ -252,7 +253,7 @@ class TestRefusals:
 class TestEnds:
     def test_hidden_parts_are_zero_at_the_same_place_and_the_rest_stays(self) -> None:
         memory = filled(b"a")
-        window = Window(SIZE)
+        window = Window(parts_of([(0, SIZE)]))
         window.buffer[:] = b"o" * SIZE
         window.show("owner", passed(memory), [(PAGE_BYTES, 2 * PAGE_BYTES)])
         tensor = torch.frombuffer(window.buffer, dtype=torch.uint8)
@@ -292,7 +293,7 @@ class TestEnds:
 class TestNothingLeaks:
     def test_showing_hiding_and_closing(self) -> None:
         memory = filled(b"a")
-        kept = Window(SIZE)
+        kept = Window(parts_of([(0, SIZE)]))
 
         def once() -> None:
             gone = window_on(memory)

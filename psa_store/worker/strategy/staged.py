@@ -21,12 +21,14 @@ from psa_store.consistency.worker_instructions import Await, Compute, Finish, Li
 from psa_store.consistency.worker_step import Reload, Show
 from psa_store.errors import UsageError
 from psa_store.job.layout import Shard, TensorRole
+from psa_store.observe.formatting import numbered
 from psa_store.optim.note import PLAIN
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.carry import Parcel, read
 from psa_store.worker.gradients import GradientMemory, GradientPool
+from psa_store.worker.host_memory import must_suffice
 from psa_store.worker.microbatches import microbatches_of
 from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.rank_passes import RankPasses, ties_of
@@ -108,7 +110,9 @@ class StagedStrategy:
                 return None
             while not passes.finished:
                 self._progress.wait_for([Cell(rank_step.rank, stage) for stage in passes.waits_for])
-                if not passes.turn() and not self._listen():
+                with must_suffice(f"compute {numbered('stage', passes.held)}", self._model.bytes_of(passes.held)):
+                    made = passes.turn()
+                if not made and not self._listen():
                     return None
                 if self.session.plan_is_over() and not self._hold():
                     return None
@@ -156,6 +160,7 @@ class StagedStrategy:
         new = self._model.hold({*self._model.stages, *stages})
         if new and not self._add(new, step):
             return False
+        self._gradients.add(new)
         for stage in stages:
             if stage not in passes.held:
                 self._model.flat(stage).begin(self._gradients, self._push.push)
@@ -239,7 +244,9 @@ class StagedStrategy:
         if not shares and self._servers.sending:
             self.session.wait()
             return False
-        self._gradients = self._pool.take_for(step, shared=shares)
+        stages = self._model.stages
+        with must_suffice(f"have the gradients of {numbered('stage', stages)}", self._model.bytes_of(stages)):
+            self._gradients = self._pool.take_for(step, stages, shared=shares)
         return True
 
     # --- loading
