@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 import psa_store as psa
 from psa_store.errors import JobMismatch, UsageError
 from psa_store.job.sampling import sample_indices
-from tests.harness import Servers, Site
+from tests.harness import Run, Servers, Site
+from tests.performance import stages as memory
 
 WIDTH = 6
 
@@ -224,3 +227,28 @@ def test_a_micro_batch_of_weight_0_is_left_out_be_it_nan(job: str) -> None:
         weight = whole[index].weight
         assert weight.grad is not None
         torch.testing.assert_close(after[f"{name}.weight"], weight.data - 0.1 * weight.grad)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of private memory are Linux's")
+def test_a_model_that_is_too_large_for_a_worker_trains_in_stages(site: Site, tmp_path: Path) -> None:
+    """67 MB of parameters, 200 MB with the optimizer's; a worker may have 170 MB more than torch takes."""
+    env = {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "MALLOC_MMAP_THRESHOLD_": "1000000",  # else malloc keeps addresses of what was freed, which count here
+        "PSA_SESSION_TIMEOUT_S": "30",  # a worker that is only slow must not leave its stage to another
+    }
+
+    def run(stages: int) -> Run:
+        job, peaks = f"large-{stages}", tmp_path / str(stages)
+        script = [memory.__file__, "train-memory", job, str(stages), "1448", str(peaks), "170"]
+        how = ["--workers", str(stages), "--servers", "1", "--ranks", "1"]
+        return Run(["run", *how, *script], {**site.env, **env})
+
+    in_one = run(1)
+    assert in_one.finish() == 1
+    assert "not enough memory to " in in_one.output and "more stages" in in_one.output
+    in_four = run(4)
+    assert in_four.finish() == 0, in_four.output
+    assert len((tmp_path / "4").read_text().split()) == 4
+    with psa.Store("large-4", site.redis) as store:
+        assert store.version() == 2

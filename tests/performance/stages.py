@@ -31,9 +31,9 @@ from tests.performance.common import Servers, private_servers, summary
 CARRY_BYTES = 8 << 20
 MICROBATCHES = 8
 WARM_UP_STEPS = 5
-MEMORY_BLOCKS = 4
+MEMORY_BLOCKS = 8
 MEMORY_WIDTH = 2048
-"""A block has 16 MB of parameters, and as much again of gradient in each worker that has it."""
+"""A block has 16 MB of parameters."""
 
 
 class Carrier(nn.Module):
@@ -57,11 +57,9 @@ class Carrier(nn.Module):
 class Block(nn.Module):
     """One of the blocks of the model whose memory is measured."""
 
-    def __init__(self, low: int, high: int) -> None:
+    def __init__(self, low: int, high: int, width: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleDict(
-            {str(i): nn.Linear(MEMORY_WIDTH, MEMORY_WIDTH, bias=False) for i in range(low, high)}
-        )
+        self.blocks = nn.ModuleDict({str(i): nn.Linear(width, width, bias=False) for i in range(low, high)})
         self.is_last = high == MEMORY_BLOCKS
 
     def forward(self, carry: Tensor | None, microbatch: Tensor) -> Tensor:
@@ -178,33 +176,51 @@ def throughput(rounds: int, steps: int) -> None:
 # --- memory
 
 
-def train_memory(job: str, stages: int, place: Path) -> None:
-    """Write down by how much the memory of this process grew at most, in MB."""
+def train_memory(job: str, stages: int, width: int, place: Path, limit_mb: int | None = None) -> None:
+    """Train a model of blocks this wide, and write down the peak memory of this process in MB.
+
+    ``limit_mb``: how much private memory the process may have from here on, beside what torch has taken already.
+    """
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if limit_mb is not None:
+        limit = memory_now("VmData") + (limit_mb << 20)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     size = MEMORY_BLOCKS // stages
-    parts = [partial(Block, low, low + size) for low in range(0, MEMORY_BLOCKS, size)]
+    parts = [partial(Block, low, low + size, width) for low in range(0, MEMORY_BLOCKS, size)]
     optimizer = psa.optim.AdamW(lr=1e-4)
-    with psa.Worker(job, stages=parts, microbatches=2, optimizer=optimizer, steps=10) as worker:
-        for batch in worker.batches(torch.zeros(64, MEMORY_WIDTH), batch_size=8):
+    with psa.Worker(job, stages=parts, microbatches=2, optimizer=optimizer, steps=2) as worker:
+        while worker.members < stages:
+            time.sleep(0.02)  # until each has one stage: a worker that comes first would have those of all
+        for batch in worker.batches(torch.ones(64, width), batch_size=8):
             worker.step(worker.compute(batch))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     with place.open("a") as lines:
-        lines.write(f"{grown / 1024}\n")
+        lines.write(f"{memory_now('VmHWM') / (1 << 20)}\n")
+
+
+def memory_now(what: str) -> int:
+    """Bytes of this process, by a name in proc(5)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{what}:"))
 
 
 def memory() -> None:
-    """Say the peak memory of the workers, each of which has one stage."""
+    """Say the peak memory of the workers, each of which has one stage, above that with a model of next to nothing."""
     with private_servers() as servers:
-        for stages in (1, 2, 4):
-            place = servers.home / f"memory-{stages}"
-            script = [__file__, "train-memory", f"memory-{stages}", str(stages), str(place)]
+
+        def peaks(stages: int, width: int) -> list[float]:
+            job = f"memory-{stages}-{width}"
+            script = [__file__, "train-memory", job, str(stages), str(width), str(servers.home / job)]
             run(servers, ["--workers", str(stages), "--servers", "1", "--ranks", "1"], script)
-            grown = sorted(map(float, place.read_text().split()))
-            model = MEMORY_BLOCKS * MEMORY_WIDTH**2 * 4 / (1 << 20)
+            return sorted(map(float, (servers.home / job).read_text().split()))
+
+        model = MEMORY_BLOCKS * MEMORY_WIDTH**2 * 4 / (1 << 20)
+        for stages in (1, 2, 4):
+            empty, full = peaks(stages, 8)[-1], peaks(stages, MEMORY_WIDTH)
+            part = model / stages
+            above = [peak - empty for peak in full]
             print(
-                f"{stages} stages: a worker grew by {grown[0]:.0f} to {grown[-1]:.0f} MB; parameters of the model "
-                f"{model:.0f} MB, of a stage {model / stages:.0f} MB",
+                f"{stages} stages of {part:.0f} MB: a worker takes {above[0]:.0f} to {above[-1]:.0f} MB, "
+                f"{above[0] / part:.1f} to {above[-1] / part:.1f} of its parameters, above {empty:.0f} MB for torch",
                 flush=True,
             )
 
@@ -233,6 +249,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["train-carry"]:
         train_carry(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
     elif sys.argv[1:2] == ["train-memory"]:
-        train_memory(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+        more = [int(each) for each in sys.argv[6:]]
+        train_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]), *more)
     else:
         main()
