@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ _RANKS_STAGED = 2
 _END_S = 20.0
 _UNDISTURBED_S = 3600.0
 _RETRYABLE_EXIT = 3
+_KEY = secrets.token_hex(16)
+"""Servers of hosts do not start without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class JobSpec:
             "PSA_FAILPOINTS": str(self.failpoints),
             "PSA_COMMIT_EVERY": str(self.commit_every),
             "PSA_RANKS": str(self.ranks),
+            "PSA_KEY": _KEY,
             "PSA_CONFIG": "",
             "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH")))),
             **self.env,

@@ -16,6 +16,7 @@
         ├── Rewound                       Redis lost something that it had acknowledged
         ├── Refused                       a peer refused the message and said why
         └── Disconnected                  the peer is gone
+            └── Unproved                      it did not prove the key of the cluster, or refused our proof
 
 A message says what happened, where, and what to do next. Foreign exceptions are translated at the door where
 they occur (storage, coordination, wire), always with ``raise ... from``.
@@ -98,3 +99,7 @@ class Refused(Interrupted):
 
 class Disconnected(Interrupted):
     """The connection to a peer ended before the exchange was complete."""
+
+
+class Unproved(Disconnected):
+    """The two sides did not prove to each other that they have the same key; nothing else was said."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,11 +133,16 @@ WITH_STACKS = {"PYTHONFAULTHANDLER": "1"}
 class Run(Followed):
     """A running `psa` command."""
 
-    def __init__(self, arguments: list[str], env: Mapping[str, str], end: Path | None = None) -> None:
-        """``end``: a file for which the script waits before its last steps; :meth:`finish` makes it."""
+    def __init__(
+        self, arguments: list[str], env: Mapping[str, str], end: Path | None = None, before: Sequence[str] = ()
+    ) -> None:
+        """``end``: a file for which the script waits before its last steps; :meth:`finish` makes it.
+
+        ``before``: a command that starts the one of its arguments.
+        """
         self.arguments, self._end = arguments, end
         self.process = subprocess.Popen(
-            [*PSA, *arguments],
+            [*before, *PSA, *arguments],
             env={**WITH_STACKS, **os.environ, **env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -277,6 +282,7 @@ class Site:
         script: Path = TRAIN,
         env: Mapping[str, str] | None = None,
         held: bool = False,
+        before: Sequence[str] = (),
         **options: Any,
     ) -> Run:
         """`psa run`; keyword arguments are options of `psa run`, ``extra`` are arguments of the script.
@@ -286,7 +292,7 @@ class Site:
         flags = [part for name, value in options.items() for part in _flag(name, value)]
         end = self.home / f"{job}.end" if held else None
         hold = ["--end-after", str(end)] if end else []
-        return Run(["run", *flags, str(script), "--job", job, *extra, *hold], {**self.env, **(env or {})}, end)
+        return Run(["run", *flags, str(script), "--job", job, *extra, *hold], {**self.env, **(env or {})}, end, before)
 
     def describe(self, job: str) -> JobStatus:
         with closing(self.store()) as store:

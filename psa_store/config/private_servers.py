@@ -11,13 +11,15 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from psa_store.config.key import make_key_file
 from psa_store.config.own_files import private_home, refuse_foreign, write_private
 from psa_store.config.settings import Settings
-from psa_store.errors import UsageError
+from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.document import from_text, to_text
 
 _POLL_S = 0.005
@@ -56,7 +58,7 @@ def fill_addresses(settings: Settings) -> Settings:
         UsageError: they name one or none, and no private servers run.
     """
     if settings.redis is not None and settings.zookeeper is not None:
-        return settings
+        return with_private_key(settings) if _are_private(settings) else settings
     found = running(settings.home)
     if found is None:
         addresses = {"PSA_REDIS": settings.redis, "PSA_ZOOKEEPER": settings.zookeeper}
@@ -65,7 +67,23 @@ def fill_addresses(settings: Settings) -> Settings:
             f"no private servers run in {settings.home}, and {unset} {'are' if ' ' in unset else 'is'} not set: "
             "`psa up` starts private servers, `psa run` starts them with the job; or set both to your own"
         )
-    return with_addresses(settings, found)
+    return with_private_key(with_addresses(settings, found))
+
+
+def _are_private(settings: Settings) -> bool:
+    """Whether both addresses are those of the private servers: a process may be told them instead of finding them."""
+    with suppress(OSError, DataIntegrity):  # they are no concern of a process that uses other servers
+        found = running(settings.home)
+        return found is not None and (settings.redis, settings.zookeeper) == (found.redis, found.zookeeper)
+    return False
+
+
+def with_private_key(settings: Settings) -> Settings:
+    """The same settings, with the key of the private servers where they say none."""
+    path = _key_path(settings.home)
+    if settings.key is not None or settings.key_file is not None or not path.exists():
+        return settings
+    return settings.model_copy(update={"key_file": path})
 
 
 def with_addresses(settings: Settings, found: Addresses) -> Settings:
@@ -114,6 +132,7 @@ def hold_home(home: Path) -> Callable[[], None] | None:
         os.close(file)
         return None
     _addresses_path(home).unlink(missing_ok=True)
+    make_key_file(_key_path(home))
     os.ftruncate(file, 0)
     os.write(file, str(os.getpid()).encode())
     return lambda: os.close(file)
@@ -139,6 +158,10 @@ def publish(home: Path, addresses: Addresses) -> None:
 
 def _addresses_path(home: Path) -> Path:
     return home / "servers.json"
+
+
+def _key_path(home: Path) -> Path:
+    return home / "key"
 
 
 def holder(home: Path) -> int | None:

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -34,6 +34,8 @@ FILE = "psa.toml"
 FILE_VARIABLE = "PSA_CONFIG"
 """Where the file is, if not in the current directory; empty: no file is read."""
 DEFAULT = "default"
+KEY_CHARACTERS_MIN = 16
+"""Of a shorter key all could be tried."""
 _PREFIX = "PSA_"
 _OTHER_VARIABLES = frozenset(
     {
@@ -88,6 +90,14 @@ class Settings(BaseSettings):
         default=Path.home() / ".local" / "share" / "psa_store", description="data of the private servers"
     )
     bind: str = Field(default="127.0.0.1", description="address on which servers and all endpoints listen")
+    key: SecretStr | None = Field(
+        default=None,
+        min_length=KEY_CHARACTERS_MIN,
+        description="the key of the cluster: processes of a job prove it to each other before they say anything else",
+    )
+    key_file: _Folder | None = Field(
+        default=None, description="file with the key, instead of it; not readable to other users"
+    )
     session_timeout_s: float = Field(default=4.0, ge=1.0, le=120.0, description="ZooKeeper session timeout")
     connect_timeout_s: float = Field(
         default=5.0, gt=0.0, le=60.0, description="how long a dependency may take to answer"
@@ -169,6 +179,8 @@ class Settings(BaseSettings):
         return init_settings, env_settings, _SettingsFile()
 
 
+_SECRET = frozenset({"redis", "zookeeper", "key"})
+"""Names of settings that are a secret, or may hold one."""
 FOR_PEOPLE = tuple(
     name for name in Settings.model_fields if name not in ("member", "supervisor", "run", "draft", "default_ranks")
 )
@@ -207,7 +219,7 @@ def load_settings() -> Settings:
         origin = origins()[name]
         if origin != variable_of(name):
             raise UsageError(f"{origin}: {name}: {why}. Correct or remove it.") from error
-        value = "" if name in ("redis", "zookeeper") else f"={first['input']!r}"  # a URL may hold a password
+        value = "" if name in _SECRET else f"={first['input']!r}"
         raise UsageError(f"{origin}{value}: {why}. Correct or unset it.") from error
 
 
@@ -237,8 +249,13 @@ def origins() -> dict[str, str]:
 def as_environment(settings: Settings) -> dict[str, str]:
     """The variables that give another process these settings, wherever it works: it reads no file."""
     values = settings.model_dump(include=set(FOR_PEOPLE), exclude_none=True)
-    texts = {name: str(value.absolute() if isinstance(value, Path) else value) for name, value in values.items()}
-    return {variable_of(name): text for name, text in texts.items()} | {FILE_VARIABLE: ""}
+    return {variable_of(name): _text_of(value) for name, value in values.items()} | {FILE_VARIABLE: ""}
+
+
+def _text_of(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return str(value.absolute() if isinstance(value, Path) else value)
 
 
 def variable_of(name: str) -> str:

@@ -8,11 +8,12 @@ import signal
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from typing import Any
 
 from psa_store import logs
 from psa_store.cluster import ProcessRole
-from psa_store.config import Settings, as_environment, running
-from psa_store.config.private_servers import with_addresses
+from psa_store.config import Settings, as_environment, check_bind, fill_addresses, running
+from psa_store.config.private_servers import with_addresses, with_private_key
 from psa_store.coordination import Coordination
 from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
 from psa_store.job.config import RUN_NODE
@@ -50,7 +51,10 @@ def run_job(run: Run, settings: Settings) -> int:
     """
     with ExitStack() as stack:
         private = _private_servers(settings, stack)
-        settings = with_addresses(settings, private.start()) if private else settings
+        if private:
+            settings = with_private_key(with_addresses(settings, private.start()))
+        else:
+            settings = fill_addresses(settings)
         _check(settings, private)
         job = stack.enter_context(closing(_RunningJob(settings)))
         if settings.tensorboard is not None:
@@ -66,7 +70,7 @@ def run_job(run: Run, settings: Settings) -> int:
             restarts_max=run.restarts_max,
             env=environment_of(settings, job.run_id, run.workers),
             on_exit=job.report_death,
-            on_message=lambda message: start_servers(message["job"]),
+            on_message=lambda message: take_message(message),
             output=output,
         )
         stack.callback(supervisor.close)
@@ -78,6 +82,10 @@ def run_job(run: Run, settings: Settings) -> int:
                     stack.enter_context(closing(board))
                 for _ in range(run.servers):
                     supervisor.spawn(ProcessRole.SERVER, server_main, name)
+
+        def take_message(message: dict[str, Any]) -> None:
+            if isinstance(message.get("job"), str):
+                start_servers(message["job"])
 
         def finished() -> bool:
             if private is not None:
@@ -174,6 +182,7 @@ def _output(run: Run, settings: Settings) -> Output | None:
 
 def _check(settings: Settings, private: HomeServers | None) -> None:
     """Fail now, with one error, and not later in every process."""
+    check_bind(settings)
     try:
         _reach(settings)
     except DependencyUnreachable:

@@ -6,7 +6,6 @@ we end, however that is, the kernel kills the fork server (``forkserver_guard``)
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import secrets
@@ -30,13 +29,13 @@ from psa_store.cluster import ProcessRole
 from psa_store.errors import UserCodeFailed
 from psa_store.launch.guard import die_with_parent
 from psa_store.launch.output import Followed, Output, Pipe, redirect
+from psa_store.wire.announce import listen_announcements, read_announcement
 
 _RETRYABLE_EXIT = 3
 _LOST_EXIT = 255  # what multiprocessing reports when the fork server was killed, and its children with it
 _TICK_S = 0.2
 _START_S = 30.0
 _START_AGAIN_S = 0.01
-_MESSAGE_BYTES_MAX = 65536
 
 
 class Verdict(Enum):
@@ -125,11 +124,10 @@ class Supervisor:
         self._signal: int | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="psa-")
         path = Path(self._folder.name) / "supervisor"
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
+        self._socket = listen_announcements(path)
         self._env = {**env, "PSA_SUPERVISOR": str(path)}
         self._wake_receiver, self._wake_sender = socket.socketpair()
-        for sock in (self._socket, self._wake_receiver, self._wake_sender):
+        for sock in (self._wake_receiver, self._wake_sender):
             sock.setblocking(False)
         # Until close(), not just until run() returns: a second SIGTERM (`timeout` always sends two) must not interrupt
         # an orderly stop, which would take Redis and ZooKeeper from those who are still leaving.
@@ -216,15 +214,14 @@ class Supervisor:
         return failed
 
     def _read_messages(self) -> None:
-        while True:
-            try:
-                message = json.loads(self._socket.recv(_MESSAGE_BYTES_MAX))
-            except BlockingIOError:
-                return
-            if message.get("event") == "failed":
-                self._failures[message["member"]] = message["how"]
-            else:
-                self._on_message(message)
+        while (message := read_announcement(self._socket)) is not None:
+            match message:
+                case {"event": "failed", "member": str(member), "how": str(how)}:
+                    self._failures[member] = how
+                case {"member": str()}:
+                    self._on_message(message)
+                case _:
+                    self._log.warning("a message to the supervisor is none of a process of this run: passed over")
 
     def _reap(self, child: Child) -> int | None:
         child.process.join()

@@ -54,6 +54,7 @@ METRICS = (
     Metric("checkpoints", Kind.COUNTER, _SERVER, "checkpoints completed by this server as controller"),
     Metric("checkpoint_failures", Kind.COUNTER, _SERVER, "checkpoints that it had to abort"),
     Metric("checkpoint_time_seconds", Kind.GAUGE, _SERVER, "when the last checkpoint was completed, since 1970"),
+    Metric("refused_connections", Kind.COUNTER, _SERVER, "connections ended: without the key, silent, or out of line"),
     # workers
     Metric("step", Kind.GAUGE, _WORKER, "step that this worker computes"),
     Metric("steps", Kind.COUNTER, _WORKER, "steps of any of its ranks that it has computed"),

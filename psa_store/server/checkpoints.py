@@ -33,7 +33,7 @@ from psa_store.observe.metrics import Metrics
 from psa_store.server.exporting import Exporter
 from psa_store.storage import RedisStore
 from psa_store.testing.failpoints import failpoint
-from psa_store.wire import inspect
+from psa_store.wire import Door, inspect
 
 _INSPECT_S = 1.0
 
@@ -50,6 +50,7 @@ class Checkpoints:
         policy: CheckpointPolicy,
         metrics: Metrics,
         events: Events,
+        door: Door,
     ) -> None:
         self._config = config
         self._job = config.name
@@ -59,6 +60,7 @@ class Checkpoints:
         self._policy = policy
         self._metrics = metrics
         self._events = events
+        self._door = door
         self._log = logs.get_logger()
         self._schedule = Schedule(config, policy.every_s if layout.versioned else None)
         self._patience = Patience(config, barrier="")
@@ -144,7 +146,7 @@ class Checkpoints:
         """Where training is; None if that cannot be seen now."""
         server = plan.servers[0]
         try:
-            report = inspect(server.address, server.local, server.host, _INSPECT_S)
+            report = inspect(server.address, server.local, server.host, _INSPECT_S, self._door)
         except Disconnected as error:
             self._log.info("where training is, is not known", why=str(error))
             return None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import select
 import selectors
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from psa_store import logs
 from psa_store.errors import Disconnected, Refused
-from psa_store.wire import Connection, Header, Park, Passable, Traffic
+from psa_store.server.entrance import Candidate, Entrance, Limits
+from psa_store.server.refusals import Refusals
+from psa_store.wire import Accepting, Connection, Door, FirstFrame, Header, Park, Passable, Role, Traffic
 
-_CONNECTIONS_MAX = 10_000
+_NAMELESS_S = 10.0
+"""How long a connection may last on which no member of the job has said HELLO: it asked something, and may go."""
 
 
 class Host(Protocol):
@@ -38,19 +42,33 @@ class HasFileno(Protocol):
 
 
 class Connections:
-    """Owns the listeners, the selector and every connection. One thread, the event loop's, calls everything."""
+    """Owns the listeners, the selector and every connection. One thread, the event loop's, calls everything.
 
-    def __init__(self, host: Host, listeners: Sequence[socket.socket], wake: HasFileno) -> None:
+    Args:
+        door: what a peer has to prove before a frame is read.
+        refused: called for each connection that is refused.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        listeners: Sequence[socket.socket],
+        wake: HasFileno,
+        door: Door,
+        limits: Limits,
+        refused: Callable[[], None],
+    ) -> None:
         self.traffic = Traffic()
         self._host = host
-        self._listeners = listeners
         self._selector = selectors.DefaultSelector()
+        self._refusals = Refusals(refused)
+        self._entrance = Entrance(listeners, self._selector, door, limits, self._refusals, self._on_proved)
+        self._nameless: dict[Connection, float] = {}
+        """Until when those may last whose peers have said no HELLO; the oldest first."""
         self._connections: set[Connection] = set()
         self._watched: dict[Connection, int] = {}
         self._parked: set[Connection] = set()
         self._log = logs.get_logger()
-        for listener in listeners:
-            self._selector.register(listener, selectors.EVENT_READ, listener)
         self._selector.register(wake.fileno(), selectors.EVENT_READ, None)
 
     def __iter__(self) -> Iterator[Connection]:
@@ -65,8 +83,13 @@ class Connections:
         for key, mask in events:
             if isinstance(key.data, Connection):
                 self._serve(key.data, mask)
+            elif isinstance(key.data, Candidate):
+                self._entrance.serve(key.data)
             elif isinstance(key.data, socket.socket):
-                self._accept(key.data)
+                self._entrance.accept(key.data)
+        self._entrance.sweep()
+        if self._nameless:
+            self._close_nameless()
         if self._parked:
             self._close_dead_parked()
 
@@ -85,9 +108,10 @@ class Connections:
         except Disconnected:
             self.close(connection)
 
-    def add(self, sock: socket.socket, peer: str) -> Connection:
-        """Take over a connected socket."""
+    def add(self, sock: socket.socket, peer: str, role: Role | None = None) -> Connection:
+        """Take over a connected socket. ``role``: what the peer has proved to be."""
         connection = Connection(sock, peer, self._host.admit, self.traffic)
+        connection.role = role
         self._connections.add(connection)
         self._watch(connection)
         return connection
@@ -97,6 +121,7 @@ class Connections:
         if connection in self._connections:
             self._connections.discard(connection)
             self._parked.discard(connection)
+            self._nameless.pop(connection, None)
             self._host.on_gone(connection)
             if self._watched.pop(connection, 0):
                 self._selector.unregister(connection)
@@ -105,8 +130,7 @@ class Connections:
     def close_all(self) -> None:
         for connection in self:
             self.close(connection)
-        for listener in self._listeners:
-            listener.close()
+        self._entrance.close()
         self._selector.close()
 
     def detach_all(self) -> None:
@@ -126,23 +150,32 @@ class Connections:
                 else:
                     self._serve(connection, selectors.EVENT_READ)
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            sock, address = listener.accept()
-        except OSError:
-            return  # the client is gone again, or there are no descriptors left: it will retry
-        if len(self._connections) < _CONNECTIONS_MAX:
-            self.add(sock, str(address or "local client"))
-        else:
-            sock.close()
+    def _on_proved(self, sock: socket.socket, peer: str, proof: Accepting | FirstFrame) -> None:
+        """A peer has proved the key; or there is none, and its first frame is here."""
+        connection = self.add(sock, peer, proof.role)
+        self._nameless[connection] = time.monotonic() + _NAMELESS_S
+        if isinstance(proof, FirstFrame):
+            assert proof.header is not None
+            self._take(connection, [(proof.header, memoryview(proof.payload))])
+
+    def _close_nameless(self) -> None:
+        connection, until_s = next(iter(self._nameless.items()))
+        if connection.member:
+            del self._nameless[connection]
+        elif until_s <= time.monotonic():
+            self._refusals.note(connection.peer, f"said no HELLO within {_NAMELESS_S:.0f} s")
+            self.close(connection)
 
     def _serve(self, connection: Connection, mask: int) -> None:
         if connection not in self._connections:
             return  # closed by an earlier event of this turn
+        self._take(connection, connection.receive() if mask & selectors.EVENT_READ else ())
+
+    def _take(self, connection: Connection, frames: Iterable[tuple[Header, memoryview]]) -> None:
+        """Have these frames handled, and send what waits."""
         try:
-            if mask & selectors.EVENT_READ:
-                for header, payload in connection.receive():
-                    self._host.on_frame(connection, header, payload)
+            for header, payload in frames:
+                self._host.on_frame(connection, header, payload)
             if connection.sending:
                 connection.flush()
             self._watch(connection)
@@ -153,7 +186,7 @@ class Connections:
             self._throw_out(connection, error)
 
     def _throw_out(self, connection: Connection, error: Refused) -> None:
-        self._log.warning("refused a peer", peer=connection.peer, member=connection.member, why=str(error))
+        self._refusals.note(connection.peer, str(error), connection.member)
         self._host.on_stranger(connection, str(error))
         self.close(connection)
 

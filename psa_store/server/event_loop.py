@@ -22,6 +22,7 @@ from psa_store.job.wire_layout import WireLayout
 from psa_store.observe.metrics import Metrics
 from psa_store.server.arithmetic import Arithmetic
 from psa_store.server.committer import Committer
+from psa_store.server.entrance import Limits
 from psa_store.server.frame_handler import FrameHandler
 from psa_store.server.messages import (
     Committed,
@@ -38,7 +39,7 @@ from psa_store.server.messages import (
 )
 from psa_store.server.serving import Serving
 from psa_store.testing.journal import Journal
-from psa_store.wire import Mailbox, Traffic
+from psa_store.wire import Door, Mailbox, Traffic
 
 _TICK_S = 0.2
 _LAPSED_PAUSE_S = 0.02
@@ -63,6 +64,8 @@ class EventLoop:
         report: Callable[[ToPlanFollower], None],
         journal: Journal,
         metrics: Metrics,
+        door: Door,
+        limits: Limits,
     ) -> None:
         self.turned_s = time.monotonic()
         """When the loop turned last."""
@@ -83,6 +86,9 @@ class EventLoop:
             wake=self._mailbox,
             journal=journal,
             peer_gone=report,
+            door=door,
+            limits=limits,
+            refused=lambda: metrics.add("refused_connections"),
         )
         self._connections = self._frames.connections
         self._serving = Serving(

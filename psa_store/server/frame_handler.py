@@ -20,6 +20,7 @@ from psa_store.optim.slots import AVERAGE
 from psa_store.server.aggregator import Aggregator, rules_of
 from psa_store.server.clients import Client, SharedParameters
 from psa_store.server.connections import Connections, HasFileno
+from psa_store.server.entrance import Limits
 from psa_store.server.introductions import Introductions
 from psa_store.server.messages import PeerGone
 from psa_store.server.push_admission import PushAdmission
@@ -29,6 +30,7 @@ from psa_store.testing.journal import Journal
 from psa_store.wire import (
     PARK,
     Connection,
+    Door,
     Flag,
     Header,
     Kind,
@@ -44,6 +46,7 @@ from psa_store.wire import (
 
 _NOTHING = memoryview(b"")
 _OUTSIDE_TERMS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.INSPECT, Kind.REFUSED})
+_BEFORE_HELLO = frozenset({Kind.HELLO, Kind.INSPECT})
 _REQUESTS = frozenset({Kind.PULL, Kind.AWAIT, Kind.NORM, Kind.FINISH, Kind.CLOCKS, Kind.CUT, Kind.WANT})
 """What members ask of a server, and what servers tell each other, besides gradients."""
 _OF_A_RANK = frozenset({Kind.AWAIT, Kind.CUT})
@@ -66,11 +69,14 @@ class FrameHandler:
         wake: HasFileno,
         journal: Journal,
         peer_gone: Callable[[PeerGone], None],
+        door: Door,
+        limits: Limits,
+        refused: Callable[[], None],
     ) -> None:
         self.aggregator: Aggregator | None = None
         self.peers: dict[str, Connection] = {}
         """The other servers of the plan, by name."""
-        self.connections = Connections(self, listeners, wake)
+        self.connections = Connections(self, listeners, wake, door, limits, refused)
         self.parameters = SharedParameters(SharedMemory.create("parameters", 0))
         self.waiters = Waiters(
             self.connections,
@@ -128,12 +134,12 @@ class FrameHandler:
     def admit(self, connection: Connection, header: Header) -> memoryview | Park:
         """Name the place of a payload. What belongs to a term or a plan that is yet to come has to wait for it."""
         kind, aggregator = header.kind, self.aggregator
+        if not connection.member and kind not in _BEFORE_HELLO:
+            raise Refused(f"{kind.name} before HELLO" if kind in _MEMBERS else f"a server takes no {kind.name}")
         if kind in _OUTSIDE_TERMS:
             return memoryview(bytearray(header.length))
         if kind not in _MEMBERS:
             raise Refused(f"a server takes no {kind.name}")
-        if not connection.member:
-            raise Refused(f"{kind.name} before HELLO")
         if kind is Kind.SHARE:
             return _NOTHING
         if aggregator is None or (header.term, header.revision) > (aggregator.plan.term, aggregator.plan.revision):

@@ -9,7 +9,7 @@ from psa_store.errors import Refused
 from psa_store.job.config import JobConfig
 from psa_store.server.clients import Client, SharedParameters
 from psa_store.server.connections import Connections
-from psa_store.wire import Connection, Header, Hello, Kind, Welcome, decode, encode
+from psa_store.wire import Connection, Header, Hello, Kind, Role, Welcome, decode, encode
 
 _MEMBER = re.compile(r"[!-~]+")
 
@@ -37,6 +37,9 @@ class Introductions:
         for what, here, there in (("job", self._job, hello.job), ("layout", self._layout, hello.layout)):
             if here != there:
                 raise Refused(f"{what} is {here!r} here and {there!r} there")
+        says = Role.SERVER if hello.by_reference is None else Role.WORKER
+        if connection.role not in (None, says):
+            raise Refused(f"HELLO of a {says.name.lower()} over a connection of a {connection.role.name.lower()}")
         if connection.member or not _MEMBER.fullmatch(hello.member):
             raise Refused("HELLO without a name, or for the second time")
         clients = self._parameters.clients

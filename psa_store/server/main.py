@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ from psa_store import logs
 from psa_store.checkpoint.catalog import CheckpointPolicy
 from psa_store.checkpoint.take import take_at_end
 from psa_store.cluster import Member, ProcessRole
-from psa_store.config import Settings, fill_addresses
+from psa_store.config import Settings, check_bind, fill_addresses
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import DependencyUnreachable
@@ -28,17 +29,28 @@ from psa_store.server.aggregator import rules_of
 from psa_store.server.checkpoints import Checkpoints
 from psa_store.server.committer import Committer
 from psa_store.server.controller import Controller
+from psa_store.server.entrance import Limits
 from psa_store.server.event_loop import EventLoop
 from psa_store.server.health import ServerHealth
 from psa_store.server.plan_follower import PlanFollower
 from psa_store.server.shard_loading import ShardLoader
 from psa_store.storage import RedisStore
 from psa_store.testing.journal import Journal
-from psa_store.wire import host_identity, listen_local, listen_tcp
+from psa_store.wire import Door, host_identity, listen_local, listen_tcp
 
 _POLL_S = 0.05
 _SAY_WAITING_S = 10.0
 _SIGNAL_CHECK_S = 0.5
+_DESCRIPTORS_MAX = 1 << 20
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process have as many descriptors as it may have at all; returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # more than the kernel gives, or than this user may ask for
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return hard if hard != resource.RLIM_INFINITY else _DESCRIPTORS_MAX
+    return soft
 
 
 class _Leave:
@@ -64,6 +76,8 @@ def serve(job: str, settings: Settings) -> None:
     """
     check_job_name(job)
     settings = fill_addresses(settings)
+    check_bind(settings)
+    door, limits = Door.from_settings(settings, job), Limits.of(raise_descriptor_limit())
     torch.set_num_threads(1)
     member_id = settings.member or new_member_id("server")
     logs.identify(job=job, member=member_id)
@@ -101,7 +115,7 @@ def serve(job: str, settings: Settings) -> None:
             layout=layout,
             store=store,
             coordination=coordination,
-            checkpoints=Checkpoints(config, layout, store, coordination, policy, metrics, events),
+            checkpoints=Checkpoints(config, layout, store, coordination, policy, metrics, events, door),
             journal=journal,
             metrics=metrics,
             events=events,
@@ -116,6 +130,7 @@ def serve(job: str, settings: Settings) -> None:
             memory_bytes=layout.arena_bytes,
             woken=woken,
             leaving=lambda: leave.asked,
+            door=door,
             leave_timeout_s=settings.leave_timeout_s,
         )
         event_loop = EventLoop(
@@ -126,6 +141,8 @@ def serve(job: str, settings: Settings) -> None:
             threads=settings.server_threads,
             listeners=[tcp] if local is None else [tcp, local],
             lease=coordination.lease,
+            door=door,
+            limits=limits,
             make_committer=lambda post: Committer(store, config, layout, post, metrics, rests=rests),
             report=plan_follower.report,
             journal=journal,

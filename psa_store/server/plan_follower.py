@@ -35,7 +35,7 @@ from psa_store.server.messages import (
 )
 from psa_store.server.shard_loading import NotLoaded, ShardLoader
 from psa_store.testing.failpoints import failpoint
-from psa_store.wire import SharedMemory, connect
+from psa_store.wire import Door, Role, SharedMemory, connect
 
 _LOOK_AGAIN_S = 1.0
 _RETRY_S = 0.1
@@ -62,6 +62,7 @@ class PlanFollower:
         woken: threading.Event,
         leaving: Callable[[], bool],
         leave_timeout_s: float,
+        door: Door,
     ) -> None:
         self._member = member
         self._announced = member
@@ -72,6 +73,7 @@ class PlanFollower:
         self._woken = woken
         self._asked_to_leave = leaving
         self._leave_timeout_s = leave_timeout_s
+        self._door = door
         self._log = logs.get_logger()
         self._reports: deque[ToPlanFollower] = deque()
         self._released: queue.SimpleQueue[Released] = queue.SimpleQueue()
@@ -248,4 +250,4 @@ class PlanFollower:
         return Released(None, {})
 
     def _reach(self, server: Server) -> socket.socket:
-        return connect(server.address, server.local, server.host, _PEER_TIMEOUT_S)
+        return connect(server.address, server.local, server.host, _PEER_TIMEOUT_S, self._door, Role.SERVER)

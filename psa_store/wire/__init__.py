@@ -1,11 +1,13 @@
 """The framed protocol between workers and servers. The only room that knows sockets."""
 
 from psa_store.wire.address import connect, host_identity, listen_local, listen_tcp
-from psa_store.wire.announce import announce
+from psa_store.wire.announce import announce, listen_announcements, read_announcement
 from psa_store.wire.connection import PARK, Admit, Connection, Park, Traffic
 from psa_store.wire.documents import Hello, Refusal, Report, Welcome, decode, encode
+from psa_store.wire.door import Door, is_own
 from psa_store.wire.fetch import fetch
 from psa_store.wire.frames import PROTOCOL, RELAY_HEAD, Flag, Header, Kind, Reason
+from psa_store.wire.handshake import Accepting, FirstFrame, Rejected, Role
 from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
 from psa_store.wire.mailbox import Mailbox
@@ -15,9 +17,12 @@ __all__ = [
     "PARK",
     "PROTOCOL",
     "RELAY_HEAD",
+    "Accepting",
     "Admit",
     "Connection",
     "CopyOnWrite",
+    "Door",
+    "FirstFrame",
     "Flag",
     "Header",
     "Hello",
@@ -28,7 +33,9 @@ __all__ = [
     "PassedMemory",
     "Reason",
     "Refusal",
+    "Rejected",
     "Report",
+    "Role",
     "SharedMemory",
     "Traffic",
     "Welcome",
@@ -41,7 +48,10 @@ __all__ = [
     "fetch",
     "host_identity",
     "inspect",
+    "is_own",
+    "listen_announcements",
     "listen_local",
     "listen_tcp",
     "measure_loopback",
+    "read_announcement",
 ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import socket
 import sys
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from psa_store.errors import DependencyUnreachable, Disconnected
+from psa_store.wire.door import Door, is_own
+from psa_store.wire.handshake import Role
 
 _BACKLOG = 1024
 _ANY_FREE = (0,)
@@ -60,20 +63,40 @@ def listen_local(name: str) -> socket.socket | None:
     return sock
 
 
-def connect(address: str, local: str, host: str, timeout_s: float) -> socket.socket:
-    """Connect to a server, by its Unix socket if it is on this host and reachable, else by TCP.
+def connect(address: str, local: str, host: str, timeout_s: float, door: Door, role: Role) -> socket.socket:
+    """Connect to a server, by its Unix socket if it is on this host and reachable, else by TCP; prove the key.
 
     Raises:
         Disconnected: it does not answer within ``timeout_s``.
+        Unproved: one of the two has not got the key of the other.
     """
-    if local and host == host_identity():
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(timeout_s)
-            sock.connect("\0" + local)
+    end_s = time.monotonic() + timeout_s
+    sock = _connect_local(local, timeout_s) if local and host == host_identity() else None
+    if sock is None:
+        sock = _connect_tcp(address, timeout_s)
+    try:
+        door.enter(sock, role, end_s)
+    except BaseException:
+        sock.close()
+        raise
+    sock.settimeout(timeout_s)
+    return sock
+
+
+def _connect_local(local: str, timeout_s: float) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect("\0" + local)
+        if is_own(sock):  # any user of this machine may listen under a name that is free
             return sock
-        except OSError:  # another network namespace, or gone: TCP tells
-            sock.close()
+    except OSError:  # another network namespace, or gone: TCP tells
+        pass
+    sock.close()
+    return None
+
+
+def _connect_tcp(address: str, timeout_s: float) -> socket.socket:
     name, _, port = address.rpartition(":")
     try:
         return socket.create_connection((name.strip("[]"), int(port)), timeout=timeout_s)

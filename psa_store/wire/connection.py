@@ -26,6 +26,7 @@ from typing import Final
 
 from psa_store.errors import Disconnected, Refused
 from psa_store.wire.frames import HEADER_BYTES, WITH_DESCRIPTOR, Header, unpack
+from psa_store.wire.handshake import Role
 from psa_store.wire.memory import Passable
 
 _GATHER_MAX = 64
@@ -58,6 +59,8 @@ Admit = Callable[["Connection", Header], memoryview | Park]
 class Connection:
     """A framed, non-blocking connection. ``peer`` is for messages; ``member`` is set when HELLO was checked.
 
+    ``role``: what the peer has proved to be; None where there is no key.
+
     ``traffic``: where its bytes are counted.
     """
 
@@ -74,6 +77,7 @@ class Connection:
         self._traffic = traffic or Traffic()
         self.peer = peer
         self.member = ""
+        self.role: Role | None = None
         self.is_local = sock.family == socket.AF_UNIX
         self._outgoing: deque[tuple[memoryview, Passable | None]] = deque()
         self._descriptor: int | None = None

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from psa_store.errors import Disconnected, Refused
 from psa_store.wire.address import connect
 from psa_store.wire.documents import Hello, Refusal, decode, encode
+from psa_store.wire.door import Door
 from psa_store.wire.frames import HEADER_BYTES, Header, Kind, unpack
+from psa_store.wire.handshake import Role
 
 
 def fetch(
@@ -19,6 +21,7 @@ def fetch(
     pulls: Sequence[Header],
     places: Mapping[int, memoryview],
     timeout_s: float,
+    door: Door,
 ) -> set[int]:
     """Send these PULLs to the server at this address; returns the versions that have come.
 
@@ -31,7 +34,7 @@ def fetch(
     """
     text = encode(hello)
     frames = [Header(Kind.HELLO, length=len(text)).pack(), text, *(pull.pack() for pull in pulls)]
-    with connect(address, local, host, timeout_s) as sock:
+    with connect(address, local, host, timeout_s, door, Role.WORKER) as sock:
         try:
             sock.settimeout(timeout_s)
             sock.sendall(b"".join(frames))

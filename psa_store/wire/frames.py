@@ -50,7 +50,11 @@ RELAY_HEAD = struct.Struct("<IQ")
 """What the payload of a RELAY begins with: the length of its description, and of all tensors, in bytes."""
 PAYLOAD_BYTES_MAX = 1 << 32
 TEXT_BYTES_MAX = 1 << 20
-"""Limit for numbers and documents (see ``wire.documents``): a lying length must not make a peer allocate gigabytes."""
+HELLO_BYTES_MAX = 1 << 10
+"""Limits for numbers and documents (see ``wire.documents``): a lying length must not make a peer allocate gigabytes.
+
+That of HELLO is what one peer can have us keep of which nothing is known but that it has the key, if there is one.
+"""
 
 
 class Kind(IntEnum):
@@ -190,4 +194,9 @@ _KINDS = {each.value: each for each in Kind}
 _REASONS = {each.value: each for each in Reason}
 _FLAGS = {value: Flag(value) for value in range(1 << len(Flag))}
 _LARGE = frozenset({Kind.PUSH, Kind.PARAMS, Kind.STATE, Kind.RELAY})
-_LENGTH_MAX = {kind: 0 if kind in _BARE else PAYLOAD_BYTES_MAX if kind in _LARGE else TEXT_BYTES_MAX for kind in Kind}
+_LENGTH_MAX = (
+    dict.fromkeys(Kind, TEXT_BYTES_MAX)
+    | dict.fromkeys(_BARE, 0)
+    | dict.fromkeys(_LARGE, PAYLOAD_BYTES_MAX)
+    | {Kind.HELLO: HELLO_BYTES_MAX}
+)

@@ -29,7 +29,7 @@ from psa_store.job.layout import Layout, TensorRole
 from psa_store.optim.slots import AVERAGE, wide_dtype
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.storage import RedisStore
-from psa_store.wire import Flag, Header, Hello, Kind, fetch
+from psa_store.wire import Door, Flag, Header, Hello, Kind, fetch
 from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.membership import Membership
 from psa_store.worker.script import script_line
@@ -57,12 +57,14 @@ class AverageInModel:
         model: FlatModel | StagedModel,
         membership: Membership,
         store: RedisStore,
+        door: Door,
     ) -> None:
         self._config = config
         self._layout = layout
         self._model = model
         self._membership = membership
         self._store = store
+        self._door = door
         self._log = logs.get_logger()
         self._shown = False
 
@@ -133,7 +135,9 @@ class AverageInModel:
             ]
             if pulls:
                 places = {pull.shard: as_bytes(flat[pull.shard]) for pull in pulls}
-                versions |= fetch(server.address, server.local, server.host, hello, pulls, places, _SILENT_S)
+                versions |= fetch(
+                    server.address, server.local, server.host, hello, pulls, places, _SILENT_S, self._door
+                )
         if len(versions) != 1:
             return None
         tensors: dict[int, Tensor] = {}

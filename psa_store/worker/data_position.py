@@ -25,7 +25,7 @@ from psa_store.errors import DependencyUnreachable, Disconnected, JobMismatch
 from psa_store.job.change import Change
 from psa_store.job.position import DataRecord, Reading, begin
 from psa_store.storage import RedisStore
-from psa_store.wire import inspect
+from psa_store.wire import Door, inspect
 from psa_store.worker.membership import Membership
 
 _POLL_S = 0.1
@@ -50,9 +50,11 @@ class DataPosition:
         membership: Membership,
         session_timeout_s: float,
         changes: Callable[[], Sequence[Change]],
+        door: Door,
     ) -> None:
         self._job = job
         self._changes = changes
+        self._door = door
         self._stored = store.data_record(job)
         self._coordination = coordination
         self._membership = membership
@@ -147,7 +149,7 @@ class DataPosition:
             if plan is not None and plan.owners:
                 owners = [server for server in plan.servers if plan.shards_of(server.id)]
                 try:
-                    reports = [inspect(each.address, each.local, each.host, _INSPECT_S) for each in owners]
+                    reports = [inspect(each.address, each.local, each.host, _INSPECT_S, self._door) for each in owners]
                 except Disconnected:
                     reports = []
                 steps = [report.untouched for report in reports if report.term == plan.term]

@@ -28,7 +28,7 @@ from psa_store.observe import Monitor
 from psa_store.observe.metrics import Metrics
 from psa_store.storage import RedisStore
 from psa_store.testing.journal import Journal
-from psa_store.wire import Mailbox, announce
+from psa_store.wire import Door, Mailbox, announce
 from psa_store.worker.average import AverageInModel
 from psa_store.worker.creation import Wanted, join_or_create
 from psa_store.worker.data_position import DataPosition
@@ -93,13 +93,14 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
     """Join the job, or create it, and be a member of it."""
     settings = fill_addresses(settings)
     job, member = given.wanted.name, settings.member or new_member_id("worker")
+    door = Door.from_settings(settings, job)
     logs.identify(job=job, member=member)
     journal = stack.enter_context(closing(Journal(settings.journal, "worker", member)))
     mailbox = stack.enter_context(closing(Mailbox[None]()))
     woken = threading.Event()
     store = stack.enter_context(closing(RedisStore.from_settings(settings)))
     coordination = stack.enter_context(closing(Coordination.from_settings(settings, job, wake=woken.set)))
-    servers = stack.enter_context(closing(ServerConnections(given.layout, mailbox)))
+    servers = stack.enter_context(closing(ServerConnections(given.layout, mailbox, door)))
     if given.state is not None:
         stack.callback(given.state.close)
     # Closed before the connections are: servers leave alone what a worker reads until it is gone.
@@ -158,9 +159,15 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         membership,
         strategy,
         DataPosition(
-            job, store, coordination, membership, settings.session_timeout_s, lambda: strategy.session.changes
+            job,
+            store,
+            coordination,
+            membership,
+            settings.session_timeout_s,
+            lambda: strategy.session.changes,
+            door,
         ),
-        AverageInModel(config, given.layout, model, membership, store),
+        AverageInModel(config, given.layout, model, membership, store, door),
         partial(change_job, store, coordination, job),
     )
 

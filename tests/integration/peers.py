@@ -24,7 +24,7 @@ from psa_store.coordination import Coordination
 from psa_store.job.config import job_config_from_json
 from psa_store.job.layout import Layout, Shard, TensorRole, layout_from_json
 from psa_store.testing.failpoints import FailpointAction, arm
-from psa_store.wire import PROTOCOL, Header, Kind, Reason, SharedMemory, connect
+from psa_store.wire import PROTOCOL, Door, Header, Kind, Reason, Role, SharedMemory, connect
 from psa_store.wire.frames import HEADER_BYTES, unpack
 from tests.harness import Site
 
@@ -53,10 +53,13 @@ class Peer:
     job: str
     layout: Layout
     plan: Plan
+    key: bytes | None = None
 
     def __post_init__(self) -> None:
         local = self.server.local if self.carrier == "unix" else ""
-        self.sock = connect(self.server.address, local, self.server.host, PATIENCE_S)
+        self.sock = connect(
+            self.server.address, local, self.server.host, PATIENCE_S, Door(self.job, self.key), Role.WORKER
+        )
         assert (self.sock.family == socket.AF_UNIX) is (self.carrier == "unix")
         self.sock.settimeout(PATIENCE_S)
 
@@ -157,6 +160,8 @@ class Scene:
     workers: Mapping[str, Member]
     failpoints: Path | None = None
     """Where those of the worker are armed."""
+    key: bytes | None = None
+    """Of the job; peers have it, unless they are told another."""
     peers: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Scene:
@@ -170,7 +175,7 @@ class Scene:
     def peer(self, carrier: str, shard: int = 0) -> Peer:
         """A new connection to the server that owns ``shard``."""
         server = self.servers[self.plan.owner_of(shard).id]
-        return self.peers.enter_context(closing(Peer(server, carrier, self.job, self.layout, self.plan)))
+        return self.peers.enter_context(closing(Peer(server, carrier, self.job, self.layout, self.plan, self.key)))
 
     @contextmanager
     def in_the_name_of_the_holder(self) -> Iterator[Callable[..., tuple[Peer, int]]]:
@@ -229,7 +234,7 @@ class Scene:
     def versions(self) -> list[int]:
         found = []
         for server in self.plan.servers:
-            with closing(Peer(self.servers[server.id], "tcp", self.job, self.layout, self.plan)) as peer:
+            with closing(Peer(self.servers[server.id], "tcp", self.job, self.layout, self.plan, self.key)) as peer:
                 found.append(peer.report()["version"])
         return found
 
@@ -237,14 +242,14 @@ class Scene:
         """The same processes own the same shards, and the version grows."""
         target = max(self.versions()) + steps
         for server in self.plan.servers:
-            with closing(Peer(self.servers[server.id], "tcp", self.job, self.layout, self.plan)) as peer:
+            with closing(Peer(self.servers[server.id], "tcp", self.job, self.layout, self.plan, self.key)) as peer:
                 peer.hello(by_reference=False)
                 peer.see_version(target)
                 report = peer.report()
             assert (report["server"], report["term"]) == (server.id, self.plan.term)
 
 
-def look(site: Site, job: str, failpoints: Path | None = None) -> Scene:
+def look(site: Site, job: str, failpoints: Path | None = None, key: bytes | None = None) -> Scene:
     """The job as ZooKeeper and Redis know it now."""
     with closing(site.store()) as store, closing(coordination(site, job)) as zookeeper:
         found = store.read_job(job)
@@ -260,6 +265,7 @@ def look(site: Site, job: str, failpoints: Path | None = None) -> Scene:
         plan.plan,
         *members,
         failpoints,
+        key,
     )
 
 

@@ -22,7 +22,7 @@ import pytest
 from psa_store.compression import parse_compression
 from psa_store.job.layout import TensorRole
 from psa_store.wire import PROTOCOL, Flag, Header, Kind, Reason
-from psa_store.wire.frames import HEADER_BYTES
+from psa_store.wire.frames import HEADER_BYTES, HELLO_BYTES_MAX
 from tests.harness import LIVE, Run, Site
 from tests.integration.peers import NUMBERS, Holdings, Scene, holdings, look, resident_bytes
 
@@ -35,7 +35,7 @@ SETTLING_STEPS = 10
 POOL_MAY_GROW = 3
 """Threads of a server that use Redis. What leaks with each peer is hundreds."""
 GROWTH_BYTES_MAX = 5 << 20
-LONG = 500_000
+LONG = HELLO_BYTES_MAX - 300
 LINGER_S = 2.0
 
 
@@ -156,7 +156,7 @@ def hello_from_elsewhere(scene: Scene, carrier: str) -> None:
 
 @deed
 def hello_that_is_no_text(scene: Scene, carrier: str) -> None:
-    for payload in (b"", b"[]", b"null", b'{"protocol":', b"\xff\xfe", b'{"protocol":' + b"9" * 10_000 + b"}"):
+    for payload in (b"", b"[]", b"null", b'{"protocol":', b"\xff\xfe", b'{"protocol":' + b"9" * 1000 + b"}"):
         peer = scene.peer(carrier)
         peer.say(Kind.HELLO, payload)
         peer.is_thrown_out("unreadable text")
@@ -164,15 +164,31 @@ def hello_that_is_no_text(scene: Scene, carrier: str) -> None:
 
 @deed
 def text_of_boundless_depth(scene: Scene, carrier: str) -> None:
-    for kind in (Kind.HELLO, Kind.REFUSED):
+    for kind, depth in ((Kind.HELLO, HELLO_BYTES_MAX), (Kind.REFUSED, 200_000)):
         peer = scene.peer(carrier)
-        peer.say(kind, b"[" * 200_000)
+        if kind is not Kind.HELLO:
+            peer.hello()
+        peer.say(kind, b"[" * depth)
         peer.is_thrown_out("unreadable text")
 
 
 @deed
+def hello_that_is_longer_than_any(scene: Scene, carrier: str) -> None:
+    """It would take memory before anything is known of the peer; and so would other text before it."""
+    for kind, length, why in (
+        (Kind.HELLO, HELLO_BYTES_MAX + 1, f"HELLO announces {HELLO_BYTES_MAX + 1} bytes"),
+        (Kind.HELLO, 1 << 20, "HELLO announces 1048576 bytes"),
+        (Kind.REFUSED, 1 << 20, "REFUSED before HELLO"),
+        (Kind.WELCOME, 1 << 20, "WELCOME before HELLO"),
+    ):
+        peer = scene.peer(carrier)
+        peer.say(kind, length=length)
+        peer.is_thrown_out(why)
+
+
+@deed
 def hello_twice(scene: Scene, carrier: str) -> None:
-    """The name is long, so that it shows if the server does not forget the peer."""
+    """The name is as long as can be."""
     peer, name = scene.peer(carrier), f"worker-{next(NUMBERS)}-" + "x" * LONG
     peer.hello(name)
     peer.see_version(0)
@@ -183,7 +199,7 @@ def hello_twice(scene: Scene, carrier: str) -> None:
 @deed
 def hello_of_a_name_that_cannot_be_printed(scene: Scene, carrier: str) -> None:
     peer = scene.peer(carrier)
-    peer.hello("\ud800\x1b[31m\n" + "x" * 10_000)
+    peer.hello("\ud800\x1b[31m\n" + "x" * LONG)
     peer.is_thrown_out("HELLO without a name")
 
 
@@ -619,13 +635,14 @@ def test_a_thousand_peers_that_come_and_go_cost_nothing(scene: Scene, carrier: s
 
 
 def test_peers_that_introduce_themselves_twice_are_forgotten(scene: Scene) -> None:
-    before = [resident_bytes(pid) for pid in scene.pids]
+    before, resident = settled(scene), [resident_bytes(pid) for pid in scene.pids]
     for _ in range(100):
         DEEDS["hello twice"](scene, "unix")
         scene.peers.close()
-    settled(scene)
-    growth = [resident_bytes(pid) - former for pid, former in zip(scene.pids, before, strict=True)]
-    assert max(growth) < 100 * LONG / 4, growth
+    left = settled(scene, before)
+    assert fits(left, before), (left, before)
+    growth = [resident_bytes(pid) - former for pid, former in zip(scene.pids, resident, strict=True)]
+    assert max(growth) < GROWTH_BYTES_MAX, growth
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
@@ -680,9 +697,12 @@ def test_the_result_has_the_same_bits_as_without_them(site: Site, run: Run) -> N
     assert site.digest(JOB, last) == site.digest(JOB + "-not", last)
 
 
-def start(site: Site, job: str, *arguments: str, failpoints: Path | None = None, **options: Any) -> Run:
+def start(
+    site: Site, job: str, *arguments: str, failpoints: Path | None = None, key: str | None = None, **options: Any
+) -> Run:
     # The schedule of the learning rate must not depend on where a run is stopped.
     env = {} if failpoints is None else {"PSA_FAILPOINTS": str(failpoints)}
+    env |= {} if key is None else {"PSA_KEY": key}
     return site.run(job, "--total", "1000", *arguments, env=env, workers=1, ranks=2, commit_every=0, **options)
 
 

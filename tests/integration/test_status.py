@@ -26,7 +26,7 @@ from psa_store.job.document import from_text
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from psa_store.observe.status import JobStatus
 from psa_store.observe.status.assemble import RedisView, ZooKeeperView, assemble
-from psa_store.wire import inspect
+from psa_store.wire import Door, inspect
 from tests.harness import PSA, Run, Site
 
 
@@ -289,7 +289,7 @@ def test_a_peer_that_is_silent_or_trickles_is_given_up_in_time() -> None:
         try:
             began_s = time.monotonic()
             with pytest.raises(Disconnected, match="does not answer"):
-                inspect(address, "", "", 0.5)
+                inspect(address, "", "", 0.5, Door("any"))
             assert time.monotonic() - began_s < 2.0
         finally:
             done.set()

@@ -23,9 +23,10 @@ from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.wire_layout import WireLayout
 from psa_store.optim import SGD
 from psa_store.server.aggregator import Aggregator
+from psa_store.server.entrance import Limits
 from psa_store.server.frame_handler import FrameHandler
 from psa_store.testing.journal import Journal
-from psa_store.wire import PROTOCOL, RELAY_HEAD, Connection, Flag, Header, Kind, Mailbox, Reason, SharedMemory
+from psa_store.wire import PROTOCOL, RELAY_HEAD, Connection, Door, Flag, Header, Kind, Mailbox, Reason, SharedMemory
 from psa_store.wire.frames import PAYLOAD_BYTES_MAX
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is passed on Linux only")
@@ -127,6 +128,9 @@ class Scene:
             wake=mailbox,
             journal=Journal(None, "server", "a"),
             peer_gone=lambda peer: None,
+            door=Door(CONFIG.name),
+            limits=Limits.of(1024),
+            refused=lambda: None,
         )
         kept.callback(self.handler.connections.close_all)
         self.follow(plan_of("front", "middle", "back"))

@@ -23,7 +23,7 @@ from psa_store.observe.history import JobHistory
 from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
 from psa_store.observe.status.model import JobStatus
 from psa_store.storage import RedisStore
-from psa_store.wire import inspect
+from psa_store.wire import Door, inspect
 
 PATIENCE_S_MAX = 2.0
 """How long Redis and ZooKeeper may take to answer here: people do not wait as long as jobs do."""
@@ -71,6 +71,7 @@ class Observer:
         self._access = access_of(settings)
         self._patience_s = min(settings.connect_timeout_s, PATIENCE_S_MAX)
         self._store = store
+        self._door = Door.from_settings(settings, job)
         self._history = JobHistory(job, settings.redis, timeout_s=self._patience_s)
         self._coordination: Coordination | None = None
         self._documents: tuple[str, str] | None = None
@@ -148,7 +149,7 @@ class Observer:
             )
         except (DependencyUnreachable, Disconnected, DataIntegrity) as error:
             view = replace(view, problem=str(error))
-        return replace(view, answers=_ask_servers(view.servers))
+        return replace(view, answers=_ask_servers(view.servers, self._door))
 
     def _connected(self) -> Coordination:
         """The session of the first look; it outlives an outage by itself."""
@@ -168,17 +169,18 @@ class Observer:
         }
 
 
-def _ask_servers(servers: Sequence[Member]) -> dict[str, ServerAnswer]:
+def _ask_servers(servers: Sequence[Member], door: Door) -> dict[str, ServerAnswer]:
     """The answer of each server, by id; all are asked at once."""
     if not servers:
         return {}
     with ThreadPoolExecutor(min(len(servers), _ASKED_AT_ONCE), thread_name_prefix="psa-status-ask") as pool:
-        return dict(zip((member.id for member in servers), pool.map(_ask, servers), strict=True))
+        answers = pool.map(lambda member: _ask(member, door), servers)
+        return dict(zip((member.id for member in servers), answers, strict=True))
 
 
-def _ask(member: Member) -> ServerAnswer:
+def _ask(member: Member, door: Door) -> ServerAnswer:
     try:
-        found = inspect(member.address, member.local, member.host, _ANSWER_S)
+        found = inspect(member.address, member.local, member.host, _ANSWER_S, door)
     except Disconnected as error:
         return ServerAnswer(problem=str(error))
     return ServerAnswer(found.version, found.committed, found.stage)
