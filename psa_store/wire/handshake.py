@@ -19,7 +19,7 @@ A side without a key sends no opening. It begins with a frame, as :class:`FirstF
 as long as the header of a frame, so that a neighbour that expects the other of the two reads it whole, and can say what
 is missing. What is refused is refused with :class:`Rejected`, whose ``answer`` is the last word to the peer.
 
-What follows the proof is not protected by it: within one host nobody can change it, and between hosts TLS protects it.
+What follows the proof is not protected by it: within one host no process of another user can change it.
 """
 
 from __future__ import annotations
