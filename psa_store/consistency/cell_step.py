@@ -5,8 +5,11 @@ of those stages only of which it holds one. A step goes on in the order of ranks
 is not complete is worked at by all that hold a cell of it, and no two workers wait for each other.
 
 A cell that comes while the worker awaits a version is computed after a Reload: the worker told the servers that it has
-done with the present one. When a cell goes whose gradients were pushed, the other cells of its rank here are computed
-again: what they sent it stayed in this worker, and the next holder needs it.
+done with the present one. What it has pushed of this step is not computed again: before it reloads it has the servers
+Confirm that whatever it sent has come to them, so new connections lose nothing of it.
+
+When a cell goes whose gradients were pushed, the cells that were computed together with it are computed again: what
+they sent each other stayed in this worker, and the next holder needs it. To keep it would cost memory in every step.
 
 Pure: no I/O, no threads, no tensors, no clock.
 """
@@ -14,12 +17,20 @@ Pure: no I/O, no threads, no tensors, no clock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from psa_store.cluster import Cell
 from psa_store.consistency.worker_instructions import LISTEN, Await, Compute, Finish, Listen
 from psa_store.consistency.worker_step import NEVER, Reload, Show
 
-Instruction = Compute | Await | Show | Reload | Finish | Listen
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Have all servers say that they have what was sent to them so far, then say ``confirmed``."""
+
+
+CONFIRM = Confirm()
+Instruction = Compute | Await | Show | Confirm | Reload | Finish | Listen
 
 
 class CellStep:
@@ -31,7 +42,11 @@ class CellStep:
         """That of the parameters in the stages here."""
         self._held: Sequence[Cell] = ()
         self._owners: frozenset[str] = frozenset()
-        self._pushed: set[Cell] = set()
+        self._term: int | None = None
+        self._pushed: list[frozenset[Cell]] = []
+        """Cells whose gradients are on their way, together those that were computed together ..."""
+        self._confirmed: list[frozenset[Cell]] = []
+        """... and those whose gradients the servers of this term have, and the relay all that they sent."""
         self._awaited: int | None = None
         self._brought: dict[str, int] = {}
 
@@ -42,18 +57,24 @@ class CellStep:
 
     def missing(self, rank: int) -> tuple[int, ...]:
         """The stages of a rank that are to be computed here."""
-        return tuple(cell.stage for cell in self._held if cell.rank == rank and cell not in self._pushed)
+        return tuple(cell.stage for cell in self._missing() if cell.rank == rank)
 
     @property
     def first(self) -> int | None:
         """The first rank of which something is to be computed here."""
-        return min((cell.rank for cell in self._held if cell not in self._pushed), default=None)
+        return min((cell.rank for cell in self._missing()), default=None)
+
+    def _missing(self) -> list[Cell]:
+        done = frozenset[Cell]().union(*self._pushed, *self._confirmed)
+        return [cell for cell in self._held if cell not in done]
 
     # --- what has happened
 
-    def loaded(self, version: int) -> None:
-        """The stages have a version: that with which a term begins, or one that was shown."""
-        self.version = version
+    def loaded(self, term: int, version: int) -> None:
+        """The stages have a version: one with which a worker begins in a term, or one that was shown."""
+        if (term, version) != (self._term, self.version):
+            self._confirmed.clear()
+        self._term, self.version = term, version
         self.lost()  # nothing is in flight yet
 
     def ends_at(self, last: int | None) -> None:
@@ -63,12 +84,17 @@ class CellStep:
     def planned(self, held: Sequence[Cell], owners: frozenset[str]) -> None:
         """What the plan says: the cells held here, and the owners of what changes in their stages."""
         self._held, self._owners = held, owners
-        gone = {cell.rank for cell in self._pushed.difference(held)}
-        self._pushed = {cell for cell in self._pushed if cell.rank not in gone}
+        self._pushed = [cells for cells in self._pushed if cells.issubset(held)]
+        self._confirmed = [cells for cells in self._confirmed if cells.issubset(held)]
 
     def pushed(self, cells: Iterable[Cell]) -> None:
-        """The whole gradients of these are on their way."""
-        self._pushed.update(cells)
+        """The whole gradients of these, which were computed together, are on their way."""
+        self._pushed.append(frozenset(cells))
+
+    def confirmed(self) -> None:
+        """All servers have what was sent to them, but for what they have refused."""
+        self._confirmed += self._pushed
+        self._pushed.clear()
 
     def brought(self, server: str, version: int) -> None:
         """An owner has brought a version of all its shards."""
@@ -77,7 +103,7 @@ class CellStep:
     def refused(self, step: int, rank: int) -> None:
         """A server has refused a push: the cells of the rank have to be computed again, if they stay here."""
         if step == self.version:
-            self._pushed = {cell for cell in self._pushed if cell.rank != rank}
+            self._pushed = [cells for cells in self._pushed if all(cell.rank != rank for cell in cells)]
 
     def lost(self) -> None:
         """The connections are gone, and with them whatever was in flight."""
@@ -92,9 +118,9 @@ class CellStep:
         if self._last is not None and self.version >= self._last:
             return Finish(self.version)
         if self.first is not None:
-            if self._awaited is not None:
-                return Reload("more cells came in the middle of a step")
-            return Compute(self.version, self.first)
+            if self._awaited is None:
+                return Compute(self.version, self.first)
+            return CONFIRM if self._pushed else Reload("more cells came in the middle of a step")
         if self._awaited is None:
             last = NEVER if self._last is None else self._last
             self._awaited = self.version + 1 if self._held else last

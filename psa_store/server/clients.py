@@ -29,7 +29,7 @@ class Client:
         """Take the memory for gradients that came with a SHARE.
 
         Raises:
-            Refused: there is none, it is too small or may shrink, or there are more than the job has ranks.
+            Refused: there is none, it is too small or may shrink, or there are more than a step has gradients.
         """
         descriptor = self.connection.take_descriptor()
         if descriptor is None:

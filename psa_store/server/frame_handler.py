@@ -88,7 +88,7 @@ class FrameHandler:
         self._layout = layout
         self._wire = wire
         self._ranks = config.ranks
-        self._gradients_max = config.ranks * config.window
+        self._gradients_max = config.ranks * config.window * config.stages
         self._peer_gone = peer_gone
         self._admission = PushAdmission(config, layout, wire, rules_of(config))
         self._introductions = Introductions(member, config, layout.fingerprint, self.connections, self.parameters)

@@ -22,7 +22,8 @@ host that have agreed on it in HELLO: the header tells where in shared memory it
 parameters are visible, and passes the descriptor when it is new to the connection. Buffers always travel by value.
 
 In a job whose pushes are applied on arrival AWAIT names a step of a rank, which VERSION repeats, and CLOCKS is the
-acknowledgement of PUSH: a server says it when asked, and after each commit.
+acknowledgement of PUSH: a server says it when asked, and after each commit. In other jobs it is said when asked, once
+all that came before on the connection has been taken or refused.
 
 In a job with stages RELAY names the (step, rank, stage, micro-batch) that it is for: activations of the stage before,
 or, with BACKWARD, gradients of them from the stage after. Its payload begins with a description of its tensors; by

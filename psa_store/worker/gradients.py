@@ -155,6 +155,11 @@ class GradientPool:
         if not (read and memory.passed):
             self._free.append(memory)
 
+    def unused(self, memory: GradientMemory) -> None:
+        """No gradient was made in one: it is free again, if it has not been given up meanwhile."""
+        if memory in self._taken:
+            self.put_back(memory, read=False)
+
     def release(self) -> None:
         """No server reads any of it any more."""
         self._free += self._taken

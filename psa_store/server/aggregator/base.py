@@ -191,9 +191,9 @@ class Aggregator(ABC):
     def send_state(self, peer: Connection) -> None:
         """Tell another server, to which there is a new connection, what it has missed."""
 
+    @abstractmethod
     def send_clocks(self, connection: Connection) -> None:
         """Tell a worker that asks where its ranks stand."""
-        raise Refused("CLOCKS in a synchronous job")
 
     def end(self) -> None:
         """The term is over, and no thread of arithmetic is at work any more."""

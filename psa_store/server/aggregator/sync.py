@@ -96,9 +96,10 @@ class SyncAggregator(Aggregator):
             self._send_norms(peer, step, norms)
 
     def send_clocks(self, connection: Connection) -> None:
-        """CLOCKS, where workers speculate: by rank, how many of its steps have arrived here, and are committed."""
-        if not self._tools.config.mode.speculate:
-            super().send_clocks(connection)
+        """CLOCKS: by rank, how many of its steps have arrived here, and are committed.
+
+        With stages workers only want an answer: whatever they sent before has been taken, or refused, when it comes.
+        """
         ranks = self._tools.config.ranks
         payload = np.array([*self._step.clocks(ranks), *[self.committed] * ranks], dtype="<i8").tobytes()
         header = Header(Kind.CLOCKS, self.plan.term, self.plan.revision, self.committed, length=len(payload))

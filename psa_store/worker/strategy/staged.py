@@ -16,7 +16,7 @@ from torch import Tensor
 from psa_store import logs
 from psa_store.cluster import Cell, Plan, Server
 from psa_store.consistency import RANK_OF_BUFFERS
-from psa_store.consistency.cell_step import CellStep
+from psa_store.consistency.cell_step import CellStep, Confirm
 from psa_store.consistency.worker_instructions import Await, Compute, Finish, Listen
 from psa_store.consistency.worker_step import Reload, Show
 from psa_store.errors import UsageError
@@ -64,6 +64,8 @@ class StagedStrategy:
         """Of the rank that was computed last, in the mean over ranks."""
         self._term: int | None = None
         """In which the passes began."""
+        self._answered: set[str] = set()
+        """Servers that have answered what they were asked last."""
         self._over = 0
         """All steps below are complete, as a server says: nothing comes of them any more."""
 
@@ -143,6 +145,8 @@ class StagedStrategy:
                         self._servers.push_value(step, rank, shard.index, flat.parameters(shard))
             push.done(computed)
             self._step.pushed(Cell(rank, stage) for stage in computed)
+        else:
+            self._pool.unused(self._gradients)
         self._decide(handing_over=True)
 
     # --- a rank's passes
@@ -227,16 +231,29 @@ class StagedStrategy:
                 case Show(version):
                     if session.recording:
                         self._journal.record("acked", term=session.term, version=version)
-                    self._show(version)
+                    self._show(session.plan.term, version)
+                case Confirm():
+                    self._confirm()
                 case Reload(why):
                     session.lose(why)
         return None
 
-    def _show(self, version: int) -> None:
+    def _confirm(self) -> None:
+        """Ask all servers something: each answers once it has taken, or refused, what was sent to it before."""
+        servers = {server.id for server in self.session.plan.servers}
+        self._answered.clear()
+        if self.session.ask(
+            lambda: self._servers.ask_clocks(servers),
+            lambda: self._answered >= servers,
+            self.session.term_is_over,
+        ):
+            self._step.confirmed()
+
+    def _show(self, term: int, version: int) -> None:
         """Let the stages here be at a version of which all their shards are here."""
         self._model.version_arrived()
         self._servers.carries.release()
-        self._step.loaded(version)
+        self._step.loaded(term, version)
 
     def _take_gradient_memory(self, step: int) -> bool:
         """Have memory that nothing reads for the next gradient; False if one must wait for it."""
@@ -267,7 +284,7 @@ class StagedStrategy:
             )
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
-        self._show(newest)
+        self._show(plan.term, newest)
         self.replanned()
         return True
 
@@ -330,6 +347,8 @@ class StagedStrategy:
                 self._take_parcel(answer)
             case Kind.WANT:
                 self._over = header.step
+            case Kind.CLOCKS:
+                self._answered.add(answer.server)
             case _:
                 pass
 
