@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import StoredJob, read_job
@@ -29,6 +30,7 @@ from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.estimate import ask_script
 from psa_store.job.config import check_job_name
+from psa_store.logs import escaped
 from psa_store.observe import Event, EventKind, add_if_possible
 from psa_store.observe.formatting import date, size
 from psa_store.storage import RedisStore
@@ -83,7 +85,7 @@ def checkpoint_ls(job: Job, as_json: Json = False) -> None:
         marks = [] if stored.whole(each.name) else ["[red]not whole[/]"]
         marks += ["named: kept until pruned"] if each.named else []
         cells = (each.name, each.version, each.step, date(each.created_s), each.reason, size(each.bytes))
-        table.add_row(*map(str, cells), ", ".join(marks))
+        table.add_row(*(Text(escaped(str(cell))) for cell in cells), ", ".join(marks))
     console = Console()
     if stored.checkpoints:
         console.print(table)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from psa_store.cli.options import Json, begin
 from psa_store.config import FOR_PEOPLE, Settings, origins
-from psa_store.logs import hide_passwords, printable, printable_hosts
+from psa_store.logs import HIDDEN, hide_passwords, names_secret, printable, printable_hosts
 
 app = typer.Typer(name="config", help="Settings: from flags, else PSA_* variables, else psa.toml, else defaults.")
 
@@ -39,6 +39,8 @@ def show(with_origin: bool, as_json: bool, settings: Settings) -> None:
     """Print the settings; passwords are hidden."""
     found_values = settings.model_dump(mode="json")
     values = {name: hide_passwords(its) if isinstance(its, str) else its for name, its in found_values.items()}
+    # Where a secret lies is none.
+    values |= {name: HIDDEN for name in values if names_secret(name) and isinstance(getattr(settings, name), str)}
     if settings.redis is not None:
         values["redis"] = printable(settings.redis)
     if settings.zookeeper is not None:

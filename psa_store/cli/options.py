@@ -14,6 +14,7 @@ import typer
 
 from psa_store import logs
 from psa_store.config import Settings, check_environment, fill_addresses, load_settings
+from psa_store.config.own_files import refuse_foreign_script
 from psa_store.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,12 +52,18 @@ def read_settings() -> Settings:
 
 
 def check_script(script: str, module: bool) -> Program:
-    """Return the program of that name; raises UsageError if it is a script, and there is no such file."""
+    """Return the program of that name.
+
+    Raises:
+        UsageError: it is a script, and there is no such file, or another user may have put it there.
+    """
     from psa_store.launch.processes import Program
 
     if not module and not Path(script).is_file():
         meant = "; nor is there an option of that name" if script.startswith("-") else ""
         raise UsageError(f"no script {script}{meant}")
+    if not module:
+        refuse_foreign_script(Path(script))
     return Program(script, module)
 
 

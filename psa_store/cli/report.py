@@ -14,6 +14,7 @@ from rich.table import Table
 from psa_store.checkpoint.catalog import read_job
 from psa_store.cli.options import Job, reach
 from psa_store.errors import UsageError
+from psa_store.logs import escaped
 from psa_store.observe import JobHistory
 from psa_store.observe.formatting import duration
 from psa_store.observe.report import check_matplotlib, describe_run, facts, pause, to_json, write_report
@@ -43,7 +44,7 @@ def report(
     check_matplotlib()
     with RedisStore.from_settings(settings) as store, closing(JobHistory.from_settings(job, settings)) as history:
         found = read_job(store, job)
-        points, events = history.curve(), history.events()
+        points, events = escaped(history.curve()), escaped(history.events())
     if not points and not events:
         raise UsageError(f"job {job!r} has no history: it never ran, or with PSA_MONITOR=0")
     run = describe_run(job, points, events, found.checkpoints.values(), found.config)

@@ -20,6 +20,7 @@ from psa_store.cli.status_view import finding_view, job_view, overview
 from psa_store.config import Settings, fill_addresses
 from psa_store.errors import DataIntegrity, DependencyUnreachable
 from psa_store.job.document import to_fields
+from psa_store.logs import escaped
 from psa_store.observe.status import PATIENCE_S_MAX, Finding, JobStatus, Observer, Severity, known_jobs
 from psa_store.storage import RedisStore
 
@@ -98,7 +99,7 @@ def _show_once(job: str | None, looker: _Looker, as_json: bool, console: Console
     except DependencyUnreachable as error:
         shown = finding_view(Finding(Severity.SICK, str(error), "", "psa doctor"))
         if as_json:
-            print(f"psa: {error}", file=sys.stderr)
+            print(f"psa: {escaped(str(error))}", file=sys.stderr)
     if as_json:
         print(_json(job, found), flush=True)
     elif live is not None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from psa_store.errors import UsageError
 
+SAFE_DIRECTORY = "PSA_SAFE_DIRECTORY"
+"""Folders (separated as in PATH) in which other users' scripts and settings are taken; ``*`` for all."""
 _OTHERS = 0o077
 _OTHERS_WRITE = 0o022
 
@@ -97,6 +99,42 @@ def read_secret(path: Path) -> str:
     if stat.S_ISREG(mode) and mode & _OTHERS:
         raise UsageError(f"{path}: other users can read it. Close it: `chmod 600 {path}`")
     return text
+
+
+def refuse_foreign_settings(path: Path) -> None:
+    """Raise UsageError if a file that is read without being named may be another user's work."""
+    found = path.stat()
+    problem = None
+    if not _is_trusted(found.st_uid, path):
+        problem = f"it belongs to {_user(found.st_uid)}"
+    elif found.st_mode & stat.S_IWOTH and not _is_allowed(path):
+        problem = "all users may write it"
+    if problem is not None:
+        raise UsageError(
+            f"{path}: {problem}, and would decide for this process. If you trust it, name it (PSA_CONFIG={path}) "
+            f"or its folder (PSA_SAFE_DIRECTORY={path.parent}); PSA_CONFIG= (empty) reads none"
+        )
+
+
+def refuse_foreign_script(path: Path) -> None:
+    """Raise UsageError if a script is another user's, in a folder where others may write."""
+    path = path.resolve()
+    owner = path.stat().st_uid
+    if path.parent.stat().st_mode & _OTHERS_WRITE and not _is_trusted(owner, path):
+        raise UsageError(
+            f"{path} belongs to {_user(owner)}, in a folder where others may write. If you trust what is in it, "
+            f"allow it: PSA_SAFE_DIRECTORY={path.parent}"
+        )
+
+
+def _is_trusted(owner: int, path: Path) -> bool:
+    """Whether what ``owner`` wrote may decide here: this user, root, and the user that called sudo."""
+    return str(owner) in (str(os.geteuid()), "0", os.environ.get("SUDO_UID")) or _is_allowed(path)
+
+
+def _is_allowed(path: Path) -> bool:
+    folders = os.environ.get(SAFE_DIRECTORY, "").split(os.pathsep)
+    return "*" in folders or any(folder and path.is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
 def _user(uid: int) -> str:

@@ -72,7 +72,7 @@ def fill_addresses(settings: Settings) -> Settings:
 
 def _are_private(settings: Settings) -> bool:
     """Whether both addresses are those of the private servers: a process may be told them instead of finding them."""
-    with suppress(OSError, DataIntegrity):  # they are no concern of a process that uses other servers
+    with suppress(OSError, DataIntegrity, UsageError):  # they are no concern of a process that uses other servers
         found = running(settings.home)
         return found is not None and (settings.redis, settings.zookeeper) == (found.redis, found.zookeeper)
     return False

@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from psa_store.compression import parse_compression
+from psa_store.config.own_files import SAFE_DIRECTORY, refuse_foreign_settings
 from psa_store.errors import UsageError
 from psa_store.job.mode import parse_mode
 from psa_store.testing import failpoints
@@ -40,6 +41,7 @@ _PREFIX = "PSA_"
 _OTHER_VARIABLES = frozenset(
     {
         FILE_VARIABLE,
+        SAFE_DIRECTORY,  # by it a file is judged before it is read
         failpoints.ENV,  # read where a failpoint is passed, which must cost nothing
         "PSA_TEST_SEED",  # read by tests/kill, whose commands inherit it
         "PSA_BENCH_TEST",  # by which tests/integration/test_bench.py knows the processes of its commands
@@ -147,6 +149,15 @@ class Settings(BaseSettings):
         le=65535,
         description="port of /metrics and /healthz: 0 a free one, N this or the next free one, -1 none",
     )
+    http_hosts: str = Field(
+        default="",
+        description="further names, as a,b, by which browsers may ask for the page and /metrics; this host's are known",
+    )
+    http_token: str | None = Field(
+        default=None,
+        min_length=8,
+        description="what the page and /metrics ask for: as a bearer token, or as the password of any user",
+    )
     job: str | None = Field(default=None, description="job name, where the script does not give one")
     ranks: int | None = Field(default=None, ge=1, le=65536, description="world size of a new job")
     commit_every: int | None = Field(default=None, ge=0, description="steps between commits of a new job; 0: never")
@@ -179,7 +190,7 @@ class Settings(BaseSettings):
         return init_settings, env_settings, _SettingsFile()
 
 
-_SECRET = frozenset({"redis", "zookeeper", "key"})
+_SECRET = frozenset({"redis", "zookeeper", "key", "http_token"})
 """Names of settings that are a secret, or may hold one."""
 FOR_PEOPLE = tuple(
     name for name in Settings.model_fields if name not in ("member", "supervisor", "run", "draft", "default_ranks")
@@ -267,6 +278,8 @@ def _file() -> Path | None:
     named = os.environ.get(FILE_VARIABLE)
     path = Path(FILE if named is None else named)
     if path.is_file():
+        if not named:
+            refuse_foreign_settings(path.resolve())
         return path.absolute()
     if named:
         raise UsageError(f"{FILE_VARIABLE}={named!r}: there is no such file. Correct or unset it.")

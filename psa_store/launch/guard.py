@@ -7,6 +7,8 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+SAFE_PATH = "psa"
+"""Value of PYTHONSAFEPATH by which a process knows that we have set it."""
 
 
 def die_with_parent(number: signal.Signals) -> None:

@@ -31,7 +31,9 @@ class Program:
         Generators of random numbers begin alike in all workers and after a resume, for what it does before its first
         step: build a model, split a data set.
         """
-        from psa_store.worker.randomness import seed_all  # torch: not in the supervisor
+        # Before the script's folder is searched, where a file may have the name of something that we need.
+        import psa_store.launch.preload  # noqa: F401  # torch: not in the supervisor
+        from psa_store.worker.randomness import seed_all
 
         seed_all(_SEED)
         if self.is_module:

@@ -14,7 +14,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
@@ -27,7 +28,7 @@ from typing import Any
 from psa_store import logs
 from psa_store.cluster import ProcessRole
 from psa_store.errors import UserCodeFailed
-from psa_store.launch.guard import die_with_parent
+from psa_store.launch.guard import SAFE_PATH, die_with_parent
 from psa_store.launch.output import Followed, Output, Pipe, redirect
 from psa_store.wire.announce import listen_announcements, read_announcement
 
@@ -253,7 +254,8 @@ def _start(process: BaseProcess) -> None:
     end_s = time.monotonic() + _START_S
     while True:
         try:
-            return process.start()
+            with _safe_path():
+                return process.start()
         except (ConnectionError, EOFError) as error:
             # Its sockets are closed a moment before multiprocessing can see that it is dead, and replace it.
             if time.monotonic() > end_s:
@@ -262,6 +264,19 @@ def _start(process: BaseProcess) -> None:
                     "what it printed stands above"
                 ) from error
             time.sleep(_START_AGAIN_S)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep the current directory off the path of the fork server, which would import what lies there."""
+    given = os.environ.get("PYTHONSAFEPATH")
+    if not given:
+        os.environ["PYTHONSAFEPATH"] = SAFE_PATH
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ["PYTHONSAFEPATH"]
 
 
 def _child_main(

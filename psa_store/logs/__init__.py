@@ -1,18 +1,22 @@
 """The log of a process, without secrets. Every room may use it."""
 
-from psa_store.logs.secrets import hide_passwords, printable, printable_hosts
+from psa_store.logs.escape import escaped
+from psa_store.logs.secrets import HIDDEN, hide_passwords, names_secret, printable, printable_hosts
 from psa_store.logs.setup import Log, complain, configure, configure_once, get_logger, identify
 from psa_store.logs.title import entitle
 
 __all__ = [
+    "HIDDEN",
     "Log",
     "complain",
     "configure",
     "configure_once",
     "entitle",
+    "escaped",
     "get_logger",
     "hide_passwords",
     "identify",
+    "names_secret",
     "printable",
     "printable_hosts",
 ]

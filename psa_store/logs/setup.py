@@ -1,6 +1,7 @@
 """Logging: one line per event on standard error, through structlog, for people or (as JSON) for programs.
 
-Secrets are hidden in both, wherever they stand: in the event, in values, and in the text of exceptions.
+Secrets are hidden in both, wherever they stand: in the event, in values, and in the text of exceptions. What would act
+on a terminal is escaped.
 
 The processes of a run share one standard error. A line and its end are therefore one write(): the kernel does not mix
 the lines of two processes, in a file at any length, in a pipe up to PIPE_BUF bytes.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from psa_store.logs.escape import escaped_lines
 from psa_store.logs.secrets import HIDDEN, hide_passwords, names_secret
 from psa_store.logs.title import entitle_with_job
 
@@ -110,7 +112,7 @@ def complain(text: str, *, with_traceback: bool = False) -> None:
         get_logger().error(text, exc_info=with_traceback)
         return
     shown = traceback.format_exc().rstrip() if with_traceback else f"psa: {text}"
-    _StandardError().msg(hide_passwords(shown))
+    _StandardError().msg(_shown(shown))
 
 
 class _StandardError:
@@ -154,14 +156,18 @@ def _plain(name: str, value: Any) -> Any:
         case float():
             return value if math.isfinite(value) else repr(value)  # JSON has no word for it
         case str():
-            return hide_passwords(str(value))
+            return _shown(str(value))
         case PurePath():
-            return hide_passwords(str(value))
+            return _shown(str(value))
         case Mapping():
-            return {hide_passwords(str(key)): _plain(str(key), each) for key, each in value.items()}
+            return {_shown(str(key)): _plain(str(key), each) for key, each in value.items()}
         case list() | tuple() | set() | frozenset():
             return [_plain("", each) for each in value]
-    return hide_passwords(repr(value))
+    return _shown(repr(value))
+
+
+def _shown(text: str) -> str:
+    return escaped_lines(hide_passwords(text))
 
 
 def _in_order(_logger: object, _method: str, event: EventDict) -> EventDict:

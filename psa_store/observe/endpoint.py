@@ -7,20 +7,27 @@ process nothing.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import hmac
+import ipaddress
 import math
+import re
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from psa_store import logs
 from psa_store.errors import PsaError
+from psa_store.logs import escaped
 from psa_store.wire import Mailbox, listen_tcp
 
 Answer = tuple[int, str, bytes]
@@ -29,6 +36,15 @@ Route = Callable[[], Answer]
 """Answers a request. Called by several threads; must not wait for long."""
 TEXT = "text/plain; charset=utf-8"
 
+_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+"""They say no more than whether a process is well, to what starts it again."""
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 _PORTS_TRIED = 100
 _THREADS = 4
 _CONNECTIONS_MAX = 32
@@ -42,15 +58,29 @@ class Endpoint:
 
     Args:
         port: 0 for a free one; else this one, or the next that is free within 100 above.
+        names: of this host, beside its own, by which a browser may ask.
+        token: what a client has to show, but for the health of the process; None for nothing.
 
     Raises:
         DependencyUnreachable: there is no such address or port.
     """
 
-    def __init__(self, host: str, port: int, routes: Mapping[str, Route]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        routes: Mapping[str, Route],
+        *,
+        names: Iterable[str] = (),
+        token: str | None = None,
+    ) -> None:
         ports = range(port, min(port + _PORTS_TRIED, 1 << 16)) if port else (0,)
         self._listener, self.address = listen_tcp(host, ports)
-        self._routes = dict(routes)
+        self._door = _Door(
+            dict(routes),
+            frozenset(name.lower() for name in ("localhost", socket.gethostname(), host, *names)),
+            None if token is None else token.encode(),
+        )
         self._closing: Mailbox[None] = Mailbox()
         self._lock = threading.Lock()
         self._open: dict[socket.socket, float] = {}
@@ -117,7 +147,7 @@ class Endpoint:
             self._open[sock] = time.monotonic() + _CONNECTION_S
         try:
             sock.settimeout(_CONNECTION_S)
-            _Handler(self._routes, sock, address)
+            _Handler(self._door, sock, address)
         except OSError as error:
             logs.get_logger().debug("an HTTP client is gone", client=str(address), why=str(error))
         finally:
@@ -131,36 +161,83 @@ def _log_bug(answered: Future[None]) -> None:
         logs.get_logger().error("a page failed", exc_info=error)
 
 
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """What is answered, and to which requests."""
+
+    routes: Mapping[str, Route]
+    names: frozenset[str]
+    token: bytes | None
+
+    def is_ours(self, host: str | None) -> bool:
+        """Whether a request that was sent to ``host`` was meant for us.
+
+        A page of another site can have its name lead to our address, and then read what we answer to its own script.
+        It cannot do so with an address, nor with a name that is not its own.
+        """
+        if host is None:
+            return True  # no browser leaves it out
+        name = re.sub(r":\d*$", "", host).strip("[]").lower().rstrip(".")
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.names
+        return True
+
+    def knows(self, path: str, authorization: str | None) -> bool:
+        """Whether the client may read what is there."""
+        if self.token is None or path in _OPEN_PATHS:
+            return True
+        kind, _, shown = (authorization or "").partition(" ")
+        if kind.lower() == "basic":  # what a browser asks its user for
+            with contextlib.suppress(ValueError):
+                shown = base64.b64decode(shown, validate=True).decode().partition(":")[2]
+        return hmac.compare_digest(shown.strip().encode(), self.token)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """One request. HTTP/1.0, so the connection ends with the answer."""
 
     server_version = "psa_store"
     sys_version = ""
 
-    def __init__(self, routes: Mapping[str, Route], sock: socket.socket, address: Any) -> None:
-        self._routes = routes
+    def __init__(self, door: _Door, sock: socket.socket, address: Any) -> None:
+        self._door = door
         super().__init__(sock, address, None)  # type: ignore[arg-type]  # it has no use for a server
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        route = self._routes.get(path)
-        if route is None:
-            known = " ".join(sorted(self._routes))
-            status, content_type, body = 404, TEXT, f"no {path}; there are: {known}\n".encode()
-        else:
-            try:
-                status, content_type, body = route()
-            except PsaError as error:
-                status, content_type, body = 503, TEXT, f"{error}\n".encode()
+        status, content_type, body = self._answer()
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        # A page says in its text what else it allows itself; what is no page needs nothing.
+        rest = "" if content_type.startswith("text/html") else "default-src 'none'; "
+        self.send_header("Content-Security-Policy", f"{rest}frame-ancestors 'none'")
+        if status == HTTPStatus.UNAUTHORIZED:
+            self.send_header("WWW-Authenticate", 'Basic realm="psa_store"')
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
     do_HEAD = do_GET
+
+    def _answer(self) -> Answer:
+        path, host = self.path.partition("?")[0], self.headers.get("Host")
+        if not self._door.is_ours(host):
+            text = f"{escaped(host)} is no name of this host. PSA_HTTP_HOSTS adds names\n"
+            return HTTPStatus.MISDIRECTED_REQUEST, TEXT, text.encode()
+        if not self._door.knows(path, self.headers.get("Authorization")):
+            return HTTPStatus.UNAUTHORIZED, TEXT, b"This needs the token (PSA_HTTP_TOKEN).\n"
+        route = self._door.routes.get(path)
+        if route is None:
+            known = " ".join(sorted(self._door.routes))
+            return HTTPStatus.NOT_FOUND, TEXT, f"no {escaped(path)}; there are: {known}\n".encode()
+        try:
+            return route()
+        except PsaError as error:
+            return HTTPStatus.SERVICE_UNAVAILABLE, TEXT, f"{escaped(str(error))}\n".encode()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Write nothing: requests are not worth a log line."""

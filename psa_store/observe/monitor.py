@@ -86,7 +86,14 @@ class Monitor:
     def _listen(self, settings: Settings, routes: Mapping[str, Route], stack: ExitStack) -> str:
         """Open the endpoint if that is possible. A worker may run where the address of servers is not its own."""
         try:
-            return stack.enter_context(closing(Endpoint(settings.bind, settings.metrics_port, routes))).address
+            endpoint = Endpoint(
+                settings.bind,
+                settings.metrics_port,
+                routes,
+                names=[name.strip() for name in settings.http_hosts.split(",") if name.strip()],
+                token=settings.http_token,
+            )
+            return stack.enter_context(closing(endpoint)).address
         except DependencyUnreachable as error:
             self._log.warning("no metrics over HTTP (PSA_METRICS_PORT=-1: do not try)", why=str(error))
             return ""

@@ -9,8 +9,10 @@ import select
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from email.message import Message
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -28,6 +30,17 @@ def get(address: str, path: str, method: str = "GET") -> tuple[int, str, bytes]:
         client.request(method, path)
         answer = client.getresponse()
         return answer.status, answer.headers.get("Content-Type", ""), answer.read()
+
+
+def ask(address: str, path: str, **headers: str) -> tuple[int, Message]:
+    host, _, port = address.rpartition(":")
+    with closing(HTTPConnection(host, int(port), timeout=PATIENCE_S)) as client:
+        client.putrequest("GET", path, skip_host=True)
+        for name, value in headers.items():
+            client.putheader(name, value)
+        client.endheaders()
+        answer = client.getresponse()
+        return answer.status, answer.headers
 
 
 def held() -> tuple[set[str], int]:
@@ -195,3 +208,42 @@ def test_an_address_of_another_machine_is_refused_with_its_name() -> None:
     with pytest.raises(DependencyUnreachable, match=r"192\.0\.2\.1.*PSA_BIND"):
         Endpoint("192.0.2.1", 0, ROUTES)
     assert held() == before
+
+
+def test_only_requests_that_were_sent_to_this_host_are_answered() -> None:
+    """Others are of a page of another site whose name was made to lead here."""
+    with closing(Endpoint("127.0.0.1", 0, ROUTES, names=["psa.example"])) as server:
+        port = server.address.rpartition(":")[2]
+        for name in ("localhost", f"127.0.0.1:{port}", "[::1]", "10.1.2.3", "PSA.example:80", socket.gethostname()):
+            assert ask(server.address, "/a", Host=name)[0] == 200, name
+        for name in (
+            "evil.example",
+            f"evil.example:{port}",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "x@",
+            "",
+        ):
+            assert ask(server.address, "/a", Host=name)[0] == 421, name
+        assert ask(server.address, "/a")[0] == 200, "no browser"
+
+
+def test_answers_are_framed_and_taken_for_other_kinds_by_no_browser(server: Endpoint) -> None:
+    _, found = ask(server.address, "/a", Host="localhost")
+    assert found["X-Content-Type-Options"] == "nosniff" and found["X-Frame-Options"] == "DENY"
+    assert found["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
+    assert found["Referrer-Policy"] == "no-referrer"
+
+
+def test_with_a_token_only_health_is_told_without_it() -> None:
+    routes = {**ROUTES, "/healthz": ROUTES["/a"]}
+    with closing(Endpoint("127.0.0.1", 0, routes, token="s3cret-token")) as server:
+        status, found = ask(server.address, "/a")
+        assert status == 401 and found["WWW-Authenticate"].startswith("Basic")
+        assert ask(server.address, "/nowhere")[0] == 401
+        assert ask(server.address, "/healthz")[0] == 200
+        basic, wrong = (b64encode(f"me:{each}".encode()).decode() for each in ("s3cret-token", "other"))
+        for right in ("Bearer s3cret-token", f"Basic {basic}"):
+            assert ask(server.address, "/a", Authorization=right)[0] == 200
+        for given in ("", "Bearer", "Bearer s3cret-toke", f"Basic {wrong}", "Basic ====", "s3cret-token\xff"):
+            assert ask(server.address, "/a", Authorization=given)[0] == 401, given

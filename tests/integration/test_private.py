@@ -171,11 +171,50 @@ def of_run(entry: Path, home: Path, run: Run) -> bool:
         return False
 
 
-def test_two_runs_of_one_home_share_its_servers_and_the_second_goes_on_without_the_first(tmp_path: Path) -> None:
+SHADOWS = ("tenacity", "structlog", "kazoo", "redis", "prometheus_client", "xxhash", "safetensors", "fsspec", "queue")
+SCRIPT = """
+import sys
+
+import beside
+import torch
+
+import psa_store as psa
+
+assert sys.path[0] == beside.FOLDER
+model = torch.nn.Linear(2, 1)
+with psa.Worker(sys.argv[1], model, optimizer=psa.optim.SGD(lr=0.1), steps=40) as worker:
+    for x in worker.batches(torch.utils.data.TensorDataset(torch.ones(64, 2)), batch_size=4):
+        loss = model(x[0]).square().mean()
+        loss.backward()
+        worker.step(loss)
+        print(f"step {worker.version}", flush=True)
+        if worker.version == 5:
+            beside.wait_for(sys.argv[2])
+"""
+BESIDE = """
+import os
+import time
+
+FOLDER = os.path.dirname(__file__)
+
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.02)
+"""
+
+
+def test_two_runs_of_one_home_share_its_servers_and_the_second_goes_on_without_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are started, and beside their script, lie files that have the names of libraries."""
+    monkeypatch.chdir(tmp_path)
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)\n")
+    (tmp_path / "beside.py").write_text(BESIDE)
+    (tmp_path / "script.py").write_text(SCRIPT)
     env = {"PSA_HOME": str(tmp_path / "home"), "PSA_SESSION_TIMEOUT_S": "4"}
     ends = [tmp_path / "first", tmp_path / "second"]
-    command = ["run", "--workers", "1", str(TRAIN), "--steps", "30"]
-    runs = [Run([*command, "--job", end.name, "--end-after", str(end)], env, end) for end in ends]
+    runs = [Run(["run", "--workers", "1", "script.py", end.name, str(end)], env, end) for end in ends]
     for each in runs:
         each.wait_for_step(3)
     starter, other = sorted(runs, key=lambda each: "private Redis and ZooKeeper" not in each.output)
@@ -183,3 +222,4 @@ def test_two_runs_of_one_home_share_its_servers_and_the_second_goes_on_without_t
     assert starter.finish() == 0, starter.output
     other.wait_for_line(lambda line: "has ended: they run from here now" in line)
     assert other.finish() == 0, other.output
+    assert not (tmp_path / "ran").exists(), (tmp_path / "ran").read_text()

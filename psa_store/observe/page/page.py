@@ -21,6 +21,7 @@ from importlib.resources import files
 from psa_store.config import Settings
 from psa_store.errors import PsaError, UnknownJob
 from psa_store.job.document import to_fields
+from psa_store.logs import escaped
 from psa_store.observe.endpoint import Answer, Route
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.history import JobHistory
@@ -52,8 +53,8 @@ class Page:
         self._history = JobHistory(job, settings.redis, timeout_s=patience_s)
         self._observer = Observer(job, settings, self._store)
         self._status = _Kept(lambda: to_fields(self._observer.look()), _LOOK_EVERY_S)
-        self._events = _Kept(lambda: [to_fields(each) for each in self._history.events()], _LOOK_EVERY_S)
-        self._curve = _Kept(lambda: [to_fields(each) for each in self._history.curve()], _CURVE_EVERY_S)
+        self._events = _Kept(lambda: [to_fields(escaped(each)) for each in self._history.events()], _LOOK_EVERY_S)
+        self._curve = _Kept(lambda: [to_fields(escaped(each)) for each in self._history.curve()], _CURVE_EVERY_S)
 
     def close(self) -> None:
         self._observer.close()
@@ -75,7 +76,7 @@ class Page:
         try:
             heartbeats = self._history.heartbeats()
         except PsaError as error:
-            return 503, _HTML, f"<p>This server is not the controller. {html.escape(str(error))}".encode()
+            return 503, _HTML, f"<p>This server is not the controller. {html.escape(escaped(str(error)))}".encode()
         address = _controller_address(heartbeats.values())
         if not address:
             return 503, _HTML, b"<p>This server is not the controller, and no other has published where its page is."
@@ -110,9 +111,9 @@ class _Kept:
         try:
             status, document = 200, self._ask()
         except UnknownJob as error:
-            status, document = 404, {"problem": str(error)}
+            status, document = 404, {"problem": escaped(str(error))}
         except PsaError as error:
-            status, document = 503, {"problem": str(error)}
+            status, document = 503, {"problem": escaped(str(error))}
         return status, _JSON, json.dumps(document, allow_nan=False).encode()
 
 

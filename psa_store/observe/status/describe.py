@@ -18,6 +18,7 @@ from psa_store.coordination import Coordination, access_of, probe_zookeeper
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UnknownJob
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.layout import Layout, layout_from_json
+from psa_store.logs import escaped
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.history import JobHistory
 from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
@@ -92,7 +93,7 @@ class Observer:
             stored = redis.result()
             zookeeper = replace(zookeeper, members=members.result())
         self._follow(stored.heartbeats)
-        return assemble(self._job, time.time(), stored, zookeeper, self._ages, time.monotonic())
+        return escaped(assemble(self._job, time.time(), stored, zookeeper, self._ages, time.monotonic()))
 
     # --- Redis
 
