@@ -211,7 +211,7 @@ def test_an_address_of_another_machine_is_refused_with_its_name() -> None:
 
 
 def test_only_requests_that_were_sent_to_this_host_are_answered() -> None:
-    """Others are of a page of another site whose name was made to lead here."""
+    """Others are of a page of another site whose name was made to come here."""
     with closing(Endpoint("127.0.0.1", 0, ROUTES, names=["psa.example"])) as server:
         port = server.address.rpartition(":")[2]
         for name in ("localhost", f"127.0.0.1:{port}", "[::1]", "10.1.2.3", "PSA.example:80", socket.gethostname()):
