@@ -136,11 +136,12 @@ def test_another_user_reaches_nothing_and_the_passwords_stand_in_closed_files_al
     assert list(logs.glob("*.html"))
     assert run.finish() == 0, run.output
     texts.append(run.output)
-    for canary in canaries.values():
+    for canary in (*canaries.values(), (home / "key").read_text().strip()):
         assert not any(canary.encode() in each for each in arguments)
         assert not any(canary in each for each in texts)
         holding = [path for path in home.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
-        assert {path.name for path in holding} <= {"password", "redis.conf", "servers.json"}
+        assert {path.name for path in holding} <= {"password", "redis.conf", "servers.json", "key"}
+        assert holding
         assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in holding)
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
