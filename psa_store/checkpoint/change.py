@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from psa_store import logs
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.cluster import ProcessRole
-from psa_store.coordination import Coordination
+from psa_store.coordination import Coordination, StoredPlan, known_plan
 from psa_store.errors import DependencyUnreachable, Fenced, JobBusy, Rewound, UsageError
 from psa_store.job.change import Change, Numbers
 from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.document import Damaged
 from psa_store.storage import RedisStore
 from psa_store.storage.sections import CLOCK
 
@@ -47,7 +48,7 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
     check_change(store, coordination, job, numbers)
     for _ in range(_TRIES_MAX):
         seen = coordination.read_plan()
-        before = seen.plan if seen else None
+        before = known_plan(seen)
         config = newest_config(store, coordination, job)
         stored = read_job(store, job)
         known = max((head.term for head in stored.heads.values()), default=0)
@@ -68,7 +69,7 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
             continue
         coordination.replace_config(changed)
         # A controller may revise the old term's plan meanwhile; one that begins a term begins it with the change.
-        while seen is not None and seen.plan.owners and seen.plan.term < term:
+        while isinstance(seen, StoredPlan) and seen.plan.owners and seen.plan.term < term:
             if coordination.write_plan(seen.plan.begun_again(term, version), seen) is not None:
                 break
             seen = coordination.read_plan()
@@ -85,7 +86,7 @@ def check_change(store: RedisStore, coordination: Coordination, job: str, number
     config, stored = newest_config(store, coordination, job), read_job(store, job)
     if numbers.batch_size is None and numbers.steps is None:
         return
-    if config.clocks and coordination.members(ProcessRole.WORKER):
+    if config.clocks and coordination.living(ProcessRole.WORKER):
         raise JobBusy(f"job {job!r}: in mode {config.mode} batch_size and steps are set while it rests: end it first")
     if numbers.batch_size is not None:
         _, record = store.data_record(job).read()
@@ -125,8 +126,11 @@ def newest_config(store: RedisStore, coordination: Coordination, job: str) -> Jo
         text, _ = store.read_job(job) or (None, None)
         there = coordination.read_config()
         if text is None:
-            return there or read_job(store, job).config
+            return there if isinstance(there, JobConfig) else read_job(store, job).config
         here = job_config_from_json(text)
+        if isinstance(there, Damaged):
+            coordination.replace_config(here)
+            return here
         if there is None or len(there.changes) == len(here.changes):
             return here
         if len(there.changes) < len(here.changes):

@@ -43,7 +43,7 @@ def check_removable(store: RedisStore, coordination: Coordination, job: str) -> 
     """
     if not store.has_traces(job) and job not in coordination.jobs():
         raise UnknownJob(f"no job {job!r} in {store.where}; known jobs: {', '.join(store.jobs()) or 'none'}")
-    members = [name for role in ProcessRole for name in coordination.members(role)]
+    members = [name for role in ProcessRole for name in coordination.living(role)]
     if (holder := coordination.holder(RUN_NODE)) is not None:
         members.append(f"`psa run` ({holder.partition(' ')[2]})")
     if members:

@@ -58,7 +58,7 @@ def restore(job: str, known: bool, settings: Settings, store: RedisStore, coordi
     if not known and archive.is_empty():
         log.warning("there is nothing to restore: neither ZooKeeper nor files know this job", job=job)
         return False
-    if known and coordination.members(ProcessRole.SERVER):
+    if known and coordination.living(ProcessRole.SERVER):
         raise JobBusy(f"job {job!r}: servers live, and write it again from memory")
     export = archive.newest()
     log.warning("restoring from files", job=job, version=export.version, exported=export.created, folder=export.url)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from psa_store import logs
 from psa_store.checkpoint.catalog import read_job
 from psa_store.checkpoint.reader import find_damage
-from psa_store.coordination import Coordination
+from psa_store.coordination import Coordination, known_plan
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import RedisStore
 from psa_store.testing.failpoints import failpoint
@@ -47,7 +47,7 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
         version = stored.version_of(what)
         name = what if what in stored.checkpoints else None
         seen = coordination.read_plan()
-        before = seen.plan if seen else None
+        before = known_plan(seen)
         known = max((head.term for head in stored.heads.values()), default=0)
         term = coordination.next_term(at_least=max(known, before.term if before else 0))
         try:

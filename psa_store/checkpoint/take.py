@@ -28,10 +28,10 @@ from psa_store.checkpoint.catalog import (
 )
 from psa_store.checkpoint.files.archive import Archive
 from psa_store.cluster import ProcessRole
-from psa_store.coordination import CheckpointRequest, Coordination
+from psa_store.coordination import CheckpointRequest, Coordination, StoredPlan
 from psa_store.errors import DataIntegrity, DependencyUnreachable, PsaError, Rewound, UsageError
 from psa_store.job.config import JobConfig
-from psa_store.job.document import to_text
+from psa_store.job.document import Damaged, to_text
 from psa_store.job.layout import Layout
 from psa_store.storage import RedisStore
 from psa_store.storage.sections import CLOCK
@@ -61,7 +61,7 @@ def take(
     try:
         while time.monotonic() < deadline_s:
             woken.clear()
-            if not coordination.members(ProcessRole.SERVER):
+            if not coordination.living(ProcessRole.SERVER):
                 with suppress(Rewound):  # it does not rest any more: look again
                     return take_at_rest(store, job, name, Reason.ASKED)
                 woken.wait(_LOOK_AGAIN_S)
@@ -73,6 +73,10 @@ def take(
             answer = coordination.read_checkpoint_request(chosen, watch=True)
             if answer is None:
                 return _found(store, job, chosen)
+            if isinstance(answer, Damaged):
+                raise UsageError(
+                    f"no checkpoint of job {job!r}: another process wrote over its request in ZooKeeper: ask again"
+                )
             if answer.failed:
                 raise UsageError(f"no checkpoint of job {job!r}: {answer.failed}")
             woken.wait(_LOOK_AGAIN_S)
@@ -133,7 +137,11 @@ def take_at_end(
     log = logs.get_logger()
     try:
         seen = coordination.read_plan()
-        if seen is None or seen.plan.owners or coordination.hold(_END, "the last server") is not None:
+        if (
+            not isinstance(seen, StoredPlan)
+            or seen.plan.owners
+            or coordination.hold(_END, "the last server") is not None
+        ):
             return  # others go on, or have begun again, or another one that has left does it
         stored = read_job(store, config.name)
         newest = stored.versions()[-1:]

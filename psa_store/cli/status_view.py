@@ -114,6 +114,7 @@ def _numbers(status: JobStatus) -> Text:
         *(f"{name} {value:.4g}" for name, value in sorted(status.metrics.items())),
         f"term {whole(status.term)} since version {whole(status.resumed_at)}",
         f"controller {status.controller or UNKNOWN}",
+        *([f"{status.set_aside_count} documents set aside"] if status.set_aside_count else []),
     ]
     numbers = Text(", ".join(doing))
     for each in status.servers:

@@ -31,6 +31,7 @@ from typing import Any
 
 from psa_store.cluster.members import Member
 from psa_store.cluster.plan import NO_WORKER, Phase, Plan, Server
+from psa_store.job.document import Damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ class View:
     stages: int = 1
     stop_interval: int = 0
     """With rank state: ranks change hands with a term only, which begins at a multiple of this version. Else 0."""
+    damage: Damaged | None = None
+    """Why there is no plan, where one stands that cannot be read."""
+    last: Plan | None = None
+    """The newest plan that could be read by this process."""
     on_arrival: bool = False
     """Whether pushes are applied as they come, so that a cut needs the word of the workers that hold the ranks."""
 
@@ -58,6 +63,8 @@ class TakeOver:
     cells: tuple[str, ...]
     stages: int
     reason: str
+    above: tuple[int, int] = (0, 0)
+    """Term and revision that the new plan exceeds: those of any plan that a member may have spoken of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +78,15 @@ class Publish:
 def decide(view: View) -> TakeOver | Publish | None:
     """The next action of the controller, or None if the plan fits the members."""
     plan = view.plan
-    cells = assign_cells(plan.cells if plan else (NO_WORKER,) * (view.ranks * view.stages), view.workers)
-    staying = [member for member in view.servers.values() if not member.leaving]
-    previous = [server.id for server in plan.servers] if plan else []
+    known = view.last if view.damage is not None else plan
+    cells = assign_cells(known.cells if known else (NO_WORKER,) * (view.ranks * view.stages), view.workers)
+    staying = [member for member in view.servers.values() if not member.leaving or view.damage is not None]
+    previous = [server.id for server in known.servers] if known else []
     servers, owners = assign_shards(view.shard_sizes, _in_order(staying, previous))
 
     why = _take_over_reason(view)
     if why and servers:
-        return TakeOver(servers, owners, cells, view.stages, why)
+        return TakeOver(servers, owners, cells, view.stages, why, _above(view))
     if why:
         return _end(plan, f"{why}, and no server stays") if plan is not None and plan.owners else None
     assert plan is not None
@@ -96,6 +104,8 @@ def decide(view: View) -> TakeOver | Publish | None:
 
 def _take_over_reason(view: View) -> str:
     plan = view.plan
+    if view.damage is not None:
+        return f"the plan is damaged: {view.damage.why}"
     if plan is None:
         return "the job has no plan yet"
     if not plan.owners:
@@ -111,6 +121,13 @@ def _take_over_reason(view: View) -> str:
     if plan.stop_version is not None and not view.workers and _is_behind(view, plan, plan.stop_version):
         return "no worker is left to finish the step at which to hand over"
     return ""
+
+
+def _above(view: View) -> tuple[int, int]:
+    """Members go on saying for which revision they stand still, also when the plan that had it cannot be read."""
+    plans = [plan for plan in (view.plan, view.last) if plan is not None]
+    said = [member.frozen_revision or 0 for member in view.servers.values()]
+    return max((plan.term for plan in plans), default=0), max([*said, *(plan.revision for plan in plans)], default=0)
 
 
 def _is_behind(view: View, plan: Plan, version: int) -> bool:
@@ -138,7 +155,8 @@ def _hand_over(
         )
     if plan.phase is Phase.STOP and all(member.stopped_version == plan.stop_version for member in members):
         if servers:
-            return TakeOver(servers, owners, cells, view.stages, f"hand-over at version {plan.stop_version}")
+            why = f"hand-over at version {plan.stop_version}"
+            return TakeOver(servers, owners, cells, view.stages, why, _above(view))
         return _end(plan, "the last server leaves", cells=cells, resume=plan.stop_version)
     if meanwhile != plan.cells:
         return _publish(plan, "workers changed", cells=meanwhile)

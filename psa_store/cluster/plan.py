@@ -13,11 +13,14 @@ from enum import StrEnum
 from itertools import groupby
 from typing import ClassVar
 
-from psa_store.errors import DataIntegrity
+from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.document import from_fields, to_fields
 
 _BEFORE_STAGES = 2
 """The format of plans in which each rank was one cell."""
+NUMBER_MAX = (1 << 53) - 1
+"""Of terms, revisions and versions: Lua and JavaScript know no larger whole numbers."""
+_OWNERS_MAX = 1 << 20
 NO_WORKER = ""
 """Holder of a cell that no living worker computes."""
 
@@ -62,6 +65,15 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class JobShape:
+    """What a plan of a job gives out: so many shards and cells, which never change."""
+
+    shards: int
+    ranks: int
+    stages: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One small znode. ``owners[s]`` is the index in ``servers`` of shard s's owner; ``cells[i]`` a worker's id.
 
@@ -86,6 +98,16 @@ class Plan:
     cut: Cut | None = None
     """The checkpoint that is being taken."""
     stages: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what no controller writes: a plan that was read is then safe to follow."""
+        for number in (self.term, self.revision, self.resume):
+            if not 0 <= number <= NUMBER_MAX:
+                raise UsageError(f"{number} is no term, revision or version")
+        if self.stages < 1 or len(self.cells) % self.stages:
+            raise UsageError(f"{len(self.cells)} cells are not those of {self.stages} stages")
+        if any(not 0 <= index < len(self.servers) for index in self.owners):
+            raise UsageError("a shard belongs to a server that is not listed")
 
     @property
     def attended(self) -> bool:
@@ -116,6 +138,14 @@ class Plan:
         """Those of which a worker computes a stage at least."""
         return tuple(dict.fromkeys(cell.rank for cell in self.cells_of(worker)))
 
+    def check(self, shape: JobShape) -> None:
+        """Raise DataIntegrity if this is the plan of a job of another shape."""
+        if len(self.owners) not in (0, shape.shards) or (self.ranks, self.stages) != (shape.ranks, shape.stages):
+            raise DataIntegrity(
+                f"a plan of {len(self.owners)} shards, {self.ranks} ranks and {self.stages} stages, but the job has "
+                f"{shape.shards}, {shape.ranks} and {shape.stages}"
+            )
+
     def begun_again(self, term: int, version: int) -> Plan:
         """The plan with which the same members go on in a new term, from this version."""
         return replace(
@@ -140,11 +170,13 @@ def plan_from_json(text: str) -> Plan:
     what = "the plan in ZooKeeper"
     try:
         fields = json.loads(text)
+        if sum(abs(length) for _, length in fields["owners"]) > _OWNERS_MAX:
+            raise ValueError(f"more than {_OWNERS_MAX} shards")
         fields["owners"] = [index for index, length in fields["owners"] for _ in range(length)]
         if fields["format"] == _BEFORE_STAGES:
             fields |= {"format": Plan.FORMAT, "cells": fields.pop("ranks")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataIntegrity(f"{what} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataIntegrity(f"{what} cannot be read: {error!r}") from error
     return from_fields(Plan, fields, what)
 
 

@@ -48,12 +48,28 @@ def join(znodes: Znodes, path: str, text: str, earlier: list[str]) -> int:
         znodes.delete(path)
 
 
+def keep(znodes: Znodes, path: str, text: str) -> Znode | None:
+    """Write our own node again if it says anything else; returns it as it was found, None if it is ours no longer."""
+    node = znodes.get(path, watch=True)
+    if node is None or node.owner != znodes.session_id:
+        return None
+    if node.text != text and znodes.set(path, text) is None:
+        return None
+    return node
+
+
 def hold(znodes: Znodes, path: str, text: str) -> str | None:
-    """The owner of the node shows whether an attempt that was cut off succeeded."""
+    """The owner of the node shows whether an attempt that was cut off succeeded. One that has none holds nothing."""
     while znodes.create(path, text, ephemeral=True) is None:
         node = znodes.get(path, watch=True)
-        if node is not None:
-            return None if node.owner == znodes.session_id else node.text
+        if node is None:
+            continue
+        if not node.owner:
+            znodes.delete(path)
+        elif node.owner != znodes.session_id:
+            return node.text
+        elif node.text == text or znodes.set(path, text) is not None:
+            return None
     return None
 
 

@@ -21,11 +21,13 @@ from enum import StrEnum
 from typing import ClassVar
 
 from psa_store.coordination import terms
+from psa_store.coordination.documents import Reader
 from psa_store.coordination.znodes import Znode, Znodes
 from psa_store.errors import DataIntegrity
-from psa_store.job.document import from_text, to_text
+from psa_store.job.document import Damaged, from_text, to_text
 from psa_store.testing.failpoints import failpoint
 
+_DIGITS_MAX = 16
 BARRIERS_KEPT = 8
 """The newest ones; a member that slept through more than these is told that its barrier is gone."""
 
@@ -70,18 +72,19 @@ class Barrier:
         if self.state is not BarrierState.OPEN:
             return self
         if term > self.term:
-            return self._aborted(f"term {term} has begun, this one is of term {self.term}")
+            return self.aborted(f"term {term} has begun, this one is of term {self.term}")
         missing = [member for member in self.members if member not in arrivals]
         if not missing:
             return replace(self, state=BarrierState.DONE, versions={each: arrivals[each] for each in self.members})
         lost = [member for member in missing if member in gone]
         if lost:
-            return self._aborted(f"gone before they arrived: {', '.join(lost)}")
+            return self.aborted(f"gone before they arrived: {', '.join(lost)}")
         if expired:
-            return self._aborted(f"not all arrived in time; missing: {', '.join(missing)}")
+            return self.aborted(f"not all arrived in time; missing: {', '.join(missing)}")
         return self
 
-    def _aborted(self, reason: str) -> Barrier:
+    def aborted(self, reason: str) -> Barrier:
+        """This one, given up."""
         return replace(self, state=BarrierState.ABORTED, reason=reason)
 
 
@@ -96,19 +99,19 @@ def open_barrier(znodes: Znodes, folder: str, term: int, members: Iterable[str])
     return created.path.rpartition("/")[2]
 
 
-def read_barrier(znodes: Znodes, path: str, *, watch: bool) -> Barrier | None:
+def read_barrier(znodes: Znodes, path: str, reader: Reader, *, watch: bool) -> Barrier | None:
     """None if there is no such barrier any more."""
     node = _find(znodes, path, watch=watch)
-    return _read(node) if node is not None else None
+    return _read(node, reader) if node is not None else None
 
 
-def arrive(znodes: Znodes, path: str, term_path: str, member: str, version: int) -> Barrier | None:
+def arrive(znodes: Znodes, path: str, term_path: str, reader: Reader, member: str, version: int) -> Barrier | None:
     """Be there, and decide if all are; returns the barrier as it is then, or None if it is gone."""
     while True:
         node = _find(znodes, path)
         if node is None:
             return None
-        barrier = _read(node)
+        barrier = _read(node, reader)
         if barrier.state is not BarrierState.OPEN or member not in barrier.members:
             return barrier
         created = znodes.create(f"{path}/{member}", str(version), ephemeral=True, parents=False)
@@ -119,30 +122,41 @@ def arrive(znodes: Znodes, path: str, term_path: str, member: str, version: int)
             break
         znodes.delete(there.path)
     failpoint("barrier.arrived")
-    return _decide(znodes, path, term_path, gone=(), expired=False)
+    return _decide(znodes, path, term_path, reader, gone=(), expired=False)
 
 
-def settle(znodes: Znodes, path: str, term_path: str, *, living: Collection[str], expired: bool) -> Barrier | None:
+def settle(
+    znodes: Znodes, path: str, term_path: str, reader: Reader, *, living: Collection[str], expired: bool
+) -> Barrier | None:
     """Decide what can be decided. ``living``: the members of the job, read before this call."""
     node = _find(znodes, path)
     if node is None:
         return None
-    gone = [each for each in _read(node).members if each not in living]
-    return _decide(znodes, path, term_path, gone=gone, expired=expired)
+    gone = [each for each in _read(node, reader).members if each not in living]
+    return _decide(znodes, path, term_path, reader, gone=gone, expired=expired)
 
 
-def _decide(znodes: Znodes, path: str, term_path: str, *, gone: Collection[str], expired: bool) -> Barrier | None:
+def _decide(
+    znodes: Znodes, path: str, term_path: str, reader: Reader, *, gone: Collection[str], expired: bool
+) -> Barrier | None:
     """A compare-and-set that fails, or was cut off, is answered by the document: it is decided, perhaps by us."""
     while True:
         node, newest = znodes.get_all([path, term_path])
         if node is None:
             return None
-        barrier = _read(node)
+        barrier = _read(node, reader)
+        if barrier.state is not BarrierState.OPEN:
+            return barrier
         names = [name for name in znodes.children(path) if name in barrier.members]
         complete = len(names) == len(barrier.members)
         found = znodes.get_all([f"{path}/{name}" for name in names]) if complete else []
-        arrivals = _versions(names, found) if complete else dict.fromkeys(names, 0)
-        decided = barrier.decided(arrivals, term=terms.newest(newest), gone=gone, expired=expired)
+        arrivals = _versions(names, found, reader) if complete else dict.fromkeys(names, 0)
+        term = terms.newest(newest, barrier.term, reader)
+        versions = {name: each for name, each in arrivals.items() if not isinstance(each, Damaged)}
+        if isinstance(term, Damaged) or len(versions) < len(arrivals):
+            decided = barrier.aborted("an arrival, or the term, can not be read")
+        else:
+            decided = barrier.decided(versions, term=term, gone=gone, expired=expired)
         if decided is barrier:
             return barrier
         failpoint("barrier.before_decision")
@@ -166,20 +180,25 @@ def _find(znodes: Znodes, path: str, *, watch: bool = False) -> Znode | None:
     return node
 
 
-def _versions(names: Iterable[str], found: Iterable[Znode | None]) -> dict[str, int]:
-    return {name: _version(node) for name, node in zip(names, found, strict=True) if node is not None}
+def _versions(names: Iterable[str], found: Iterable[Znode | None], reader: Reader) -> dict[str, int | Damaged]:
+    return {
+        name: reader.read(node, _version, ephemeral=True)
+        for name, node in zip(names, found, strict=True)
+        if node is not None
+    }
 
 
-def _version(node: Znode) -> int:
-    try:
-        return int(node.text)
-    except ValueError as error:
-        raise DataIntegrity(f"{node.path} holds {node.text[:40]!r}, not a version") from error
+def _version(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MAX):
+        raise DataIntegrity(f"{text[:40]!r} is no version")
+    return int(text)
 
 
 def _by_age(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=int)
+    return sorted((name for name in names if name.isascii() and name.isdecimal()), key=int)
 
 
-def _read(node: Znode) -> Barrier:
-    return from_text(Barrier, node.text, f"the barrier {node.path} in ZooKeeper")
+def _read(node: Znode, reader: Reader) -> Barrier:
+    """One that cannot be read is over: what was pinned for it is let go, and another is opened."""
+    found = reader.read(node, lambda text: from_text(Barrier, text, "the barrier"))
+    return Barrier(0, ()).aborted(found.why) if isinstance(found, Damaged) else found

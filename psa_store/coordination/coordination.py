@@ -9,9 +9,10 @@
     /psa/<job>/checkpoints/<name>  a request for a checkpoint          goes when that is there, or cannot be
     /psa/<job>/<name>              a held name                         ephemeral
 
-Documents go in and out as types; each has one reader and one writer, which are called here alone. Every call is made of
-idempotent attempts and ends within ``connect_timeout_s``, or raises DependencyUnreachable; then what it wanted to write
-may be written or not. Reads may be a little old: compare-and-set decides, not a read.
+Documents go in and out as types; each has one reader and one writer, which are called here alone. What can not be read
+comes out as Damaged, and never as an error: a neighbour may have written it. Every call is made of idempotent attempts
+and ends within ``connect_timeout_s``, or raises DependencyUnreachable; then what it wanted to write may be written or
+not. Reads may be a little old: compare-and-set decides, not a read.
 """
 
 from __future__ import annotations
@@ -19,17 +20,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
-from psa_store.cluster import Member, Plan, ProcessRole, member_from_json, plan_from_json
+from psa_store.cluster import JobShape, Member, Plan, ProcessRole, member_from_json, plan_from_json
 from psa_store.config import Settings
 from psa_store.coordination import attempts, barrier, election, terms
 from psa_store.coordination.access import Access, access_of, as_access
 from psa_store.coordination.barrier import Barrier
+from psa_store.coordination.documents import Reader
 from psa_store.coordination.request import CheckpointRequest, request_from_json
 from psa_store.coordination.session import Lease, Session, SessionState, now_s
-from psa_store.coordination.znodes import Znodes
-from psa_store.errors import Disconnected, UsageError
+from psa_store.coordination.znodes import Znode, Znodes
+from psa_store.errors import DataIntegrity, Disconnected, UsageError
 from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.document import Damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Coordination:
         self._session = Session(
             access, session_timeout_s=session_timeout_s, connect_timeout_s=connect_timeout_s, wake=wake
         )
+        self._reader = Reader()
         self._joined: dict[ProcessRole, set[str]] = {role: set() for role in ProcessRole}
         """Ids under which we may be a member: all that we tried since the last success."""
 
@@ -142,10 +147,10 @@ class Coordination:
 
     # --- documents of the job
 
-    def read_config(self) -> JobConfig | None:
-        """What the job is; None if it was not created."""
-        node = self._session.run(lambda znodes: znodes.get(f"{self._job}/config"))
-        return job_config_from_json(node.text) if node is not None else None
+    def read_config(self, *, watch: bool = False) -> JobConfig | Damaged | None:
+        """What the job is; None if it was not created. ``watch``: wake when it is created or changes."""
+        node = self._session.run(lambda znodes: znodes.get(f"{self._job}/config", watch=watch))
+        return self._reader.read(node, job_config_from_json) if node is not None else None
 
     def create_config(self, config: JobConfig) -> bool:
         """Store what the job is; False if that was done before."""
@@ -159,14 +164,37 @@ class Coordination:
 
     def next_term(self, at_least: int = 0) -> int:
         """Take a term that is greater than ``at_least`` and than all that were ever taken."""
-        return self._session.run(lambda znodes: terms.take(znodes, self._term, at_least))
+        return self._session.run(lambda znodes: terms.take(znodes, self._term, at_least, self._reader))
 
-    def read_plan(self, *, watch: bool = False) -> StoredPlan | None:
-        """The plan; None if there is none yet. ``watch``: wake when it is created or changes."""
+    def read_term(self, known: int) -> int | Damaged:
+        """The newest term; 0 if there was none. ``known``: one that was published, to judge by."""
+        return terms.newest(self._session.run(lambda znodes: znodes.get(self._term)), known, self._reader)
+
+    def mend_term(self, at_least: int) -> None:
+        """Write the term again if its znode is damaged, gone, or below one that was published; wake when it changes."""
+        self._session.run(lambda znodes: terms.mend(znodes, self._term, at_least, self._reader))
+
+    def read_plan(self, shape: JobShape | None = None, *, watch: bool = False) -> StoredPlan | Damaged | None:
+        """The plan; None if there is none yet.
+
+        Args:
+            shape: the plan of a job of another shape is none; None believes any.
+            watch: wake when it is created or changes.
+        """
         node = self._session.run(lambda znodes: znodes.get(f"{self._job}/plan", watch=watch))
-        return StoredPlan(plan_from_json(node.text), node.version, node.modified_s) if node is not None else None
+        if node is None:
+            return None
 
-    def write_plan(self, plan: Plan, seen: StoredPlan | None) -> StoredPlan | None:
+        def parse(text: str) -> Plan:
+            plan = plan_from_json(text)
+            if shape is not None:
+                plan.check(shape)
+            return plan
+
+        found = self._reader.read(node, parse)
+        return found if isinstance(found, Damaged) else StoredPlan(found, node.version, node.modified_s)
+
+    def write_plan(self, plan: Plan, seen: StoredPlan | Damaged | None) -> StoredPlan | None:
         """Replace the plan that was read, or create the first (None); None if another process was faster."""
         path, text, expected = f"{self._job}/plan", plan.to_json(), seen.version if seen is not None else None
         node = self._session.run(lambda znodes: attempts.compare_and_set(znodes, path, text, expected))
@@ -187,10 +215,15 @@ class Coordination:
         self._session.settle(owner)
 
     def update(self, role: ProcessRole, member: Member) -> None:
-        """Replace what a member says of itself. Raises Disconnected if it is no longer a member."""
-        path = self._member(role, member.id)
-        if self._session.run(lambda znodes: znodes.set(path, member.to_json())) is None:
+        """See to it that our znode says this of us, and wake when another process changes or deletes it.
+
+        Raises Disconnected if we are no longer a member.
+        """
+        path, text = self._member(role, member.id), member.to_json()
+        found = self._session.run(lambda znodes: attempts.keep(znodes, path, text))
+        if found is None:
             raise Disconnected(f"{path} is gone: the session expired or the member was reported dead; join again")
+        self._reader.read(found, partial(_member_of, member.id))
 
     def leave(self, role: ProcessRole, member: str) -> None:
         """Be a member no longer. Idempotent."""
@@ -206,15 +239,25 @@ class Coordination:
 
         self._session.run(attempt)
 
-    def members(self, role: ProcessRole, *, watch: bool = False) -> dict[str, Member]:
-        """The members by id. ``watch``: wake when one comes, goes or changes; for the controller only."""
+    def members(self, role: ProcessRole, *, watch: bool = False) -> dict[str, Member | Damaged]:
+        """What stands where members are, by id; see :func:`psa_store.cluster.believed`.
 
-        def attempt(znodes: Znodes) -> dict[str, str]:
+        ``watch``: wake when one comes, goes or changes; for the controller only.
+        """
+
+        def attempt(znodes: Znodes) -> dict[str, Znode]:
             names = znodes.children(f"{self._job}/{role.value}s", watch=watch)
             nodes = znodes.get_all([self._member(role, name) for name in names], watch=watch)
-            return {name: node.text for name, node in zip(names, nodes, strict=True) if node is not None}
+            return {name: node for name, node in zip(names, nodes, strict=True) if node is not None}
 
-        return {name: member_from_json(text) for name, text in self._session.run(attempt).items()}
+        found = self._session.run(attempt)
+        return {
+            name: self._reader.read(node, partial(_member_of, name), ephemeral=True) for name, node in found.items()
+        }
+
+    def living(self, role: ProcessRole) -> list[str]:
+        """Ids of the members that a session keeps, whatever their znodes say."""
+        return [name for name, each in self.members(role).items() if isinstance(each, Member) or each.kept]
 
     # --- the election of the controller
 
@@ -251,12 +294,12 @@ class Coordination:
         expected changes nothing. Our arrival ends with our session.
         """
         path = f"{self._barriers}/{barrier_id}"
-        return self._session.run(lambda znodes: barrier.arrive(znodes, path, self._term, member, version))
+        return self._session.run(lambda znodes: barrier.arrive(znodes, path, self._term, self._reader, member, version))
 
     def read_barrier(self, barrier_id: str, *, watch: bool = False) -> Barrier | None:
         """The barrier, None if it is gone. ``watch``: wake when it is decided."""
         path = f"{self._barriers}/{barrier_id}"
-        return self._session.run(lambda znodes: barrier.read_barrier(znodes, path, watch=watch))
+        return self._session.run(lambda znodes: barrier.read_barrier(znodes, path, self._reader, watch=watch))
 
     def settle_barrier(self, barrier_id: str, *, expired: bool = False) -> Barrier | None:
         """Abort the barrier if it cannot succeed: a member has gone, a term has begun, or, with ``expired``, now.
@@ -268,7 +311,7 @@ class Coordination:
 
         def attempt(znodes: Znodes) -> Barrier | None:
             living = [name for role in ProcessRole for name in znodes.children(f"{self._job}/{role.value}s")]
-            return barrier.settle(znodes, path, self._term, living=living, expired=expired)
+            return barrier.settle(znodes, path, self._term, self._reader, living=living, expired=expired)
 
         return self._session.run(attempt)
 
@@ -283,10 +326,10 @@ class Coordination:
         """Names of the checkpoints that are asked for. ``watch``: wake when one comes or goes."""
         return self._session.run(lambda znodes: znodes.children(self._checkpoints, watch=watch))
 
-    def read_checkpoint_request(self, name: str, *, watch: bool = False) -> CheckpointRequest | None:
+    def read_checkpoint_request(self, name: str, *, watch: bool = False) -> CheckpointRequest | Damaged | None:
         """What was asked, or answered; None if it is gone. ``watch``: wake when that changes."""
         node = self._session.run(lambda znodes: znodes.get(f"{self._checkpoints}/{name}", watch=watch))
-        return request_from_json(node.text) if node is not None else None
+        return self._reader.read(node, request_from_json) if node is not None else None
 
     def answer_checkpoint_request(self, name: str, answer: CheckpointRequest) -> None:
         """Say what came of it, if it is still there."""
@@ -313,6 +356,17 @@ class Coordination:
     def release(self, name: str) -> None:
         """Hold ``name`` no longer. Idempotent; what another session holds stays."""
         self._session.run(lambda znodes: attempts.release(znodes, f"{self._job}/{name}"))
+
+    # --- what was set aside
+
+    @property
+    def set_aside(self) -> int:
+        """How many znodes were set aside by this process, because they could not be read."""
+        return self._reader.count
+
+    def damage(self) -> list[Damaged]:
+        """Those since the last call."""
+        return self._reader.news()
 
     # --- the whole
 
@@ -350,3 +404,16 @@ class Coordination:
         if not member or "/" in member:
             raise UsageError(f"member id {member!r}: it must not be empty or contain '/'")
         return f"{self._job}/{role.value}s/{member}"
+
+
+def _member_of(name: str, text: str) -> Member:
+    """The member of a znode of this name."""
+    member = member_from_json(text)
+    if member.id != name:
+        raise DataIntegrity(f"it says that it is {member.id[:80]!r}")
+    return member
+
+
+def known_plan(seen: StoredPlan | Damaged | None) -> Plan | None:
+    """The plan, if there is one that can be read."""
+    return seen.plan if isinstance(seen, StoredPlan) else None

@@ -3,12 +3,17 @@
 A candidate is an ephemeral sequential znode ``<session>-<sequence>`` that holds the member's id. The session in its
 name finds a candidate again whose creation was cut off: entering twice is therefore harmless, and so are duplicates,
 since the lowest counts. An election may have two winners for a moment (the old one paused): a process that acts on it
-must take a term. Only ``coordination.py`` may use it.
+must take a term. A znode that its own session does not keep is no candidate; one whose znode is gone or says something
+else has to campaign again. Only ``coordination.py`` may use it.
 """
 
 from __future__ import annotations
 
-from psa_store.coordination.znodes import Znodes
+import re
+
+from psa_store.coordination.znodes import Znode, Znodes
+
+_NAME = re.compile(r"[0-9a-f]{16}-\d{1,10}", re.ASCII)
 
 
 def campaign(znodes: Znodes, folder: str, member: str) -> None:
@@ -30,24 +35,19 @@ def campaign(znodes: Znodes, folder: str, member: str) -> None:
 def is_elected(znodes: Znodes, folder: str, member: str) -> bool:
     """Whether ``member`` of this session is elected; if another is, a watch waits for the one just before us."""
     while True:
-        names = _candidates(znodes, folder)
-        place = next((i for i, name in enumerate(names) if _is_of(name, znodes.session_id)), None)
+        found = _kept(znodes, folder)
+        place = next((i for i, node in enumerate(found) if node.owner == znodes.session_id), None)
         if place is None:
             return False
         if place == 0:
-            first = znodes.get(f"{folder}/{names[0]}")
-            return first is not None and first.text == member
-        if znodes.get(f"{folder}/{names[place - 1]}", watch=True) is not None:
+            return found[place].text == member
+        if znodes.get(found[place - 1].path, watch=True) is not None:
             return False
 
 
 def elected(znodes: Znodes, folder: str) -> str | None:
     """The elected member; None if there is no candidate."""
-    for name in _candidates(znodes, folder):
-        node = znodes.get(f"{folder}/{name}")
-        if node is not None:
-            return node.text
-    return None
+    return next((node.text for node in _kept(znodes, folder)), None)
 
 
 def withdraw(znodes: Znodes, folder: str, member: str) -> None:
@@ -57,7 +57,15 @@ def withdraw(znodes: Znodes, folder: str, member: str) -> None:
 
 
 def _candidates(znodes: Znodes, folder: str) -> list[str]:
-    return sorted(znodes.children(folder), key=lambda name: int(name.rpartition("-")[2]))
+    names = filter(_NAME.fullmatch, znodes.children(folder))
+    return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
+
+
+def _kept(znodes: Znodes, folder: str) -> list[Znode]:
+    """The candidates in their order, each kept by the session that its name says."""
+    found = znodes.get_all([f"{folder}/{name}" for name in _candidates(znodes, folder)])
+    kept = (node for node in found if node is not None and node.owner)
+    return [node for node in kept if _is_of(node.path.rpartition("/")[2], node.owner)]
 
 
 def _prefix(session: int) -> str:

@@ -357,9 +357,14 @@ def check_job_name(name: str) -> str:
     return check_name(name, "job name")
 
 
+def is_name(name: str) -> bool:
+    """Whether it can be part of Redis keys and znodes."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str, what: str) -> str:
     """The same for the name of ``what``."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise UsageError(
             f"{what} {name!r}: use up to 100 letters, digits, '_', '.' and '-', the first a letter or digit"
         )

@@ -9,7 +9,7 @@ Pure: no I/O, no threads.
 from __future__ import annotations
 
 import json
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -26,6 +26,21 @@ class Document(Protocol):
 
 
 D = TypeVar("D", bound=Document)
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """What stands where a document should, and is none: garbage, or of a format that this release can not read."""
+
+    where: str
+    """The path of a znode, or a key of Redis."""
+    why: str
+    version: int = 0
+    """ZooKeeper's number of the text, by which exactly that is replaced."""
+    kept: bool = True
+    """Whether a living session, or nothing but the place itself, keeps it there; not so where a process should."""
+
+
 _FORMAT_KEY = "format"
 ADDED_LATER = {"added_later": True}
 """Metadata of a field that is written only where it differs from its default: documents that do without it stay as they

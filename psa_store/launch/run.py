@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import threading
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from psa_store import logs
 from psa_store.cluster import ProcessRole
 from psa_store.config import Settings, as_environment, check_bind, fill_addresses, running
 from psa_store.config.private_servers import with_addresses, with_private_key
-from psa_store.coordination import Coordination
+from psa_store.coordination import Coordination, SessionState
 from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
 from psa_store.job.config import RUN_NODE
 from psa_store.launch.home import HomeServers
@@ -93,6 +94,7 @@ def run_job(run: Run, settings: Settings) -> int:
             if output is not None and output.broken:
                 logs.get_logger().warning("nothing takes what the run prints any more: leaving")
                 return True
+            job.keep()
             return not supervisor.alive(ProcessRole.WORKER)
 
         for _ in range(run.workers):
@@ -116,10 +118,11 @@ class _RunningJob:
 
     def __init__(self, settings: Settings) -> None:
         self.run_id = secrets.token_hex(8)
+        self._text = f"{self.run_id} pid {os.getpid()}"
         self._settings = settings
         self._name: str | None = None
         self._coordination: Coordination | None = None
-        self._generation = 0
+        self._changed = threading.Event()
         self._log = logs.get_logger()
 
     def close(self) -> None:
@@ -134,7 +137,7 @@ class _RunningJob:
             return False
         self._name = name
         logs.identify(job=name)
-        self._coordination = Coordination.from_settings(self._settings, name)
+        self._coordination = Coordination.from_settings(self._settings, name, wake=self._changed.set)
         self._coordination.start()
         self._hold(self._coordination)
         return True
@@ -145,16 +148,32 @@ class _RunningJob:
             return
         try:
             self._coordination.remove(child.role, child.member)
-            if self._coordination.session_generation() != self._generation:
-                self._hold(self._coordination)
+            self._hold_again(self._coordination)  # before it is started again: it waits until we hold the job
         except DependencyUnreachable as error:
             self._log.warning("could not report a death, its session will end by itself", error=str(error))
+
+    def keep(self) -> None:
+        """Hold the job again if our session expired, or another process wrote over what shows that we hold it."""
+        coordination = self._coordination
+        if coordination is None or not self._changed.is_set():
+            return
+        if coordination.session_state is SessionState.CONNECTED:
+            self._changed.clear()
+            try:
+                self._hold_again(coordination)
+            except DependencyUnreachable as error:
+                self._log.warning("could not hold the job", error=str(error))
+                self._changed.set()
+
+    def _hold_again(self, coordination: Coordination) -> None:
+        holder = coordination.hold(RUN_NODE, self._text)
+        if holder is not None:
+            self._log.warning("another run holds the job: what dies here cannot be started again", holder=holder)
 
     def _hold(self, coordination: Coordination) -> None:
         # A run that was killed with everything holds the job until its session ends.
         end_s = time.monotonic() + 2 * self._settings.session_timeout_s + _HOLD_GRACE_S
-        self._generation = coordination.session_generation()
-        while (holder := coordination.hold(RUN_NODE, f"{self.run_id} pid {os.getpid()}")) is not None:
+        while (holder := coordination.hold(RUN_NODE, self._text)) is not None:
             if time.monotonic() > end_s:
                 raise JobBusy(
                     f"job {self._name!r} is running already ({holder.partition(' ')[2]}). "

@@ -40,6 +40,8 @@ class EventKind(StrEnum):
     SERVER_JOINED = "server-joined"
     WORKER_JOINED = "worker-joined"
     HAND_OVER = "hand-over"
+    SET_ASIDE = "set-aside"
+    """A document that could not be read: another process wrote it."""
 
 
 _LEFT = {EventKind.SERVER_GONE: EventKind.SERVER_LEFT, EventKind.WORKER_GONE: EventKind.WORKER_LEFT}

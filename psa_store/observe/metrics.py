@@ -38,6 +38,7 @@ METRICS = (
     Metric("sent_bytes", Kind.COUNTER, _BOTH, "bytes of frames sent to members of the job, tensors included"),
     Metric("received_bytes", Kind.COUNTER, _BOTH, "bytes of frames received from members of the job"),
     Metric("lease_left_seconds", Kind.GAUGE, _BOTH, "how long ZooKeeper may stay silent before this process stops"),
+    Metric("set_aside", Kind.COUNTER, _BOTH, "documents in ZooKeeper or Redis that it could not read and set aside"),
     # servers
     Metric("version", Kind.GAUGE, _SERVER, "newest version that all shards of this server have"),
     Metric("committed_version", Kind.GAUGE, _SERVER, "newest version that this server has made durable"),

@@ -26,7 +26,8 @@ from psa_store.checkpoint.take import announce, complete
 from psa_store.cluster import Cut, Phase, Plan
 from psa_store.coordination import Barrier, BarrierState, CheckpointRequest, Coordination, StoredPlan
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, PsaError
-from psa_store.job.config import JobConfig
+from psa_store.job.config import JobConfig, is_name
+from psa_store.job.document import Damaged
 from psa_store.job.layout import Layout
 from psa_store.observe import EventKind, Events
 from psa_store.observe.metrics import Metrics
@@ -100,7 +101,10 @@ class Checkpoints:
         """The next checkpoint that is asked for."""
         for name in self._coordination.checkpoint_requests(watch=True):
             request = self._coordination.read_checkpoint_request(name)
-            if request is None or request.failed:
+            if isinstance(request, Damaged):
+                answer = CheckpointRequest(failed="its request could not be read: ask again")
+                self._coordination.answer_checkpoint_request(name, answer)
+            if not isinstance(request, CheckpointRequest) or request.failed or not is_name(name):
                 continue
             if name not in catalog.read_job(self._store, self._job).checkpoints:
                 return name, request

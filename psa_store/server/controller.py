@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 
 from psa_store import logs
-from psa_store.cluster import ProcessRole, Publish, TakeOver, View, decide
-from psa_store.coordination import Coordination, StoredPlan
+from psa_store.cluster import Plan, ProcessRole, Publish, TakeOver, View, believed, decide
+from psa_store.coordination import Coordination, StoredPlan, known_plan
 from psa_store.job.config import JobConfig
+from psa_store.job.document import Damaged
 from psa_store.job.layout import Layout
-from psa_store.observe import Events
+from psa_store.observe import EventKind, Events
 from psa_store.observe.metrics import Metrics
 from psa_store.server.aggregator import rules_of
 from psa_store.server.checkpoints import Checkpoints
@@ -50,12 +51,14 @@ class Controller:
         self._wake = wake
         self._log = logs.get_logger()
         self._elected = False
+        self._last: Plan | None = None
+        """The newest plan that could be read."""
 
     def close(self) -> None:
         """Finish what is being written to files."""
         self._checkpoints.close()
 
-    def turn(self, member: str, seen: StoredPlan | None) -> None:
+    def turn(self, member: str, seen: StoredPlan | Damaged | None) -> None:
         """Do one thing, if this server (``member``) is elected; the plan's watch brings the next."""
         elected = self._coordination.is_elected(member)
         if elected and not self._elected:
@@ -63,25 +66,42 @@ class Controller:
             self._journal.record("elected", member=member)
         self._elected = elected
         self._metrics.set("controller", float(elected))
+        self._metrics.set("set_aside", self._coordination.set_aside)
+        self._last = known_plan(seen) or self._last
         if not elected:
             self._events.resign()
         elif self._govern(seen):
             self._wake()
-        elif seen is not None and seen.plan.owners:
-            self._checkpoints.turn(seen)
+        else:
+            self._mend()
+            if isinstance(seen, StoredPlan) and seen.plan.owners:
+                self._checkpoints.turn(seen)
+        for damaged in self._coordination.damage():
+            if elected:
+                self._events.note(EventKind.SET_ASIDE, f"{damaged.where} can not be read: {damaged.why}")
 
-    def _govern(self, seen: StoredPlan | None) -> bool:
+    def _mend(self) -> None:
+        """Write again what is read too seldom for its damage to be met elsewhere."""
+        if self._last is not None:
+            self._coordination.mend_term(self._last.term)
+        if not isinstance(self._coordination.read_config(watch=True), JobConfig):
+            self._coordination.replace_config(self._config)  # with the next term, its newer changes as well
+
+    def _govern(self, seen: StoredPlan | Damaged | None) -> bool:
         """Make the plan fit the members; whether there was something to do."""
-        plan = seen.plan if seen else None
+        plan = known_plan(seen)
+        servers, workers = (self._coordination.members(role, watch=True) for role in ProcessRole)
         view = View(
             plan=plan,
-            servers=self._coordination.members(ProcessRole.SERVER, watch=True),
-            workers=self._coordination.members(ProcessRole.WORKER, watch=True),
+            servers=believed(servers, self._last),
+            workers=believed(workers, self._last),
             shard_sizes=tuple(shard.size_bytes for shard in self._layout.shards),
             ranks=self._config.ranks,
             stages=self._config.stages,
             stop_interval=self._config.commit_interval if self._config.ranks_stay else 0,
             on_arrival=self._rules.on_arrival,
+            damage=seen if isinstance(seen, Damaged) else None,
+            last=self._last,
         )
         self._events.see(view)
         action = decide(view)
@@ -96,7 +116,8 @@ class Controller:
                 return False
         return True
 
-    def _take_over(self, action: TakeOver, seen: StoredPlan | None) -> None:
+    def _take_over(self, action: TakeOver, seen: StoredPlan | Damaged | None) -> None:
+        before = self._last
         begun_s, reached = time.monotonic(), int(self._metrics.read().get("version", 0))
         begun = take_over(
             action,
@@ -111,4 +132,4 @@ class Controller:
             took_s = time.monotonic() - begun_s
             self._metrics.add("take_overs")
             self._metrics.set("take_over_seconds", took_s)
-            self._events.took_over(action, seen.plan if seen else None, begun, took_s, reached)
+            self._events.took_over(action, before, begun, took_s, reached)

@@ -15,7 +15,7 @@ import torch
 from psa_store import logs
 from psa_store.checkpoint.catalog import CheckpointPolicy
 from psa_store.checkpoint.take import take_at_end
-from psa_store.cluster import Member, ProcessRole
+from psa_store.cluster import JobShape, Member, ProcessRole
 from psa_store.config import Settings, check_bind, fill_addresses
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
@@ -124,6 +124,7 @@ def serve(job: str, settings: Settings) -> None:
         loader = ShardLoader(config, layout, wire, store, coordination, journal)
         plan_follower = PlanFollower(
             member=member,
+            shape=JobShape(len(layout.shards), config.ranks, config.stages),
             coordination=coordination,
             loader=loader,
             controller=controller,

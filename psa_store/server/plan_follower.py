@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from psa_store import logs
-from psa_store.cluster import Member, Plan, ProcessRole, Server
+from psa_store.cluster import JobShape, Member, Plan, ProcessRole, Server
 from psa_store.consistency.instructions import Frozen, Missed, Pinned, Stopped
-from psa_store.coordination import Coordination
+from psa_store.coordination import Coordination, known_plan
 from psa_store.errors import DependencyUnreachable, Disconnected
+from psa_store.job.document import Damaged
 from psa_store.server.controller import Controller
 from psa_store.server.event_loop import EventLoop
 from psa_store.server.messages import (
@@ -55,6 +56,7 @@ class PlanFollower:
         self,
         *,
         member: Member,
+        shape: JobShape,
         coordination: Coordination,
         loader: ShardLoader,
         controller: Controller,
@@ -65,7 +67,7 @@ class PlanFollower:
         door: Door,
     ) -> None:
         self._member = member
-        self._announced = member
+        self._shape = shape
         self._coordination = coordination
         self._loader = loader
         self._controller = controller
@@ -139,8 +141,9 @@ class PlanFollower:
             self._note(event_loop, self._reports[0])
             self._reports.popleft()  # not before: what could not be told to ZooKeeper is told again
         self._announce()
-        seen = self._coordination.read_plan(watch=True)
-        plan = seen.plan if seen else None
+        seen = self._coordination.read_plan(self._shape, watch=True)
+        # What can not be read is written again by the controller; until then the newest known plan holds.
+        plan = self._plan if isinstance(seen, Damaged) else known_plan(seen)
         if plan is not None and plan != self._plan:
             self._follow(event_loop, plan)
         self._controller.turn(self._member.id, seen)
@@ -149,23 +152,26 @@ class PlanFollower:
     def _keep_membership(self) -> None:
         """Join, and join again under a new name after the session expired: names are never reused."""
         session = self._coordination.session_generation()
-        if session == self._session:
-            return
+        if session != self._session:
+            self._join(session, "the ZooKeeper session expired: joining again")
+
+    def _join(self, session: int, why: str) -> None:
         if self._session is not None:
             name = f"{self._member.id.split('+')[0]}+{secrets.token_hex(3)}"
             # What it had said was about plans that ZooKeeper may have lost: a new one may have their revision.
             self._member = Member(name, self._member.host, self._member.pid, self._member.address, self._member.local)
-            self._log.warning("the ZooKeeper session expired: joining again", member=name)
+            self._log.warning(why, member=name)
         self._coordination.join(ProcessRole.SERVER, self._member)
-        self._announced = self._member
-        self._coordination.campaign(self._member.id)
         self._session = session
 
     def _announce(self) -> None:
+        """Say how this server stands, and say it again if another process has written or deleted it."""
         self._member = replace(self._member, leaving=self._leaving)
-        if self._member != self._announced:
+        try:
             self._coordination.update(ProcessRole.SERVER, self._member)
-            self._announced = self._member
+        except Disconnected:
+            self._join(self._coordination.session_generation(), "another process deleted our znode: joining again")
+        self._coordination.campaign(self._member.id)
 
     def _note(self, event_loop: EventLoop, report: ToPlanFollower) -> None:
         match report:

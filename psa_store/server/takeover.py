@@ -11,6 +11,7 @@ from psa_store import logs
 from psa_store.cluster import Plan, TakeOver, newest_common
 from psa_store.coordination import Coordination, StoredPlan
 from psa_store.errors import DataIntegrity, Fenced, Rewound
+from psa_store.job.document import Damaged
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.storage import Head, RedisStore
 from psa_store.testing.failpoints import failpoint
@@ -21,7 +22,7 @@ _FROZEN_VERSION = 0
 
 def take_over(
     action: TakeOver,
-    seen: StoredPlan | None,
+    seen: StoredPlan | Damaged | None,
     *,
     job: str,
     layout: Layout,
@@ -37,12 +38,12 @@ def take_over(
     """
     failpoint("takeover.elected")
     log = logs.get_logger()
-    before = seen.plan if seen else None
+    least_term, least_revision = action.above
     every = [shard.index for shard in layout.shards]
     known = max((head.term for head in store.heads(job, every)), default=0)
 
     # 1. A number that no term had before. Redis may know higher ones than ZooKeeper, if ZooKeeper was wiped.
-    term = coordination.next_term(at_least=max(known, before.term if before else 0))
+    term = coordination.next_term(at_least=max(known, least_term))
     failpoint("takeover.term")
     # 2. From here on, commits of all older terms are refused: what is read next is final.
     try:
@@ -63,7 +64,7 @@ def take_over(
     # 4. Published by compare-and-set: of two controllers that came this far, one wins.
     plan = Plan(
         term=term,
-        revision=(before.revision if before else 0) + 1,
+        revision=least_revision + 1,
         resume=resume,
         servers=action.servers,
         owners=action.owners,

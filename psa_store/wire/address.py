@@ -90,7 +90,7 @@ def _connect_local(local: str, timeout_s: float) -> socket.socket | None:
         sock.connect("\0" + local)
         if is_own(sock):  # any user of this machine may listen under a name that is free
             return sock
-    except OSError:  # another network namespace, or gone: TCP tells
+    except (OSError, ValueError):  # another network namespace, gone, or no name at all: TCP tells
         pass
     sock.close()
     return None
@@ -100,5 +100,5 @@ def _connect_tcp(address: str, timeout_s: float) -> socket.socket:
     name, _, port = address.rpartition(":")
     try:
         return socket.create_connection((name.strip("[]"), int(port)), timeout=timeout_s)
-    except OSError as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise Disconnected(f"cannot reach the server at {address}: {error}") from error

@@ -112,7 +112,7 @@ class DataPosition:
                 record = self._record or begin(said)
             record = record.following(self._changes())
             reading = record.as_set(self._job, said)
-            living = self._coordination.members(ProcessRole.WORKER).keys()
+            living = self._coordination.living(ProcessRole.WORKER)
             others = {each for each in record.readers if each in living and each not in self._names}
             if record.reading != reading:
                 if not changed_data:

@@ -90,6 +90,7 @@ class WorkerHealth:
     traffic: Traffic
     optimizer_at: Callable[[int], Optimizer]
     lease_left_s: Callable[[], float]
+    set_aside: Callable[[], int]
 
     @property
     def member(self) -> str:
@@ -101,6 +102,7 @@ class WorkerHealth:
             "sent_bytes": self.traffic.sent_bytes,
             "received_bytes": self.traffic.received_bytes,
             "lease_left_seconds": max(0.0, self.lease_left_s()),
+            "set_aside": self.set_aside(),
             "ranks_held": len(standing.held),
             "cells_held": len(standing.cells),
             "steps": progress.steps,

@@ -9,10 +9,11 @@ import time
 from dataclasses import dataclass, replace
 
 from psa_store import logs
-from psa_store.cluster import Cell, Member, Plan, ProcessRole
+from psa_store.cluster import Cell, JobShape, Member, Plan, ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
-from psa_store.errors import DependencyUnreachable, PsaError
+from psa_store.errors import DependencyUnreachable, Disconnected, PsaError
+from psa_store.job.document import Damaged
 from psa_store.wire import Mailbox, host_identity
 
 _LOOK_AGAIN_S = 5.0
@@ -39,7 +40,15 @@ class Membership:
     ``woken`` is set by ZooKeeper's watches; every change of the standing is posted to ``mailbox``.
     """
 
-    def __init__(self, member: str, coordination: Coordination, woken: threading.Event, mailbox: Mailbox[None]) -> None:
+    def __init__(
+        self,
+        member: str,
+        shape: JobShape,
+        coordination: Coordination,
+        woken: threading.Event,
+        mailbox: Mailbox[None],
+    ) -> None:
+        self._shape = shape
         self._coordination = coordination
         self._woken = woken
         self._mailbox = mailbox
@@ -92,16 +101,29 @@ class Membership:
     def _look(self) -> Standing:
         member = self.standing.member
         generation = self._coordination.session_generation()
-        if generation != self._generation:
-            # The session expired, so the others count this worker as dead: join under another id.
+        if generation != self._generation or not self._is_member(member):
+            # The others count this worker as dead: join under another id.
             member = new_member_id("worker")
-            self._log.warning("the ZooKeeper session expired: joining again", member=member)
+            self._log.warning("the place in ZooKeeper is gone: joining again", member=member)
             self._join(member)
             self._generation = generation
-        seen = self._coordination.read_plan(watch=True)
+        seen = self._coordination.read_plan(self._shape, watch=True)
+        if isinstance(seen, Damaged):  # the controller writes it again
+            return self.standing if member == self.standing.member else Standing(member)
         if seen is None:
             return Standing(member)
         return Standing(member, seen.plan, seen.plan.ranks_of(member), seen.plan.cells_of(member))
 
     def _join(self, member: str) -> None:
-        self._coordination.join(ProcessRole.WORKER, Member(member, host_identity(), os.getpid()))
+        self._coordination.join(ProcessRole.WORKER, _said_by(member))
+
+    def _is_member(self, member: str) -> bool:
+        try:
+            self._coordination.update(ProcessRole.WORKER, _said_by(member))
+        except Disconnected:
+            return False
+        return True
+
+
+def _said_by(worker: str) -> Member:
+    return Member(worker, host_identity(), os.getpid())

@@ -15,7 +15,7 @@ from torch import nn
 
 from psa_store import logs
 from psa_store.checkpoint.change import Changed, change_job, newest_config
-from psa_store.cluster import ProcessRole
+from psa_store.cluster import JobShape, ProcessRole
 from psa_store.config import Settings, fill_addresses
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
@@ -121,7 +121,8 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
     _keep_model_files(given, store)
     wire = WireLayout(given.layout, config.compression)
     model.receive_as(wire)
-    membership = stack.enter_context(closing(Membership(member, coordination, woken, mailbox)))
+    shape = JobShape(len(given.layout.shards), config.ranks, config.stages)
+    membership = stack.enter_context(closing(Membership(member, shape, coordination, woken, mailbox)))
     strategy = strategy_of(
         Tools(
             config=config,
@@ -147,6 +148,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         servers.traffic,
         given.optimizer.at,
         coordination.lease_left_s,
+        lambda: coordination.set_aside,
     )
     if settings.monitor:
         stack.enter_context(closing(Monitor(job, metrics, health, settings)))

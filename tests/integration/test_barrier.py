@@ -15,7 +15,7 @@ from psa_store import cluster
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import Barrier, BarrierState, Coordination
 from psa_store.coordination.barrier import BARRIERS_KEPT
-from psa_store.errors import DataIntegrity, UsageError
+from psa_store.errors import UsageError
 from psa_store.launch import PrivateZooKeeper
 from tests.harness import plain_client
 
@@ -180,14 +180,20 @@ def test_old_barriers_go(members: list[Member], raw: KazooClient, job: str) -> N
     assert raw.exists(f"/psa/{job}/barriers/{opened[0]}") is None
 
 
-def test_what_is_not_a_barrier_is_refused(members: list[Member], raw: KazooClient, job: str) -> None:
+def test_what_is_not_a_barrier_is_over(members: list[Member], raw: KazooClient, job: str) -> None:
     door = members[0].door
     with pytest.raises(UsageError, match="at least one member"):
         door.open_barrier(1, [])
     opened = door.open_barrier(1, ["a"])
     raw.set(f"/psa/{job}/barriers/{opened}", b"[]")
-    with pytest.raises(DataIntegrity, match=r"barrier .* cannot be read"):
-        members[0].arrive(opened)
+    barrier = members[0].arrive(opened)
+    assert barrier is not None and barrier.state is BarrierState.ABORTED and "cannot be read" in barrier.reason
+    again = door.open_barrier(1, ["a", "b"])
+    raw.create(f"/psa/{job}/barriers/rubbish", b"{")
+    members[0].arrive(again)
+    raw.set(f"/psa/{job}/barriers/{again}/a", b"garbage")
+    barrier = members[1].arrive(again)
+    assert barrier is not None and barrier.state is BarrierState.ABORTED and "can not be read" in barrier.reason
 
 
 def test_a_term_that_begins_in_the_moment_of_the_decision_aborts(

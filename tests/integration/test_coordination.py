@@ -21,11 +21,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from psa_store.cluster import Member, Plan, ProcessRole
-from psa_store.coordination import Coordination, as_access
+from psa_store.cluster import JobShape, Member, Plan, ProcessRole
+from psa_store.coordination import CheckpointRequest, Coordination, StoredPlan, as_access
 from psa_store.coordination.session import SessionState
-from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UsageError
+from psa_store.errors import DependencyUnreachable, Disconnected, UsageError
 from psa_store.job.config import JobConfig
+from psa_store.job.document import Damaged
 from psa_store.launch import PrivateZooKeeper
 from tests.harness import stop_process
 
@@ -308,10 +309,135 @@ def test_a_chroot_is_created(enter: Enter, zookeeper: PrivateZooKeeper, job: str
     assert job not in enter().door.jobs()
 
 
-def test_a_damaged_term_is_reported(door: Coordination) -> None:
-    assert door.hold("term", "nonsense") is None
-    with pytest.raises(DataIntegrity, match="nonsense"):
-        door.next_term()
+# --- what another process wrote
+
+
+GARBAGE = ["", "{", "[]", "9" * 400, "\x00", '{"format": 99}', "[" * 50_000]
+
+
+def write(door: Coordination, name: str, text: str) -> None:
+    """As any process may that reaches ZooKeeper."""
+    path = f"{door._job}/{name}"
+    door._session.run(lambda znodes: znodes.set(path, text) or znodes.create(path, text))
+
+
+def delete(door: Coordination, name: str) -> None:
+    door._session.run(lambda znodes: znodes.delete(f"{door._job}/{name}"))
+
+
+def candidate(door: Coordination) -> str:
+    (name,) = door._session.run(lambda znodes: znodes.children(door._election))
+    return f"election/{name}"
+
+
+@pytest.mark.parametrize("text", ["nonsense", "", "-1", "9" * 40, str(1 << 52), "{}"])
+def test_after_a_damaged_term_all_are_greater_than_any_that_was_taken(door: Coordination, text: str) -> None:
+    taken = [door.next_term(), door.next_term()]
+    write(door, "term", text)
+    damaged = door.read_term(0)
+    assert isinstance(damaged, Damaged) and "no term" in damaged.why and door.set_aside == 1
+    assert door.next_term(at_least=1) > taken[-1], "one that was taken and is not sealed yet"
+    assert door.set_aside == 1, "the same damage counts once"
+
+
+@pytest.mark.parametrize("text", ["nonsense", "0", None])
+def test_a_term_that_is_damaged_lower_or_gone_is_mended(door: Coordination, text: str | None) -> None:
+    door.next_term(at_least=6)
+    if text is None:
+        delete(door, "term")
+    else:
+        write(door, "term", text)
+    door.mend_term(7)
+    mended = door.read_term(7)
+    assert isinstance(mended, int) and mended > 7
+    door.mend_term(7)
+    assert door.read_term(7) == mended, "once"
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_a_damaged_document_comes_out_as_a_value_and_is_replaced_by_what_was_seen(
+    door: Coordination, text: str
+) -> None:
+    stored = door.write_plan(plan("p"), None)
+    door.create_config(config("c"))
+    door.request_checkpoint("best", CheckpointRequest())
+    for name in ("plan", "config", "checkpoints/best"):
+        write(door, name, text)
+    assert door.write_plan(plan("q"), stored) is None, "it is another text by now"
+    seen = door.read_plan()
+    assert isinstance(seen, Damaged) and seen.where.endswith("/plan") and seen.why
+    assert isinstance(door.read_config(), Damaged)
+    assert isinstance(door.read_checkpoint_request("best"), Damaged)
+    written = door.write_plan(plan("q"), seen)
+    assert written is not None and door.read_plan() == written
+    assert {each.where.rpartition("/")[2] for each in door.damage()} == {"plan", "config", "best"}
+    assert door.damage() == [] and door.set_aside == 3
+
+
+def test_a_plan_of_another_shape_is_no_plan_of_this_job(door: Coordination) -> None:
+    door.write_plan(plan("p"), None)
+    assert isinstance(door.read_plan(JobShape(shards=1, ranks=1)), StoredPlan)
+    assert isinstance(door.read_plan(JobShape(shards=1, ranks=2)), Damaged)
+
+
+@pytest.mark.parametrize("text", [*GARBAGE, member("another").to_json()])
+def test_a_member_whose_znode_is_overwritten_writes_it_again(enter: Enter, door: Coordination, text: str) -> None:
+    watched = enter()
+    watched.door.join(WORKER, member("w"))
+    watched.door.update(WORKER, member("w"))
+    watched.news.clear()
+    write(door, "workers/w", text)
+    assert watched.news.wait(PATIENCE_S)
+    found = door.members(WORKER)["w"]
+    assert isinstance(found, Damaged) and found.kept and door.living(WORKER) == ["w"]
+    watched.door.update(WORKER, member("w"))
+    assert door.members(WORKER) == {"w": member("w")} and watched.door.set_aside == 1
+
+
+def test_a_member_whose_znode_is_deleted_or_taken_is_told_to_join_again(enter: Enter, door: Coordination) -> None:
+    other = enter().door
+    for taken in (False, True):
+        name = f"w{taken}"
+        other.join(WORKER, member(name))
+        delete(door, f"workers/{name}")
+        if taken:
+            door.join(WORKER, member(name))
+        with pytest.raises(Disconnected):
+            other.update(WORKER, member(name))
+
+
+def test_a_znode_that_no_process_keeps_is_no_member_no_candidate_and_no_holder(door: Coordination) -> None:
+    write(door, "workers/w", member("w").to_json())
+    write(door, "election/0000000000000000-0000000000", "w")
+    write(door, "election/rubbish", "w")
+    write(door, "run", "another run")
+    found = door.members(WORKER)["w"]
+    assert isinstance(found, Damaged) and not found.kept and door.living(WORKER) == []
+    door.campaign("s")
+    assert door.elected() == "s" and door.is_elected("s")
+    assert door.hold("run", "this run") is None and door.holder("run") == "this run"
+
+
+def test_what_shows_that_a_name_is_held_is_written_again(enter: Enter, door: Coordination) -> None:
+    watched = enter()
+    assert watched.door.hold("run", "this run") is None
+    assert watched.door.hold("run", "this run") is None
+    watched.news.clear()
+    write(door, "run", "{")
+    assert watched.news.wait(PATIENCE_S)
+    watched.door.hold("run", "this run")
+    assert door.holder("run") == "this run"
+
+
+def test_a_candidate_whose_znode_is_overwritten_or_deleted_campaigns_again(door: Coordination) -> None:
+    door.campaign("s")
+    write(door, candidate(door), "garbage")
+    assert not door.is_elected("s")
+    door.campaign("s")
+    assert door.is_elected("s")
+    delete(door, candidate(door))
+    door.campaign("s")
+    assert door.is_elected("s")
 
 
 # --- members

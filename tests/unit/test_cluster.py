@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 
@@ -21,12 +22,14 @@ from psa_store.cluster import (
     View,
     assign_cells,
     assign_shards,
+    believed,
     decide,
     member_from_json,
     newest_common,
     plan_from_json,
 )
 from psa_store.errors import DataIntegrity
+from psa_store.job.document import Damaged
 
 names = st.sampled_from("abcdefgh")
 
@@ -159,6 +162,74 @@ def test_the_cells_of_a_job_in_stages_are_given_out_with_the_first_plan_and_with
     cluster.settle()
     assert cluster.plan is not None and (cluster.plan.stages, cluster.plan.ranks) == (3, 4)
     assert cluster.plan.cells == ("w",) * 12 and cluster.terms == [1], "the owners of shards stay"
+
+
+DAMAGE = Damaged("/psa/job/plan", "it cannot be read")
+
+
+def test_a_damaged_plan_begins_a_term_above_everything_that_a_member_may_have_spoken_of() -> None:
+    cluster = Cluster()
+    cluster.servers, cluster.workers = members("a", "b"), members("v", "w")
+    cluster.settle()
+    last = cluster.plan
+    assert last is not None
+    cluster.servers["b"] = replace(cluster.servers["b"], frozen_revision=last.revision + 5)
+    action = decide(replace(cluster.view(), plan=None, damage=DAMAGE, last=last))
+    assert isinstance(action, TakeOver) and DAMAGE.why in action.reason
+    assert (action.servers, action.owners, action.cells) == (last.servers, last.owners, last.cells), "nothing moves"
+    assert action.above == (last.term, last.revision + 5)
+
+
+def test_a_damaged_plan_is_written_again_also_where_all_servers_leave() -> None:
+    view = View(None, {"a": member("a", leaving=True)}, members("w"), (4, 4), ranks=2, damage=DAMAGE)
+    assert isinstance(decide(view), TakeOver)
+
+
+def test_members_that_cannot_be_read_stay_if_the_plan_names_them_and_get_nothing_if_it_does_not() -> None:
+    servers, owners = assign_shards([1] * 4, [member("a"), member("b")])
+    plan = Plan(1, 1, 0, servers, owners, ("w", "v"))
+    damaged, left = Damaged("/psa/job/workers/w", "garbage"), Damaged("/psa/job/workers/v", "garbage", kept=False)
+    found = {"a": member("a", leaving=True), "b": damaged, "c": damaged}
+    assert believed(found, plan) == {"a": member("a", leaving=True), "b": replace(member("b"), host="host", pid=0)}
+    assert believed({"w": damaged, "x": damaged, "v": left}, plan).keys() == {"w"}
+    assert believed(found, None).keys() == {"a"}
+
+
+@given(
+    text=st.text(max_size=40)
+    | st.recursive(
+        st.none() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    ).map(json.dumps)
+)
+def test_whatever_stands_in_a_znode_is_a_document_or_refused(text: str) -> None:
+    for read in (plan_from_json, member_from_json):
+        with suppress(DataIntegrity):
+            read(text)
+
+
+FIELDS = st.sampled_from(
+    ["term", "revision", "resume", "owners", "cells", "servers", "stages", "phase", "cut", "format"]
+)
+VALUES = st.sampled_from(
+    [None, -1, 0, 1, 99, 10**30, 1e300, "", "x", [], [[0, 10**12]], [[0, 10**12], [0, -(10**12)]]]
+) | st.lists(st.lists(st.integers(-3, 3), max_size=3), max_size=3)
+
+
+@given(changes=st.dictionaries(FIELDS, VALUES, min_size=1))
+def test_a_plan_that_is_read_can_be_followed_whatever_was_changed_in_it(changes: dict[str, object]) -> None:
+    servers, owners = assign_shards([1] * 4, [member("a"), member("b")])
+    text = Plan(1, 1, 0, servers, owners, ("w", "v")).to_json()
+    try:
+        plan = plan_from_json(json.dumps(json.loads(text) | changes))
+    except DataIntegrity:
+        return
+    assert 0 <= plan.term < 1 << 53 and len(plan.owners) < 1 << 21
+    for shard in range(len(plan.owners)):
+        assert plan.owner_of(shard) in plan.servers
+    for rank in range(plan.ranks):
+        for stage in range(plan.stages):
+            assert plan.holder(rank, stage) in plan.cells
 
 
 @given(st.dictionaries(st.integers(0, 5), st.sets(st.integers(0, 9))))

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_ty
 import pytest
 
 import psa_store
+from psa_store.cluster import Plan
 from psa_store.compression import parse_compression
 from psa_store.errors import DataIntegrity
 from psa_store.job.average import Average
@@ -33,6 +34,7 @@ EXAMPLES = {
         "compression": parse_compression("topk:0.01"),
     },
     Check: {"fix": ""},
+    Plan: {"owners": (0,)},
 }
 """Values of documents that do not take any of the right type."""
 

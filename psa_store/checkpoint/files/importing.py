@@ -99,10 +99,10 @@ def _refuse_known(config: JobConfig, store: RedisStore, coordination: Coordinati
             f"job {job!r} exists in ZooKeeper, but Redis at {store.where} has lost it: restore it with "
             "`psa run --restore`, or import under another name"
         )
-    if known != config:
+    if isinstance(known, JobConfig) and known != config:
         config.must_agree_with(known)
         raise JobMismatch(f"job {job!r} has another model or shard size in ZooKeeper than in the export")
-    servers = coordination.members(ProcessRole.SERVER)
+    servers = coordination.living(ProcessRole.SERVER)
     if servers:
         raise JobBusy(f"job {job!r}: servers live and write it again from memory: {', '.join(sorted(servers))}")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from psa_store.cluster import NO_WORKER, Cell, Member, Phase, Plan, ProcessRole
 from psa_store.coordination import ZooKeeperMember
 from psa_store.job.config import JobConfig
+from psa_store.job.document import Damaged
 from psa_store.observe.events import Event
 from psa_store.observe.heartbeat import Heartbeat, mean_reported
 from psa_store.observe.status.diagnosis import diagnose
@@ -20,6 +21,7 @@ from psa_store.observe.status.model import (
     JobStatus,
     RedisStatus,
     ServerStatus,
+    SetAside,
     WorkerStatus,
     ZooKeeperMemberStatus,
     ZooKeeperStatus,
@@ -61,6 +63,7 @@ class RedisView:
     committed: int | None = None
     heartbeats: Mapping[str, Heartbeat | None] = field(default_factory=dict)
     events: Sequence[Event] = ()
+    damaged: Sequence[Damaged] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class ZooKeeperView:
     plan_time_s: float | None = None
     servers: Sequence[Member] = ()
     workers: Sequence[Member] = ()
+    damaged: Sequence[Damaged] = ()
     controller: str | None = None
     answers: Mapping[str, ServerAnswer] = field(default_factory=dict)
 
@@ -180,6 +184,8 @@ def assemble(
         stages=stages,
         microbatches=config.microbatches if config else 1,
         unheld_cells=unheld if stages > 1 else (),
+        set_aside=tuple(SetAside(each.where, each.why) for each in (*redis.damaged, *zookeeper.damaged)),
+        set_aside_count=sum(each.whole("set_aside") or 0 for each in redis.heartbeats.values() if each is not None),
     )
     return replace(status, state=_state(status), findings=tuple(diagnose(status)))
 

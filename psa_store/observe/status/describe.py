@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
-from psa_store.cluster import Member, ProcessRole, newest_common
+from psa_store.cluster import Member, ProcessRole, believed, newest_common
 from psa_store.config import Settings
-from psa_store.coordination import Coordination, access_of, probe_zookeeper
+from psa_store.coordination import Coordination, StoredPlan, access_of, known_plan, probe_zookeeper
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UnknownJob
 from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.document import Damaged
 from psa_store.job.layout import Layout, layout_from_json
 from psa_store.logs import escaped
 from psa_store.observe.heartbeat import Heartbeat
@@ -133,18 +134,21 @@ class Observer:
         view = ZooKeeperView(hosts=str(self._access), session_timeout_s=self._settings.session_timeout_s)
         try:
             coordination = self._connected()
-            seen = coordination.read_plan()
-            servers, workers = (
-                list(coordination.members(role).values()) for role in (ProcessRole.SERVER, ProcessRole.WORKER)
-            )
+            seen, config = coordination.read_plan(), coordination.read_config()
+            plan = known_plan(seen)
+            servers, workers = (coordination.members(role) for role in (ProcessRole.SERVER, ProcessRole.WORKER))
+            requests = map(coordination.read_checkpoint_request, coordination.checkpoint_requests())
+            term = coordination.read_term(plan.term if plan else 0)
+            found = (seen, config, term, *servers.values(), *workers.values(), *requests)
             view = replace(
                 view,
                 server=coordination.peer,
-                config=coordination.read_config(),
-                plan=seen.plan if seen else None,
-                plan_time_s=seen.modified_s if seen else None,
-                servers=servers,
-                workers=workers,
+                config=config if isinstance(config, JobConfig) else None,
+                plan=plan,
+                plan_time_s=seen.modified_s if isinstance(seen, StoredPlan) else None,
+                servers=list(believed(servers, plan).values()),
+                workers=list(believed(workers, plan).values()),
+                damaged=[each for each in found if isinstance(each, Damaged)],
                 controller=coordination.elected(),
                 latency_s=coordination.round_trip_s(),
             )

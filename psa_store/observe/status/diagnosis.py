@@ -71,6 +71,13 @@ def _zookeeper(status: JobStatus) -> Iterator[Finding]:
         yield Finding(Severity.WARN, what, zookeeper.server or zookeeper.hosts, look)
 
 
+def _set_aside(status: JobStatus) -> Iterator[Finding]:
+    """What is needed is written again by a job that runs; what stays was never a part of it."""
+    for each in status.set_aside:
+        what = f"{each.where} can not be read, and is set aside: {each.why}"
+        yield Finding(Severity.WARN, what, "", f"{_watch(status)}; if it stays, no process owns it: delete it")
+
+
 # --- which members are there
 
 
@@ -206,6 +213,7 @@ def _hand_over(status: JobStatus) -> Iterator[Finding]:
 _RULES: Sequence[Callable[[JobStatus], Iterator[Finding]]] = (
     _redis,
     _zookeeper,
+    _set_aside,
     _servers,
     _silent_workers,
     _idle_workers,

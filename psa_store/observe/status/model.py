@@ -159,6 +159,15 @@ class ZooKeeperStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAside:
+    """A document that can not be read, and that nothing believes."""
+
+    where: str
+    """The path of a znode, or a key of Redis."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class JobStatus:
     """Everything that is known about a job at one moment."""
 
@@ -227,3 +236,7 @@ class JobStatus:
     """Equal parts in which a rank's batch goes through the stages."""
     unheld_cells: tuple[Cell, ...] = field(default=(), metadata=ADDED_LATER)
     """Cells that no living worker computes, where the model has several stages."""
+    set_aside: tuple[SetAside, ...] = field(default=(), metadata=ADDED_LATER)
+    """Documents that can not be read now. What a running job needs is written again within seconds."""
+    set_aside_count: int = field(default=0, metadata=ADDED_LATER)
+    """How many its members have met since they began."""
