@@ -29,6 +29,10 @@ _PORTS = range(16384, 32768)
 _PORT_ATTEMPTS = 200
 
 
+class KilledWhileStarting(DependencyUnreachable):
+    """A signal ended the program before it served: nothing is known to be wrong with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a server program runs: the address on which it listens, and the command that brings it there."""
@@ -77,10 +81,10 @@ class ChildServer:
         """Wait until the program serves; raises DependencyUnreachable with the end of its log if it does not."""
         while not serves():
             if not self.running or time.monotonic() > end_s:
+                killed = self._process is not None and (self._process.poll() or 0) < 0
                 self.stop(1.0)
-                raise DependencyUnreachable(
-                    f"{what} in {self._folder} does not start; {self._log} ends with:\n{self._last_words()}"
-                )
+                kind = KilledWhileStarting if killed else DependencyUnreachable
+                raise kind(f"{what} in {self._folder} does not start; {self._log} ends with:\n{self._last_words()}")
             time.sleep(_POLL_S)
 
     def kill(self) -> None:

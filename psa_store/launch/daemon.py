@@ -40,19 +40,25 @@ def main(home: Path, ensemble: int, *, tcp: bool) -> int:
         return 0  # another one was faster, and that is as good
     servers = PrivateServers(home, ensemble, tcp=tcp)
     restarts: deque[float] = deque(maxlen=_RESTARTS_MAX)
+
+    def may_restart() -> bool:
+        if len(restarts) == _RESTARTS_MAX and time.monotonic() - restarts[0] < _RESTARTS_WINDOW_S:
+            return False
+        restarts.append(time.monotonic())
+        return True
+
     try:
         for number in _SIGNALS:
             signal.signal(number, _on_signal)
-        servers.start()
+        servers.start_again(may_restart)
         publish(home, servers.addresses)
         while True:
             time.sleep(_POLL_S)
             if servers.running:
                 continue
-            if len(restarts) == _RESTARTS_MAX and time.monotonic() - restarts[0] < _RESTARTS_WINDOW_S:
+            if not may_restart():
                 log.error("the private servers die again and again: giving up", home=str(home))
                 return 3
-            restarts.append(time.monotonic())
             log.warning("a private server died: starting it again")
             try:
                 servers.start()

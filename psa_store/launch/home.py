@@ -21,10 +21,14 @@ _SAY_AFTER_S = 5.0
 
 
 class HomeServers:
-    """Started and closed once. Use it in a thread that lives as long as the servers shall."""
+    """Started and closed once. Use it in a thread that lives as long as the servers shall.
 
-    def __init__(self, home: Path) -> None:
+    ``restarts_max``: how often servers that are killed while they start may be started again.
+    """
+
+    def __init__(self, home: Path, restarts_max: int = 0) -> None:
         self._home = home
+        self._restarts = iter(range(restarts_max))
         self._servers: PrivateServers | None = None
         self._let_go: Callable[[], None] = lambda: None
 
@@ -71,7 +75,7 @@ class HomeServers:
         if self._servers.running:
             return False
         logs.get_logger().warning("a private server died: starting it again")
-        self._servers.start()
+        self._servers.start_again(self._may_restart)
         return True
 
     def close(self) -> None:
@@ -87,9 +91,12 @@ class HomeServers:
         self._let_go = let_go
         return True
 
+    def _may_restart(self) -> bool:
+        return next(self._restarts, None) is not None
+
     def _run(self) -> Addresses:
         self._servers = PrivateServers(self._home)
-        self._servers.start()
+        self._servers.start_again(self._may_restart)
         publish(self._home, self._servers.addresses)
         logs.get_logger().info("private Redis and ZooKeeper", home=str(self._home))
         return self._servers.addresses

@@ -51,7 +51,7 @@ def run_job(run: Run, settings: Settings) -> int:
         JobBusy: the job runs already.
     """
     with ExitStack() as stack:
-        private = _private_servers(settings, stack)
+        private = _private_servers(settings, run.restarts_max, stack)
         if private:
             settings = with_private_key(with_addresses(settings, private.start()))
         else:
@@ -182,13 +182,13 @@ class _RunningJob:
             time.sleep(_HOLD_POLL_S)
 
 
-def _private_servers(settings: Settings, stack: ExitStack) -> HomeServers | None:
+def _private_servers(settings: Settings, restarts_max: int, stack: ExitStack) -> HomeServers | None:
     """The private servers of the home, if no others are known."""
     if settings.redis is not None and settings.zookeeper is not None:
         return None
     if (settings.redis is not None or settings.zookeeper is not None) and running(settings.home) is None:
         raise UsageError("set both PSA_REDIS and PSA_ZOOKEEPER (in psa.toml: redis, zookeeper), or none of them")
-    return stack.enter_context(closing(HomeServers(settings.home)))
+    return stack.enter_context(closing(HomeServers(settings.home, restarts_max)))
 
 
 def _output(run: Run, settings: Settings) -> Output | None:

@@ -45,15 +45,24 @@ class Verdict(Enum):
     FAIL = auto()
 
 
-def after_exit(exit_code: int, restarts_left: int, stopping: bool, *, new_failure: bool = False) -> Verdict:
+def after_exit(
+    exit_code: int,
+    restarts_left: int,
+    stopping: bool,
+    *,
+    role: ProcessRole = ProcessRole.WORKER,
+    new_failure: bool = False,
+) -> Verdict:
     """What to do about a child that ended; a negative exit code is the signal that killed it. Pure.
 
     A death and an unreachable dependency may pass; bad usage and damaged data do not. An exception of the script may,
-    if it is a ``new_failure``: no process has failed so at that place before.
+    if it is a ``new_failure``: no process has failed so at that place before. So may any of a server, which runs no
+    script: what it met came from outside.
     """
     if exit_code == 0 or stopping:
         return Verdict.DONE
-    passing = exit_code < 0 or exit_code in (_RETRYABLE_EXIT, _LOST_EXIT) or (exit_code == 1 and new_failure)
+    excused = exit_code == 1 and (new_failure or role is ProcessRole.SERVER)
+    passing = exit_code < 0 or exit_code in (_RETRYABLE_EXIT, _LOST_EXIT) or excused
     return Verdict.RESTART if passing and restarts_left > 0 else Verdict.FAIL
 
 
@@ -233,7 +242,8 @@ class Supervisor:
         is_new = failure is not None and failure not in self._known_failures
         if failure is not None:
             self._known_failures.add(failure)
-        match after_exit(child.exit_code, self._restarts_left, child.role in self._stopping, new_failure=is_new):
+        stopping = child.role in self._stopping
+        match after_exit(child.exit_code, self._restarts_left, stopping, role=child.role, new_failure=is_new):
             case Verdict.RESTART:
                 self._restarts_left -= 1
                 again = self.spawn(child.role, child.target, *child.arguments)

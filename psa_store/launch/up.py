@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from psa_store import logs
 from psa_store.config.own_files import private_opener
 from psa_store.config.private_servers import Addresses, holder, make_home, running
 from psa_store.errors import DependencyUnreachable
+from psa_store.launch.child import KilledWhileStarting
 from psa_store.launch.redis_server import PrivateRedis
 from psa_store.launch.zookeeper_server import PrivateZooKeeper
 
@@ -45,6 +48,16 @@ class PrivateServers:
         """Start what does not run; raises DependencyUnreachable if something is missing or does not answer."""
         self._redis.start(START_S)
         self._zookeeper.start(START_S)
+
+    def start_again(self, may_restart: Callable[[], bool]) -> None:
+        """The same; one that is killed while it starts is started again as long as ``may_restart`` says so."""
+        while True:
+            try:
+                return self.start()
+            except KilledWhileStarting as error:
+                if not may_restart():
+                    raise
+                logs.get_logger().warning("a private server was killed while it started: again", error=str(error))
 
     def close(self) -> None:
         self._zookeeper.stop()

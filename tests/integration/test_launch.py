@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,6 +21,7 @@ from psa_store.cluster import ProcessRole
 from psa_store.config import running
 from psa_store.errors import DependencyUnreachable
 from psa_store.launch import Child, PrivateRedis, PrivateZooKeeper, Supervisor, down, up
+from psa_store.launch.up import PrivateServers
 from tests.integration import children
 
 PATIENCE_S = 120.0
@@ -67,6 +69,38 @@ class TestPrivateServers:
             assert server.running
         finally:
             server.stop()
+
+    @pytest.mark.parametrize("restarts", [2, 1])
+    def test_what_is_killed_while_it_starts_is_started_again_within_the_budget(
+        self, tmp_path: Path, restarts: int
+    ) -> None:
+        servers, left, killed = PrivateServers(tmp_path), iter(range(restarts)), list[str]()
+
+        def kill_twice() -> None:
+            pid_path = tmp_path / "zookeeper-1" / "node0.pid"
+            while len(killed) < 2 and not done.is_set():
+                words = pid_path.read_text().split() if pid_path.exists() else []
+                if len(words) != 2:
+                    time.sleep(0.001)
+                elif words[0] not in killed:  # Java has not begun to serve by then
+                    killed.append(words[0])
+                    os.kill(int(words[0]), signal.SIGKILL)
+
+        done = threading.Event()
+        killer = threading.Thread(target=kill_twice)
+        killer.start()
+        try:
+            if restarts == 2:
+                servers.start_again(lambda: next(left, None) is not None)
+                assert servers.running
+            else:
+                with pytest.raises(DependencyUnreachable, match="does not start"):
+                    servers.start_again(lambda: next(left, None) is not None)
+            assert len(killed) == 2 and next(left, None) is None
+        finally:
+            done.set()
+            killer.join()
+            servers.close()
 
     def test_a_missing_program_is_named_with_the_way_to_get_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from psa_store.cluster import ProcessRole
 from psa_store.launch.supervisor import Verdict, after_exit, reported_code
 
 
@@ -46,6 +47,13 @@ def test_verdicts_on_a_script_that_fails_at_a_place_for_the_first_time(
     exit_code: int, restarts_left: int, stopping: bool, verdict: Verdict
 ) -> None:
     assert after_exit(exit_code, restarts_left, stopping, new_failure=True) is verdict
+
+
+@pytest.mark.parametrize(("exit_code", "verdict"), [(1, Verdict.RESTART), (2, Verdict.FAIL), (4, Verdict.FAIL)])
+def test_a_server_that_raised_is_started_again_within_the_budget(exit_code: int, verdict: Verdict) -> None:
+    """It runs no script: what it met came from outside."""
+    assert after_exit(exit_code, 1, stopping=False, role=ProcessRole.SERVER) is verdict
+    assert after_exit(exit_code, 0, stopping=False, role=ProcessRole.SERVER) is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
