@@ -26,7 +26,7 @@ class HomeServers:
     ``restarts_max``: how often servers that are killed while they start may be started again.
     """
 
-    def __init__(self, home: Path, restarts_max: int = 0) -> None:
+    def __init__(self, home: Path, restarts_max: int) -> None:
         self._home = home
         self._restarts = iter(range(restarts_max))
         self._servers: PrivateServers | None = None

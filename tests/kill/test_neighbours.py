@@ -14,7 +14,7 @@ import pytest
 from kazoo.client import KazooClient
 from kazoo.exceptions import NoNodeError
 
-from tests.harness import PATIENCE_S, Run, Site
+from tests.harness import PATIENCE_S, Run, Site, plain_client
 
 STEPS = 200
 LARGE_BYTES = 900_000
@@ -108,7 +108,7 @@ class Neighbour:
 
 @pytest.fixture
 def neighbour(site: Site, request: pytest.FixtureRequest) -> Iterator[Neighbour]:
-    client = KazooClient(site.zookeeper)
+    client = plain_client(site.zookeeper)
     client.start()
     with closing(client):
         yield Neighbour(client, request.param)
