@@ -100,6 +100,13 @@ class Settings(BaseSettings):
     key_file: _Folder | None = Field(
         default=None, description="file with the key, instead of it; not readable to other users"
     )
+    tls_cert: _Folder | None = Field(
+        default=None, description="our certificate (PEM) for TLS between hosts; goes with tls_key and tls_ca"
+    )
+    tls_key: _Folder | None = Field(default=None, description="the private key (PEM) of tls_cert")
+    tls_ca: _Folder | None = Field(
+        default=None, description="certificates (PEM) that those of all other processes must be signed by"
+    )
     session_timeout_s: float = Field(default=4.0, ge=1.0, le=120.0, description="ZooKeeper session timeout")
     connect_timeout_s: float = Field(
         default=5.0, gt=0.0, le=60.0, description="how long a dependency may take to answer"

@@ -7,6 +7,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Protocol
 
 from psa_store import logs
@@ -154,9 +155,11 @@ class Connections:
         """A peer has proved the key; or there is none, and its first frame is here."""
         connection = self.add(sock, peer, proof.role)
         self._nameless[connection] = time.monotonic() + _NAMELESS_S
+        frames: list[tuple[Header, memoryview]] = []
         if isinstance(proof, FirstFrame):
             assert proof.header is not None
-            self._take(connection, [(proof.header, memoryview(proof.payload))])
+            frames.append((proof.header, memoryview(proof.payload)))
+        self._take(connection, chain(frames, connection.receive()))  # TLS may have taken more from the socket
 
     def _close_nameless(self) -> None:
         connection, until_s = next(iter(self._nameless.items()))

@@ -12,17 +12,19 @@ from __future__ import annotations
 import errno
 import selectors
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from psa_store.server.refusals import Refusals
-from psa_store.wire import Accepting, Door, FirstFrame, Rejected, is_own
+from psa_store.wire import Accepting, Door, FirstFrame, Rejected, TlsSocket, is_own
 
 _UNPROVED_S = 5.0
 """How long a connection may take to prove the key."""
 _SWEEP_S = 0.25
+_DRAIN_BYTES = 4096
 _ACCEPTS_MAX = 32
 """Connections that are accepted in one turn: the others of the event loop wait meanwhile."""
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -53,6 +55,8 @@ class Candidate:
     peer: str
     proof: Accepting | FirstFrame
     until_s: float
+    tls: TlsSocket | None = None
+    """The socket, while its handshake is not done."""
 
 
 class Entrance:
@@ -116,6 +120,8 @@ class Entrance:
             with suppress(OSError):  # it is gone: so much the better
                 candidate.sock.send(error.answer)
             self._end(candidate, str(error))
+        except ssl.SSLError as error:
+            self._end(candidate, f"no TLS: {error.reason or error}; see PSA_TLS_CERT, PSA_TLS_KEY and PSA_TLS_CA")
         except OSError:
             self._end(candidate, "closed the connection before it had proved anything")
         else:
@@ -144,15 +150,26 @@ class Entrance:
 
     def _begin(self, sock: socket.socket, peer: str) -> None:
         sock.setblocking(False)
+        tls = None
+        if sock.family != socket.AF_UNIX:
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._door.tls is not None:
+                    sock = tls = self._door.tls.accepting(sock)
+            except OSError:
+                sock.close()  # it is gone again
+                return
         while len(self._candidates) >= self._limits.unproved_max:
             self._end(next(iter(self._candidates)), "made room for newer ones: too many prove nothing")
-        candidate = Candidate(sock, peer, self._door.accepting(), time.monotonic() + _UNPROVED_S)
+        candidate = Candidate(sock, peer, self._door.accepting(), time.monotonic() + _UNPROVED_S, tls)
         self._candidates[candidate] = None
         self._selector.register(sock, selectors.EVENT_READ, candidate)
 
     def _end(self, candidate: Candidate, why: str) -> None:
         del self._candidates[candidate]
         self._selector.unregister(candidate.sock)
+        with suppress(OSError):  # what is unread at the end has TCP drop our last word, which says what is wrong
+            socket.socket.recv(candidate.sock, _DRAIN_BYTES)
         candidate.sock.close()
         self._refusals.note(candidate.peer, why)
 
@@ -170,6 +187,12 @@ class Entrance:
 def _read(candidate: Candidate) -> bool:
     """Read and answer as far as possible now; True: it has proved the key. Raises Rejected, or OSError: it is lost."""
     proof = candidate.proof
+    if candidate.tls is not None:
+        try:
+            candidate.tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        candidate.tls = None
     while proof.wanted:
         try:
             data = candidate.sock.recv(proof.wanted)

@@ -12,6 +12,7 @@ from psa_store.wire.inspect import inspect
 from psa_store.wire.loopback import measure_loopback
 from psa_store.wire.mailbox import Mailbox
 from psa_store.wire.memory import CopyOnWrite, Passable, PassedMemory, SharedMemory, Window, can_show
+from psa_store.wire.tls import Tls, TlsSocket
 
 __all__ = [
     "PARK",
@@ -37,6 +38,8 @@ __all__ = [
     "Report",
     "Role",
     "SharedMemory",
+    "Tls",
+    "TlsSocket",
     "Traffic",
     "Welcome",
     "Window",

@@ -73,7 +73,7 @@ def connect(address: str, local: str, host: str, timeout_s: float, door: Door, r
     end_s = time.monotonic() + timeout_s
     sock = _connect_local(local, timeout_s) if local and host == host_identity() else None
     if sock is None:
-        sock = _connect_tcp(address, timeout_s)
+        sock = _connect_tcp(address, timeout_s, door)
     try:
         door.enter(sock, role, end_s)
     except BaseException:
@@ -96,9 +96,15 @@ def _connect_local(local: str, timeout_s: float) -> socket.socket | None:
     return None
 
 
-def _connect_tcp(address: str, timeout_s: float) -> socket.socket:
+def _connect_tcp(address: str, timeout_s: float, door: Door) -> socket.socket:
     name, _, port = address.rpartition(":")
     try:
-        return socket.create_connection((name.strip("[]"), int(port)), timeout=timeout_s)
+        sock = socket.create_connection((name.strip("[]"), int(port)), timeout=timeout_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a proof must not wait for an acknowledgement
     except (OSError, ValueError, OverflowError) as error:
         raise Disconnected(f"cannot reach the server at {address}: {error}") from error
+    try:
+        return door.wrap(sock)
+    except BaseException:
+        sock.close()
+        raise

@@ -21,13 +21,14 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import count, islice, takewhile
 from typing import Final
 
 from psa_store.errors import Disconnected, Refused
 from psa_store.wire.frames import HEADER_BYTES, WITH_DESCRIPTOR, Header, unpack
 from psa_store.wire.handshake import Role
 from psa_store.wire.memory import Passable
+from psa_store.wire.tls import TlsSocket
 
 _GATHER_MAX = 64
 _SOCKET_BUFFER_BYTES = 4 << 20
@@ -73,6 +74,8 @@ class Connection:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         self._sock = sock
+        self._pending = sock.pending if isinstance(sock, TlsSocket) else _nothing_pending
+        """Bytes that TLS has taken from the socket already, which therefore does not show them."""
         self._admit = admit
         self._traffic = traffic or Traffic()
         self.peer = peer
@@ -179,8 +182,8 @@ class Connection:
 
     def receive(self) -> Iterator[tuple[Header, memoryview]]:
         """Yield the frames that are complete by now; raises Disconnected or Refused."""
-        for _ in range(_READ_ROUNDS_MAX):
-            if self.parked:
+        for turn in count():
+            if self.parked or (turn >= _READ_ROUNDS_MAX and not self._pending()):
                 return
             frame_done = self._read_some()
             if frame_done is None:
@@ -262,6 +265,10 @@ class Connection:
             raise Refused(f"{self.peer} sent {header.kind.name} of {header.length} bytes, expected {len(place)}")
         self._payload = place
         self._filled = 0
+
+
+def _nothing_pending() -> int:
+    return 0
 
 
 def _keep_alive(sock: socket.socket) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import ssl
 import struct
 import time
 from dataclasses import dataclass, field
 
 from psa_store.config import Settings, cluster_key
-from psa_store.errors import Disconnected, Unproved
+from psa_store.errors import Disconnected, Unproved, UsageError
 from psa_store.wire.handshake import NONCE_BYTES, Accepting, Connecting, FirstFrame, Rejected, Role
+from psa_store.wire.tls import Tls
 
 _CREDENTIALS = struct.Struct("3i")
 _BLOCKS_S = 0.001
@@ -24,11 +26,19 @@ class Door:
 
     job: str
     key: bytes | None = field(default=None, repr=False)
+    tls: Tls | None = None
+    """Over TCP, before the key."""
 
     @classmethod
     def from_settings(cls, settings: Settings, job: str) -> Door:
-        """Read the key; raises UsageError if it cannot be used."""
-        return cls(job, cluster_key(settings))
+        """Read the key and the certificates; raises UsageError if they cannot be used."""
+        cert, key, ca = settings.tls_cert, settings.tls_key, settings.tls_ca
+        tls = None
+        if cert is not None and key is not None and ca is not None:
+            tls = Tls(cert, key, ca)
+        elif not cert is key is ca is None:
+            raise UsageError("PSA_TLS_CERT, PSA_TLS_KEY and PSA_TLS_CA go together: set all of them, or none")
+        return cls(job, cluster_key(settings), tls)
 
     def accepting(self) -> Accepting | FirstFrame:
         """How a connection begins that another process has made."""
@@ -58,8 +68,34 @@ class Door:
         except Rejected as error:
             _say_last(sock, error.answer)
             raise Unproved(str(error)) from error
+        except ssl.SSLError as error:  # TLS 1.3 tells here that the server does not take our certificate
+            raise _not_shaken(error) from error
         except OSError as error:
             raise Disconnected(f"lost the server before the key was proved: {error}") from error
+
+    def wrap(self, sock: socket.socket) -> socket.socket:
+        """Speak TLS over a TCP connection to a server from now on, if there are certificates.
+
+        Raises:
+            Unproved: the server has no certificate of the same authority, or speaks no TLS.
+            Disconnected: it does not answer in time, or closes the connection.
+        """
+        if self.tls is None:
+            return sock
+        try:
+            return self.tls.connect(sock)
+        except ssl.SSLError as error:
+            raise _not_shaken(error) from error
+        except OSError as error:
+            raise Disconnected(f"lost the server before TLS was agreed on: {error}") from error
+
+
+def _not_shaken(error: ssl.SSLError) -> Unproved:
+    why = getattr(error, "verify_message", "") or error.reason or str(error)
+    return Unproved(
+        f"no TLS with the server ({why}): PSA_TLS_CERT, PSA_TLS_KEY and PSA_TLS_CA must be set on both sides, "
+        "with certificates that the same authority has signed"
+    )
 
 
 def is_own(sock: socket.socket) -> bool:

@@ -42,6 +42,7 @@ _OPENING = struct.Struct("<4sHH32s32s")
 _ANSWER = struct.Struct("<4sHH32s32s")
 _PROOF_BYTES = hashlib.sha256().digest_size
 _NOTHING = bytes(32)
+_TLS_ALERT = b"\x15\x03"
 
 assert _OPENING.size == _ANSWER.size == HEADER_BYTES
 
@@ -95,6 +96,8 @@ class Connecting:
         """
         assert 0 < len(data) <= self.wanted
         self._come += data
+        if self._come.startswith(_TLS_ALERT):
+            raise Rejected("the server speaks TLS: set PSA_TLS_CERT, PSA_TLS_KEY and PSA_TLS_CA")
         if self.wanted:
             return b""
         magic, number, cause, nonce, proof = _ANSWER.unpack(self._come)

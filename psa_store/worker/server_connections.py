@@ -16,7 +16,7 @@ import numpy as np
 
 from psa_store import logs
 from psa_store.cluster import Cell, Cut, Plan, Server
-from psa_store.errors import Disconnected, Refused, Unproved, UsageError
+from psa_store.errors import Disconnected, Refused, Unproved
 from psa_store.job.layout import Layout
 from psa_store.optim.note import PLAIN, GradientNote, to_marks
 from psa_store.wire import (
@@ -40,11 +40,11 @@ from psa_store.wire import (
 from psa_store.wire import connect as wire_connect
 from psa_store.worker.carry import CarryPool, Parcel, by_value
 from psa_store.worker.gradients import GradientMemory
+from psa_store.worker.unproved import KeyWatch
 
 _CONNECT_TIMEOUT_S = 2.0
 _CONNECT_AGAIN_S = 0.05
 _PROVE_AGAIN_S = 0.5
-_UNPROVED_S = 15.0
 _NUMBER_BYTES = 8
 _ANSWERS = frozenset(
     {Kind.WELCOME, Kind.REFUSED, Kind.VERSION, Kind.DURABLE, Kind.CLOCKS, Kind.STATE, Kind.RELAY, Kind.WANT}
@@ -83,9 +83,7 @@ class ServerConnections:
         self._mailbox = mailbox
         self._door = door
         self._share = False
-        self._unproved_since_s: float | None = None
-        """Since when each try to connect has failed for the key; None: the last one has not."""
-        self._may_fail = True
+        self._key_watch = KeyWatch()
         self._plan: Plan
         self._owners: list[str] = []
         """By shard, the server that owns it."""
@@ -124,30 +122,18 @@ class ServerConnections:
             try:
                 self._connections[server.id] = self._open(server)
             except Unproved as error:
-                self._tell_unproved(server.id, error)
+                self._key_watch.failed(server.id, error)
                 time.sleep(_PROVE_AGAIN_S)
                 return False
             except Disconnected as error:
-                self._unproved_since_s = None
+                self._key_watch.unreachable()
                 self._log.debug("server not reachable yet", server=server.id, why=str(error))
                 time.sleep(_CONNECT_AGAIN_S)  # bounded pause; the plan is looked at again after it
                 return False
-            self._unproved_since_s = None
-            self._may_fail = False
+            self._key_watch.proved()
             self._watch(server.id)
             self._send(server.id, Header(Kind.HELLO, length=len(hello)), hello)
         return True
-
-    def _tell_unproved(self, server: str, error: Unproved) -> None:
-        """Say once that the key is another one; end if that lasts and no server has ever proved this one.
-
-        Not sooner, and not later in training: any process may listen where a server has died, and say so.
-        """
-        if self._unproved_since_s is None:
-            self._unproved_since_s = time.monotonic()
-            self._log.error("a server is not connected to", server=server, why=str(error))
-        elif self._may_fail and time.monotonic() > self._unproved_since_s + _UNPROVED_S:
-            raise UsageError(f"server {server}: {error}") from error
 
     def push(
         self,

@@ -27,6 +27,7 @@ from psa_store.wire.handshake import NONCE_BYTES, Connecting
 from tests.harness import LIVE, Run, Site
 from tests.integration.peers import PATIENCE_S, Frame, Peer, Scene, holdings, look, resident_bytes
 from tests.integration.test_hostile_peers import start
+from tests.unit.test_tls import authority
 
 JOB = "key"
 KEY = f"canary-{secrets.token_hex(16)}"
@@ -212,6 +213,17 @@ def test_the_result_has_the_same_bits_and_the_key_is_nowhere(site: Site, run: Ru
     calm = start(site, JOB + "-not", "--steps", str(last), "--pace-s", "0", servers=1)
     assert calm.finish() == 0, calm.output
     assert site.digest(JOB, last) == site.digest(JOB + "-not", last)
+
+
+def test_over_tcp_with_tls_the_bits_are_the_same(site: Site, tmp_path: Path) -> None:
+    authority(tmp_path / "tls")
+    files = {"CERT": "cert.pem", "KEY": "key.pem", "CA": "cert.pem"}
+    env = {f"PSA_TLS_{name}": str(tmp_path / "tls" / file) for name, file in files.items()}
+    for job, more in (("tls", {**env, "PSA_KEY": KEY, "PSA_CARRIER": "tcp"}), ("tls-not", {})):
+        run = site.run(job, "--steps", "60", "--pace-s", "0", env=more, workers=2, ranks=2, servers=2)
+        assert run.finish() == 0, run.output
+        assert "refused" not in run.output
+    assert site.digest("tls", 60) == site.digest("tls-not", 60)
 
 
 def received(peer: Peer) -> bytes:

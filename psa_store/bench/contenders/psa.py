@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 
 import torch
@@ -24,15 +25,22 @@ _POLL_S = 0.01
 
 
 def start(
-    workload: Workload, processes: ChildProcesses, addresses: Addresses, name: str, job: str, carrier: str
+    workload: Workload,
+    processes: ChildProcesses,
+    addresses: Addresses,
+    name: str,
+    job: str,
+    carrier: str,
+    more: Mapping[str, str] | None = None,
 ) -> Contender:
-    """A new job with one worker a rank, and one server. ``carrier``: as in PSA_CARRIER."""
+    """A new job with one worker a rank, and one server. ``carrier``: as in PSA_CARRIER. ``more``: other variables."""
     env = {
         "PSA_REDIS": addresses.redis,
         "PSA_ZOOKEEPER": addresses.zookeeper,
         "PSA_CARRIER": carrier,
         "PSA_SESSION_TIMEOUT_S": "60",  # a busy machine must not end a session, and with it send the job back
         "PSA_LOG_LEVEL": "warning",
+        **(more or {}),
     }
     workers = [
         processes.spawn(f"{name}, worker {index}", _worker, workload, job, env=env) for index in range(workload.workers)
