@@ -11,6 +11,7 @@ import pytest
 
 from chaos.cluster.spawner import Spawner
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
+from tests.forked import HASH_SEED
 from tests.harness import LIVE, WITH_STACKS, Site
 
 
@@ -45,7 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     try:
         redis.start(120)
         zookeeper.start(120)
-        with Spawner({**Site(redis.url, zookeeper.hosts, folder).env, **WITH_STACKS}) as spawner:
+        with Spawner({**Site(redis.url, zookeeper.hosts, folder).env, **WITH_STACKS, **HASH_SEED}) as spawner:
             yield Site(redis.url, zookeeper.hosts, folder, spawner)
     finally:
         redis.stop()

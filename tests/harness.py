@@ -20,12 +20,13 @@ from typing import IO, Any
 from kazoo.client import KazooClient
 from kazoo.security import make_digest_acl
 
-from chaos.cluster.spawner import Spawner
+from chaos.cluster.spawner import Process, Spawner
 from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
 from psa_store.coordination import as_access
 from psa_store.observe.status import JobStatus, describe
 from psa_store.storage import RedisStore
+from tests import forked
 
 TRAIN = Path(__file__).parents[1] / "chaos" / "train.py"
 PSA = [sys.executable, "-m", "psa_store.cli"]
@@ -134,25 +135,39 @@ class Run(Followed):
     """A running `psa` command."""
 
     def __init__(
-        self, arguments: list[str], env: Mapping[str, str], end: Path | None = None, before: Sequence[str] = ()
+        self,
+        arguments: list[str],
+        env: Mapping[str, str],
+        end: Path | None = None,
+        spawner: Spawner | None = None,
+        before: Sequence[str] = (),
     ) -> None:
-        """``end``: a file for which the script waits before its last steps; :meth:`finish` makes it.
+        """Start it, by forking the ``spawner`` if there is one.
 
-        ``before``: a command that starts the one of its arguments.
+        ``end``: a file for which the script waits before its last steps; :meth:`finish` makes it. ``before``: a command
+        that starts the one of its arguments.
         """
         self.arguments, self._end = arguments, end
-        self.process = subprocess.Popen(
-            [*before, *PSA, *arguments],
-            env={**WITH_STACKS, **os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        env = {**WITH_STACKS, **os.environ, **env}
+        readable, writable = os.pipe()
+        self.process: subprocess.Popen[bytes] | Process
+        try:
+            if spawner is not None and not before and forked.can_fork(env):
+                task = [arguments, env, str(Path.cwd())]
+                self.process = spawner.spawn("psa", "tests.forked:psa", task, {}, None, writable)
+            else:
+                self.process = subprocess.Popen(
+                    [*before, *PSA, *arguments],
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=writable,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        finally:
+            os.close(writable)
         self.pid = self.process.pid
-        assert self.process.stdout is not None
-        super().__init__(self.process.stdout)
+        super().__init__(os.fdopen(readable))
 
     def finish(self, timeout_s: float = PATIENCE_S) -> int:
         if self._end is not None:
@@ -164,7 +179,7 @@ class Run(Followed):
         self._reader.join(timeout_s)
         if self._reader.is_alive():
             raise TimeoutError
-        return self.process.wait(timeout=30)
+        return self.process.wait(30)
 
 
 class Servers:
@@ -189,20 +204,19 @@ class ForkedServer(Followed):
     """A server that was forked from one that has imported everything."""
 
     def __init__(self, site: Site, job: str) -> None:
-        readable, self._writable = os.pipe()
+        readable, writable = os.pipe()
         assert site.spawner is not None, "servers are forked at the site of the session"
         env = {name: value for name, value in os.environ.items() if name.startswith("PSA_")}  # a test's own, too
-        own = Path(f"/proc/{os.getpid()}/fd/{self._writable}")
-        self.process = site.spawner.spawn("server", "psa_store.launch.processes:server_main", [job], env, None, own)
+        try:
+            target = "psa_store.launch.processes:server_main"
+            self.process = site.spawner.spawn("server", target, [job], env, None, writable)
+        finally:
+            os.close(writable)
         self.pid = self.process.pid
         super().__init__(os.fdopen(readable))
 
     def _ended(self, timeout_s: float) -> int:
-        code = self.process.wait(timeout_s)
-        if self._writable >= 0:
-            os.close(self._writable)  # now the last one: what is read comes to an end
-            self._writable = -1
-        return code
+        return self.process.wait(timeout_s)
 
 
 def plain_client(where: str) -> KazooClient:
@@ -292,7 +306,17 @@ class Site:
         flags = [part for name, value in options.items() for part in _flag(name, value)]
         end = self.home / f"{job}.end" if held else None
         hold = ["--end-after", str(end)] if end else []
-        return Run(["run", *flags, str(script), "--job", job, *extra, *hold], {**self.env, **(env or {})}, end, before)
+        return self.psa("run", *flags, str(script), "--job", job, *extra, *hold, env=env, end=end, before=before)
+
+    def psa(
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        end: Path | None = None,
+        before: Sequence[str] = (),
+    ) -> Run:
+        """Start a `psa` command here; ``env`` is added to what says where here is."""
+        return Run(list(arguments), {**self.env, **(env or {})}, end, self.spawner, before)
 
     def describe(self, job: str) -> JobStatus:
         with closing(self.store()) as store:

@@ -21,7 +21,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -81,19 +82,19 @@ class Process:
         return code
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
 
     def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
 
     def pause(self) -> None:
-        self._signal(signal.SIGSTOP)
+        self.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Idempotent."""
-        self._signal(signal.SIGCONT)
+        self.send_signal(signal.SIGCONT)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Nothing happens if it has ended."""
         with self._lock:
             if self._exit_code is None:
@@ -112,7 +113,6 @@ class _Task:
     arguments: Sequence[object]
     env: Mapping[str, str]
     namespace: str | None
-    log: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,27 +183,27 @@ class Spawner:
         arguments: Sequence[object],
         env: Mapping[str, str],
         namespace: str | None,
-        log: Path,
+        log: Path | int,
     ) -> Process:
         """Call a function, "module:function", in a new process; returns when that exists.
 
         ``arguments`` are its positional ones, as JSON has them; ``env`` adds to the spawner's; ``namespace`` names the
-        network namespace; what the process prints is appended to ``log``. It ends as a script does: 0 when the
-        function returns, 1 with a traceback when it raises.
+        network namespace; what the process prints is appended to ``log``, a file or a descriptor that is open. It ends
+        as a script does: 0 when the function returns, 1 with a traceback when it raises.
         """
-        task = _Task(name, target, arguments, dict(env), namespace, str(log.absolute()))
-        with self._lock:
-            pid, report, pidfd = self._ask(json.dumps(asdict(task)).encode())
+        task = _Task(name, target, arguments, dict(env), namespace)
+        with self._lock, _opened(log) as output:
+            pid, report, pidfd = self._ask(json.dumps(asdict(task)).encode(), output)
             process = Process(name, pid, pidfd, report)
             # The caller need neither keep a process nor ask how it ended: its descriptors are closed here.
             self._processes = [*(each for each in self._processes if each.poll() is None), process]
         return process
 
-    def _ask(self, request: bytes) -> tuple[int, int, int]:
+    def _ask(self, request: bytes, output: int) -> tuple[int, int, int]:
         assert self._socket is not None and self._process is not None, "not started"
         assert len(request) <= _REQUEST_BYTES_MAX, "too large for one request"
         try:
-            self._socket.send(request)
+            socket.send_fds(self._socket, [request], [output])
             reply, fds, _, _ = socket.recv_fds(self._socket, _REPLY_BYTES_MAX, 2, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             self._process.kill()  # an answer that came later would be taken for that of the next request
@@ -212,6 +212,18 @@ class Spawner:
             raise SpawnerDied("the spawner has ended; its last words are on our standard error")
         report, pidfd = fds
         return int(reply), report, pidfd
+
+
+@contextmanager
+def _opened(log: Path | int) -> Iterator[int]:
+    if isinstance(log, int):
+        yield log
+        return
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _readable(fd: int, timeout_s: float) -> bool:
@@ -251,7 +263,7 @@ def _fork_on_request(harness: socket.socket) -> _Task | None:
                 poll.unregister(fd)
                 _reap(children.pop(fd))
                 continue
-            request = _receive(harness)
+            request, output = _receive(harness)
             if not request:
                 _end(children.values())
                 return None
@@ -262,18 +274,21 @@ def _fork_on_request(harness: socket.socket) -> _Task | None:
                 for child in children.values():
                     os.close(child.pidfd)
                     os.close(child.report)
-                _become(task, spawner)
+                _become(task, spawner, output)
                 return task
+            os.close(output)
             child = _answer(harness, pid)
             children[child.pidfd] = child
             poll.register(child.pidfd, select.POLLIN)
 
 
-def _receive(harness: socket.socket) -> bytes:
+def _receive(harness: socket.socket) -> tuple[bytes, int]:
+    """A request, and where its child prints to; nothing if the harness has ended."""
     try:
-        return harness.recv(_REQUEST_BYTES_MAX)
+        request, fds, _, _ = socket.recv_fds(harness, _REQUEST_BYTES_MAX, 1, socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
-        return b""  # the harness ended with our answers unread
+        return b"", -1  # with our answers unread
+    return request, fds[0] if fds else -1
 
 
 def _answer(harness: socket.socket, pid: int) -> _Child:
@@ -307,16 +322,15 @@ def _end(children: Collection[_Child]) -> None:
         _reap(child)
 
 
-def _become(task: _Task, spawner: int) -> None:
+def _become(task: _Task, spawner: int, output: int) -> None:
     """In a child: take the identity that the task names, before any of its code runs."""
     die_with_parent(signal.SIGKILL)
     if os.getppid() != spawner:
         os._exit(1)  # it died before the kernel was told
     os.setsid()
-    log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
     Path("/proc/self/comm").write_text(task.name)  # for `ps` and `top`
     os.environ.update(task.env)
     if task.namespace is not None:

@@ -21,7 +21,6 @@ from psa_store.optim.note import PLAIN
 from psa_store.optim.reduce import clip_factor, squared_norm
 from psa_store.optim.tensors import as_bytes, to_torch
 from psa_store.wire import CopyOnWrite, SharedMemory
-from psa_store.worker.host_memory import must_suffice
 
 NORM_SURELY_FINITE = 1e18
 """Above it, the float32 sum of squares may overflow although every element is finite."""
@@ -135,15 +134,9 @@ class GradientPool:
         """Memory that no server reads, for these stages; None: for all."""
         if stages is not None:  # else a stage that has gone would keep its memory here
             self._free = [memory for memory in self._free if memory.stages == frozenset(stages)]
-        memory = self._free.pop() if self._free else self._make(stages)
+        memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire, stages)
         self._taken.append(memory)
         return memory
-
-    def _make(self, stages: Collection[int] | None) -> GradientMemory:
-        shards = self._layout.shards_of(TensorRole.TRAINED)
-        here = [shard for shard in shards if stages is None or not set(stages).isdisjoint(shard.stages)]
-        with must_suffice("have the gradients", sum(shard.size_bytes for shard in here)):
-            return GradientMemory(self._layout, self._wire, stages)
 
     def take_for(self, step: int, stages: Collection[int] | None = None, *, shared: bool) -> GradientMemory:
         """Memory for the gradient of a rank in a step.

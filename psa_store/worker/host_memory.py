@@ -30,8 +30,8 @@ def give_back() -> None:
 
 
 @contextmanager
-def must_suffice(what: str, parameter_bytes: int | None = None) -> Iterator[None]:
-    """Say in words what did not fit. ``what``: to do inside, with a verb; ``parameter_bytes``: of what is in it.
+def must_suffice(what: str, parameter_bytes: int) -> Iterator[None]:
+    """Say in words what did not fit. ``what``: to do inside, with a verb; ``parameter_bytes``: of the parameters in it.
 
     Raises:
         OutOfMemory: in place of what Python and torch raise where memory is wanted.
@@ -43,9 +43,8 @@ def must_suffice(what: str, parameter_bytes: int | None = None) -> Iterator[None
             raise
         soft = {name: resource.getrlimit(each)[0] for name, each in _LIMITS.items()}
         limits = [f"{size(limit)} ({name})" for name, limit in soft.items() if limit != resource.RLIM_INFINITY]
-        of = "" if parameter_bytes is None else f", {size(parameter_bytes)} of parameters and buffers"
         raise OutOfMemory(
-            f"{script_line()}: not enough memory to {what}{of}"
+            f"{script_line()}: not enough memory to {what}, {size(parameter_bytes)} of parameters and buffers"
             f"{', under the limit of ' + ' and '.join(limits) if limits else ''}. Beside them a worker has their "
             "gradients and what the passes keep. Cut the model into more stages (psa.Worker(stages=[…]), psa.split) "
             "with a worker for each, or give each worker more memory"

@@ -49,7 +49,8 @@ def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) 
     specs: list[TensorSpec] = []
     places: dict[str, int] = {}
     for stage, build in enumerate(stages):
-        for spec in describe_model(_build_without_memory(build, stage, seed), group_of):
+        module = _build_without_memory(build, stage, seed)
+        for spec in describe_model(module, group_of):
             names = build.all_names(spec.names) if isinstance(build, NamesTied) else spec.names
             place = next((places[name] for name in names if name in places), len(specs))
             places.update(dict.fromkeys(names, place))
@@ -74,9 +75,8 @@ def _build_without_memory(build: BuildStage, stage: int, seed: int) -> nn.Module
     try:
         with torch.device("meta"):
             return _build(build, stage, seed)
-    except (RuntimeError, NotImplementedError, MemoryError):  # a copy of a part of a model is in memory in any case
-        with must_suffice(f"build stage {stage} once to see what it has"):
-            return _build(build, stage, seed)
+    except (RuntimeError, NotImplementedError):
+        return _build(build, stage, seed)
 
 
 def refuse_with_stages(**given: object) -> None:

@@ -29,7 +29,7 @@ def start(site: Site, job: str, *arguments: str, carrier: str = "auto", **option
 
 
 def join(site: Site, carrier: str, *arguments: str) -> Run:
-    return Run(["worker", *arguments], {**site.env, "PSA_CARRIER": carrier})
+    return site.psa("worker", *arguments, env={"PSA_CARRIER": carrier})
 
 
 # --- what can be seen of a carrier from outside

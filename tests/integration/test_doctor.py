@@ -53,7 +53,7 @@ def doctor(site: Site, job: str | None = None, *, exit_code: int = 0, **settings
 
 def doctor_command(site: Site, exit_code: int, **env: str) -> Checks:
     """The same from the command line."""
-    run = Run(["doctor", "--json"], {**site.env, **env})
+    run = site.psa("doctor", "--json", env=env)
     assert run.finish() == exit_code, run.output
     return read(run.output, exit_code)
 

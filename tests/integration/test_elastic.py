@@ -22,7 +22,7 @@ def start(site: Site, job: str, *arguments: str, carrier: str = "auto", **option
 
 def join(site: Site, *arguments: str, carrier: str = "auto") -> Run:
     """`psa worker` or `psa server`, as started on another machine."""
-    return Run([*arguments], {**site.env, "PSA_CARRIER": carrier})
+    return site.psa(*arguments, env={"PSA_CARRIER": carrier})
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ def trained(site: Site, job: str) -> None:
 
 
 def psa(site: Site, *arguments: str) -> Run:
-    run = Run([*arguments], site.env)
+    run = site.psa(*arguments)
     run.finish()
     return run
 
 
 def code(run: Run) -> int:
-    return run.process.returncode
+    return run.finish()
 
 
 def keys_of(site: Site, job: str) -> list[str]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import psa_store as psa
 from psa_store.errors import UsageError
-from tests.harness import Run, Servers, Site
+from tests.harness import Servers, Site
 
 pytest.importorskip("lightning")
 import lightning as L
@@ -95,7 +95,7 @@ def test_it_ends_where_the_job_was_set_to_end(site: Site, tmp_path: Path) -> Non
     """Its epochs are counted by the batches of the loader, so those can not be set."""
 
     def set_number(text: str) -> None:
-        done = Run(["job", "set", "light-set", text, "--yes"], site.env)
+        done = site.psa("job", "set", "light-set", text, "--yes")
         assert done.finish() == 0, done.output
 
     fit(site, "light-set", tmp_path, "--epochs", "1")

@@ -27,7 +27,7 @@ from psa_store.observe import Activity, EventKind, Events, JobHistory, Monitor
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.metrics import METRICS, Kind, Metrics
 from psa_store.storage import History, keys
-from tests.harness import Run, Site
+from tests.harness import Site
 from tests.integration.test_endpoint import get, held
 
 PATIENCE_S = 120.0
@@ -228,7 +228,7 @@ def environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_worker_leaves_no_thread_and_no_descriptor(site: Site, environment: None) -> None:
     job = "tidy"
-    server = Run(["server", "--job", job], site.env)
+    server = site.psa("server", "--job", job)
     model = nn.Linear(4, 1)
     data = [(torch.ones(4), torch.ones(1)) for _ in range(8)]
     nn.functional.mse_loss(model(torch.ones(4)), torch.ones(1)).backward()  # autograd's own thread is there from now on

@@ -71,7 +71,7 @@ def test_workers_that_train_go_over_to_a_batch_size_that_was_set(site: Site, tmp
     hold = ["--hold-at", "5", "--until", str(tmp_path / "go")]
     run = start(site, "position-set", *hold, "--steps", "40", "--pace-s", "0.1")
     run.wait_for_step(5)
-    told = Run(["job", "set", "position-set", "batch_size=24", "steps=10", "--yes"], site.env)
+    told = site.psa("job", "set", "position-set", "batch_size=24", "steps=10", "--yes")
     assert told.finish() == 0 and "from version 5 on batch_size=24 steps=10" in told.output, told.output
     victim = site.pids("position-set", "workers")[0]
     (tmp_path / "go").touch()
@@ -100,7 +100,7 @@ def test_with_drop_last_a_pass_ends_where_no_step_fits(site: Site) -> None:
 def test_steps_that_are_made_again_read_as_they_did(site: Site) -> None:
     """Servers and workers die after the change; the job goes back to before it; forks and imports know of it."""
     train(site, "position-again", "--steps", "5")
-    saved = Run(["checkpoint", "save", "position-again", "--name", "early"], site.env)
+    saved = site.psa("checkpoint", "save", "position-again", "--name", "early")
     assert saved.finish() == 0, saved.output
     first = train(site, "position-again")
     second = start(
@@ -150,7 +150,7 @@ def test_another_data_set_is_refused_or_begins_a_new_pass(site: Site) -> None:
 def test_a_worker_with_another_batch_size_than_one_that_trains_is_refused(site: Site, tmp_path: Path) -> None:
     run = start(site, "position-two", "--hold-at", "5", "--until", str(tmp_path / "go"), workers=1, ranks=2)
     run.wait_for_step(5)
-    other = Run(["worker", str(SCRIPT), "--job", "position-two", "--batch", "16"], site.env)
+    other = site.psa("worker", str(SCRIPT), "--job", "position-two", "--batch", "16")
     assert other.finish() == MISMATCH, other.output
     assert "trains with batch_size=8 in worker" in other.output
     (tmp_path / "go").touch()

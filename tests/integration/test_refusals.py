@@ -50,7 +50,7 @@ def test_a_job_keeps_what_it_was_created_with(
 def test_an_unknown_job_is_named_with_those_that_exist(site: Site, finished: tuple[str, str]) -> None:
     with pytest.raises(psa.errors.UnknownJob, match=f"'nothing'.*{finished[0]}"):
         psa.Store("nothing", site.redis)
-    run = Run(["status", "nothing"], site.env)
+    run = site.psa("status", "nothing")
     assert run.finish() == 2 and "nothing" in run.output and "Traceback" not in run.output
 
 
@@ -166,6 +166,6 @@ class TestDamage:
 
 def test_usage_errors_have_their_code(site: Site) -> None:
     for arguments in (["run", "no-such-script.py"], ["run", "--workers", "0", __file__], ["frobnicate"]):
-        run = Run(arguments, site.env)
+        run = site.psa(*arguments)
         assert run.finish() == 2, run.output
     assert PSA

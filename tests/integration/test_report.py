@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 
 from psa_store.observe import EventKind, JobHistory
 from psa_store.observe.report import write_report
-from tests.harness import Run, Site
+from tests.harness import Site
 from tests.integration.test_monitor import eventually, kinds_of, moved
 from tests.integration.test_page import browser, complaints, needs_chromium
 from tests.unit.test_report import EVIL, PNG, eventful
@@ -25,7 +25,7 @@ STEPS = 400
 
 
 def psa(site: Site, *arguments: str) -> tuple[int, str]:
-    run = Run(list(arguments), site.env)
+    run = site.psa(*arguments)
     return run.finish(), run.output
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.harness import PATIENCE_S, PSA, Run, Site
+from tests.harness import PATIENCE_S, PSA, Site
 
 SCRIPT = """
 import os
@@ -160,7 +160,7 @@ def test_a_run_leaves_when_nothing_reads_it_any_more(site: Site) -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.wait(PATIENCE_S) == 0
-    rest = Run(["status", "unread"], site.env)
+    rest = site.psa("status", "unread")
     assert rest.finish() == 0 and "at rest" in rest.output
 
 

@@ -27,7 +27,7 @@ from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from psa_store.observe.status import JobStatus
 from psa_store.observe.status.assemble import RedisView, ZooKeeperView, assemble
 from psa_store.wire import Door, inspect
-from tests.harness import PSA, Run, Site
+from tests.harness import PSA, Site
 
 
 def test_no_cell_is_cut_for_a_long_name_of_a_job() -> None:
@@ -45,7 +45,7 @@ def test_a_running_job_is_described(site: Site) -> None:
     run = site.run("described", "--steps", "100000", "--pace-s", "0.01", workers=2, servers=2, commit_every=5)
     run.wait_for_step(12)
     site.wait_until_serving(run, "described", 2)
-    asked = Run(["status", "described", "--json"], site.env)
+    asked = site.psa("status", "described", "--json")
     assert asked.finish() == 0, asked.output
     found = from_text(JobStatus, asked.output, "the output")
     assert found.phase is Phase.RUN and found.ranks == 2 and found.committed is not None and found.committed % 5 == 0
@@ -54,7 +54,7 @@ def test_a_running_job_is_described(site: Site) -> None:
     for server in found.servers:
         assert server.version is not None and server.version >= 12
         assert server.lag is not None and 0 <= server.lag <= 10
-    shown = Run(["status", "described"], site.env)
+    shown = site.psa("status", "described")
     assert shown.finish() == 0 and "controller" in shown.output and "running" in shown.output
     assert "page http://" in shown.output
 
@@ -67,7 +67,7 @@ def test_a_running_job_is_described(site: Site) -> None:
     assert silent.version is None and "does not answer" in silent.problem
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
-    listed = Run(["status"], site.env)
+    listed = site.psa("status")
     assert listed.finish() == 0 and "described" in listed.output and "at rest" in listed.output
 
 
@@ -88,7 +88,7 @@ def test_a_job_in_stages_shows_which_worker_waits_for_which(site: Site) -> None:
     run.wait_for_step(5)
 
     def look_until(found: Callable[[JobStatus], bool]) -> JobStatus:
-        watched = Run(["status", "staged", "--watch", "--json"], site.env)
+        watched = site.psa("status", "staged", "--watch", "--json")
         line = watched.wait_for_line(lambda line: line.startswith("{") and found(from_text(JobStatus, line, "it")))
         watched.process.send_signal(signal.SIGINT)
         assert watched.finish() == 0, watched.output
@@ -132,7 +132,7 @@ def own_site(tmp_path: Path) -> Iterator[tuple[Site, PrivateRedis, PrivateZooKee
 
 
 def ask(site: Site, *arguments: str) -> tuple[int, str]:
-    asked = Run(["status", *arguments], site.env)
+    asked = site.psa("status", *arguments)
     return asked.finish(), asked.output
 
 
@@ -140,7 +140,7 @@ def test_outages_are_shown_first_and_looked_through(own_site: tuple[Site, Privat
     site, redis, zookeeper = own_site
     run = site.run("outage", "--steps", "100000", "--pace-s", "0.02", workers=2, servers=1, commit_every=50)
     run.wait_for_step(5)
-    watched = Run(["status", "outage", "--watch", "--json"], site.env)
+    watched = site.psa("status", "outage", "--watch", "--json")
 
     def found(line: str) -> bool:
         document = json.loads(line)

@@ -43,8 +43,7 @@ def start(
 
 
 def checkpoint(site: Site, *arguments: str, failpoints: Path | None = None) -> subprocess.CompletedProcess[str]:
-    env = {**site.env, **({"PSA_FAILPOINTS": str(failpoints)} if failpoints else {})}
-    run = Run(["checkpoint", *arguments], env)
+    run = site.psa("checkpoint", *arguments, env={"PSA_FAILPOINTS": str(failpoints)} if failpoints else None)
     code = run.finish()
     return subprocess.CompletedProcess(run.arguments, code, run.output)
 

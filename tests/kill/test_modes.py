@@ -107,7 +107,7 @@ def test_a_rank_whose_worker_never_comes_back_is_inherited(site: Site, tmp_path:
     how = {"workers": 1, "servers": 1, "ranks": RANKS, "mode": "ssp:staleness=1", "commit_every": 3}
     run = site.run(job, *script, env=env, **how)
     run.wait_for_step(10)
-    guest = Run(["worker", str(TRAIN), "--job", job, *script], {**site.env, **env})
+    guest = site.psa("worker", str(TRAIN), "--job", job, *script, env=env)
     run.wait_for_step(30)
     guest.kill()
     assert run.finish() == 0, run.output
@@ -117,7 +117,7 @@ def test_a_rank_whose_worker_never_comes_back_is_inherited(site: Site, tmp_path:
 def test_servers_join_and_leave_without_losing_a_push(site: Site, tmp_path: Path) -> None:
     run = start(site, "async-elastic", "async", tmp_path, pace_s=0.1)
     run.wait_for_step(20)
-    guest = Run(["server", "--job", "async-elastic"], {**site.env, "PSA_JOURNAL": str(tmp_path)})
+    guest = site.psa("server", "--job", "async-elastic", env={"PSA_JOURNAL": str(tmp_path)})
     run.wait_for_line(lambda line: "hand-over at version" in line)
     guest.process.terminate()
     assert guest.finish() == 0, guest.output

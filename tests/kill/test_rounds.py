@@ -141,9 +141,9 @@ def test_workers_and_servers_come_and_go_without_a_lost_round(
     hurry = tmp_path / "hurry"
     run = start(site, job, "plain", tmp_path, slow_until=hurry, workers=1, servers=1, held=False)
     run.wait_for_step(10)
-    server = Run(["server", "--job", job], {**site.env, **env})
+    server = site.psa("server", "--job", job, env=env)
     run.wait_for_line(lambda line: "hand-over at version" in line)
-    worker = Run(["worker", str(TRAIN), "--job", job, "--steps", str(STEPS), "--pace-s", "0.01"], {**site.env, **env})
+    worker = site.psa("worker", str(TRAIN), "--job", job, "--steps", str(STEPS), "--pace-s", "0.01", env=env)
     worker.wait_for_line(lambda line: line.startswith("step ") or "finished" in line)
     server.process.terminate()
     assert server.finish() == 0, server.output

@@ -135,7 +135,7 @@ def test_a_worker_that_wakes_late_and_a_server_that_dies_with_a_full_relay_chang
 
 def test_a_job_is_forked_and_goes_on_in_other_stages(site: Site, tmp_path: Path) -> None:
     def psa_checkpoint(*arguments: str) -> None:
-        run = Run(["checkpoint", *arguments], {**site.env, "PYTHONPATH": str(Path(__file__).parents[2])})
+        run = site.psa("checkpoint", *arguments, env={"PYTHONPATH": str(Path(__file__).parents[2])})
         assert run.finish() == 0, run.output
 
     whole = start(site, "cuts-whole", "--stages", "1", workers=1, servers=1)

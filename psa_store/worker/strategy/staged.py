@@ -261,7 +261,9 @@ class StagedStrategy:
         if not shares and self._servers.sending:
             self.session.wait()
             return False
-        self._gradients = self._pool.take_for(step, self._model.stages, shared=shares)
+        stages = self._model.stages
+        with must_suffice(f"have the gradients of {numbered('stage', stages)}", self._model.bytes_of(stages)):
+            self._gradients = self._pool.take_for(step, stages, shared=shares)
         return True
 
     # --- loading
