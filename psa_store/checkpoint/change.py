@@ -16,10 +16,10 @@ from psa_store import logs
 from psa_store.checkpoint.catalog import StoredJob, read_job
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import Coordination, StoredPlan, known_plan
-from psa_store.errors import DependencyUnreachable, Fenced, JobBusy, Rewound, UsageError
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, JobBusy, Rewound, UsageError
 from psa_store.job.change import Change, Numbers
 from psa_store.job.config import JobConfig, job_config_from_json
-from psa_store.job.document import Damaged
+from psa_store.job.document import Damaged, judged
 from psa_store.storage import RedisStore
 from psa_store.storage.sections import CLOCK
 
@@ -127,7 +127,14 @@ def newest_config(store: RedisStore, coordination: Coordination, job: str) -> Jo
         there = coordination.read_config()
         if text is None:
             return there if isinstance(there, JobConfig) else read_job(store, job).config
-        here = job_config_from_json(text)
+        here = judged(job_config_from_json, text, "the job's configuration in Redis")
+        if isinstance(here, Damaged):
+            if not isinstance(there, JobConfig):
+                raise DataIntegrity(f"job {job!r}: {here.where} is damaged, and ZooKeeper has no other: {here.why}")
+            log = logs.get_logger()
+            log.warning("a document is set aside, and written again", where=here.where, why=here.why)
+            store.overwrite_config(job, there.to_json())
+            return there
         if isinstance(there, Damaged):
             coordination.replace_config(here)
             return here

@@ -9,6 +9,7 @@ Pure: no I/O, no threads.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -26,6 +27,7 @@ class Document(Protocol):
 
 
 D = TypeVar("D", bound=Document)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,14 @@ def from_text(kind: type[D], text: str | bytes, what: str) -> D:
     except (ValueError, RecursionError) as error:
         raise DataIntegrity(f"{what} cannot be read: {error}") from error
     return from_fields(kind, fields, what)
+
+
+def judged(parse: Callable[[str], T], text: str, where: str) -> T | Damaged:
+    """What ``parse`` makes of a text, or why that is no such document."""
+    try:
+        return parse(text)
+    except DataIntegrity as error:
+        return Damaged(where, str(error))
 
 
 def from_fields(kind: type[D], fields: Any, what: str) -> D:

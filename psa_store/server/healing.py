@@ -17,7 +17,8 @@ from dataclasses import replace
 
 from psa_store import logs
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Rewound
-from psa_store.job.config import JobConfig
+from psa_store.job.config import JobConfig, job_config_from_json
+from psa_store.job.document import Damaged, judged
 from psa_store.job.layout import Layout
 from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
@@ -64,6 +65,7 @@ class Healing:
         """
         try:
             run_id = self._store.server_run_id()
+            self._keep_config()
             self._keep_data()
             self._keep_files()
             if run_id == self._run_id and self._has_all(last):
@@ -88,14 +90,23 @@ class Healing:
         snapshot = work.owned_shards[index].snapshot()
         return self._store.commit(self._job, index, work.term, work.version, *snapshot, keep=self._keep, expect=None)
 
+    def _keep_config(self) -> None:
+        """Write it again if it is damaged. Changes since this server began are in ZooKeeper, and brought after it."""
+        stored = self._store.read_config(self._job)
+        found = None if stored is None else judged(job_config_from_json, stored, "the job's configuration in Redis")
+        if isinstance(found, Damaged):
+            self._log.warning("a document is set aside, and written again", where=found.where, why=found.why)
+            self._store.overwrite_config(self._job, self._documents[0])
+
     def _keep_data(self) -> None:
         """Remember the record, or write it again."""
-        with suppress(DataIntegrity):  # of a newer release: its workers read it
-            seen, found = self._stored_data.read()
+        seen, found = self._stored_data.look()
+        if isinstance(found, DataRecord):
+            self._data = found
+        elif self._data is not None:
             if found is not None:
-                self._data = found
-            elif self._data is not None:
-                self._stored_data.replace(seen, self._data)
+                self._log.warning("a document is set aside, and written again", where=found.where, why=found.why)
+            self._stored_data.replace(seen, self._data)
 
     def _keep_files(self) -> None:
         """The same for the small files of the model: they are read when their digest is another one."""

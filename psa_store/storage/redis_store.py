@@ -112,6 +112,15 @@ class RedisStore:
         (reply,) = self._caller.functions([("psa_replace", documents, arguments)])
         return bool(reply[0] == b"ok")
 
+    def read_config(self, job: str) -> str | None:
+        """The first of the two documents of :meth:`read_job`, which is short."""
+        found = self._caller.retrying(lambda: self._client.get(keys.config(job)))
+        return None if found is None else text(found)
+
+    def overwrite_config(self, job: str, config: str) -> None:
+        """Store this configuration whatever stands in its place: that was found damaged."""
+        self._caller.retrying(lambda: self._client.set(keys.config(job), config))
+
     def read_job(self, job: str) -> tuple[str, str] | None:
         """The job's configuration and layout as they were created; None if there is no such job."""
         found: list[Any] = self._caller.retrying(lambda: self._client.mget(keys.config(job), keys.layout(job)))

@@ -21,8 +21,9 @@ from dataclasses import asdict
 from psa_store import logs
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import Coordination
-from psa_store.errors import DependencyUnreachable, Disconnected, JobMismatch
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, JobMismatch
 from psa_store.job.change import Change
+from psa_store.job.document import Damaged
 from psa_store.job.position import DataRecord, Reading, begin
 from psa_store.storage import RedisStore
 from psa_store.wire import Door, inspect
@@ -107,8 +108,16 @@ class DataPosition:
     def _agree(self, said: Reading, changed_data: bool) -> DataRecord:
         deadline_s, waits = time.monotonic() + self._patience_s, False
         while True:
-            seen, record = self._stored.read()
-            if record is None:  # Redis may have lost it: then this worker knows better
+            seen, record = self._stored.look()
+            if isinstance(record, Damaged) and self._record is None and time.monotonic() < deadline_s:
+                time.sleep(_POLL_S)  # servers know better, and write it again
+                continue
+            if isinstance(record, Damaged) and self._record is None:
+                raise DataIntegrity(
+                    f"{record.where} in Redis is damaged, and no server that lives knows better: {record.why}. Delete "
+                    "it if the job shall walk through its data as this script says from the beginning"
+                )
+            if not isinstance(record, DataRecord):  # lost or damaged: then this worker knows better
                 record = self._record or begin(said)
             record = record.following(self._changes())
             reading = record.as_set(self._job, said)

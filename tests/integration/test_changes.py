@@ -17,11 +17,12 @@ import psa_store as psa
 from psa_store.checkpoint.change import Changed, change_job, newest_config
 from psa_store.checkpoint.reader import open_version
 from psa_store.coordination import Coordination
-from psa_store.errors import JobBusy, JobMismatch, UsageError
+from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
 from psa_store.job.change import Numbers
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.position import Reading, begin
 from psa_store.job.sampling import SampleOrder
+from psa_store.storage import keys
 from tests.harness import PSA, Servers, Site
 from tests.integration.toy import make_data, make_model
 
@@ -227,6 +228,15 @@ def test_where_redis_or_zookeeper_has_fewer_changes_it_is_brought_up_to_date(sit
         assert newest_config(store, zk, "change-behind") == changed
         found = store.read_job("change-behind")
         assert found is not None and job_config_from_json(found[0]) == changed
+        for garbage in (b"\xff", b"{", b"[]", b'{"format": 99}'):
+            store._client.set(keys.config("change-behind"), garbage)
+            assert newest_config(store, zk, "change-behind") == changed
+        zk._session.run(lambda znodes: znodes.set(f"{zk._job}/config", "["))
+        assert newest_config(store, zk, "change-behind") == changed == zk.read_config()
+        store._client.set(keys.config("change-behind"), "{")
+        zk._session.run(lambda znodes: znodes.set(f"{zk._job}/config", "{"))
+        with pytest.raises(DataIntegrity, match="ZooKeeper has no other"):
+            newest_config(store, zk, "change-behind")
 
 
 class RevisedMeanwhile(Coordination):

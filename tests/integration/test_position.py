@@ -13,12 +13,13 @@ from psa_store.checkpoint.fork import fork
 from psa_store.checkpoint.rollback import rollback
 from psa_store.cli.transfer import export_files, import_files
 from psa_store.coordination import Coordination
+from psa_store.errors import DataIntegrity
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.position import Reading, begin
 from psa_store.server.healing import Healing
 from psa_store.server.work import Work
-from psa_store.storage import RedisStore
+from psa_store.storage import RedisStore, keys
 from tests.harness import Run, Site
 
 SCRIPT = Path(__file__).with_name("reading.py")
@@ -173,3 +174,11 @@ def test_a_server_writes_the_record_again_that_redis_lost(site: Site) -> None:
         assert stored.read() == ("", None)
         healing.heal(work, lambda lost: None)
         assert stored.read()[1] == record and store.has_job(config.name)
+        for garbage in (b"\xff\x00", b"", b"{", b"[]", b'{"format": 99}', b'{"format": 1, "stretches": 7}'):
+            store._client.set(keys.data(config.name), garbage)
+            if garbage:
+                with pytest.raises(DataIntegrity, match=f"{config.name}.*is damaged"):
+                    stored.read()
+            store._client.set(keys.config(config.name), garbage)
+            healing.heal(work, lambda lost: None)
+            assert stored.read()[1] == record and store.read_config(config.name) == config.to_json()
