@@ -53,6 +53,9 @@ _OF_A_RANK = frozenset({Kind.AWAIT, Kind.CUT})
 _MEMBERS = _REQUESTS | {Kind.SHARE, Kind.PUSH, Kind.RELAY}
 """Frames that only a process that said HELLO may send; all but SHARE belong to a term."""
 _NUMBER_BYTES = 8
+_WAITING_MIN = 256
+_WAITING_PER_STATE = 4
+"""A worker pulls each shard, and the state of each rank in it, and again where plans follow each other fast."""
 
 
 class FrameHandler:
@@ -83,6 +86,7 @@ class FrameHandler:
             self.parameters,
             journal,
             shows_parameters=config.shares_parameters,
+            waiting_max=_WAITING_MIN + _WAITING_PER_STATE * len(layout.shards) * (config.ranks + 1),
         )
         self.relay = CellRelay(self.connections, config.microbatches)
         self._layout = layout

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from psa_store.cluster import Plan
+from psa_store.errors import Refused
 from psa_store.job.layout import TensorRole
 from psa_store.optim.slots import AVERAGE
 from psa_store.optim.tensors import as_bytes
@@ -38,16 +40,26 @@ class Waiters:
 
     Args:
         shows_parameters: whether workers of this host read parameters in the memory of this server.
+        waiting_max: requests of one kind that may wait for one peer: more than one that is right ever has.
     """
 
     def __init__(
-        self, connections: Connections, parameters: SharedParameters, journal: Journal, *, shows_parameters: bool
+        self,
+        connections: Connections,
+        parameters: SharedParameters,
+        journal: Journal,
+        *,
+        shows_parameters: bool,
+        waiting_max: int,
     ) -> None:
         self._connections = connections
         self._parameters = parameters
         self._journal = journal
         self._shows_parameters = shows_parameters
+        self._waiting_max = waiting_max
         self._pulls: list[tuple[Connection, Header]] = []
+        self._pulling: Counter[Connection] = Counter()
+        """How many of them are of a connection."""
         self._awaits: dict[Client, Header] = {}
         self._finishes: list[tuple[Connection, Header]] = []
         self._streaming: set[Client] = set()
@@ -60,7 +72,9 @@ class Waiters:
         """The newest version that a worker was told to be durable, as workers ask at the end of a job."""
 
     def pull(self, connection: Connection, header: Header) -> None:
-        """PULL: one shard by value, at ``header.step`` or later."""
+        """PULL: one shard by value, at ``header.step`` or later. Raises Refused: too many wait already."""
+        self._check_few(self._pulling[connection], header)
+        self._pulling[connection] += 1
         self._pulls.append((connection, header))
         self.stale = True
 
@@ -72,23 +86,33 @@ class Waiters:
         self.stale = True
 
     def finish(self, connection: Connection, header: Header) -> None:
-        """FINISH: tell when ``header.step`` is durable."""
+        """FINISH: tell when ``header.step`` is durable. Raises Refused: too many wait already."""
+        self._check_few(sum(each is connection for each, _ in self._finishes), header)
         self._set_finishes([*self._finishes, (connection, header)])
         self.stale = True
 
+    def _check_few(self, waiting: int, header: Header) -> None:
+        if waiting >= self._waiting_max:
+            raise Refused(f"{header.kind.name}, and {waiting} of them wait already")
+
     def clear(self) -> None:
-        self._pulls.clear()
+        self._set_pulls([])
         self._awaits.clear()
         self._set_finishes([])
         self._streaming.clear()
 
     def forget(self, connection: Connection) -> None:
         """Nothing waits at this connection any more."""
-        self._pulls = [each for each in self._pulls if each[0] is not connection]
+        if self._pulling[connection]:
+            self._set_pulls([each for each in self._pulls if each[0] is not connection])
         self._set_finishes([each for each in self._finishes if each[0] is not connection])
         for client in [each for each in self._awaits if each.connection is connection]:
             del self._awaits[client]
             self._streaming.discard(client)
+
+    def _set_pulls(self, pulls: list[tuple[Connection, Header]]) -> None:
+        self._pulls = pulls
+        self._pulling = Counter(connection for connection, _ in pulls)
 
     def _set_finishes(self, finishes: list[tuple[Connection, Header]]) -> None:
         self._finishes = finishes
@@ -124,8 +148,8 @@ class Waiters:
 
     def _answer_pulls(self, now: Now) -> None:
         """Frozen shards stay at version 0 and are always ready."""
-        waiting, self._pulls = self._pulls, []
-        for connection, header in waiting:
+        asked, waiting = self._pulls, []
+        for connection, header in asked:
             owned = now.owned_shards[header.shard]
             if now.version >= header.step and header.flags & Flag.STATE:
                 self._send_state(now, connection, header)
@@ -136,7 +160,9 @@ class Waiters:
             elif now.version >= header.step:
                 self._send(now.plan, connection, owned, now.version)
             else:
-                self._pulls.append((connection, header))
+                waiting.append((connection, header))
+        # A connection that was lost while it was answered is forgotten already.
+        self._set_pulls([each for each in waiting if each[0] in self._pulling])
 
     def _answer_awaits(self, now: Now) -> None:
         for client, header in list(self._awaits.items()):

@@ -373,6 +373,17 @@ def waiting_for_what_never_comes(scene: Scene, carrier: str) -> None:
 
 
 @deed
+def waiting_for_more_than_any_worker_asks(scene: Scene, carrier: str) -> None:
+    for kind in (Kind.PULL, Kind.FINISH):
+        peer = scene.peer(carrier)
+        peer.hello()
+        plan = scene.plan
+        for _ in range(300 * len(scene.layout.shards)):
+            peer.throw(Header(kind, plan.term, plan.revision, step=2**62).pack())
+        peer.is_thrown_out("of them wait already")
+
+
+@deed
 def a_frame_of_a_term_to_come(scene: Scene, carrier: str) -> None:
     """The server waits for the plan that the peer seems to know; and it must notice if the peer ends before."""
     for kind in (Kind.PULL, Kind.PUSH, Kind.NORM):

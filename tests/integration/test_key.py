@@ -34,6 +34,7 @@ KEY = f"canary-{secrets.token_hex(16)}"
 CARRIERS = ["unix", "tcp"]
 SILENT = 1100
 MUTATED = 300
+MUTATED_LONG = 1_000_000 // 3
 GROWTH_BYTES_MAX = 8 << 20
 STEPS = ("--steps", "1000000", "--pace-s", "0.01")
 
@@ -179,11 +180,14 @@ def test_those_that_are_silent_are_thrown_out_and_training_goes_on(scene: Scene,
     assert max(int(found[1]) for line in refused if (found := re.search(r"refused=(\d+)", line))) > 100
 
 
-def test_mutated_frames_leave_nothing_behind(scene: Scene) -> None:
-    """Half of them after a proof that is right."""
+@pytest.mark.parametrize(
+    "peers", [MUTATED, pytest.param(MUTATED_LONG, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
+)
+def test_mutated_frames_leave_nothing_behind(scene: Scene, peers: int) -> None:
+    """Three from each peer, half of which have proved the key."""
     mutate(scene, 100, seed=1)
     before, resident = [holdings(pid) for pid in scene.pids], [resident_bytes(pid) for pid in scene.pids]
-    mutate(scene, MUTATED, seed=2)
+    mutate(scene, peers, seed=2)
     scene.check_that_training_goes_on()
     after = [holdings(pid) for pid in scene.pids]
     for now, then in zip(after, before, strict=True):
