@@ -3,6 +3,7 @@
     python -m tests.performance.stages relay        8 MB from one worker to the next, beside gloo
     python -m tests.performance.stages throughput   two stages beside two data-parallel workers
     python -m tests.performance.stages memory       peak memory of a worker with 1, 2 and 4 stages
+    python -m tests.performance.stages trend        memory of all, and what the relay keeps between steps, over 1,000
 
 Each prints its figure beside a reference that was measured in the same run, in rounds that interleave the two.
 """
@@ -11,14 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import resource
 import statistics
 import sys
 import time
+from contextlib import closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -26,11 +31,15 @@ from torch import Tensor, nn
 
 import psa_store as psa
 from psa_store.examples import gpt
+from psa_store.observe.status import describe
+from psa_store.storage import RedisStore
 from tests.performance.common import Servers, private_servers, summary
 
 CARRY_BYTES = 8 << 20
 MICROBATCHES = 8
 WARM_UP_STEPS = 5
+TREND_BYTES = 256 << 10
+TREND_LOOKS = 10
 MEMORY_BLOCKS = 8
 MEMORY_WIDTH = 2048
 """A block has 16 MB of parameters."""
@@ -136,6 +145,62 @@ def relay(rounds: int) -> None:
     print(f"relay / gloo {summary([a / b for a, b in zip(ours, theirs, strict=True)], '.2f')} (aim: at most 1.3)")
 
 
+# --- what grows
+
+
+def train_trend(job: str, steps: int, folder: Path) -> None:
+    """Two stages; all workers stand still, now and then, until a file says that they were looked at."""
+    torch.set_num_threads(1)
+    stages = [partial(Carrier, "first", TREND_BYTES, False), partial(Carrier, "last", TREND_BYTES, True)]
+    how = {"stages": stages, "microbatches": MICROBATCHES, "steps": steps}
+    with psa.Worker(job, optimizer=psa.optim.SGD(lr=0.0), **how) as worker:  # type: ignore[arg-type]
+        for batch in worker.batches(torch.zeros(64, 1), batch_size=MICROBATCHES):
+            if worker.version and worker.version % (steps // TREND_LOOKS) == 0:
+                if worker.is_main:
+                    os.write(1, f"at {worker.version}\n".encode())
+                while not (folder / f"seen-{worker.version}").exists():
+                    time.sleep(0.01)  # a script can only poll files
+            worker.step(worker.compute(batch))
+
+
+def kept(pid: int) -> list[int]:
+    """The sizes of what the relay of a server keeps: memory of carries whose descriptors it has."""
+    folder, sizes = Path(f"/proc/{pid}/fd"), []
+    for each in folder.iterdir():
+        try:
+            if "memfd:psa-carry" in str(each.readlink()):
+                sizes.append(each.stat().st_size)
+        except FileNotFoundError:
+            pass  # closed meanwhile
+    return sizes
+
+
+def trend(steps: int) -> None:
+    """Print memory, and what the relay keeps, at some versions, when all workers stand still there."""
+    with private_servers() as servers, closing(RedisStore(servers.redis, timeout_s=10.0)) as store:
+        script = [__file__, "train-trend", "trend", str(steps), str(servers.home)]
+        grown: dict[str, list[float]] = {}
+        for line in servers.psa_lines("run", "--workers", "2", "--servers", "1", "--ranks", "1", *script):
+            if not (found := re.search(r"\bat (\d+)$", line)):
+                continue
+            status = describe("trend", servers.settings, store)
+            members = [("server", each.pid) for each in status.servers] + [
+                ("worker", each.pid) for each in status.workers
+            ]
+            rss_mb = [(role, psutil.Process(pid).memory_info().rss / (1 << 20)) for role, pid in members]
+            parcels = [size for each in status.servers for size in kept(each.pid)]
+            for index, (role, mb) in enumerate(rss_mb):
+                grown.setdefault(f"{role} {index}", []).append(mb)
+            print(
+                f"version {found[1]:>6}: {', '.join(f'{role} {mb:.1f} MB' for role, mb in rss_mb)}; "
+                f"relay {len(parcels)} parcels, {sum(parcels)} bytes",
+                flush=True,
+            )
+            (servers.home / f"seen-{found[1]}").touch()
+        for name, each in grown.items():
+            print(f"{name}: {each[-1] - each[0]:+.1f} MB from the first look to the last")
+
+
 # --- throughput
 
 
@@ -233,14 +298,16 @@ def run(servers: Servers, options: list[str], script: list[str]) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=["relay", "throughput", "memory"])
+    options.add_argument("what", choices=["relay", "throughput", "memory", "trend"])
     options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--steps", type=int, help="default: 100, of a trend 1000")
     args = options.parse_args()
     if args.what == "relay":
         relay(args.rounds)
     elif args.what == "throughput":
-        throughput(args.rounds, args.steps)
+        throughput(args.rounds, args.steps or 100)
+    elif args.what == "trend":
+        trend(args.steps or 1000)
     else:
         memory()
 
@@ -248,6 +315,8 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["train-carry"]:
         train_carry(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    elif sys.argv[1:2] == ["train-trend"]:
+        train_trend(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
     elif sys.argv[1:2] == ["train-memory"]:
         more = [int(each) for each in sys.argv[6:]]
         train_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]), *more)
