@@ -1,9 +1,9 @@
 """The synchronous strategy of a model in stages: this worker computes cells, and sends others what theirs need.
 
-What is to be done next decides :class:`psa_store.consistency.cell_step.CellStep`; :meth:`StagedStrategy._decide`
-executes it. While a rank is computed the worker listens: activations and gradients come through the relay of a server,
-and a plan may give it more cells, or less. A cell of a rank that comes before the present one ends that one's passes;
-they are made again later. So does a new term: what was sent in the former one is gone.
+What is to be done next decides :class:`psa_store.consistency.cell_step.CellStep`. While a rank is computed the worker
+listens: activations and gradients come through the relay of a server, and a plan may give it more cells, or less. A
+cell of a rank that comes before the present one ends that one's passes; they are made again later. So does a new term:
+what was sent in the former one is gone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from psa_store import logs
 from psa_store.cluster import Cell, Plan, Server
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.consistency.cell_step import CellStep, Confirm
-from psa_store.consistency.worker_instructions import Await, Compute, Finish, Listen
-from psa_store.consistency.worker_step import Reload, Show
+from psa_store.consistency.worker_instructions import Await, Listen
 from psa_store.errors import UsageError
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.observe.formatting import numbered
@@ -27,7 +26,7 @@ from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.carry import Parcel, read
-from psa_store.worker.gradients import GradientMemory, GradientPool
+from psa_store.worker.gradients import GradientMemory
 from psa_store.worker.host_memory import must_suffice
 from psa_store.worker.microbatches import microbatches_of
 from psa_store.worker.pushing import GradientPush, refuse
@@ -35,24 +34,22 @@ from psa_store.worker.rank_passes import RankPasses, ties_of
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import PlanSession, Tools
 from psa_store.worker.stages import StagedModel
+from psa_store.worker.strategy.step_loop import StepLoop
 
 
-class StagedStrategy:
+class StagedStrategy(StepLoop[CellStep]):
     """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
     def __init__(self, tools: Tools, model: StagedModel) -> None:
+        super().__init__(tools)
         self.session = PlanSession(tools, self)
         self._tools = tools
         self._config = tools.config
-        self._servers = tools.servers
         self._model = model
-        self._journal = tools.journal
         self._progress = tools.progress
         self._log = logs.get_logger()
         self._step = CellStep(tools.steps)
-        self._pool = GradientPool(tools.layout, tools.wire)
         self._push = GradientPush(tools, self.session, lambda rank, shard: None)
-        self._gradients: GradientMemory
         self._rank_step: RankStep
         self._ties = ties_of(tools.layout)
         self._passes: RankPasses | None = None
@@ -69,23 +66,7 @@ class StagedStrategy:
         self._over = 0
         """All steps below are complete, as a server says: nothing comes of them any more."""
 
-    @property
-    def version(self) -> int:
-        return self._step.version
-
     # --- what the worker calls
-
-    def next_rank_step(self) -> RankStep | None:
-        self.session.look()
-        while (decided := self._decide()) is not None:
-            match decided:
-                case Finish(version):
-                    if self.session.finish([server.id for server in self.session.plan.servers], version):
-                        return None
-                case Compute(step, rank):
-                    if self._take_gradient_memory(step):
-                        return RankStep(step, rank)
-        return None
 
     def begin(self, rank_step: RankStep) -> None:
         self._rank_step = rank_step
@@ -208,35 +189,21 @@ class StagedStrategy:
 
     # --- the step
 
-    def _decide(self, *, handing_over: bool = False) -> Compute | Finish | None:
-        """Do what has to be done until there is a rank to compute, or the end; None: told to leave, or nothing to."""
-        session, step = self.session, self._step
-        while not session.leaving:
-            if not (session.stands or session.settle()):
+    def _execute(self, instruction: object) -> None:
+        session, model = self.session, self._model
+        match instruction:
+            case Await(version, servers):
+                if model.hold({cell.stage for cell in session.cells}):
+                    session.lose("a stage came back whose cells are pushed already")
+                else:
+                    model.fill(model.stages)
+                    self._servers.wait_for(servers, version, stages=model.stages)
+            case Listen():
                 session.wait()
-                continue
-            if handing_over and step.watches:
-                return None
-            match step.next():
-                case Compute() | Finish() as decided:
-                    return decided
-                case Await(version, servers):
-                    if self._model.hold({cell.stage for cell in session.cells}):
-                        session.lose("a stage came back whose cells are pushed already")
-                        continue
-                    self._model.fill(self._model.stages)
-                    self._servers.wait_for(servers, version, stages=self._model.stages)
-                case Listen():
-                    session.wait()
-                case Show(version):
-                    if session.recording:
-                        self._journal.record("acked", term=session.term, version=version)
-                    self._show(session.plan.term, version)
-                case Confirm():
-                    self._confirm()
-                case Reload(why):
-                    session.lose(why)
-        return None
+            case Confirm():
+                self._confirm()
+            case _:
+                pass
 
     def _confirm(self) -> None:
         """Ask all servers something: each answers once it has taken, or refused, what was sent to it before."""
@@ -249,22 +216,16 @@ class StagedStrategy:
         ):
             self._step.confirmed()
 
-    def _show(self, term: int, version: int) -> None:
+    def _show(self, version: int) -> None:
         """Let the stages here be at a version of which all their shards are here."""
         self._model.version_arrived()
         self._servers.carries.release()
-        self._step.loaded(term, version)
+        self._step.loaded(self.session.plan.term, version)
 
-    def _take_gradient_memory(self, step: int) -> bool:
-        """Have memory that nothing reads for the next gradient; False if one must wait for it."""
-        shares = self._servers.shares
-        if not shares and self._servers.sending:
-            self.session.wait()
-            return False
+    def _gradients_for(self, step: int, *, shared: bool) -> GradientMemory:
         stages = self._model.stages
         with must_suffice(f"have the gradients of {numbered('stage', stages)}", self._model.bytes_of(stages)):
-            self._gradients = self._pool.take_for(step, stages, shared=shares)
-        return True
+            return self._pool.take_for(step, stages, shared=shared)
 
     # --- loading
 
@@ -284,7 +245,7 @@ class StagedStrategy:
             )
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
-        self._show(plan.term, newest)
+        self._show(newest)
         self.replanned()
         return True
 

@@ -1,8 +1,6 @@
 """The synchronous strategy: all ranks' gradients of a version, then the next version, for all shards alike.
 
-What is to be done next decides :class:`psa_store.consistency.worker_step.WorkerStep`; :meth:`SyncStrategy._decide` is
-the loop that executes it. Every disturbance (a new term, a lost connection, a rank more or less) only changes what that
-loop finds the next time.
+What is to be done next decides :class:`psa_store.consistency.worker_step.WorkerStep`.
 """
 
 from __future__ import annotations
@@ -17,20 +15,20 @@ from torch import Tensor
 from psa_store import logs
 from psa_store.cluster import Plan
 from psa_store.consistency import RANK_OF_BUFFERS
-from psa_store.consistency.worker_instructions import AskClocks, Await, Compute, Finish, Listen
-from psa_store.consistency.worker_step import Help, Reload, Show, WorkerStep
+from psa_store.consistency.worker_instructions import AskClocks, Await, Compute, Listen
+from psa_store.consistency.worker_step import Help, WorkerStep
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim.rank_state import RESIDUAL
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.flat_model import FlatModel
-from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.rank_state import RankMemory, RankStates
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import WAIT_S, PlanSession, Tools
 from psa_store.worker.strategy.base import place_parameters
+from psa_store.worker.strategy.step_loop import StepLoop
 
 _PATIENCE = 0.5
 """Parts of this worker's own step's time after which a missing rank counts as slow."""
@@ -38,20 +36,17 @@ _ASK_AGAIN_S = 0.02
 """How often a worker that waits with speculation looks at that time, and asks again which ranks are missing."""
 
 
-class SyncStrategy:
+class SyncStrategy(StepLoop[WorkerStep]):
     """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
     def __init__(self, tools: Tools, model: FlatModel) -> None:
+        super().__init__(tools)
         self.session = PlanSession(tools, self)
         self._tools = tools
-        self._servers = tools.servers
         self._flat_model = model
-        self._journal = tools.journal
         self._log = logs.get_logger()
         self._step = WorkerStep(tools.steps, may_miss_versions=tools.config.mode.may_miss_versions)
-        self._pool = GradientPool(tools.layout, tools.wire)
         self._push = GradientPush(tools, self.session, self._residual)
-        self._gradients: GradientMemory
         self._trained = {shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)}
         self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
         self._all_push_buffers = tools.config.pushes_all_buffers
@@ -65,27 +60,7 @@ class SyncStrategy:
         self._memories_since: int | None = None
         """The term in which that began."""
 
-    @property
-    def version(self) -> int:
-        return self._step.version
-
     # --- what the worker calls
-
-    def next_rank_step(self) -> RankStep | None:
-        self.session.look()
-        while (decided := self._decide()) is not None:
-            match decided:
-                case Finish(version):
-                    if self.session.finish([server.id for server in self.session.plan.servers], version):
-                        return None
-                case Compute(step, rank) | Help(step, rank):
-                    if not self._take_gradient_memory(step):
-                        continue
-                    if isinstance(decided, Help):
-                        self._log.debug("computing the rank of a slow worker", step=step, rank=rank)
-                        self._journal.record("speculated", term=self.session.term, step=step, rank=rank)
-                    return RankStep(step, rank)
-        return None
 
     def begin(self, rank_step: RankStep) -> None:
         state_of: dict[int, Callable[[], Tensor]] = {}
@@ -115,37 +90,24 @@ class SyncStrategy:
 
     # --- the step
 
-    def _decide(self, *, handing_over: bool = False) -> Compute | Help | Finish | None:
-        """Do what has to be done until there is a rank to compute, or the end; None: told to leave, or nothing to do.
+    def _begun(self, decided: Compute | Help) -> None:
+        if isinstance(decided, Help):
+            step, rank = decided.step, decided.rank
+            self._log.debug("computing the rank of a slow worker", step=step, rank=rank)
+            self._journal.record("speculated", term=self.session.term, step=step, rank=rank)
 
-        A term may end in the middle of a new version: user code must not see a mixture, so the step is handed over
-        once all shards are at one version.
-        """
-        session, step = self.session, self._step
-        while not session.leaving:
-            if not (session.stands or session.settle()):
-                session.wait()
-                continue
-            if handing_over and step.watches:
-                return None
-            match step.next():
-                case Compute() | Help() | Finish() as decided:
-                    return decided
-                case Await(version, servers):
-                    self._servers.wait_for(servers, version)
-                case Listen():
-                    session.wait(_ASK_AGAIN_S if self._speculates else WAIT_S)
-                    if self._speculates and time.monotonic() >= self._slow_at_s:
-                        step.slow()
-                case Show(version):
-                    if session.recording:
-                        self._journal.record("acked", term=session.term, version=version)
-                    self._show(version)
-                case AskClocks(servers):
-                    self._servers.ask_clocks(servers)
-                case Reload(why):
-                    session.lose(why)
-        return None
+    def _execute(self, instruction: object) -> None:
+        match instruction:
+            case Await(version, servers):
+                self._servers.wait_for(servers, version)
+            case Listen():
+                self.session.wait(_ASK_AGAIN_S if self._speculates else WAIT_S)
+                if self._speculates and time.monotonic() >= self._slow_at_s:
+                    self._step.slow()
+            case AskClocks(servers):
+                self._servers.ask_clocks(servers)
+            case _:
+                pass
 
     def _show(self, version: int) -> None:
         """Let the model, and the ranks held here, be at a version of which all shards are here."""
@@ -153,15 +115,6 @@ class SyncStrategy:
             self._memories, self._memories_next = self._memories_next, self._memories
         self._flat_model.version_arrived()
         self._step.loaded(version)
-
-    def _take_gradient_memory(self, step: int) -> bool:
-        """Have memory that nothing reads for the next gradient; False if one must wait for it."""
-        shares = self._servers.shares
-        if not shares and self._servers.sending:
-            self.session.wait()
-            return False
-        self._gradients = self._pool.take_for(step, shared=shares)
-        return True
 
     # --- loading
 
