@@ -14,13 +14,14 @@ import torch
 
 from psa_store import logs
 from psa_store.checkpoint.catalog import CheckpointPolicy
+from psa_store.checkpoint.change import newest_config
 from psa_store.checkpoint.take import take_at_end
 from psa_store.cluster import JobShape, Member, ProcessRole
 from psa_store.config import Settings, check_bind, fill_addresses
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import DependencyUnreachable
-from psa_store.job.config import JobConfig, check_job_name, job_config_from_json
+from psa_store.job.config import JobConfig, check_job_name
 from psa_store.job.layout import Layout, layout_from_json
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Events, Monitor, Page
@@ -91,7 +92,7 @@ def serve(job: str, settings: Settings) -> None:
             # The parent may have decided that Ctrl-C does not concern this process: `psa run`, nohup, a shell's `&`.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, leave)
-        found = _wait_for_job(job, store, leave)
+        found = _wait_for_job(job, store, coordination, leave)
         if found is None:
             return
         config, layout = found
@@ -174,14 +175,16 @@ def serve(job: str, settings: Settings) -> None:
             take_at_end(config, layout, store, coordination, policy)
 
 
-def _wait_for_job(job: str, store: RedisStore, leave: _Leave) -> tuple[JobConfig, Layout] | None:
+def _wait_for_job(
+    job: str, store: RedisStore, coordination: Coordination, leave: _Leave
+) -> tuple[JobConfig, Layout] | None:
     """Wait until a worker has created the job; None if this process is told to stop before."""
     log = logs.get_logger()
     say_at_s = time.monotonic() + _SAY_WAITING_S
     while not leave.asked:
         found = store.read_job(job)
         if found is not None:
-            return job_config_from_json(found[0]), layout_from_json(found[1])
+            return newest_config(store, coordination, job), layout_from_json(found[1])
         if time.monotonic() >= say_at_s:
             say_at_s += _SAY_WAITING_S
             log.info("waiting for a worker to create the job", job=job)

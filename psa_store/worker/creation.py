@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from psa_store import logs
+from psa_store.checkpoint.change import newest_config
 from psa_store.checkpoint.creation import write_new_job
 from psa_store.checkpoint.restore import await_servers, restore
 from psa_store.compression import parse_compression
@@ -20,7 +21,7 @@ from psa_store.config.launcher import launched_world_size
 from psa_store.coordination import Coordination
 from psa_store.errors import Fenced, JobBusy, JobMismatch
 from psa_store.job.average import Average
-from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default, job_config_from_json
+from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default
 from psa_store.job.layout import Layout, Shard, describe_difference, layout_from_json
 from psa_store.job.mode import SYNC, Mode, parse_mode
 from psa_store.storage import RedisStore, ShardState
@@ -77,7 +78,8 @@ def join_or_create(
         if stored is None and known and not settings.restore:
             stored = await_servers(wanted.name, settings, store)
         if stored is not None:
-            config = _agree(wanted, layout, settings, *stored)
+            # Of the two that keep the configuration one may be damaged; that is written again here.
+            config = _agree(wanted, layout, settings, newest_config(store, coordination, wanted.name), stored[1])
             coordination.create_config(config)
             return config
         holder = coordination.hold(CREATOR_NODE, member)
@@ -147,8 +149,7 @@ def _wanted_mode(wanted: Wanted, settings: Settings) -> Mode | None:
     return wanted.mode or (parse_mode(settings.mode) if settings.mode is not None else None)
 
 
-def _agree(wanted: Wanted, layout: Layout, settings: Settings, config_json: str, layout_json: str) -> JobConfig:
-    stored = job_config_from_json(config_json)
+def _agree(wanted: Wanted, layout: Layout, settings: Settings, stored: JobConfig, layout_json: str) -> JobConfig:
     if stored.layout != wanted.layout:
         difference = describe_difference(layout, layout_from_json(layout_json))
         raise JobMismatch(
