@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 _CHUNK_BYTES = 256 << 10
-"""What is handed to TLS at once. It encrypts all of it before the socket takes some."""
+"""What is handed to TLS, or taken from it, at once. It encrypts all of it before the socket takes some."""
 _Address = object
 
 
@@ -29,10 +29,23 @@ class TlsSocket(ssl.SSLSocket):
     """
 
     def recv_into(self, buffer: WriteableBuffer, nbytes: int | None = None, flags: int = 0) -> int:
-        try:
-            return super().recv_into(buffer, nbytes, flags)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            raise BlockingIOError from error
+        """Receive what is there, at most as much as one chunk.
+
+        TLS itself gives one record of 16 KiB at a time. A caller that counts its calls would have few of them.
+        """
+        rest = memoryview(buffer)[: nbytes or None][:_CHUNK_BYTES]
+        received = 0
+        while received < len(rest):
+            try:
+                count = super().recv_into(rest[received:], None, flags)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                if received:
+                    break
+                raise BlockingIOError from error
+            if not count:
+                break
+            received += count
+        return received
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         try:
