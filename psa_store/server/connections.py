@@ -14,7 +14,7 @@ from psa_store import logs
 from psa_store.errors import Disconnected, Refused
 from psa_store.server.entrance import Candidate, Entrance, Limits
 from psa_store.server.refusals import Refusals
-from psa_store.wire import Accepting, Connection, Door, FirstFrame, Header, Park, Passable, Role, Traffic
+from psa_store.wire import Accepting, Connection, Door, FirstFrame, Header, Passable, Place, Role, Traffic
 
 _NAMELESS_S = 10.0
 """How long a connection may last on which no member of the job has said HELLO: it asked something, and may go."""
@@ -23,7 +23,7 @@ _NAMELESS_S = 10.0
 class Host(Protocol):
     """What the event loop does with connections."""
 
-    def admit(self, connection: Connection, header: Header) -> memoryview | Park:
+    def admit(self, connection: Connection, header: Header) -> Place:
         """Where a payload goes, as :mod:`psa_store.wire.connection` asks."""
 
     def on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:

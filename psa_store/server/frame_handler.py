@@ -28,14 +28,15 @@ from psa_store.server.relay import CellRelay
 from psa_store.server.waiters import Waiters
 from psa_store.testing.journal import Journal
 from psa_store.wire import (
+    DISCARD,
     PARK,
     Connection,
     Door,
     Flag,
     Header,
     Kind,
-    Park,
     PassedMemory,
+    Place,
     Reason,
     Refusal,
     Report,
@@ -135,7 +136,7 @@ class FrameHandler:
 
     # --- frames, as the connections ask
 
-    def admit(self, connection: Connection, header: Header) -> memoryview | Park:
+    def admit(self, connection: Connection, header: Header) -> Place:
         """Name the place of a payload. What belongs to a term or a plan that is yet to come has to wait for it."""
         kind, aggregator = header.kind, self.aggregator
         if not connection.member and kind not in _BEFORE_HELLO:
@@ -150,6 +151,8 @@ class FrameHandler:
             return PARK
         if kind is Kind.PUSH:
             return self._admission.admit(aggregator, connection, self.parameters.clients.get(connection), header)
+        if kind is Kind.RELAY and not self._wants(aggregator, connection, header):
+            return DISCARD
         return memoryview(bytearray(header.length)) if header.length else _NOTHING
 
     def on_frame(self, connection: Connection, header: Header, payload: memoryview) -> None:
@@ -175,6 +178,16 @@ class FrameHandler:
             self.connections.send(connection, Header(Kind.REPORT, length=len(text)), text)
         elif kind is Kind.REFUSED:
             raise Refused(f"a peer refused: {decode(Refusal, payload).why}")
+
+    def _wants(self, aggregator: Aggregator, connection: Connection, header: Header) -> bool:
+        """Whether the payload of RELAY is worth its memory; if not, it is refused as soon as it has come.
+
+        Raises:
+            Refused: no correct worker sends this.
+        """
+        if header.term < aggregator.plan.term:
+            return False
+        return self.relay.judge(aggregator.plan, aggregator.version, connection, header)[0] is Reason.NONE
 
     def _on_relay(
         self, aggregator: Aggregator | None, connection: Connection, header: Header, payload: memoryview

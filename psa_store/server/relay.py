@@ -47,6 +47,22 @@ class CellRelay:
     def __len__(self) -> int:
         return len(self._relay)
 
+    def judge(self, plan: Plan, version: int, connection: Connection, header: Header) -> tuple[Reason, str]:
+        """Say what is to be refused, with only its header in hand, and for what. ``version``: the newest here.
+
+        Raises:
+            Refused: no correct worker sends this.
+        """
+        if header.microbatch >= self._microbatches + (plan.stages if header.flags & Flag.BACKWARD else 0):
+            raise Refused(f"RELAY of micro-batch {header.microbatch}, and there are {self._microbatches}")
+        _check_step(header, version)
+        sender = self._sender(header)
+        if not (0 <= sender < plan.stages and header.stage < plan.stages and header.rank < plan.ranks):
+            raise Refused(f"RELAY for stage {header.stage} of rank {header.rank}: there is none")
+        if plan.holder(header.rank, sender) != connection.member:
+            return Reason.NOT_HOLDER, f"stage {sender} of rank {header.rank} is held by another worker"
+        return Reason.NONE, ""
+
     def put(
         self,
         plan: Plan,
@@ -56,7 +72,9 @@ class CellRelay:
         payload: memoryview,
         memory: PassedMemory | None,
     ) -> tuple[Reason, str]:
-        """Keep what a cell sends, and hand it on; returns what to refuse it for. ``version``: the newest here.
+        """Keep what a cell sends, and hand it on; returns what to refuse it for.
+
+        The plan may have changed since the header came: it is judged again. ``payload`` is empty if it was discarded.
 
         Raises:
             Refused: no correct worker sends this.
@@ -65,17 +83,12 @@ class CellRelay:
             raise Refused("RELAY by reference comes with a descriptor, and by value without one")
         if memory is not None:
             memory.check(PAYLOAD_BYTES_MAX)
-        if header.microbatch >= self._microbatches + (plan.stages if header.flags & Flag.BACKWARD else 0):
-            raise Refused(f"RELAY of micro-batch {header.microbatch}, and there are {self._microbatches}")
-        _check_step(header, version)
-        backward = bool(header.flags & Flag.BACKWARD)
-        sender = header.stage + (1 if backward else -1)
-        if backward and header.microbatch >= self._microbatches:
-            sender = header.microbatch - self._microbatches  # its part in the gradient of parameters that both have
-        if not (0 <= sender < plan.stages and header.stage < plan.stages and header.rank < plan.ranks):
-            raise Refused(f"RELAY for stage {header.stage} of rank {header.rank}: there is none")
-        if plan.holder(header.rank, sender) != connection.member:
-            return Reason.NOT_HOLDER, f"stage {sender} of rank {header.rank} is held by another worker"
+        reason, why = self.judge(plan, version, connection, header)
+        if reason is not Reason.NONE:
+            return reason, why
+        sender, backward = self._sender(header), bool(header.flags & Flag.BACKWARD)
+        if len(payload) < header.length:
+            return Reason.NOT_HOLDER, f"stage {sender} of rank {header.rank} was held by another worker when this came"
         if len(payload) < RELAY_HEAD.size:
             raise Refused("RELAY without a description of what it brings")
         item = _Item(header, bytes(payload), memory)
@@ -116,6 +129,14 @@ class CellRelay:
     def clear(self) -> None:
         """The term is over: its cells are computed again."""
         self._relay = Relay()
+
+    def _sender(self, header: Header) -> int:
+        """The stage from which it comes."""
+        if not header.flags & Flag.BACKWARD:
+            return header.stage - 1
+        if header.microbatch >= self._microbatches:
+            return header.microbatch - self._microbatches  # its part in the gradient of parameters that both have
+        return header.stage + 1
 
     def _tell_over(self, plan: Plan, version: int, reader: Connection) -> None:
         self._connections.send(reader, Header(Kind.WANT, plan.term, plan.revision, version))

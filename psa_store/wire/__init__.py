@@ -2,7 +2,7 @@
 
 from psa_store.wire.address import connect, host_identity, listen_local, listen_tcp
 from psa_store.wire.announce import announce, listen_announcements, read_announcement
-from psa_store.wire.connection import PARK, Admit, Connection, Park, Traffic
+from psa_store.wire.connection import DISCARD, PARK, Admit, Connection, Park, Place, Traffic
 from psa_store.wire.documents import Hello, Refusal, Report, Welcome, decode, encode
 from psa_store.wire.door import Door, is_own
 from psa_store.wire.fetch import fetch
@@ -15,6 +15,7 @@ from psa_store.wire.memory import CopyOnWrite, Passable, PassedMemory, SharedMem
 from psa_store.wire.tls import Tls, TlsSocket
 
 __all__ = [
+    "DISCARD",
     "PARK",
     "PROTOCOL",
     "RELAY_HEAD",
@@ -32,6 +33,7 @@ __all__ = [
     "Park",
     "Passable",
     "PassedMemory",
+    "Place",
     "Reason",
     "Refusal",
     "Rejected",

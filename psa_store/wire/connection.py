@@ -2,7 +2,8 @@
 
 The caller brings an *admit* function that is asked, with the header in hand and before the first byte of the payload
 is read, where the payload belongs. It answers with memory of exactly ``header.length`` bytes (a tensor's own), with
-:data:`PARK` (not now: nothing more is read until :meth:`Connection.resume`, which is back-pressure), or it raises
+:data:`PARK` (not now: nothing more is read until :meth:`Connection.resume`, which is back-pressure), with
+:data:`DISCARD` (the frame is yielded with an empty payload, and no memory is taken for what comes), or it raises
 ``Refused`` (the peer is broken: the connection cannot go on).
 
 Over a Unix socket a frame may bring a descriptor (:data:`~psa_store.wire.frames.WITH_DESCRIPTOR`). It comes with the
@@ -36,6 +37,9 @@ _READ_ROUNDS_MAX = 16
 """Socket reads per call of :meth:`Connection.receive`, so that one fast peer cannot starve the others."""
 _OUTGOING_MAX = 128
 """Headers and payloads that wait for the socket before a connection counts as congested."""
+_NOTHING = memoryview(b"")
+_SINK = memoryview(bytearray(1 << 16))
+"""Where all connections of the process receive what none of them keeps."""
 _DESCRIPTOR_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)
 """Room for one descriptor more than can rightly come, to notice it."""
@@ -53,8 +57,14 @@ class Park(enum.Enum):
     PARK = "park"
 
 
+class Discard(enum.Enum):
+    DISCARD = "discard"
+
+
 PARK: Final = Park.PARK
-Admit = Callable[["Connection", Header], memoryview | Park]
+DISCARD: Final = Discard.DISCARD
+Place = memoryview | Park | Discard
+Admit = Callable[["Connection", Header], Place]
 
 
 class Connection:
@@ -88,6 +98,7 @@ class Connection:
         self._filled = 0
         self._header: Header | None = None
         self._payload: memoryview | None = None
+        self._unwanted_bytes = 0
         self.parked = False
 
     def fileno(self) -> int:
@@ -210,6 +221,8 @@ class Connection:
         """One read. True: a frame is complete. False: there may be more to read. None: there is not."""
         if self._header is None:
             target = memoryview(self._header_bytes)[self._filled :]
+        elif self._unwanted_bytes:
+            target = _SINK[: self._unwanted_bytes]
         else:
             assert self._payload is not None
             target = self._payload[self._filled :]
@@ -223,6 +236,9 @@ class Connection:
             if count == 0:
                 raise Disconnected(f"{self.peer} closed the connection")
             self._traffic.received_bytes += count
+            if self._unwanted_bytes:
+                self._unwanted_bytes -= count
+                return not self._unwanted_bytes
             self._filled += count
             if count < len(target):
                 return False
@@ -257,9 +273,12 @@ class Connection:
             raise Refused(f"a descriptor that {self.peer} passed was lost: too many open files, see `ulimit -n`")
         return count
 
-    def _take_place(self, header: Header, place: memoryview | Park) -> None:
+    def _take_place(self, header: Header, place: Place) -> None:
         if isinstance(place, Park):
             self.parked = True
+            return
+        if isinstance(place, Discard):
+            self._payload, self._unwanted_bytes = _NOTHING, header.length
             return
         if len(place) != header.length:
             raise Refused(f"{self.peer} sent {header.kind.name} of {header.length} bytes, expected {len(place)}")

@@ -22,7 +22,7 @@ import pytest
 from psa_store.compression import parse_compression
 from psa_store.job.layout import TensorRole
 from psa_store.wire import PROTOCOL, Flag, Header, Kind, Reason
-from psa_store.wire.frames import HEADER_BYTES, HELLO_BYTES_MAX
+from psa_store.wire.frames import HEADER_BYTES, HELLO_BYTES_MAX, PAYLOAD_BYTES_MAX
 from tests.harness import LIVE, Run, Site
 from tests.integration.peers import NUMBERS, Holdings, Scene, holdings, look, resident_bytes
 
@@ -555,6 +555,14 @@ def cells_in_a_job_without_stages(scene: Scene, carrier: str) -> None:
         peer.hello()
         peer.say(kind, b"" if kind is Kind.WANT else b"carry", stage=stage, flags=flags)
         peer.is_thrown_out("there is none")
+
+
+@deed
+def a_cell_of_four_gigabytes_that_never_come(scene: Scene, carrier: str) -> None:
+    peer = scene.peer(carrier)
+    peer.hello()
+    peer.say(Kind.RELAY, stage=1, length=PAYLOAD_BYTES_MAX)
+    peer.is_thrown_out("there is none")
 
 
 @deed

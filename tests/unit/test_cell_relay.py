@@ -9,7 +9,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, cast
@@ -65,9 +66,11 @@ class Peer:
         plan = self._scene.plan
         header = Header(kind, **{"term": plan.term, "revision": plan.revision, "length": len(payload), **fields})
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        data = header.pack() + payload
-        sock = self._connection._sock
-        assert sock.sendmsg([data], rights) == len(data)
+        self.throw(header.pack() + payload, rights)
+
+    def throw(self, data: bytes, rights: Sequence[tuple[int, int, array.array[int]]] = ()) -> None:
+        """Send raw bytes, and let the server deal with them."""
+        assert self._connection._sock.sendmsg([data], rights) == len(data)
         self._scene.serve()
 
     def relay(self, payload: bytes = b"carry", fds: tuple[int, ...] = (), **fields: Any) -> None:
@@ -283,6 +286,51 @@ def test_what_comes_from_a_worker_without_the_sending_cell_is_refused(
     stranger.relay(**fields)
     stranger.is_refused(Reason.NOT_HOLDER, "is held by another worker")
     assert len(scene.handler.relay) == 0
+
+
+@pytest.mark.parametrize("carrier", ["unix", "tcp"])
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"stage": 2}, Reason.NOT_HOLDER), ({"term": 4}, Reason.STALE)],
+    ids=["another's cell", "a term that is over"],
+)
+def test_no_memory_is_taken_for_what_is_refused(
+    scene: Scene, carrier: str, fields: dict[str, Any], reason: Reason
+) -> None:
+    stranger, liar = scene.peer("stranger", carrier), scene.peer("liar", carrier)
+    payload = bytes(100_000)
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            stranger.relay(payload, **fields)
+        liar.relay(payload, **fields, length=PAYLOAD_BYTES_MAX)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(payload), "besides what the test itself sends"
+    refused = stranger.answers()
+    assert [(header.kind, header.reason) for header, _, _ in refused] == [(Kind.REFUSED, reason)] * 5
+    stranger.is_well()
+    assert liar.answers() == [] and len(scene.handler.relay) == 0
+
+
+def test_a_holder_whose_payload_was_discarded_before_it_was_one_is_told_of_the_plan(scene: Scene) -> None:
+    late = scene.peer("late")
+    late.relay(b"beginning", length=len(HEAD) + 2 * len(b"beginning"))
+    scene.follow(plan_of("late", "middle", "back", revision=10))
+    late.throw(b"beginning")
+    [(header, payload, _)] = late.answers()
+    assert (header.kind, header.reason, header.revision) == (Kind.REFUSED, Reason.NOT_HOLDER, 10)
+    assert b"when this came" in payload and len(scene.handler.relay) == 0
+    late.relay()
+    assert late.answers() == [] and len(scene.handler.relay) == 1
+
+
+@pytest.mark.parametrize("fields", [{"stage": 3}, {"rank": 2}, {"step": VERSION + 2}, {"microbatch": 2}])
+def test_what_no_correct_worker_sends_is_not_waited_for(scene: Scene, fields: dict[str, Any]) -> None:
+    front = scene.peer("front")
+    front.relay(**fields, length=PAYLOAD_BYTES_MAX)
+    front.is_thrown_out("RELAY")
 
 
 @pytest.mark.parametrize("carrier", ["unix", "tcp"])
