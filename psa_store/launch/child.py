@@ -6,6 +6,7 @@ that started it was killed and the old process is still writing its last bytes.
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import shutil
@@ -23,6 +24,8 @@ _LOG_LINES = 16  # a Java stack trace, and above it the reason
 _POLL_S = 0.01
 _ANSWER_S = 1.0
 _PASSWORD_BYTES = 24
+_OURS = "PSA_"
+"""Variables that are for psa alone: the key and passwords are among them."""
 # Below the ports that Linux gives to outgoing connections: a client that keeps trying the address of a server that
 # is down would sooner or later be given that very port, connect to itself, and keep the server from coming back.
 _PORTS = range(16384, 32768)
@@ -60,7 +63,10 @@ class ChildServer:
         return self._process is not None and self._process.poll() is None
 
     def start(self, command: Sequence[str], end_s: float) -> None:
-        """Run the program, as soon as the one of an earlier start has ended; ``end_s`` is a monotonic time."""
+        """Run the program, as soon as the one of an earlier start has ended; ``end_s`` is a monotonic time.
+
+        Its environment is ours without what is meant for psa.
+        """
         self._wait_for_predecessor(end_s)
         # The kernel ends the child when we die, however we die; setpriv is in util-linux.
         setpriv = shutil.which("setpriv")
@@ -72,6 +78,7 @@ class ChildServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={name: value for name, value in os.environ.items() if not name.startswith(_OURS)},
                 start_new_session=True,
                 umask=0o077,  # its files and sockets are for this user alone
             )
