@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,6 +34,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Where the packages of each release lie."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     archive = subprocess.run(
         ["git", "-C", str(ROOT), "archive", FORMER, "psa_store", "chaos"], capture_output=True, check=False
     )
