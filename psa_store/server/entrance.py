@@ -164,6 +164,7 @@ class Entrance:
         candidate = Candidate(sock, peer, self._door.accepting(), time.monotonic() + _UNPROVED_S, tls)
         self._candidates[candidate] = None
         self._selector.register(sock, selectors.EVENT_READ, candidate)
+        self.serve(candidate)  # what it says first has often come with it
 
     def _end(self, candidate: Candidate, why: str) -> None:
         del self._candidates[candidate]
