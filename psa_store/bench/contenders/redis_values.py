@@ -40,14 +40,20 @@ def _talk(commands: CommandPipe, size_bytes: int, url: str, reads: bool) -> None
 
 
 def _connect(url: str) -> socket.socket:
-    """A plain connection to ``unix://path`` or ``redis://host:port``."""
+    """A plain connection to ``unix://:password@/path`` or ``redis://:password@host:port``, past the password if any."""
     parts = urlsplit(url)
     if parts.scheme == "redis":
-        return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_TIMEOUT_S)
-    sock = socket.socket(socket.AF_UNIX)
+        sock = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_TIMEOUT_S)
+    else:
+        sock = socket.socket(socket.AF_UNIX)
     try:
-        sock.settimeout(_TIMEOUT_S)
-        sock.connect(unquote(parts.path))
+        if parts.scheme != "redis":
+            sock.settimeout(_TIMEOUT_S)
+            sock.connect(unquote(parts.path))
+        if parts.password:
+            password = unquote(parts.password).encode()
+            sock.sendall(b"*2\r\n$4\r\nAUTH\r\n$%d\r\n%s\r\n" % (len(password), password))
+            _expect(sock, b"+OK\r\n")
     except BaseException:
         sock.close()
         raise
