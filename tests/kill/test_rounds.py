@@ -81,7 +81,7 @@ def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 def assert_each_round_counts_once(folder: Path, mode: str) -> None:
     with closing(Journal(folder, "test", "checker")) as own:
-        own.record("scenario", steps=final(mode), ranks=RANKS)
+        own.record("scenario", steps=final(mode), ranks=RANKS, stages=1)
     violations = exactly_once.check(read_history(folder), Reference({}, ""))
     assert violations == []
 

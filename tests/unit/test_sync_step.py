@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.cluster import Cut, Phase, Plan
+from psa_store.cluster import Server as Owner
 from psa_store.consistency import Memory, Offer, Stage, SyncStep
 from psa_store.consistency.instructions import (
     Applied,
@@ -312,8 +313,11 @@ def alone(**changes: int) -> SyncStep:
     )
 
 
+SERVER = Owner("s", "127.0.0.1:1", "@s", "host")
+
+
 def plan(**changes: object) -> Plan:
-    fields = {"term": 3, "revision": 1, "resume": 0, "servers": (), "owners": (0,), "cells": ("w",), **changes}
+    fields = {"term": 3, "revision": 1, "resume": 0, "servers": (SERVER,), "owners": (0,), "cells": ("w",), **changes}
     return Plan(**fields)  # type: ignore[arg-type]
 
 

@@ -114,7 +114,7 @@ class LocalSGDStrategy:
     def begin(self, rank_step: RankStep) -> None:
         if self._begins_round:
             number = self._rounds.round
-            self._journal.record("computing", term=self.session.term, step=number, rank=rank_step.rank)
+            self._journal.record("computing", term=self.session.term, step=number, rank=rank_step.rank, stage=0)
         self._flat_model.begin(self._gradients, None, keep_buffers=not self._begins_round)
 
     def hand_over(self) -> None:
