@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from psa_store.consistency import RANK_OF_BUFFERS, Offer, SyncStep
@@ -13,7 +11,7 @@ from psa_store.server.shard import OwnedShard
 
 def plant() -> None:
     """Make servers take every push of the present step, and sum all pushes of one rank."""
-    offer, accept, take, apply = SyncStep.offer, SyncStep.accept, OwnedShard.take_gradient, OwnedShard.apply
+    offer, accept, take = SyncStep.offer, SyncStep.accept, OwnedShard.take_gradient
 
     def take_all(self: SyncStep, step: int, shard: int, rank: int) -> Offer:
         found = offer(self, step, shard, rank)
@@ -25,20 +23,11 @@ def plant() -> None:
             return True
         return accept(self, step, shard, rank, finite=finite)
 
-    fresh: set[tuple[int, int]] = set()
-
     def add(self: OwnedShard, rank: int, gradient: Tensor, note: GradientNote = PLAIN) -> None:
-        key = (self.shard.index, rank)
-        if key in fresh and not (self.shard.role.name == "BUFFER" and rank == RANK_OF_BUFFERS):
+        if rank in self._gradients and not (self.shard.role.name == "BUFFER" and rank == RANK_OF_BUFFERS):
             gradient = gradient + self._gradients[rank]
-        fresh.add(key)
         take(self, rank, gradient, note)
-
-    def apply_and_forget(self: OwnedShard, *arguments: Any, **named: Any) -> None:
-        fresh.difference_update({each for each in fresh if each[0] == self.shard.index})
-        apply(self, *arguments, **named)
 
     SyncStep.offer = take_all  # type: ignore[method-assign]
     SyncStep.accept = accept_again  # type: ignore[method-assign]
     OwnedShard.take_gradient = add  # type: ignore[method-assign]
-    OwnedShard.apply = apply_and_forget  # type: ignore[method-assign]
