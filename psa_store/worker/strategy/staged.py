@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from psa_store import logs
 from psa_store.cluster import Cell, Plan, Server
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.consistency.cell_step import CellStep, Confirm
@@ -26,7 +25,7 @@ from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.carry import Parcel, read
-from psa_store.worker.gradients import GradientMemory
+from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.host_memory import must_suffice
 from psa_store.worker.microbatches import microbatches_of
 from psa_store.worker.pushing import GradientPush, refuse
@@ -37,18 +36,21 @@ from psa_store.worker.stages import StagedModel
 from psa_store.worker.strategy.step_loop import StepLoop
 
 
-class StagedStrategy(StepLoop[CellStep]):
+class StagedStrategy:
     """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
     def __init__(self, tools: Tools, model: StagedModel) -> None:
-        super().__init__(tools)
         self.session = PlanSession(tools, self)
         self._tools = tools
+        self._servers = tools.servers
+        self._journal = tools.journal
         self._config = tools.config
         self._model = model
         self._progress = tools.progress
-        self._log = logs.get_logger()
         self._step = CellStep(tools.steps)
+        self._loop = StepLoop(tools, self.session, self._step, self)
+        self._pool = GradientPool(tools.layout, tools.wire)
+        self._gradients: GradientMemory
         self._push = GradientPush(tools, self.session, lambda rank, shard: None)
         self._rank_step: RankStep
         self._ties = ties_of(tools.layout)
@@ -67,6 +69,13 @@ class StagedStrategy(StepLoop[CellStep]):
         """All steps below are complete, as a server says: nothing comes of them any more."""
 
     # --- what the worker calls
+
+    @property
+    def version(self) -> int:
+        return self._step.version
+
+    def next_rank_step(self) -> RankStep | None:
+        return self._loop.next_rank_step()
 
     def begin(self, rank_step: RankStep) -> None:
         self._rank_step = rank_step
@@ -111,7 +120,6 @@ class StagedStrategy(StepLoop[CellStep]):
         return self._computed is not None
 
     def hand_over(self) -> None:
-        """With the gradient that is the step's last, wait for the next version and load it."""
         computed, push = self._computed, self._push
         assert computed is not None
         self._computed = None
@@ -128,7 +136,7 @@ class StagedStrategy(StepLoop[CellStep]):
             self._step.pushed(Cell(rank, stage) for stage in computed)
         else:
             self._pool.unused(self._gradients)
-        self._decide(handing_over=True)
+        self._loop.hand_over()
 
     # --- a rank's passes
 
@@ -189,7 +197,12 @@ class StagedStrategy(StepLoop[CellStep]):
 
     # --- the step
 
-    def _execute(self, instruction: object) -> None:
+    def take_gradient_memory(self, step: int, *, shared: bool) -> None:
+        stages = self._model.stages
+        with must_suffice(f"have the gradients of {numbered('stage', stages)}", self._model.bytes_of(stages)):
+            self._gradients = self._pool.take_for(step, stages, shared=shared)
+
+    def execute(self, instruction: object) -> None:
         session, model = self.session, self._model
         match instruction:
             case Await(version, servers):
@@ -216,16 +229,11 @@ class StagedStrategy(StepLoop[CellStep]):
         ):
             self._step.confirmed()
 
-    def _show(self, version: int) -> None:
+    def show(self, version: int) -> None:
         """Let the stages here be at a version of which all their shards are here."""
         self._model.version_arrived()
         self._servers.carries.release()
         self._step.loaded(self.session.plan.term, version)
-
-    def _gradients_for(self, step: int, *, shared: bool) -> GradientMemory:
-        stages = self._model.stages
-        with must_suffice(f"have the gradients of {numbered('stage', stages)}", self._model.bytes_of(stages)):
-            return self._pool.take_for(step, stages, shared=shared)
 
     # --- loading
 
@@ -245,7 +253,7 @@ class StagedStrategy(StepLoop[CellStep]):
             )
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
-        self._show(newest)
+        self.show(newest)
         self.replanned()
         return True
 

@@ -12,17 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from psa_store import logs
 from psa_store.cluster import Plan
 from psa_store.consistency import RANK_OF_BUFFERS
-from psa_store.consistency.worker_instructions import AskClocks, Await, Compute, Listen
-from psa_store.consistency.worker_step import Help, WorkerStep
+from psa_store.consistency.worker_instructions import AskClocks, Await, Listen
+from psa_store.consistency.worker_step import WorkerStep
 from psa_store.job.layout import Shard, TensorRole
 from psa_store.optim.rank_state import RESIDUAL
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.flat_model import FlatModel
+from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.rank_state import RankMemory, RankStates
 from psa_store.worker.server_connections import Answer
@@ -36,16 +36,19 @@ _ASK_AGAIN_S = 0.02
 """How often a worker that waits with speculation looks at that time, and asks again which ranks are missing."""
 
 
-class SyncStrategy(StepLoop[WorkerStep]):
+class SyncStrategy:
     """See :class:`psa_store.worker.strategy.base.Strategy`, and the module."""
 
     def __init__(self, tools: Tools, model: FlatModel) -> None:
-        super().__init__(tools)
         self.session = PlanSession(tools, self)
         self._tools = tools
+        self._servers = tools.servers
+        self._journal = tools.journal
         self._flat_model = model
-        self._log = logs.get_logger()
         self._step = WorkerStep(tools.steps, may_miss_versions=tools.config.mode.may_miss_versions)
+        self._loop = StepLoop(tools, self.session, self._step, self)
+        self._pool = GradientPool(tools.layout, tools.wire)
+        self._gradients: GradientMemory
         self._push = GradientPush(tools, self.session, self._residual)
         self._trained = {shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)}
         self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
@@ -62,6 +65,13 @@ class SyncStrategy(StepLoop[WorkerStep]):
 
     # --- what the worker calls
 
+    @property
+    def version(self) -> int:
+        return self._step.version
+
+    def next_rank_step(self) -> RankStep | None:
+        return self._loop.next_rank_step()
+
     def begin(self, rank_step: RankStep) -> None:
         state_of: dict[int, Callable[[], Tensor]] = {}
         if self._states.kept and self._states.are_due(rank_step.step + 1):
@@ -73,7 +83,6 @@ class SyncStrategy(StepLoop[WorkerStep]):
         self._begun_s = time.monotonic()
 
     def hand_over(self) -> None:
-        """With the gradient that is the step's last, wait for the next version and load it."""
         push = self._push
         if push.flaw:
             refuse(push.rank_step, push.flaw)
@@ -86,17 +95,14 @@ class SyncStrategy(StepLoop[WorkerStep]):
                 self._servers.push_value(step, rank, shard.index, self._flat_model.parameters(shard))
         push.done()
         self._step.pushed(rank)
-        self._decide(handing_over=True)
+        self._loop.hand_over()
 
     # --- the step
 
-    def _begun(self, decided: Compute | Help) -> None:
-        if isinstance(decided, Help):
-            step, rank = decided.step, decided.rank
-            self._log.debug("computing the rank of a slow worker", step=step, rank=rank)
-            self._journal.record("speculated", term=self.session.term, step=step, rank=rank)
+    def take_gradient_memory(self, step: int, *, shared: bool) -> None:
+        self._gradients = self._pool.take_for(step, shared=shared)
 
-    def _execute(self, instruction: object) -> None:
+    def execute(self, instruction: object) -> None:
         match instruction:
             case Await(version, servers):
                 self._servers.wait_for(servers, version)
@@ -109,7 +115,7 @@ class SyncStrategy(StepLoop[WorkerStep]):
             case _:
                 pass
 
-    def _show(self, version: int) -> None:
+    def show(self, version: int) -> None:
         """Let the model, and the ranks held here, be at a version of which all shards are here."""
         if version == self._step.version + 1:
             self._memories, self._memories_next = self._memories_next, self._memories
@@ -138,7 +144,7 @@ class SyncStrategy(StepLoop[WorkerStep]):
             self._step.loaded(newest)  # the state is that of this version, whatever was here before
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
-        self._show(newest)
+        self.show(newest)
         self.replanned()
         return True
 
