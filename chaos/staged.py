@@ -110,6 +110,7 @@ def main() -> None:
     options.add_argument("--dropout", type=float, default=0.0)
     options.add_argument("--tied", action="store_true", help="with a shared layer, and weights of micro-batches")
     options.add_argument("--clip", type=float, default=0.0)
+    options.add_argument("--average", action="store_true", help="keep one, and record what stages have of it")
     options.add_argument("--pace-s", type=float, default=0.0, help="of each batch, as a larger model would take")
     options.add_argument("--paced-until", type=Path, help="from when this file exists on, batches take no time")
     options.add_argument("--end-after", type=Path)
@@ -137,6 +138,7 @@ def main() -> None:
             steps=args.until or args.steps,
             seed=3,
             shard_bytes=4096,
+            average=psa.ema(0.9) if args.average else None,
         ) as worker,
     ):
         for batch in worker.batches(data, batch_size=32):
@@ -149,6 +151,11 @@ def main() -> None:
             if loss is not None:
                 journal.record("loss", version=step, rank=rank, loss=loss.item())
             worker.step(loss)
+            if args.average and worker.version % 4 == 0:
+                with worker.average() as version:
+                    for stage, module in worker.stages.items():
+                        values = tensors_digest({name: each.data for name, each in module.named_parameters()})
+                        journal.record("average", version=version, stage=stage, digest=values)
             if worker.is_main and worker.version == step + 1:
                 os.write(1, f"step {worker.version} loss {loss}\n".encode())
     sys.exit(0)

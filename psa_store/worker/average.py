@@ -1,6 +1,6 @@
 """The average of the job's parameters in the model, for as long as the script evaluates with it.
 
-Servers keep it. All of it must be of one version:
+Servers keep it. With stages, that of the stages is read which are held here. All of it must be of one version:
 
 * The servers are asked, each of which sends copies of one version. Mostly none of them moves on before the gradient of
   the asking worker's rank is here, so all are at the version that the model has. The connection is not that of
@@ -13,9 +13,10 @@ Used by the thread that runs the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ _TRIES = 2
 class _Averaged:
     version: int
     tensors: Mapping[int, Tensor]
-    """By index in the layout, of all trained parameters."""
+    """By index in the layout."""
 
 
 class AverageInModel:
@@ -80,23 +81,27 @@ class AverageInModel:
             )
         self.refuse("another worker.average()")
         if isinstance(self._model, StagedModel):
-            raise UsageError(
-                f"{script_line()}: worker.average() with stages, where no process has the whole model: read it by "
-                "psa.Store(job).state_dict(average=True)"
-            )
+            return self._showing(self._model.held)
         if self._model.backward.under_way:
-            raise UsageError(
-                f"{script_line()}: worker.average() between backward() and worker.step(), where servers may have made "
-                "the next step already: evaluate after worker.step(), or before backward()"
-            )
-        return self._showing(self._model)
+            self.refuse_between("backward()")
+        return self._showing([self._model])
+
+    @staticmethod
+    def refuse_between(what: str) -> NoReturn:
+        """Raise UsageError: gradients of the present batch are on their way since ``what``."""
+        raise UsageError(
+            f"{script_line()}: worker.average() between {what} and worker.step(), where servers may have made the next "
+            f"step already: evaluate after worker.step(), or before {what}"
+        )
 
     @contextmanager
-    def _showing(self, model: FlatModel) -> Iterator[int]:
-        averaged = self._read()
+    def _showing(self, held: Sequence[FlatModel]) -> Iterator[int]:
+        averaged = self._read({index for each in held for index in each.trained})
         self._shown = True
         try:
-            with model.evaluate(averaged.tensors):
+            with ExitStack() as stack:
+                for each in held:
+                    stack.enter_context(each.evaluate(averaged.tensors))
                 yield averaged.version * self._config.steps_per_version // self._config.updates_per_step
         finally:
             self._shown = False
@@ -109,21 +114,22 @@ class AverageInModel:
                 "parameters: only evaluate there"
             )
 
-    def _read(self) -> _Averaged:
+    def _read(self, wanted: Set[int]) -> _Averaged:
+        """The average of these tensors."""
         if self._config.shards_keep_step:
             for _ in range(_TRIES):
                 plan = self._membership.standing.plan
                 with suppress(Disconnected):
-                    if plan is not None and plan.owners and (found := self._from_servers(plan)) is not None:
+                    if plan is not None and plan.owners and (found := self._from_servers(plan, wanted)) is not None:
                         return found
-        trained = [index for index, spec in enumerate(self._layout.tensors) if spec.role is TensorRole.TRAINED]
-        stored, tensors = read_newest(self._store, self._config.name, trained, AVERAGE)
+        stored, tensors = read_newest(self._store, self._config.name, sorted(wanted), AVERAGE)
         self._log.info("evaluating with the average of the newest durable version", version=stored.version)
         return _Averaged(stored.version, tensors)
 
-    def _from_servers(self, plan: Plan) -> _Averaged | None:
+    def _from_servers(self, plan: Plan, wanted: Set[int]) -> _Averaged | None:
         """What servers have now; None if some are at another version than others."""
-        shards = self._layout.shards_of(TensorRole.TRAINED)
+        trained = self._layout.shards_of(TensorRole.TRAINED)
+        shards = [shard for shard in trained if any(piece.tensor in wanted for piece in shard.pieces)]
         flat = {each.index: torch.empty(each.numel, dtype=to_torch(wide_dtype(each.dtype))) for each in shards}
         versions: set[int] = set()
         hello = Hello(self._config.name, self._layout.fingerprint, f"{self._membership.standing.member}.average", False)
@@ -140,16 +146,11 @@ class AverageInModel:
                 )
         if len(versions) != 1:
             return None
-        tensors: dict[int, Tensor] = {}
+        specs = self._layout.tensors
+        tensors = {i: torch.empty(specs[i].numel, dtype=to_torch(wide_dtype(specs[i].dtype))) for i in wanted}
         for shard in shards:
             for piece in shard.pieces:
-                whole = tensors.setdefault(
-                    piece.tensor, torch.empty(self._layout.tensors[piece.tensor].numel, dtype=flat[shard.index].dtype)
-                )
-                low = piece.shard_start
-                whole[piece.tensor_start : piece.tensor_start + piece.length] = flat[shard.index][
-                    low : low + piece.length
-                ]
-        return _Averaged(
-            versions.pop(), {index: flat.view(self._layout.tensors[index].shape) for index, flat in tensors.items()}
-        )
+                low, high = piece.tensor_start, piece.tensor_start + piece.length
+                start = piece.shard_start
+                tensors[piece.tensor][low:high] = flat[shard.index][start : start + piece.length]
+        return _Averaged(versions.pop(), {index: each.view(specs[index].shape) for index, each in tensors.items()})

@@ -88,10 +88,10 @@ class FlatModel:
         self._buffers_kept = self._buffers.clone()
         self._bound = [self._bind_new(index) for index, spec in enumerate(layout.tensors) if stage in spec.stages]
         self._bound_buffers = [bound for bound in self._bound if bound.role is TensorRole.BUFFER]
-        trained = [bound for bound in self._bound if bound.role is TensorRole.TRAINED]
+        trained = self._bound_all_trained = [bound for bound in self._bound if bound.role is TensorRole.TRAINED]
         self._bound_trained = [bound for bound in trained if layout.tensors[bound.index].home == stage]
         self.tied = {bound.index: bound.tensor for bound in trained if layout.tensors[bound.index].home != stage}
-        """By index, trained parameters that another stage has as well, whose cells push the gradient."""
+        """By index in the layout, trained parameters that another stage has as well, whose cells push the gradient."""
         self._holders = [holder_of(model, bound.name) for bound in self._bound_buffers]
         """Where modules keep their buffers: a script may put another tensor there."""
         for bound in self._bound:
@@ -104,6 +104,11 @@ class FlatModel:
         """Take the hooks off; the model keeps its values, in memory of its own."""
         self.backward.close()
         self._window.close()
+
+    @property
+    def trained(self) -> list[int]:
+        """The trained parameters that it has, by index in the layout, those included that belong to another stage."""
+        return [bound.index for bound in self._bound_all_trained]
 
     def tensor(self, index: int) -> Tensor:
         """The model's tensor that has this index in the layout."""
@@ -248,7 +253,7 @@ class FlatModel:
         Raises:
             UsageError: the script has written to one inside, or called ``backward()``.
         """
-        before = [(bound, bound.tensor.data, bound.tensor._version) for bound in self._bound_trained]
+        before = [(bound, bound.tensor.data, bound.tensor._version) for bound in self._bound_all_trained]
         self.backward.forward_only = True
         try:
             with torch.inference_mode(False):  # a parameter must not become a tensor of that mode

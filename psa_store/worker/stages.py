@@ -140,6 +140,16 @@ class StagedModel:
     def stages(self) -> tuple[int, ...]:
         return tuple(sorted(self._held))
 
+    @property
+    def modules(self) -> dict[int, nn.Module]:
+        """By stage, its module."""
+        return {stage: self._held[stage][0] for stage in self.stages}
+
+    @property
+    def held(self) -> list[FlatModel]:
+        """The memory of each."""
+        return [self._held[stage][1] for stage in self.stages]
+
     def hold(self, stages: Iterable[int]) -> tuple[int, ...]:
         """Have these stages and no others; returns the new ones, whose parameters are undefined."""
         wanted = set(stages)

@@ -207,6 +207,19 @@ class Worker:
         return self._given.steps if self._opened is None else self._strategy.session.steps
 
     @property
+    def stages(self) -> dict[int, nn.Module]:
+        """With ``stages=``: the modules of the stages that this worker has at present, by index, to look at and to
+        evaluate with. Which they are changes with the plan; there are none before the first batch.
+
+        Raises:
+            UsageError: the worker was made with a model in one piece.
+        """
+        if self._given.model is not None:
+            raise UsageError("worker.stages: this worker has a model in one piece, which the script gave")
+        model = None if self._opened is None else self._opened.model
+        return model.modules if isinstance(model, StagedModel) else {}
+
+    @property
     def state(self) -> dict[str, Any]:
         """The script's own state at the present version: what ``psa.Worker(…, state=)`` began with, to be changed.
 
@@ -316,6 +329,8 @@ class Worker:
                 it may.
         """
         strategy = self._strategy if self._opened is not None else None
+        if self._opened is not None:
+            self._average.refuse("worker.compute()")
         if self._current is None or not isinstance(strategy, StagedStrategy):
             raise UsageError(
                 f"{script_line()}: worker.compute() comes after a batch from worker.batches(), in a worker with stages="
@@ -394,16 +409,19 @@ class Worker:
     def average(self) -> AbstractContextManager[int]:
         """Inside, the model has the average of its parameters, to evaluate with; then the present ones again.
 
-        Buffers stay as they are. ``as`` gives the step that the average is of: the present one in a worker that holds a
-        rank; in modes async and ssp, and maybe in one without a rank, the newest that is durable.
+        With stages that is the part of it that is here, :attr:`stages`. Buffers stay as they are. ``as`` gives the step
+        that the average is of: the present one in a worker that holds a rank; in modes async and ssp, and maybe in one
+        without a rank, the newest that is durable.
 
         Raises:
             UsageError: the job keeps no average, there was no batch yet, with which the parameters come, or
-                ``backward()`` was called for this one. In the block: ``backward()``, :meth:`step`, the next batch, and
-                what writes to parameters.
+                ``backward()`` or :meth:`compute` was called for this one. In the block: these two, :meth:`step`, the
+                next batch, and what writes to parameters.
         """
         if not self._is_open or (self._progress.step is None and not self.finished):
             raise UsageError("worker.average() before the first batch, with which the job's parameters come, or after")
+        if isinstance(self._strategy, StagedStrategy) and self._strategy.was_computed:
+            self._average.refuse_between("worker.compute()")
         return self._average.show()
 
     def change(

@@ -121,6 +121,45 @@ def test_a_model_in_one_piece_is_another_job(job: str) -> None:
         pass
 
 
+class Tied(Part):
+    """Both stages begin with the same layer."""
+
+    def __init__(self, name: str, is_last: bool) -> None:
+        super().__init__(name, is_last)
+        self.shared = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, carry: Any, microbatch: Tensor) -> Any:
+        return super().forward(self.shared(microbatch if carry is None else carry), microbatch)
+
+
+def parameters_of(modules: dict[int, nn.Module]) -> dict[str, Tensor]:
+    return {name: each.detach().clone() for stage in modules.values() for name, each in stage.named_parameters()}
+
+
+def test_the_average_is_in_the_stages_that_are_here(job: str) -> None:
+    stages, averaged = [partial(Tied, "front", False), partial(Tied, "back", True)], {}
+    how: dict[str, Any] = {"optimizer": psa.optim.Adam(lr=0.1), "microbatches": 2, "ranks": 1, "steps": 3}
+    with psa.Worker(job, stages=stages, average=psa.ema(0.5), **how) as worker:
+        assert worker.stages == {}
+        for batch in worker.batches(DATA, batch_size=8):
+            loss = worker.compute(batch)
+            with pytest.raises(UsageError, match=r"worker.average\(\) between worker.compute\(\) and worker.step\(\)"):
+                worker.average()
+            worker.step(loss)
+            present = parameters_of(worker.stages)
+            averaged = {name: each.lerp(averaged.get(name, each), 0.5) for name, each in present.items()}
+            with worker.average() as step:
+                assert step == worker.version
+                torch.testing.assert_close(parameters_of(worker.stages), averaged)
+                for module in worker.stages.values():
+                    assert torch.equal(module.shared.weight, worker.stages[0].shared.weight)
+                with pytest.raises(UsageError, match=r"worker.compute\(\) inside `with worker.average\(\)`"):
+                    worker.compute(batch)
+            torch.testing.assert_close(parameters_of(worker.stages), present, rtol=0, atol=0)
+    with psa.Store(job) as store:
+        torch.testing.assert_close(store.state_dict(average=True), averaged)
+
+
 def returns(what: Callable[[Tensor], Any]) -> Callable[[], nn.Module]:
     class Other(Part):
         def forward(self, carry: Any, microbatch: Tensor) -> Any:

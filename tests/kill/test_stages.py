@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -66,21 +66,32 @@ def test_any_cut_gives_the_same_bits_where_nothing_is_tied(site: Site) -> None:
     assert found[0] == found[1] == found[2]
 
 
-CUT = ["--stages", "4", "--dropout", "0.1", "--clip", "1.0", "--tied"]
+CUT = ["--stages", "4", "--dropout", "0.1", "--clip", "1.0", "--tied", "--average"]
 PLACES = [("cell.sent", 0), ("cell.backward", 0), ("cell.backward", 2), ("push.middle", 0), ("push.done", 0)]
 """An activation is sent; before the first backward pass; between two; gradients are pushed, in part, and all."""
 
 
+def averages(journals: Path) -> dict[tuple[int, int], set[str]]:
+    """By version and stage, what workers had as the average of its parameters."""
+    found: dict[tuple[int, int], set[str]] = defaultdict(set)
+    for event in read_history(journals).of("average"):
+        found[event["version"], event["stage"]].add(event["digest"])
+    return found
+
+
 @pytest.fixture(scope="module")
-def calm(site: Site) -> str:
-    """The digest of a run that was left alone."""
-    run = start(site, "cells-calm", *CUT, workers=2, ranks=2)
+def calm(site: Site, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[tuple[int, int], set[str]]]:
+    """The digest of a run that was left alone, and the averages in it."""
+    journals = tmp_path_factory.mktemp("calm")
+    run = start(site, "cells-calm", *CUT, workers=2, ranks=2, failpoints=journals)
     assert run.finish() == 0, run.output
-    return site.digest("cells-calm", STEPS)
+    return site.digest("cells-calm", STEPS), averages(journals)
 
 
 @pytest.mark.parametrize("carrier", ["auto", pytest.param("tcp", marks=pytest.mark.long)])
-def test_killing_processes_anywhere_changes_no_bit(site: Site, calm: str, tmp_path: Path, carrier: str) -> None:
+def test_killing_processes_anywhere_changes_no_bit(
+    site: Site, calm: tuple[str, dict[tuple[int, int], set[str]]], tmp_path: Path, carrier: str
+) -> None:
     job = f"cells-{carrier}"
     paced = [*CUT, "--pace-s", "0.05"]
     run = start(site, job, *paced, workers=3, ranks=2, failpoints=tmp_path, held=True, carrier=carrier)
@@ -96,7 +107,12 @@ def test_killing_processes_anywhere_changes_no_bit(site: Site, calm: str, tmp_pa
             os.kill(process, signal.SIGKILL)
         run.wait_for_line(lambda line: "restarting" in line)
     assert run.finish() == 0, run.output
-    assert site.digest(job, STEPS) == calm
+    digest, averages_calm = calm
+    assert site.digest(job, STEPS) == digest
+    found = averages(tmp_path)
+    both = found.keys() & averages_calm.keys()
+    assert {stage for _, stage in both} == {0, 1, 2, 3}
+    assert all(found[each] == averages_calm[each] and len(found[each]) == 1 for each in both)
 
 
 def await_hit(folder: Path, place: str) -> int:
