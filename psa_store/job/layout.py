@@ -37,6 +37,12 @@ SHARD_BYTES_MIN = 1 << 20
 SHARD_BYTES_MAX = 256 << 20
 SHARDS_AIM = 64
 """Default shard sizes aim at this many shards, so that few servers can share them out evenly."""
+SHARDS_MAX = 1 << 18
+"""More are no layout that anything can serve, and would fill the memory of the process that lays them out."""
+SIZE_END = 1 << 48
+"""No tensor has so many bytes, or any of its dimensions so many elements."""
+DIMENSIONS_MAX = 64
+"""As torch has it."""
 
 
 class TensorRole(StrEnum):
@@ -178,6 +184,11 @@ def make_layout(tensors: Iterable[TensorSpec], shard_bytes: int | None = None) -
         shard_bytes = default_shard_bytes(sum(spec.size_bytes for spec in specs))
     if shard_bytes < PAGE_BYTES or shard_bytes % PAGE_BYTES:
         raise UsageError(f"shard_bytes={shard_bytes}: must be a positive multiple of {PAGE_BYTES}")
+    total_bytes = sum(spec.size_bytes for spec in specs)
+    if total_bytes > SHARDS_MAX * shard_bytes:
+        raise UsageError(
+            f"shard_bytes={shard_bytes}: {total_bytes:,} bytes are more than {SHARDS_MAX:,} shards: use larger ones"
+        )
 
     offsets = [0] * len(specs)
     shards: list[Shard] = []
@@ -239,6 +250,10 @@ def _check(specs: Sequence[TensorSpec]) -> None:
         raise UsageError("the model has no parameters and no buffers: there is nothing to store")
     seen: set[str] = set()
     for spec in specs:
+        if not spec.names or not spec.stages:
+            raise UsageError("a tensor has no name, or is in no stage")
+        if len(spec.shape) > DIMENSIONS_MAX or not all(0 <= length < SIZE_END for length in spec.shape):
+            raise UsageError(f"tensor {spec.name!r} has shape {str(spec.shape)[:80]}, which no tensor can have")
         for name in spec.names:
             if name in seen:
                 raise UsageError(f"two tensors are called {name!r}")
@@ -246,6 +261,10 @@ def _check(specs: Sequence[TensorSpec]) -> None:
         if spec.dtype not in ITEM_BYTES:
             known = ", ".join(ITEM_BYTES)
             raise UsageError(f"tensor {spec.name!r} has dtype {spec.dtype}; supported: {known}")
+        if spec.size_bytes >= SIZE_END:
+            raise UsageError(
+                f"tensor {spec.name!r} of shape {spec.shape} has {spec.size_bytes} bytes, which is too much"
+            )
         if spec.role is TensorRole.TRAINED and spec.dtype not in TRAINABLE_DTYPES:
             raise UsageError(f"tensor {spec.name!r} has dtype {spec.dtype}, which cannot be trained")
 

@@ -17,22 +17,36 @@ from pydantic import BeforeValidator, PlainSerializer
 
 from psa_store.errors import UsageError
 
+FILES_BYTES_MAX = 256 << 20
+"""Of all of them together: a small document can say that it unpacks to any length."""
+
 
 def _unpacked(value: object) -> object:
-    """The bytes of a file, from its text in the document; what is bytes already stays as it is."""
-    if not isinstance(value, str):
+    """The files, from their texts in the document; what is bytes already stays as it is."""
+    if not isinstance(value, Mapping):
         return value
+    found, left = {}, FILES_BYTES_MAX
+    for name, text in value.items():
+        found[name] = _unpacked_file(text, left) if isinstance(text, str) else text
+        left -= len(found[name]) if isinstance(text, str) else 0
+    return found
+
+
+def _unpacked_file(text: str, bytes_max: int) -> bytes:
+    """Raises ValueError if that is no such text, or it becomes longer than this."""
+    unpacking = zlib.decompressobj()
     try:
-        return zlib.decompress(base64.b64decode(value, validate=True))
+        content = unpacking.decompress(base64.b64decode(text, validate=True), bytes_max + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
+    if len(content) > bytes_max or not unpacking.eof:
+        raise ValueError("it is torn, or unpacks to more than a job keeps")
+    return content
 
 
-def _packed(content: bytes) -> str:
-    return base64.b64encode(zlib.compress(content)).decode()
+def _packed(contents: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: base64.b64encode(zlib.compress(content)).decode() for name, content in contents.items()}
 
-
-_Content = Annotated[bytes, BeforeValidator(_unpacked), PlainSerializer(_packed)]
 
 CONFIG = "config.json"
 _DTYPES = ("dtype", "torch_dtype")
@@ -44,12 +58,15 @@ class ModelFiles:
 
     FORMAT: ClassVar[int] = 1
 
-    contents: Mapping[str, _Content]
+    contents: Annotated[Mapping[str, bytes], BeforeValidator(_unpacked), PlainSerializer(_packed)]
 
     def __post_init__(self) -> None:
         for name in self.contents:
             if not name or name.startswith(".") or "/" in name:
                 raise UsageError(f"{name!r} is no name of a file of a model")
+        size_bytes = sum(len(content) for content in self.contents.values())
+        if size_bytes > FILES_BYTES_MAX:
+            raise UsageError(f"the files of the model have {size_bytes:,} bytes, at most {FILES_BYTES_MAX:,} are kept")
 
     @property
     def digest(self) -> str:

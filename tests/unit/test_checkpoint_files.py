@@ -20,7 +20,14 @@ from psa_store.checkpoint.files import folder as folders
 from psa_store.checkpoint.files.export import Export, export_from_json
 from psa_store.checkpoint.files.folder import FileFacts, Folder
 from psa_store.checkpoint.files.importing import Source
-from psa_store.checkpoint.files.tensor_files import LENGTH_BYTES, index_of, param_key, read_header, split_into_files
+from psa_store.checkpoint.files.tensor_files import (
+    LENGTH_BYTES,
+    header_bytes,
+    index_of,
+    param_key,
+    read_header,
+    split_into_files,
+)
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES, TRAINABLE_DTYPES
@@ -79,8 +86,9 @@ def test_every_element_is_where_loaders_look_for_it(layout: Layout, max_file_byt
         loaded = load(data)
         assert loaded.keys() == {entry.key for entry in file.entries} and not loaded.keys() & found.keys()
         assert len(file.entries) == 1 or sum(entry.size_bytes for entry in file.entries) <= max_file_bytes
-        length = int.from_bytes(data[:LENGTH_BYTES], "little")
-        for key, stored in read_header(file.name, data[LENGTH_BYTES : LENGTH_BYTES + length]).items():
+        length = header_bytes(file.name, data[:LENGTH_BYTES], len(data))
+        text = data[LENGTH_BYTES : LENGTH_BYTES + length]
+        for key, stored in read_header(file.name, text, len(data)).items():
             assert stored.low % ITEM_BYTES[stored.dtype] == 0 and stored.high <= len(data)
             assert data[stored.low : stored.high] == loaded[key].flatten().view(torch.uint8).numpy().tobytes()
         found |= loaded

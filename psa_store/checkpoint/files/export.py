@@ -42,6 +42,9 @@ from psa_store.storage.sections import CLOCK
 
 MANIFEST = "psa.json"
 MAX_FILE_BYTES = 5_000_000_000
+_MANIFEST_BYTES_MAX = 256 << 20
+"""Enough for half a million tensors."""
+_VERSION_END = 1 << 62
 _READERS = 2
 """Threads that read from Redis while what was read before is written: two, so that one checks digests meanwhile."""
 
@@ -122,16 +125,20 @@ def export_from_json(url: str, text: bytes) -> Export:
     try:
         document = json.loads(text)
         digest, fields = document["digest"], document["manifest"]
-    except (ValueError, KeyError, TypeError) as error:
+        whole = digest == _digest(fields)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataIntegrity(f"{what} cannot be read: {error!r}") from error
-    if digest != _digest(fields):
+    if not whole:
         raise DataIntegrity(f"{what} is damaged, its digest does not match")
     manifest = from_fields(_Manifest, fields, what)
+    config, layout = job_config_from_json(json.dumps(manifest.job)), layout_from_json(json.dumps(manifest.layout))
+    if contradiction := _contradiction(manifest, config, layout):
+        raise DataIntegrity(f"{what} cannot be believed: {contradiction}")
     return Export(
         url=url,
         created=manifest.created,
-        config=job_config_from_json(json.dumps(manifest.job)),
-        layout=layout_from_json(json.dumps(manifest.layout)),
+        config=config,
+        layout=layout,
         version=manifest.version,
         clocks=manifest.clocks,
         scalars=manifest.scalars,
@@ -140,6 +147,22 @@ def export_from_json(url: str, text: bytes) -> Export:
         origin=manifest.origin,
         data=manifest.data,
     )
+
+
+def _contradiction(manifest: _Manifest, config: JobConfig, layout: Layout) -> str:
+    """What of a manifest does not fit the rest; empty if all does."""
+    names = [file.name for file in manifest.files]
+    if config.layout != layout.fingerprint:
+        return "its job has another layout"
+    if len(manifest.scalars) != len(layout.shards):
+        return f"it has scalars of {len(manifest.scalars)} shards, and its layout {len(layout.shards)}"
+    if len(manifest.clocks) != config.clocks:
+        return f"it has clocks of {len(manifest.clocks)} ranks, and its job {config.clocks}"
+    if not all(0 <= number < _VERSION_END for number in (manifest.version, *manifest.clocks)):
+        return "a version or clock is none"
+    if any(not name or name.startswith(".") or "/" in name for name in names) or len(set(names)) < len(names):
+        return "it lists what is no file in its folder, or one twice"
+    return ""
 
 
 def export_version(version: StoredVersion, url: str, max_file_bytes: int = MAX_FILE_BYTES) -> Export:
@@ -222,7 +245,15 @@ def open_export(url: str) -> Export:
             f"{url}: no {MANIFEST} in it, so it is no export, or one of an average alone, or was not finished. "
             "Files of other programs cannot be imported: load them into the model, and begin a new job with it."
         )
-    return export_from_json(folder.url, folder.read(MANIFEST))
+    return _read_manifest(folder, MANIFEST)
+
+
+def _read_manifest(folder: Folder, name: str) -> Export:
+    """That in a file of this name; raises DataIntegrity if it is none."""
+    text = folder.read(name, 0, _MANIFEST_BYTES_MAX + 1)
+    if len(text) > _MANIFEST_BYTES_MAX:
+        raise DataIntegrity(f"{folder.url}: {name} is longer than {_MANIFEST_BYTES_MAX:,} bytes")
+    return export_from_json(folder.url, text)
 
 
 def verify_export(export: Export) -> None:
@@ -252,7 +283,7 @@ def ours_in(folder: Folder) -> set[str]:
     for name in names:
         if name.startswith(MANIFEST):
             with suppress(DataIntegrity):
-                ours |= {file.name for file in export_from_json(folder.url, folder.read(name)).files}
+                ours |= {file.name for file in _read_manifest(folder, name).files}
     return ours & set(names)
 
 
@@ -271,7 +302,7 @@ def list_exports(url: str, job: str | None = None) -> tuple[list[Export], list[t
         names = folder.names()
         if MANIFEST in names:
             try:
-                found.append(export_from_json(folder.url, folder.read(MANIFEST)))
+                found.append(_read_manifest(folder, MANIFEST))
             except PsaError as error:
                 passed.append((folder.url, str(error)))
         elif any(is_ours(name) for name in names):

@@ -29,7 +29,7 @@ from psa_store.errors import DataIntegrity, JobBusy, JobMismatch, UsageError
 from psa_store.job.config import JobConfig
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Layout, Shard, TensorRole, make_layout
-from psa_store.job.model_files import ModelFiles
+from psa_store.job.model_files import FILES_BYTES_MAX, ModelFiles
 from psa_store.storage import RedisStore, ShardState
 from psa_store.storage.sections import CLOCK, OPT_STEP, PARAM, RANK, SKIPPED
 
@@ -162,16 +162,25 @@ class Source:
         self._scalars = {shard.index: self._scalars_of(shard) for shard in layout.shards}
 
     def look(self) -> None:
-        """Find out where each tensor lies."""
+        """Find out where each tensor lies; raises DataIntegrity if one is missing or not as the job has it."""
         for file in self._export.files:
             if file.name.endswith(SUFFIX):
                 where = f"{self._folder.url}/{file.name}"
-                size = header_bytes(where, self._folder.read(file.name, 0, LENGTH_BYTES))
-                self._stored |= read_header(file.name, self._folder.read(file.name, LENGTH_BYTES, LENGTH_BYTES + size))
+                size = header_bytes(where, self._folder.read(file.name, 0, LENGTH_BYTES), file.size_bytes)
+                text = self._folder.read(file.name, LENGTH_BYTES, LENGTH_BYTES + size)
+                found = read_header(file.name, text, file.size_bytes)
+                if twice := found.keys() & self._stored.keys():
+                    raise DataIntegrity(f"{where}: tensor {min(twice)!r} is in another file as well")
+                self._stored |= found
+        for shard in self._layout.shards:
+            self._sections(shard)
 
     def model_files(self) -> ModelFiles | None:
         """The files that are beside the tensors; None if there are none."""
-        contents = {name: self._folder.read(name) for name in self._export.model_files}
+        sizes = {file.name: file.size_bytes for file in self._export.files if file.name in self._export.model_files}
+        if sum(sizes.values()) > FILES_BYTES_MAX:
+            raise DataIntegrity(f"{self._export.url}: the files beside its tensors are longer than {FILES_BYTES_MAX:,}")
+        contents = {name: self._folder.read(name, 0, size) for name, size in sizes.items()}
         return ModelFiles(contents) if contents else None
 
     def states(self) -> Iterator[ShardState]:
@@ -192,12 +201,15 @@ class Source:
             for section, key in keys.items():
                 stored = self._stored.get(key)
                 if section == PARAM or (stored is not None and shard.role is TensorRole.TRAINED):
-                    if stored is None or stored.shape != spec.shape:
-                        raise DataIntegrity(f"{self._export.url}: tensor {key!r} is missing, or has another shape")
+                    parts = sections.setdefault(section, [])
+                    dtype = spec.dtype if section == PARAM else parts[0].stored.dtype if parts else None
+                    if stored is None or stored.shape != spec.shape or stored.dtype != (dtype or stored.dtype):
+                        raise DataIntegrity(
+                            f"{self._export.url}: tensor {key!r} is missing, or has another shape or dtype"
+                        )
                     item = ITEM_BYTES[stored.dtype]
                     low = stored.low + piece.tensor_start * item
-                    part = _Part(stored, low, piece.length * item, piece.shard_start * item)
-                    sections.setdefault(section, []).append(part)
+                    parts.append(_Part(stored, low, piece.length * item, piece.shard_start * item))
         return sections
 
     def _ranks(self, shard: Shard) -> Mapping[str, tuple[str, memoryview]]:

@@ -14,6 +14,7 @@ Pure: no I/O, no threads.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,7 +22,7 @@ from typing import Any
 
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.dtypes import ITEM_BYTES
-from psa_store.job.layout import Layout, Piece, Shard, TensorSpec
+from psa_store.job.layout import DIMENSIONS_MAX, SIZE_END, Layout, Piece, Shard, TensorSpec
 from psa_store.optim.slots import AVERAGE
 from psa_store.storage import Section
 from psa_store.storage.sections import PARAM, RANK
@@ -203,30 +204,49 @@ def index_of(files: Sequence[FileSpec], stem: str) -> tuple[str, str] | None:
     return f"{stem}{SUFFIX}{INDEX}", json.dumps(document, indent=1)
 
 
-def header_bytes(file: str, length: bytes) -> int:
-    """The length of the JSON text, from the first bytes of a file; raises DataIntegrity if it cannot be."""
+def header_bytes(file: str, length: bytes, size_bytes: int) -> int:
+    """The length of the JSON text, from the first bytes of a file of this size; DataIntegrity if it cannot be."""
     size = int.from_bytes(length, "little")
-    if len(length) != LENGTH_BYTES or size > _HEADER_BYTES_MAX:
+    if len(length) != LENGTH_BYTES or size > min(_HEADER_BYTES_MAX, size_bytes - LENGTH_BYTES):
         raise DataIntegrity(f"{file}: it is no file of safetensors")
     return size
 
 
-def read_header(file: str, text: bytes) -> dict[str, Stored]:
-    """The tensors of a file by name, from its JSON text.
+def read_header(file: str, text: bytes, size_bytes: int) -> dict[str, Stored]:
+    """The tensors of a file by name, from its JSON text: each byte behind that belongs to one of them.
+
+    Args:
+        size_bytes: of the file.
 
     Raises:
-        DataIntegrity: it cannot be read, or has a dtype that we do not know.
+        DataIntegrity: it cannot be read, has a dtype that we do not know, or tensors that overlap, leave gaps, are not
+            as long as their shapes say, or do not end where the file does.
     """
+    end = LENGTH_BYTES + len(text)
     try:
-        start = LENGTH_BYTES + len(text)
-        tensors = {}
-        for key, facts in json.loads(text).items():
-            if key != "__metadata__":
-                low, high = facts["data_offsets"]
-                tensors[key] = Stored(file, _NAMES[facts["dtype"]], tuple(facts["shape"]), start + low, start + high)
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        document = json.loads(text)
+        tensors = {key: _stored(file, document[key], end) for key in document.keys() - {"__metadata__"}}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataIntegrity(f"{file}: its header cannot be read: {error!r}") from error
+    for key, stored in sorted(tensors.items(), key=lambda each: (each[1].low, each[1].high)):
+        if stored.low != end:
+            raise DataIntegrity(f"{file}: tensor {key!r} begins at byte {stored.low}, what is before it ends at {end}")
+        end = stored.high
+    if end != size_bytes:
+        raise DataIntegrity(f"{file}: its tensors end at byte {end}, it has {size_bytes}")
+    return tensors
+
+
+def _stored(file: str, facts: Mapping[str, Any], start: int) -> Stored:
+    """Raises ValueError, KeyError or TypeError if a tensor cannot be like that."""
+    dtype, shape = _NAMES[facts["dtype"]], facts["shape"]
+    low, high = facts["data_offsets"]
+    numbers = (low, high, *shape)
+    if len(shape) > DIMENSIONS_MAX or not all(type(number) is int and 0 <= number < SIZE_END for number in numbers):
+        raise ValueError(f"shape {str(shape)[:80]}, bytes {low} to {high}")
+    if math.prod(shape) * ITEM_BYTES[dtype] != high - low:
+        raise ValueError(f"{dtype} of shape {shape} in bytes {low} to {high}")
+    return Stored(file, dtype, tuple(shape), start + low, start + high)
 
 
 def param_key(spec: TensorSpec) -> str:
