@@ -115,11 +115,6 @@ class JobConfig:
             raise UsageError(f"microbatches={self.microbatches}: must be between 1 and 65535")
         if self.is_staged and not (self.weighs_ranks and not self.mode.may_miss_versions):
             raise UsageError(f"mode {self.mode} with stages: only sync goes with them, without backup and speculate")
-        if self.is_staged and self.compression.needs_residual:
-            raise UsageError(
-                f"compression {self.compression} with stages: what a rank holds back would have to move with each of "
-                "its cells. Use int8 or bf16."
-            )
         if self.commit_every < 0:
             raise UsageError(f"commit_every={self.commit_every}: must be 0 (never) or a number of steps")
         if self.mode.on_arrival and self.commit_every == 0:

@@ -24,7 +24,7 @@ from psa_store.worker.session import PlanSession, Tools
 
 
 class RankMemory:
-    """One rank's state. ``parts``: of every shard, its tensors by name; computing changes them in place."""
+    """One rank's state. ``parts``: by shard, its tensors by name; computing changes them in place."""
 
     def __init__(self, parts: Mapping[int, dict[str, Tensor]]) -> None:
         self.parts = parts
@@ -96,7 +96,9 @@ class RankStates:
 
         Nothing has been pushed for these ranks in this term, so servers still stand there.
         """
-        self._expected = {(rank, shard): memory for rank, memory in memories.items() for shard in self.kept}
+        self._expected = {
+            (rank, shard): memory for rank, memory in memories.items() for shard in self.kept if shard in memory.parts
+        }
 
         def send() -> None:
             for rank, shard in self._expected:

@@ -149,6 +149,22 @@ def test_a_worker_that_wakes_late_and_a_server_that_dies_with_a_full_relay_chang
     assert site.digest("late", STEPS) == site.digest("late-calm", STEPS)
 
 
+def test_what_topk_holds_back_goes_with_its_cell(site: Site, tmp_path: Path) -> None:
+    """A worker's death takes all back to the last commit, from where the next holder of a cell has it."""
+    cut = ["--stages", "2", "--dropout", "0.1", "--clip", "1.0", "--tied"]
+    calm = start(site, "topk-calm", *cut, workers=1, ranks=2, compress="topk:0.1")
+    assert calm.finish() == 0, calm.output
+    run = start(site, "topk", *cut, workers=3, ranks=2, compress="topk:0.1", failpoints=tmp_path, held=True)
+    run.wait_for_step(12)
+    for place in ("push.middle", "push.done"):
+        arm(tmp_path, place, FailpointAction.KILL)
+        run.wait_for_line(lambda line: "restarting" in line)
+        assert hit(tmp_path, place)
+        run.wait_for_line(lambda line: "rank is without its worker" in line)
+    assert run.finish() == 0, run.output
+    assert site.digest("topk", STEPS) == site.digest("topk-calm", STEPS)
+
+
 def test_a_job_is_forked_and_goes_on_in_other_stages(site: Site, tmp_path: Path) -> None:
     def psa_checkpoint(*arguments: str) -> None:
         run = site.psa("checkpoint", *arguments, env={"PYTHONPATH": str(Path(__file__).parents[2])})

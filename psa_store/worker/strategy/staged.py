@@ -30,6 +30,7 @@ from psa_store.worker.host_memory import must_suffice
 from psa_store.worker.microbatches import microbatches_of
 from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.rank_passes import RankPasses, ties_of
+from psa_store.worker.residuals import Residuals
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import PlanSession, Tools
 from psa_store.worker.stages import StagedModel
@@ -51,7 +52,8 @@ class StagedStrategy:
         self._loop = StepLoop(tools, self.session, self._step, self)
         self._pool = GradientPool(tools.layout, tools.wire)
         self._gradients: GradientMemory
-        self._push = GradientPush(tools, self.session, lambda rank, shard: None)
+        self._residuals = Residuals(tools, self.session)
+        self._push = GradientPush(tools, self.session, self._residuals.of)
         self._rank_step: RankStep
         self._ties = ties_of(tools.layout)
         self._passes: RankPasses | None = None
@@ -80,7 +82,7 @@ class StagedStrategy:
     def begin(self, rank_step: RankStep) -> None:
         self._rank_step = rank_step
         self._computed = None
-        self._push.begin(rank_step, self._gradients)
+        self._push.begin(rank_step, self._gradients, self._residuals.state_of(rank_step))
 
     def compute(self, batch: Any) -> Tensor | None:
         """Make all passes of the cells here of the present rank; the loss, where its last stage is.
@@ -231,6 +233,7 @@ class StagedStrategy:
 
     def show(self, version: int) -> None:
         """Let the stages here be at a version of which all their shards are here."""
+        self._residuals.shown(version)
         self._model.version_arrived()
         self._servers.carries.release()
         self._step.loaded(self.session.plan.term, version)
@@ -251,6 +254,8 @@ class StagedStrategy:
             wanted = max(
                 (session.arrived[shard.index] for shard in self._versioned(self._model.stages)), default=newest
             )
+        if not self._residuals.load(plan.term, newest):
+            return False
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
         self.show(newest)
@@ -314,6 +319,8 @@ class StagedStrategy:
                 self.session.arrived[header.shard] = header.step
             case Kind.RELAY:
                 self._take_parcel(answer)
+            case Kind.STATE:
+                self._residuals.take(answer)
             case Kind.WANT:
                 self._over = header.step
             case Kind.CLOCKS:

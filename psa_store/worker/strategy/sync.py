@@ -6,25 +6,19 @@ What is to be done next decides :class:`psa_store.consistency.worker_step.Worker
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
-
-import torch
-from torch import Tensor
 
 from psa_store.cluster import Plan
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.consistency.worker_instructions import AskClocks, Await, Listen
 from psa_store.consistency.worker_step import WorkerStep
 from psa_store.job.layout import Shard, TensorRole
-from psa_store.optim.rank_state import RESIDUAL
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
 from psa_store.worker.batches import RankStep
 from psa_store.worker.flat_model import FlatModel
 from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.pushing import GradientPush, refuse
-from psa_store.worker.rank_state import RankMemory, RankStates
+from psa_store.worker.residuals import Residuals
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import WAIT_S, PlanSession, Tools
 from psa_store.worker.strategy.base import place_parameters
@@ -49,19 +43,13 @@ class SyncStrategy:
         self._loop = StepLoop(tools, self.session, self._step, self)
         self._pool = GradientPool(tools.layout, tools.wire)
         self._gradients: GradientMemory
-        self._push = GradientPush(tools, self.session, self._residual)
+        self._residuals = Residuals(tools, self.session)
+        self._push = GradientPush(tools, self.session, self._residuals.of)
         self._trained = {shard.index for shard in tools.layout.shards_of(TensorRole.TRAINED)}
         self._buffers = tools.layout.shards_of(TensorRole.BUFFER)
         self._all_push_buffers = tools.config.pushes_all_buffers
         self._speculates = tools.config.mode.speculate
         self._begun_s = self._slow_at_s = 0.0
-        self._states = RankStates(tools, self.session)
-        self._memories: dict[int, RankMemory] = {}
-        """By held rank, its state at the present version ..."""
-        self._memories_next: dict[int, RankMemory] = {}
-        """... and at the next: until that is here, a step may have to be made again."""
-        self._memories_since: int | None = None
-        """The term in which that began."""
 
     # --- what the worker calls
 
@@ -73,11 +61,7 @@ class SyncStrategy:
         return self._loop.next_rank_step()
 
     def begin(self, rank_step: RankStep) -> None:
-        state_of: dict[int, Callable[[], Tensor]] = {}
-        if self._states.kept and self._states.are_due(rank_step.step + 1):
-            memory = self._memories_next[rank_step.rank]
-            state_of = {shard: partial(self._states.pack, shard, memory) for shard in self._states.kept}
-        self._push.begin(rank_step, self._gradients, state_of)
+        self._push.begin(rank_step, self._gradients, self._residuals.state_of(rank_step))
         self._push.computing()
         self._flat_model.begin(self._gradients, self._push.push)
         self._begun_s = time.monotonic()
@@ -117,8 +101,7 @@ class SyncStrategy:
 
     def show(self, version: int) -> None:
         """Let the model, and the ranks held here, be at a version of which all shards are here."""
-        if version == self._step.version + 1:
-            self._memories, self._memories_next = self._memories_next, self._memories
+        self._residuals.shown(version)
         self._flat_model.version_arrived()
         self._step.loaded(version)
 
@@ -135,13 +118,8 @@ class SyncStrategy:
                 return False
             # A step may complete meanwhile: then some shards are a version ahead of others.
             wanted = max((session.arrived[shard.index] for shard in versioned), default=newest)
-        if self._states.kept and self._memories_since != plan.term:
-            self._memories = {rank: self._new_memory() for rank in self.session.held}
-            self._memories_next = {rank: self._new_memory() for rank in self.session.held}
-            if not self._states.pull(plan.resume, self._memories):
-                return False
-            self._memories_since = plan.term
-            self._step.loaded(newest)  # the state is that of this version, whatever was here before
+        if not self._residuals.load(plan.term, newest):
+            return False
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
         self.show(newest)
@@ -173,20 +151,8 @@ class SyncStrategy:
             case Kind.PARAMS:
                 self.session.arrived[header.shard] = header.step
             case Kind.STATE:
-                self._states.take(answer)
+                self._residuals.take(answer)
             case Kind.CLOCKS:
                 self._step.told(answer.server, answer.clocks[: self._tools.config.ranks])
             case _:
                 pass
-
-    # --- rank state
-
-    def _residual(self, rank: int, shard: Shard) -> Tensor | None:
-        """A copy of what the rank has held back up to this version, for the next."""
-        if rank not in self._memories:
-            return None
-        place = self._memories_next[rank].parts[shard.index][RESIDUAL]
-        return place.copy_(self._memories[rank].parts[shard.index][RESIDUAL])
-
-    def _new_memory(self) -> RankMemory:
-        return RankMemory({i: {RESIDUAL: torch.zeros(state.numel)} for i, state in self._states.kept.items()})
