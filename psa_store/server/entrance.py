@@ -25,8 +25,6 @@ _UNPROVED_S = 5.0
 """How long a connection may take to prove the key."""
 _SWEEP_S = 0.25
 _DRAIN_BYTES = 4096
-_ACCEPTS_MAX = 32
-"""Connections that are accepted in one turn: the others of the event loop wait meanwhile."""
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -57,6 +55,8 @@ class Candidate:
     until_s: float
     tls: TlsSocket | None = None
     """The socket, while its handshake is not done."""
+    watched: bool = False
+    """Whether the selector has it."""
 
 
 class Entrance:
@@ -91,24 +91,23 @@ class Entrance:
         return len(self._candidates)
 
     def accept(self, listener: socket.socket) -> None:
-        """Take in connections that wait, so many of them that others have their turn."""
-        for _ in range(_ACCEPTS_MAX):
-            try:
-                sock, address = listener.accept()
-            except OSError as error:
-                if error.errno in _OUT_OF_DESCRIPTORS:
-                    self._listen(False)  # until the next sweep: the event loop must not turn for nothing
-                    self._sweep_at_s = time.monotonic() + _SWEEP_S
-                    self._refusals.note("a peer", f"no descriptor is left: {error.strerror}")
-                return  # otherwise none waits any more, or the peer is gone again
-            if sock.fileno() >= self._limits.descriptor_max:
-                sock.close()
-                self._refusals.note("a peer", "too many connections for the limit of descriptors, see `ulimit -n`")
-            elif sock.family == socket.AF_UNIX and not is_own(sock):
-                sock.close()
-                self._refusals.note("a local peer", "another user of this machine")
-            else:
-                self._begin(sock, str(address or "local client"))
+        """Take in one connection: others have their turn, and the selector tells if more of them wait."""
+        try:
+            sock, address = listener.accept()
+        except OSError as error:
+            if error.errno in _OUT_OF_DESCRIPTORS:
+                self._listen(False)  # until the next sweep: the event loop must not turn for nothing
+                self._sweep_at_s = time.monotonic() + _SWEEP_S
+                self._refusals.note("a peer", f"no descriptor is left: {error.strerror}")
+            return  # otherwise the peer is gone again
+        if sock.fileno() >= self._limits.descriptor_max:
+            sock.close()
+            self._refusals.note("a peer", "too many connections for the limit of descriptors, see `ulimit -n`")
+        elif sock.family == socket.AF_UNIX and not is_own(sock):
+            sock.close()
+            self._refusals.note("a local peer", "another user of this machine")
+        else:
+            self._begin(sock, str(address or "local client"))
 
     def serve(self, candidate: Candidate) -> None:
         """Read what a candidate has sent, and answer; hand it on if that proves the key."""
@@ -126,8 +125,7 @@ class Entrance:
             self._end(candidate, "closed the connection before it had proved anything")
         else:
             if is_proved:
-                del self._candidates[candidate]
-                self._selector.unregister(candidate.sock)
+                self._forget(candidate)
                 self._proved(candidate.sock, candidate.peer, candidate.proof)
 
     def sweep(self) -> None:
@@ -163,16 +161,22 @@ class Entrance:
             self._end(next(iter(self._candidates)), "made room for newer ones: too many prove nothing")
         candidate = Candidate(sock, peer, self._door.accepting(), time.monotonic() + _UNPROVED_S, tls)
         self._candidates[candidate] = None
-        self._selector.register(sock, selectors.EVENT_READ, candidate)
         self.serve(candidate)  # what it says first has often come with it
+        if candidate in self._candidates:
+            self._selector.register(sock, selectors.EVENT_READ, candidate)
+            candidate.watched = True
 
     def _end(self, candidate: Candidate, why: str) -> None:
-        del self._candidates[candidate]
-        self._selector.unregister(candidate.sock)
+        self._forget(candidate)
         with suppress(OSError):  # what is unread at the end has TCP drop our last word, which says what is wrong
             socket.socket.recv(candidate.sock, _DRAIN_BYTES)
         candidate.sock.close()
         self._refusals.note(candidate.peer, why)
+
+    def _forget(self, candidate: Candidate) -> None:
+        del self._candidates[candidate]
+        if candidate.watched:
+            self._selector.unregister(candidate.sock)
 
     def _listen(self, listens: bool) -> None:
         if listens is self._listens:
@@ -202,6 +206,8 @@ def _read(candidate: Candidate) -> bool:
         if not data:
             raise ConnectionResetError
         answer = proof.take(data)
-        if answer and candidate.sock.send(answer) < len(answer):
-            raise ConnectionResetError  # it is smaller than the buffer of any socket
+        if answer:
+            if candidate.sock.send(answer) < len(answer):
+                raise ConnectionResetError  # it is smaller than the buffer of any socket
+            return False  # what comes next is said after the answer was read
     return True

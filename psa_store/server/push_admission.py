@@ -3,7 +3,7 @@
     PARK           its turn has not come: nothing more is read from that worker until it has
     Take           it is wanted: here is where its bytes go
     TakeReference  it is wanted, and lies in memory that the worker shares
-    Drop           it is not wanted, or not allowed: its bytes go to scratch memory
+    Drop           it is not wanted, or not allowed: its bytes are discarded
 
 The decision is kept until the last byte is here, and is carried out then. Meanwhile it can become Drop: the term ends,
 the rank goes to another worker, or the same gradient comes over another connection.
@@ -30,7 +30,7 @@ from psa_store.optim.rank_state import rank_state_of
 from psa_store.optim.tensors import as_bytes
 from psa_store.server.aggregator import Aggregator, Rules
 from psa_store.server.clients import Client
-from psa_store.wire import PARK, Connection, Flag, Header, Park, Reason
+from psa_store.wire import DISCARD, PARK, Connection, Flag, Header, Park, Place, Reason
 
 _NOTHING = memoryview(b"")
 
@@ -112,35 +112,28 @@ class PushAdmission:
         self._frozen = frozenset(shard.index for shard in layout.shards_of(TensorRole.FROZEN))
         self._forms = [_Form(config, layout, wire, shard) for shard in layout.shards]
         marks_max = sum(form.mark_bytes for form in self._forms)
-        self._scratch = memoryview(bytearray(max(marks_max, *(form.bytes_max for form in self._forms))))
+        self._bytes_max = max(marks_max, *(form.bytes_max for form in self._forms))
         self._layout = layout
         self._decided: dict[Connection, Take | TakeReference | Drop] = {}
 
-    def admit(
-        self, aggregator: Aggregator, connection: Connection, client: Client | None, header: Header
-    ) -> memoryview | Park:
+    def admit(self, aggregator: Aggregator, connection: Connection, client: Client | None, header: Header) -> Place:
         """Judge a push; returns where its bytes go.
 
         Raises:
             Refused: no correct worker sends this.
         """
         decision = self._judge(aggregator, connection, client, header)
-        match decision:
-            case Park():
-                return decision
-            case Take():
-                self._divert_former(decision.shard, header.rank, connection)
-                memory = decision.memory
-            case TakeReference():
-                for shard, _ in decision.gradients:
-                    self._divert_former(shard, header.rank, connection)
-                memory = decision.memory
-            case Drop():
-                if header.length > len(self._scratch):
-                    raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {len(self._scratch)}")
-                memory = self._scratch[: header.length]
+        if isinstance(decision, Park):
+            return decision
+        if isinstance(decision, Drop):
+            if header.length > self._bytes_max:
+                raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {self._bytes_max}")
+            self._decided[connection] = decision
+            return DISCARD
+        for shard in decision.shards:
+            self._divert_former(shard, header.rank, connection)
         self._decided[connection] = decision
-        return memory
+        return decision.memory
 
     def finish(self, aggregator: Aggregator | None, connection: Connection, header: Header) -> Reason:
         """Carry out what was decided, now that all bytes are here; returns what to tell the worker."""
@@ -201,7 +194,7 @@ class PushAdmission:
                 self._divert(former, Reason.NONE)
 
     def _divert(self, connection: Connection, reason: Reason) -> None:
-        connection.divert(self._scratch)
+        connection.divert()
         self._decided[connection] = Drop(reason)
 
     # --- judging

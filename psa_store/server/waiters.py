@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,9 +56,7 @@ class Waiters:
         self._journal = journal
         self._shows_parameters = shows_parameters
         self._waiting_max = waiting_max
-        self._pulls: list[tuple[Connection, Header]] = []
-        self._pulling: Counter[Connection] = Counter()
-        """How many of them are of a connection."""
+        self._pulls: dict[Connection, list[Header]] = {}
         self._awaits: dict[Client, Header] = {}
         self._finishes: list[tuple[Connection, Header]] = []
         self._streaming: set[Client] = set()
@@ -73,9 +70,9 @@ class Waiters:
 
     def pull(self, connection: Connection, header: Header) -> None:
         """PULL: one shard by value, at ``header.step`` or later. Raises Refused: too many wait already."""
-        self._check_few(self._pulling[connection], header)
-        self._pulling[connection] += 1
-        self._pulls.append((connection, header))
+        waiting = self._pulls.setdefault(connection, [])
+        self._check_few(len(waiting), header)
+        waiting.append(header)
         self.stale = True
 
     def wait(self, client: Client, header: Header) -> None:
@@ -96,23 +93,18 @@ class Waiters:
             raise Refused(f"{header.kind.name}, and {waiting} of them wait already")
 
     def clear(self) -> None:
-        self._set_pulls([])
+        self._pulls.clear()
         self._awaits.clear()
         self._set_finishes([])
         self._streaming.clear()
 
     def forget(self, connection: Connection) -> None:
         """Nothing waits at this connection any more."""
-        if self._pulling[connection]:
-            self._set_pulls([each for each in self._pulls if each[0] is not connection])
+        self._pulls.pop(connection, None)
         self._set_finishes([each for each in self._finishes if each[0] is not connection])
         for client in [each for each in self._awaits if each.connection is connection]:
             del self._awaits[client]
             self._streaming.discard(client)
-
-    def _set_pulls(self, pulls: list[tuple[Connection, Header]]) -> None:
-        self._pulls = pulls
-        self._pulling = Counter(connection for connection, _ in pulls)
 
     def _set_finishes(self, finishes: list[tuple[Connection, Header]]) -> None:
         self._finishes = finishes
@@ -147,22 +139,28 @@ class Waiters:
     # --- answers
 
     def _answer_pulls(self, now: Now) -> None:
-        """Frozen shards stay at version 0 and are always ready."""
-        asked, waiting = self._pulls, []
-        for connection, header in asked:
-            owned = now.owned_shards[header.shard]
-            if now.version >= header.step and header.flags & Flag.STATE:
-                self._send_state(now, connection, header)
-            elif now.version >= header.step and header.flags & Flag.AVERAGE:
-                self._send_average(now, connection, owned)
-            elif owned.shard.role is TensorRole.FROZEN:
-                self._send(now.plan, connection, owned, 0)
-            elif now.version >= header.step:
-                self._send(now.plan, connection, owned, now.version)
+        for connection, asked in list(self._pulls.items()):
+            waiting = [header for header in asked if not self._answer_pull(now, connection, header)]
+            if waiting and connection in self._pulls:  # unless it was lost while it was answered
+                self._pulls[connection] = waiting
             else:
-                waiting.append((connection, header))
-        # A connection that was lost while it was answered is forgotten already.
-        self._set_pulls([each for each in waiting if each[0] in self._pulling])
+                self._pulls.pop(connection, None)
+
+    def _answer_pull(self, now: Now, connection: Connection, header: Header) -> bool:
+        """False: the version is not there yet. Frozen shards stay at version 0 and are always ready."""
+        owned = now.owned_shards[header.shard]
+        is_there = now.version >= header.step
+        if is_there and header.flags & Flag.STATE:
+            self._send_state(now, connection, header)
+        elif is_there and header.flags & Flag.AVERAGE:
+            self._send_average(now, connection, owned)
+        elif owned.shard.role is TensorRole.FROZEN:
+            self._send(now.plan, connection, owned, 0)
+        elif is_there:
+            self._send(now.plan, connection, owned, now.version)
+        else:
+            return False
+        return True
 
     def _answer_awaits(self, now: Now) -> None:
         for client, header in list(self._awaits.items()):

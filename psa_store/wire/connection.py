@@ -194,9 +194,11 @@ class Connection:
     def receive(self) -> Iterator[tuple[Header, memoryview]]:
         """Yield the frames that are complete by now; raises Disconnected or Refused."""
         for turn in count():
-            if self.parked or (turn >= _READ_ROUNDS_MAX and not self._pending()):
+            # In the end only what TLS has taken from the socket, which does not show it: one record at most.
+            limit = None if turn < _READ_ROUNDS_MAX else self._pending()
+            if self.parked or limit == 0:
                 return
-            frame_done = self._read_some()
+            frame_done = self._read_some(limit)
             if frame_done is None:
                 return
             if frame_done:
@@ -212,13 +214,16 @@ class Connection:
             assert self._header is not None
             self._take_place(self._header, self._admit(self, self._header))
 
-    def divert(self, scratch: memoryview) -> None:
-        """Let the rest of the payload that is arriving go to ``scratch``: its place is needed for another."""
-        assert self._payload is not None
-        self._payload = scratch[: len(self._payload)]
+    def divert(self) -> None:
+        """Discard the rest of the payload that is arriving: its place is needed for another."""
+        assert self._payload is not None and not self._unwanted_bytes
+        self._payload, self._unwanted_bytes = _NOTHING, len(self._payload) - self._filled
 
-    def _read_some(self) -> bool | None:
-        """One read. True: a frame is complete. False: there may be more to read. None: there is not."""
+    def _read_some(self, limit: int | None) -> bool | None:
+        """One read, of ``limit`` bytes at most.
+
+        True: a frame is complete. False: there may be more to read. None: there is not.
+        """
         if self._header is None:
             target = memoryview(self._header_bytes)[self._filled :]
         elif self._unwanted_bytes:
@@ -228,7 +233,8 @@ class Connection:
             target = self._payload[self._filled :]
         if len(target):
             try:
-                count = self._receive_header(target) if self._header is None else self._sock.recv_into(target)
+                part = target if limit is None else target[:limit]
+                count = self._receive_header(part) if self._header is None else self._sock.recv_into(part)
             except (BlockingIOError, InterruptedError):
                 return None
             except OSError as error:

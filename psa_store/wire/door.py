@@ -55,7 +55,6 @@ class Door:
             return
         proof = Connecting(self.key, self.job, role, secrets.token_bytes(NONCE_BYTES))
         try:
-            sock.settimeout(max(_BLOCKS_S, end_s - time.monotonic()))
             sock.sendall(proof.opening)
             while not proof.done:
                 sock.settimeout(max(_BLOCKS_S, end_s - time.monotonic()))

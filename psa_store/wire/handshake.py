@@ -28,6 +28,7 @@ import hashlib
 import hmac
 import struct
 from enum import IntEnum
+from functools import cache
 from typing import Final
 
 from psa_store.errors import Refused
@@ -222,10 +223,9 @@ class FirstFrame:
             raise Rejected(str(error), refusal(str(error))) from error
         if header.kind not in (Kind.HELLO, Kind.INSPECT):
             why = f"{header.kind.name} before HELLO"
-        else:
-            self.header = header
-            return b""
-        raise Rejected(why, refusal(why))
+            raise Rejected(why, refusal(why))
+        self.header = header
+        return b""
 
 
 def refusal(why: str) -> bytes:
@@ -244,5 +244,6 @@ def _proof(key: bytes, direction: bytes, opening: bytes, nonce: bytes) -> bytes:
     return hmac.digest(key, b"psa_store " + direction + opening + nonce, "sha256")
 
 
+@cache
 def _digest(job: str) -> bytes:
     return hashlib.sha256(job.encode()).digest()

@@ -35,16 +35,12 @@ class TlsSocket(ssl.SSLSocket):
         """
         rest = memoryview(buffer)[: nbytes or None][:_CHUNK_BYTES]
         received = 0
-        while received < len(rest):
-            try:
-                count = super().recv_into(rest[received:], None, flags)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                if received:
-                    break
+        try:
+            while received < len(rest) and (count := self.read(len(rest) - received, rest[received:])):
+                received += count
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            if not received:
                 raise BlockingIOError from error
-            if not count:
-                break
-            received += count
         return received
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:

@@ -26,11 +26,13 @@ from psa_store.job.layout import Layout, Shard, TensorRole, layout_from_json
 from psa_store.testing.failpoints import FailpointAction, arm
 from psa_store.wire import PROTOCOL, Door, Header, Kind, Reason, Role, SharedMemory, connect
 from psa_store.wire.frames import HEADER_BYTES, unpack
-from tests.harness import Site
+from tests.harness import LIVE, Run, Site
 
 PATIENCE_S = 120.0
 """How long a peer waits for an answer: a server that does not give it by then never will."""
 NUMBERS = itertools.count()
+STEPS = ("--steps", "1000000", "--pace-s", "0.01")
+"""Without end, until it is stopped."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,32 @@ def look(site: Site, job: str, failpoints: Path | None = None, key: bytes | None
 
 def coordination(site: Site, job: str) -> Coordination:
     return Coordination(site.zookeeper, job, session_timeout_s=4.0, connect_timeout_s=5.0, wake=threading.Event().set)
+
+
+# --- a job on which peers are let loose
+
+
+def start(
+    site: Site, job: str, *arguments: str, failpoints: Path | None = None, key: str | None = None, **options: Any
+) -> Run:
+    # The schedule of the learning rate must not depend on where a run is stopped.
+    env = {} if failpoints is None else {"PSA_FAILPOINTS": str(failpoints)}
+    env |= {} if key is None else {"PSA_KEY": key}
+    return site.run(job, "--total", "1000", *arguments, env=env, workers=1, ranks=2, commit_every=0, **options)
+
+
+@contextmanager
+def running(site: Site, job: str, **options: Any) -> Iterator[Run]:
+    """One worker that shares memory with two servers, for all tests of a module; see :func:`start`."""
+    run = start(site, job, *STEPS, servers=2, **options)
+    LIVE.remove(run)  # it outlives the test that started it; we end it
+    try:
+        run.wait_for_step(5)
+        while len(set(look(site, job).plan.owners)) < 2:  # unless both were there in time, one joins by a hand-over
+            run.wait_for_line(lambda line: line.startswith("step "))
+        yield run
+    finally:
+        run.kill()
 
 
 # --- what a process holds, seen from outside

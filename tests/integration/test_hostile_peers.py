@@ -14,7 +14,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +22,8 @@ from psa_store.compression import parse_compression
 from psa_store.job.layout import TensorRole
 from psa_store.wire import PROTOCOL, Flag, Header, Kind, Reason
 from psa_store.wire.frames import HEADER_BYTES, HELLO_BYTES_MAX, PAYLOAD_BYTES_MAX
-from tests.harness import LIVE, Run, Site
-from tests.integration.peers import NUMBERS, Holdings, Scene, holdings, look, resident_bytes
+from tests.harness import Run, Site
+from tests.integration.peers import NUMBERS, STEPS, Holdings, Scene, holdings, look, resident_bytes, running, start
 
 CARRIERS = ["unix", "tcp"]
 JOB = "hostile-peers"
@@ -594,16 +593,8 @@ def failpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(site: Site, failpoints: Path) -> Iterator[Run]:
-    """One worker that shares memory with two servers, until it is stopped."""
-    run = start(site, JOB, "--steps", "1000000", "--pace-s", "0.01", failpoints=failpoints, servers=2)
-    LIVE.remove(run)  # it outlives the test that started it; we end it
-    try:
-        run.wait_for_step(5)
-        while len(set(look(site, JOB).plan.owners)) < 2:  # unless both were there in time, one joins by a hand-over
-            run.wait_for_line(lambda line: line.startswith("step "))
+    with running(site, JOB, failpoints=failpoints) as run:
         yield run
-    finally:
-        run.kill()
 
 
 @pytest.fixture
@@ -682,7 +673,7 @@ def test_a_peer_that_asks_and_does_not_listen_is_not_answered_for_ever(scene: Sc
 
 def test_encodings_that_are_none_end_the_peer_and_nothing_else(site: Site, tmp_path: Path) -> None:
     job, int8 = "hostile-int8", parse_compression("int8")
-    run = start(site, job, "--steps", "1000000", "--pace-s", "0.01", failpoints=tmp_path, servers=1, compress="int8")
+    run = start(site, job, *STEPS, failpoints=tmp_path, servers=1, compress="int8")
     run.wait_for_step(5)
     with look(site, job, tmp_path) as scene:
         shard = next(each for each in scene.layout.shards_of(TensorRole.TRAINED) if each.dtype == "float32")
@@ -714,15 +705,6 @@ def test_the_result_has_the_same_bits_as_without_them(site: Site, run: Run) -> N
     differing = [step for step, loss in losses(run).items() if loss != expected[step]]
     assert not differing, f"from step {differing[0]} on"
     assert site.digest(JOB, last) == site.digest(JOB + "-not", last)
-
-
-def start(
-    site: Site, job: str, *arguments: str, failpoints: Path | None = None, key: str | None = None, **options: Any
-) -> Run:
-    # The schedule of the learning rate must not depend on where a run is stopped.
-    env = {} if failpoints is None else {"PSA_FAILPOINTS": str(failpoints)}
-    env |= {} if key is None else {"PSA_KEY": key}
-    return site.run(job, "--total", "1000", *arguments, env=env, workers=1, ranks=2, commit_every=0, **options)
 
 
 def losses(run: Run) -> dict[int, str]:

@@ -24,9 +24,19 @@ from psa_store.errors import Unproved
 from psa_store.wire import Door, Header, Hello, Kind, Role, connect, encode
 from psa_store.wire.frames import HEADER_BYTES
 from psa_store.wire.handshake import NONCE_BYTES, Connecting
-from tests.harness import LIVE, Run, Site
-from tests.integration.peers import PATIENCE_S, Frame, Peer, Scene, holdings, look, resident_bytes
-from tests.integration.test_hostile_peers import start
+from tests.harness import Run, Site
+from tests.integration.peers import (
+    PATIENCE_S,
+    STEPS,
+    Frame,
+    Peer,
+    Scene,
+    holdings,
+    look,
+    resident_bytes,
+    running,
+    start,
+)
 from tests.unit.test_tls import authority
 
 JOB = "key"
@@ -36,22 +46,12 @@ SILENT = 1100
 MUTATED = 300
 MUTATED_LONG = 1_000_000 // 3
 GROWTH_BYTES_MAX = 8 << 20
-STEPS = ("--steps", "1000000", "--pace-s", "0.01")
 
 
 @pytest.fixture(scope="module")
 def run(site: Site) -> Iterator[Run]:
-    """One worker that shares memory with two servers, until it is stopped."""
-    limit = ("prlimit", "--nofile=1024:1024")
-    run = start(site, JOB, *STEPS, key=KEY, before=limit, servers=2)
-    LIVE.remove(run)  # it outlives the test that started it; we end it
-    try:
-        run.wait_for_step(5)
-        while len(set(look(site, JOB).plan.owners)) < 2:  # unless both were there in time, one joins by a hand-over
-            run.wait_for_line(lambda line: line.startswith("step "))
+    with running(site, JOB, key=KEY, before=("prlimit", "--nofile=1024:1024")) as run:
         yield run
-    finally:
-        run.kill()
 
 
 @pytest.fixture
@@ -190,10 +190,11 @@ def test_mutated_frames_leave_nothing_behind(scene: Scene, peers: int) -> None:
     mutate(scene, peers, seed=2)
     scene.check_that_training_goes_on()
     after = [holdings(pid) for pid in scene.pids]
+    growth = [resident_bytes(pid) - former for pid, former in zip(scene.pids, resident, strict=True)]
+    print(f"{3 * peers} frames: {before} before, {after} after; resident memory {resident}, and {growth} more")
     for now, then in zip(after, before, strict=True):
         assert now.threads <= then.threads + 1 and now.memfd_mappings <= then.memfd_mappings
         assert now.sockets_and_memory <= then.sockets_and_memory + 5
-    growth = [resident_bytes(pid) - former for pid, former in zip(scene.pids, resident, strict=True)]
     assert max(growth) < GROWTH_BYTES_MAX, growth
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import select
 import selectors
 import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,14 @@ from psa_store.config import Settings
 from psa_store.errors import Disconnected, Unproved, UsageError
 from psa_store.server.entrance import Candidate, Entrance, Limits
 from psa_store.server.refusals import Refusals
-from psa_store.wire import Connection, Door, Header, Kind, Role, Tls, connect, listen_tcp
+from psa_store.wire import DISCARD, Connection, Door, Header, Kind, Role, Tls, Traffic, connect, listen_tcp
+from psa_store.wire import connection as connection_module
+from psa_store.wire import tls as tls_module
+from psa_store.wire.frames import HEADER_BYTES
 from tests.harness import PATIENCE_S
 
 KEY = b"a key of the cluster"
+RECORD_BYTES = 1 << 14
 
 
 def authority(folder: Path) -> Tls:
@@ -133,6 +138,24 @@ def test_frames_come_as_they_were_sent_in_both_directions(serve: Callable[[Door]
         assert all(selector.get_key(end).data == sent for end in ends)
     for end in ends:
         end.close()
+
+
+def test_a_peer_that_sends_without_end_does_not_hold_the_event_loop(
+    serve: Callable[[Door], Server], tls: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its frames end in the middle of TLS's records, so there is always a rest that the socket does not show."""
+    monkeypatch.setattr(tls_module, "_CHUNK_BYTES", 2 * RECORD_BYTES)
+    monkeypatch.setattr(connection_module, "_READ_ROUNDS_MAX", 2)
+    server = serve(Door("a", KEY, tls))
+    ours = Connection(enter(server, Door("a", KEY, tls)), "peer", lambda *_: DISCARD)
+    traffic = Traffic()
+    theirs = Connection(server.take_over(), "peer", lambda *_: DISCARD, traffic)
+    with closing(ours), closing(theirs):
+        ours.send(Header(Kind.PUSH, length=1 << 24), bytes(1 << 24))
+        ours.flush()
+        select.select([theirs], [], [], PATIENCE_S)
+        assert list(theirs.receive()) == []
+        assert HEADER_BYTES < traffic.received_bytes <= HEADER_BYTES + 3 * RECORD_BYTES
 
 
 def test_a_certificate_of_another_authority_is_refused_on_both_sides(
