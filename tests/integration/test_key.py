@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
+import statistics
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -43,6 +46,9 @@ JOB = "key"
 KEY = f"canary-{secrets.token_hex(16)}"
 CARRIERS = ["unix", "tcp"]
 SILENT = 1100
+SILENT_LONG = 5000
+STEPS_MEASURED = 400
+STEP_RATIO_MAX = 1.2
 MUTATED = 300
 MUTATED_LONG = 1_000_000 // 3
 GROWTH_BYTES_MAX = 8 << 20
@@ -180,6 +186,30 @@ def test_those_that_are_silent_are_thrown_out_and_training_goes_on(scene: Scene,
     assert max(int(found[1]) for line in refused if (found := re.search(r"refused=(\d+)", line))) > 100
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_five_thousand_silent_connections_take_no_lease_and_no_time(scene: Scene, run: Run) -> None:
+    """From many addresses, while a job steps; beside as many steps without them, in turns."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    server = scene.servers[scene.plan.owner_of(0).id]
+    host, _, port = server.address.rpartition(":")
+    calm_s, crowded_s = [], []
+    for _ in range(3):
+        calm_s.append(seconds_a_step(scene, STEPS_MEASURED))
+        with ExitStack() as kept:
+            opener = threading.Thread(target=open_silent, args=((host, int(port)), SILENT_LONG, kept), name="opener")
+            opener.start()
+            crowded_s.append(seconds_a_step(scene, STEPS_MEASURED))
+            opener.join()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    ratio = statistics.median(crowded_s) / statistics.median(calm_s)
+    print(f"{SILENT_LONG} silent connections: {crowded_s} s a step, {calm_s} without, x {ratio:.2f}")
+    assert "ZooKeeper is silent" not in run.output
+    scene.check_that_training_goes_on()  # in the same term
+    assert ratio < STEP_RATIO_MAX
+
+
 @pytest.mark.parametrize(
     "peers", [MUTATED, pytest.param(MUTATED_LONG, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
 )
@@ -229,6 +259,24 @@ def test_over_tcp_with_tls_the_bits_are_the_same(site: Site, tmp_path: Path) -> 
         assert run.finish() == 0, run.output
         assert "refused" not in run.output
     assert site.digest("tls", 60) == site.digest("tls-not", 60)
+
+
+def seconds_a_step(scene: Scene, steps: int) -> float:
+    with closing(scene.peer("unix")) as peer:
+        peer.hello(by_reference=False)
+        version = peer.report()["version"] + 1
+        peer.see_version(version)
+        begin_s = time.monotonic()
+        peer.see_version(version + steps)
+        return (time.monotonic() - begin_s) / steps
+
+
+def open_silent(address: tuple[str, int], count: int, kept: ExitStack) -> None:
+    """Each from an address of its own, of 250."""
+    for number in range(count):
+        sock = kept.enter_context(socket.socket())
+        sock.bind((f"127.0.0.{2 + number % 250}", 0))
+        sock.connect(address)
 
 
 def received(peer: Peer) -> bytes:
