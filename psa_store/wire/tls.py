@@ -36,7 +36,7 @@ class TlsSocket(ssl.SSLSocket):
         rest = memoryview(buffer)[: nbytes or None][:_CHUNK_BYTES]
         received = 0
         try:
-            while received < len(rest) and (count := self.read(len(rest) - received, rest[received:])):
+            while received < len(rest) and (count := super().recv_into(rest[received:], None, flags)):
                 received += count
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
             if not received:
