@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from psa_store.config import Settings
 from psa_store.errors import DataIntegrity, UnknownJob, UsageError
 from psa_store.job.config import JobConfig, check_name, job_config_from_json
-from psa_store.job.document import from_text, to_text
+from psa_store.job.document import Damaged, from_text, judged, to_text
 from psa_store.job.layout import Layout, TensorRole, layout_from_json
 from psa_store.storage import Head, Manifest, RedisStore
 
@@ -219,6 +219,19 @@ def documents(texts: Mapping[str, str]) -> dict[str, Checkpoint]:
         with suppress(DataIntegrity):
             found[name] = checkpoint_from_json(text)
     return found
+
+
+def damaged_documents(texts: Mapping[str, str], key: str) -> list[Damaged]:
+    """Those that are neither of a checkpoint nor of one that is being made. ``key``: where they are stored."""
+
+    def parse(text: str) -> Checkpoint | Making:
+        try:
+            return from_text(Making, text, "a checkpoint that is being made")
+        except DataIntegrity:
+            return checkpoint_from_json(text)
+
+    found = [judged(parse, text, f"{key} {name}") for name, text in texts.items()]
+    return [each for each in found if isinstance(each, Damaged)]
 
 
 def tidy(store: RedisStore, job: str, layout: Layout, policy: CheckpointPolicy) -> None:

@@ -131,9 +131,8 @@ def newest_config(store: RedisStore, coordination: Coordination, job: str) -> Jo
         if isinstance(here, Damaged):
             if not isinstance(there, JobConfig):
                 raise DataIntegrity(f"job {job!r}: {here.where} is damaged, and ZooKeeper has no other: {here.why}")
-            log = logs.get_logger()
-            log.warning("a document is set aside, and written again", where=here.where, why=here.why)
-            store.overwrite_config(job, there.to_json())
+            store.set_aside(here)
+            store.documents(job).overwrite(config=there.to_json())
             return there
         if isinstance(there, Damaged):
             coordination.replace_config(here)

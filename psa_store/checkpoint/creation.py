@@ -19,7 +19,7 @@ from psa_store.job.config import CREATOR_NODE, JobConfig
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
-from psa_store.storage import Head, Manifest, RedisStore, ShardState
+from psa_store.storage import Head, Manifest, RedisStore, ShardState, newest_term
 from psa_store.testing.failpoints import failpoint
 
 _HEADS_AT_ONCE = 256
@@ -99,7 +99,7 @@ def begin_new_job(job: str, layout: Layout, store: RedisStore, coordination: Coo
         DependencyUnreachable: Redis or ZooKeeper does not answer.
     """
     left = _left_over(job, store)
-    term = coordination.next_term(at_least=max((head.term for head in left), default=0))
+    term = coordination.next_term(at_least=newest_term(left, 0))
     # A creator that died may have had another layout, or a newer version: none of its shards may be taken for ours.
     if left:
         store.delete_job(job, len(left))

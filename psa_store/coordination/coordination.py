@@ -362,11 +362,11 @@ class Coordination:
     @property
     def set_aside(self) -> int:
         """How many znodes were set aside by this process, because they could not be read."""
-        return self._reader.count
+        return self._reader.account.count
 
     def damage(self) -> list[Damaged]:
         """Those since the last call."""
-        return self._reader.news()
+        return self._reader.account.news()
 
     # --- the whole
 

@@ -1,5 +1,6 @@
 """The log of a process, without secrets. Every room may use it."""
 
+from psa_store.logs.account import Account
 from psa_store.logs.escape import escaped
 from psa_store.logs.secrets import HIDDEN, hide_passwords, names_secret, printable, printable_hosts
 from psa_store.logs.setup import Log, complain, configure, configure_once, get_logger, identify
@@ -7,6 +8,7 @@ from psa_store.logs.title import entitle
 
 __all__ = [
     "HIDDEN",
+    "Account",
     "Log",
     "complain",
     "configure",

@@ -1,18 +1,17 @@
 """The history of a job as types: the one place that reads and writes heartbeats, events and the curve.
 
-A document that this release cannot read, for another one wrote it, is set aside: it breaks nothing that can be read.
+What this release cannot read, for another one or another program wrote it, is set aside: the rest can be read.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from typing import TypeVar
 
 from psa_store.config import Settings
-from psa_store.errors import DataIntegrity, DependencyUnreachable
-from psa_store.job.document import Document, from_fields, to_text
+from psa_store.errors import DependencyUnreachable
+from psa_store.job.document import Damaged, Document, from_text, judged, to_text
 from psa_store.observe.curve import Point
 from psa_store.observe.events import Event
 from psa_store.observe.heartbeat import Heartbeat
@@ -24,13 +23,14 @@ D = TypeVar("D", bound=Document)
 class JobHistory:
     """Heartbeats, events and the curve of one job. Thread-safe.
 
-    Every method raises DependencyUnreachable if Redis does not answer within ``timeout_s``; those that read raise
-    DataIntegrity if what they find is no JSON object.
+    Every method raises DependencyUnreachable if Redis does not answer within ``timeout_s``.
     """
 
     def __init__(self, job: str, redis: str, *, timeout_s: float) -> None:
         self._job = job
         self._history = History(job, redis, timeout_s=timeout_s)
+        self.damaged: dict[str, Damaged] = {}
+        """By key that was read, the newest of what stands there and can not be read."""
 
     @classmethod
     def from_settings(cls, job: str, settings: Settings) -> JobHistory:
@@ -47,7 +47,8 @@ class JobHistory:
     def heartbeats(self) -> dict[str, Heartbeat | None]:
         """By member, the newest of each; None if it cannot be read."""
         key = keys.heartbeats(self._job)
-        return {member: _read(Heartbeat, key, text) for member, text in self._history.heartbeats().items()}
+        texts = self._history.heartbeats()
+        return dict(zip(texts, self._read(Heartbeat, key, texts.values()), strict=True))
 
     def forget(self, members: Iterable[str]) -> None:
         """Remove the heartbeats of members that are gone."""
@@ -59,7 +60,7 @@ class JobHistory:
 
     def events(self) -> list[Event]:
         """All that are kept and can be read, the oldest first."""
-        return _readable(Event, keys.events(self._job), self._history.events())
+        return _readable(self._read(Event, keys.events(self._job), self._history.events()))
 
     def offer(self, point: Point) -> bool:
         """Offer a point to the curve; it is kept, and the answer is True, if the interval since the last has passed."""
@@ -67,7 +68,24 @@ class JobHistory:
 
     def curve(self) -> list[Point]:
         """All points that can be read, the oldest first."""
-        return _readable(Point, keys.curve(self._job), self._history.curve())
+        return _readable(self._read(Point, keys.curve(self._job), self._history.curve()))
+
+    def _read(self, kind: type[D], key: str, texts: Iterable[str]) -> list[D | None]:
+        """What texts under a key say; None: another release or program wrote it."""
+        self.damaged.pop(key, None)
+        found: list[D | None] = []
+        for text in texts:
+            judgement = judged(lambda stored: from_text(kind, stored, f"{key} in Redis"), text, key)
+            if isinstance(judgement, Damaged):
+                self.damaged[key] = judgement
+                found.append(None)
+            else:
+                found.append(judgement)
+        return found
+
+
+def _readable(found: Iterable[D | None]) -> list[D]:
+    return [each for each in found if each is not None]
 
 
 def add_if_possible(job: str, settings: Settings, event: Event) -> None:
@@ -75,21 +93,3 @@ def add_if_possible(job: str, settings: Settings, event: Event) -> None:
     if settings.monitor:
         with suppress(DependencyUnreachable), closing(JobHistory.from_settings(job, settings)) as history:
             history.add(event)
-
-
-def _readable(kind: type[D], key: str, texts: Iterable[str]) -> list[D]:
-    return [found for text in texts if (found := _read(kind, key, text)) is not None]
-
-
-def _read(kind: type[D], key: str, text: str) -> D | None:
-    """None: another release wrote it."""
-    try:
-        fields = json.loads(text)
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise DataIntegrity(f"{key} in Redis holds {text[:80]!r} where a JSON object should be. It may be deleted.")
-    try:
-        return from_fields(kind, fields, kind.__name__)
-    except DataIntegrity:
-        return None

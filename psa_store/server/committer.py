@@ -12,11 +12,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 
 from psa_store import logs
 from psa_store.cluster import Cut
-from psa_store.errors import DependencyUnreachable, Fenced, PsaError, Rewound
+from psa_store.errors import DependencyUnfit, DependencyUnreachable, Fenced, PsaError, Rewound
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.observe.metrics import Metrics
@@ -63,6 +63,8 @@ class Committer:
         self._last: Work | None = None
         """What Redis is known to have, with its snapshots in memory."""
         self._begun_with: Work | None = None
+        self._shards: tuple[int, ...] = ()
+        """Those of the term."""
         self._reserved = False
         self._hurried = False
         """Whether the present commit is waited for."""
@@ -110,12 +112,14 @@ class Committer:
         with self._changed:
             self._term = term
             self._last = self._begun_with = None
+            self._shards = ()
             self._changed.notify_all()
 
     def adopt(self, work: Work) -> None:
         """Redis has this already, at the beginning of a term: see to it that it stays so."""
         with self._changed:
             self._begun_with = work
+            self._shards = (*work.owned_shards, *work.frozen)
             if not self._reserved:
                 self._last = work
 
@@ -131,9 +135,10 @@ class Committer:
                 self._changed.wait_for(lambda: self._closing or self._work is not None, _WATCH_S)
                 if self._closing:
                     return
-                work = self._work
+                work, shards = self._work, self._shards
                 watched = None if work or self._reserved else self._last
                 self._reserved = self._reserved or watched is not None
+            self._healing.keep_documents(shards)
             if work is not None:
                 begun_s = self._reserved_at_s
                 outcome = self._commit(work)
@@ -181,6 +186,8 @@ class Committer:
                 left = len(work.owned_shards) - len(manifests)
                 self._metrics.add("commit_retries")
                 self._log.warning("commit delayed, trying again", shards_left=left, error=str(error))
+                if isinstance(error, DependencyUnfit):
+                    self._make_room(work)
                 with self._changed:
                     self._changed.wait(_RETRY_PAUSE_S)
             except Exception as error:
@@ -188,6 +195,11 @@ class Committer:
                 return Lost(work.term, str(error) if isinstance(error, PsaError) else repr(error))
         self._healing.committed_to(run_id)
         return Committed(work.term, work.version, manifests, pinned)
+
+    def _make_room(self, work: Work) -> None:
+        """Redis may refuse because something else lies where a head should be."""
+        with suppress(DependencyUnreachable):
+            self._healing.remove_foreign(work.owned_shards)
 
     def _pin(self, work: Work, cut: Cut) -> Cut | None:
         """Keep what was just committed for a checkpoint; None if Redis has lost it, which ends that attempt."""

@@ -66,7 +66,7 @@ class Controller:
             self._journal.record("elected", member=member)
         self._elected = elected
         self._metrics.set("controller", float(elected))
-        self._metrics.set("set_aside", self._coordination.set_aside)
+        self._metrics.set("set_aside", self._coordination.set_aside + self._store.account.count)
         self._last = known_plan(seen) or self._last
         if not elected:
             self._events.resign()
@@ -76,7 +76,7 @@ class Controller:
             self._mend()
             if isinstance(seen, StoredPlan) and seen.plan.owners:
                 self._checkpoints.turn(seen)
-        for damaged in self._coordination.damage():
+        for damaged in (*self._coordination.damage(), *self._store.account.news()):
             if elected:
                 self._events.note(EventKind.SET_ASIDE, f"{damaged.where} can not be read: {damaged.why}")
 

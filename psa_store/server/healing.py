@@ -6,24 +6,33 @@ the term began, so that the loss heals within about a second and not with the ne
 documents of the job, its frozen shards, how it walks through its data, small files of its model) is written again as
 well where it is missing.
 
+What another process wrote over the documents of the job is found within a few seconds, also between commits, and
+written again from what this server knows.
+
 Used by the committer's thread, which holds the snapshots meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 
 from psa_store import logs
-from psa_store.errors import DataIntegrity, DependencyUnreachable, Rewound
+from psa_store.errors import DataIntegrity, DependencyUnreachable, PsaError, Rewound
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.document import Damaged, judged
 from psa_store.job.layout import Layout
 from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
 from psa_store.server.work import Work
-from psa_store.storage import Manifest, RedisStore
+from psa_store.storage import Manifest, RedisStore, keys
+
+_DOCUMENTS_S = 2.0
+"""How often the documents of the job are looked at."""
+_HEADS_S = 2.0
+"""How often the versions that Redis should have are looked at while nothing is committed."""
 
 
 class Healing:
@@ -33,10 +42,13 @@ class Healing:
         self._store = store
         self._job = config.name
         self._documents = config.to_json(), layout.to_json()
-        self._layout = layout.fingerprint
+        self._layout = layout
+        self._documents_at_s = self._heads_at_s = float("-inf")
+        """When they are looked at next."""
         self._keep = config.versions_kept
         self._log = logs.get_logger()
         self._run_id: str | None = None
+        self._stored = store.documents(config.name)
         self._stored_data = store.data_record(config.name)
         self._data: DataRecord | None = None
         """How the job walks through its data, as far as this server knows."""
@@ -65,13 +77,11 @@ class Healing:
         """
         try:
             run_id = self._store.server_run_id()
-            self._keep_config()
-            self._keep_data()
-            self._keep_files()
+            self._keep_documents([*last.owned_shards, *last.frozen])
             if run_id == self._run_id and self._has_all(last):
                 return
             self._restore_what_never_changes(last)
-            heads = self._store.seal(self._job, last.owned_shards, last.term, self._layout)
+            heads = self._store.seal(self._job, last.owned_shards, last.term, self._layout.fingerprint)
             lost = {head.shard: last.owned_shards[head.shard] for head in heads if head.manifest(last.version) is None}
             if lost:
                 self._log.warning("Redis lost a committed version: writing it again", shards=list(lost))
@@ -82,21 +92,52 @@ class Healing:
         except DependencyUnreachable:
             return
 
+    def keep_documents(self, shards: Collection[int]) -> None:
+        """Write documents again that are damaged; does nothing if it has just been called. Without an answer neither.
+
+        Args:
+            shards: those of this server. While Redis has them, it was not wiped, and documents that are missing were
+                deleted: they are written again as well.
+        """
+        if time.monotonic() < self._documents_at_s:
+            return
+        try:
+            self._store.server_run_id()  # asked once, where the others are tried again
+            self._keep_documents(shards)
+        except PsaError:
+            return  # it is not what this server is for: nothing waits for it
+        finally:
+            self._documents_at_s = time.monotonic() + _DOCUMENTS_S
+
+    def _keep_documents(self, shards: Collection[int]) -> None:
+        self.remove_foreign(shards)
+        if shards and not self._store.has_job(self._job) and not self._store.missing(self._job, shards):
+            self._stored.restore(*self._documents)
+        self._keep_config()
+        self._stored.keep_layout(self._layout)
+        self._keep_data()
+        self._keep_files()
+        self._documents_at_s = time.monotonic() + _DOCUMENTS_S
+
+    def remove_foreign(self, shards: Collection[int]) -> None:
+        """Make room where another program keeps something under a key of the job."""
+        self._store.remove_foreign(self._job, shards)
+
     def write_over(self, work: Work, index: int, error: Rewound) -> Manifest:
         """Commit one shard to a Redis that went back in time: under a new seal, and whatever it holds."""
         self._log.warning("Redis went back in time: writing again from memory", error=str(error))
         self._restore_what_never_changes(work)
-        self._store.seal(self._job, [index], work.term, self._layout)
+        self._store.seal(self._job, [index], work.term, self._layout.fingerprint)
         snapshot = work.owned_shards[index].snapshot()
         return self._store.commit(self._job, index, work.term, work.version, *snapshot, keep=self._keep, expect=None)
 
     def _keep_config(self) -> None:
         """Write it again if it is damaged. Changes since this server began are in ZooKeeper, and brought after it."""
-        stored = self._store.read_config(self._job)
-        found = None if stored is None else judged(job_config_from_json, stored, "the job's configuration in Redis")
+        stored = self._stored.config()
+        found = None if stored is None else judged(job_config_from_json, stored, keys.config(self._job))
         if isinstance(found, Damaged):
-            self._log.warning("a document is set aside, and written again", where=found.where, why=found.why)
-            self._store.overwrite_config(self._job, self._documents[0])
+            self._store.set_aside(found)
+            self._stored.overwrite(config=self._documents[0])
 
     def _keep_data(self) -> None:
         """Remember the record, or write it again."""
@@ -105,25 +146,41 @@ class Healing:
             self._data = found
         elif self._data is not None:
             if found is not None:
-                self._log.warning("a document is set aside, and written again", where=found.where, why=found.why)
+                self._store.set_aside(found)
             self._stored_data.replace(seen, self._data)
 
     def _keep_files(self) -> None:
         """The same for the small files of the model: they are read when their digest is another one."""
         digest = self._stored_files.digest()
-        if not digest and self._files is not None:
+        if digest == self._files_digest:
+            return
+        found = None
+        with suppress(DataIntegrity):
+            found = self._stored_files.read()
+        if found is not None and found.digest == digest:
+            self._files, self._files_digest = found, digest
+        elif self._files is not None:
             self._stored_files.write(self._files)
-        elif digest != self._files_digest:
-            with suppress(DataIntegrity):
-                self._files, self._files_digest = self._stored_files.read(), digest
 
     def _has_all(self, work: Work) -> bool:
-        return self._store.has_job(self._job) and not self._store.missing(self._job, [*work.owned_shards, *work.frozen])
+        """Whether Redis has the job and its shards, and, looked at less often, also their versions and our term."""
+        shards = [*work.owned_shards, *work.frozen]
+        if not self._store.has_job(self._job) or self._store.missing(self._job, shards):
+            return False
+        now_s = time.monotonic()
+        if now_s < self._heads_at_s:
+            return True
+        self._heads_at_s = now_s + _HEADS_S
+        heads = self._store.heads(self._job, shards)
+        return all(
+            head.manifest(0 if head.shard in work.frozen else work.version) is not None and head.term == work.term
+            for head in heads
+        )
 
     def _restore_what_never_changes(self, work: Work) -> None:
         """Write the documents and the frozen shards again if Redis was wiped: no later commit contains them."""
         lost = [head.shard for head in self._store.heads(self._job, work.frozen) if head.manifest(0) is None]
-        self._store.seal(self._job, lost, work.term, self._layout)
+        self._store.seal(self._job, lost, work.term, self._layout.fingerprint)
         for index in lost:
             owned = work.frozen[index]
             owned.take_snapshot()
@@ -133,4 +190,4 @@ class Healing:
             )
         if not self._store.has_job(self._job):
             self._log.warning("Redis lost the job: writing it again from memory", job=self._job)
-            self._store.create_job(self._job, *self._documents)
+            self._stored.restore(*self._documents)

@@ -20,8 +20,9 @@ from psa_store.cluster import JobShape, Member, ProcessRole
 from psa_store.config import Settings, check_bind, fill_addresses
 from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
-from psa_store.errors import DependencyUnreachable
+from psa_store.errors import DataIntegrity, DependencyUnreachable
 from psa_store.job.config import JobConfig, check_job_name
+from psa_store.job.document import judged
 from psa_store.job.layout import Layout, layout_from_json
 from psa_store.job.wire_layout import WireLayout
 from psa_store.observe import Events, Monitor, Page
@@ -35,13 +36,15 @@ from psa_store.server.event_loop import EventLoop
 from psa_store.server.health import ServerHealth
 from psa_store.server.plan_follower import PlanFollower
 from psa_store.server.shard_loading import ShardLoader
-from psa_store.storage import RedisStore
+from psa_store.storage import RedisStore, keys
 from psa_store.testing.journal import Journal
 from psa_store.wire import Door, host_identity, listen_local, listen_tcp
 
 _POLL_S = 0.05
 _SAY_WAITING_S = 10.0
 _SIGNAL_CHECK_S = 0.5
+_HEAL_S = 20.0
+"""How long a damaged layout may take to be written again: workers that have lost their server look anew."""
 _DESCRIPTORS_MAX = 1 << 20
 
 
@@ -178,13 +181,26 @@ def serve(job: str, settings: Settings) -> None:
 def _wait_for_job(
     job: str, store: RedisStore, coordination: Coordination, leave: _Leave
 ) -> tuple[JobConfig, Layout] | None:
-    """Wait until a worker has created the job; None if this process is told to stop before."""
+    """Wait until a worker has created the job; None if this process is told to stop before.
+
+    Raises:
+        DataIntegrity: its layout is damaged, and no server or worker has written it again.
+    """
     log = logs.get_logger()
     say_at_s = time.monotonic() + _SAY_WAITING_S
+    damaged_since_s: float | None = None
     while not leave.asked:
         found = store.read_job(job)
         if found is not None:
-            return newest_config(store, coordination, job), layout_from_json(found[1])
+            layout = judged(layout_from_json, found[1], keys.layout(job))
+            if isinstance(layout, Layout):
+                return newest_config(store, coordination, job), layout
+            damaged_since_s = damaged_since_s or time.monotonic()
+            if time.monotonic() > damaged_since_s + _HEAL_S:
+                raise DataIntegrity(
+                    f"{layout.where} in Redis is damaged, and no server or worker that lives knows better: "
+                    f"{layout.why}. Start a worker of the job: its model has the layout"
+                )
         if time.monotonic() >= say_at_s:
             say_at_s += _SAY_WAITING_S
             log.info("waiting for a worker to create the job", job=job)

@@ -13,7 +13,7 @@ from psa_store.coordination import Coordination, StoredPlan
 from psa_store.errors import DataIntegrity, Fenced, Rewound
 from psa_store.job.document import Damaged
 from psa_store.job.layout import Layout, TensorRole
-from psa_store.storage import Head, RedisStore
+from psa_store.storage import Head, RedisStore, newest_term
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import Journal
 
@@ -40,7 +40,8 @@ def take_over(
     log = logs.get_logger()
     least_term, least_revision = action.above
     every = [shard.index for shard in layout.shards]
-    known = max((head.term for head in store.heads(job, every)), default=0)
+    store.remove_foreign(job, every)
+    known = newest_term(store.heads(job, every), least_term)
 
     # 1. A number that no term had before. Redis may know higher ones than ZooKeeper, if ZooKeeper was wiped.
     term = coordination.next_term(at_least=max(known, least_term))

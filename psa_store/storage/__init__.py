@@ -3,7 +3,7 @@
 from psa_store.storage.commit import ShardState
 from psa_store.storage.connection import known_redis
 from psa_store.storage.examination import PROBE_BYTES, RedisFacts, RedisRates, examine_redis, measure_redis
-from psa_store.storage.head import CHUNK_BYTES, Head, Manifest, Section
+from psa_store.storage.head import CHUNK_BYTES, Head, Manifest, Section, newest_term
 from psa_store.storage.history import History
 from psa_store.storage.redis_store import RedisStore
 
@@ -21,4 +21,5 @@ __all__ = [
     "examine_redis",
     "known_redis",
     "measure_redis",
+    "newest_term",
 ]

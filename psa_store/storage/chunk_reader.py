@@ -54,6 +54,8 @@ def _reply(connection: Any, place: memoryview) -> str:
     line = _line(connection)
     if line == b"$-1":
         return "missing"
+    if line.startswith(b"-WRONGTYPE"):
+        return "of another type"
     if not line.startswith(b"$"):
         raise redis.exceptions.ConnectionError(f"unexpected reply to GET: {line[:80]!r}")
     length = int(line[1:])

@@ -216,7 +216,7 @@ def put(
     name: str,
     manifest: Manifest,
     chunks: Sequence[tuple[str, int]],
-    gone: Collection[str],
+    gone: Collection[str | bytes],
     expect: str,
     term: int,
 ) -> FunctionCall:
@@ -251,8 +251,8 @@ def write_chunks(caller: Caller, job: str, manifest: Manifest, state: ShardState
         caller.retrying(stream.next_answer)
 
 
-def _old(head: Head, manifest: Manifest, keep: int) -> list[str]:
-    """The fields of the versions that make room for ``manifest``.
+def _old(head: Head, manifest: Manifest, keep: int) -> list[str | bytes]:
+    """The fields of the versions that make room for ``manifest``, and of those that can not be read.
 
     Extra ones are counted apart: however many there are, what all shards commit stays common to them. They go when
     there are ``keep`` of those, all of them newer.
@@ -262,7 +262,8 @@ def _old(head: Head, manifest: Manifest, keep: int) -> list[str]:
     oldest = common[0] if len(common) == keep else -1
     extras = sorted(version for version, extra in versions.items() if extra and version > oldest)
     kept = {*common, *extras[-keep:]}
-    return [each.field for each in head.manifests if each.version == manifest.version or each.version not in kept]
+    old = [each.field for each in head.manifests if each.version == manifest.version or each.version not in kept]
+    return [*old, *head.damaged_versions]
 
 
 def unsettled(caller: Caller, job: str, shard: int, what: str) -> str:

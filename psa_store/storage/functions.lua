@@ -5,34 +5,64 @@
 
 local DROPPED_EXPIRY_S = 300
 
+-- Remove what lies at one of our keys and is of another type: another program wrote it.
+local function remove_foreign(key, kind)
+  local is = redis.call('TYPE', key).ok
+  if is == kind or is == 'none' then return nil end
+  redis.call('UNLINK', key)
+  return is
+end
+
+-- The term that owns a head. What is no term was not written by a seal, and owns nothing.
+local function term_of(head)
+  local now = redis.call('HGET', head, 'term')
+  return now and #now == 16 and not string.find(now, '[^0-9a-f]') and now or nil
+end
+
 -- psa_seal: raise the term of a shard, so that commits of lower terms are refused from now on.
--- keys: head. args: term, layout fingerprint.
+-- keys: head. args: term, layout fingerprint[, a term that is too high to be one].
 -- returns {'ok', fields of the head} or refuses with {'fenced', higher term}. Idempotent.
 local function seal(keys, args)
-  local now = redis.call('HGET', keys[1], 'term')
-  if now and now > args[1] then return {'fenced', now} end
+  local now = term_of(keys[1])
+  if now and now > args[1] and not (args[3] and now >= args[3]) then return {'fenced', now} end
   redis.call('HSET', keys[1], 'term', args[1])
-  redis.call('HSETNX', keys[1], 'layout', args[2])
+  local layout = redis.call('HGET', keys[1], 'layout')
+  if not layout or #layout ~= 64 or string.find(layout, '[^0-9a-f]') then
+    redis.call('HSET', keys[1], 'layout', args[2])
+  end
   return {'ok', redis.call('HGETALL', keys[1])}
+end
+
+-- psa_remove_foreign: keys: one of ours. args: the type that it must have. returns the other one that it had, or nil.
+local function remove_foreign_key(keys, args)
+  return remove_foreign(keys[1], args[1])
 end
 
 -- Why the caller may not change this head: its term is not the one that owns it. nil if it is.
 local function refusal_of(head, term)
-  local now = redis.call('HGET', head, 'term')
+  local now = term_of(head)
   if not now or now < term then return {'rewound', now or ''} end
   if now > term then return {'fenced', now} end
   return nil
 end
 
+-- The nonce of a manifest; nil if the text is none.
+local function nonce_of(manifest)
+  local ok, found = pcall(cjson.decode, manifest)
+  return ok and type(found) == 'table' and found.nonce or nil
+end
+
 -- Whether the head is the one that the caller has read: args, from `at` on, say how many fields it has besides term and
--- layout, and name and nonce of each. The name alone does not tell: the same version may have been written again since,
--- and a call whose connection broke may still arrive after that. Returns where the next argument is, or nil.
+-- layout, and name and nonce of each ('' for one that could not be read). The name alone does not tell: the same
+-- version may have been written again since, and a call whose connection broke may still arrive after that. Returns
+-- where the next argument is, or nil.
 local function unchanged(head, args, at)
   local seen = tonumber(args[at])
-  if redis.call('HLEN', head) ~= seen + 2 then return nil end
+  local others = redis.call('HEXISTS', head, 'term') + redis.call('HEXISTS', head, 'layout')
+  if redis.call('HLEN', head) ~= seen + others then return nil end
   for i = at + 1, at + 2 * seen, 2 do
     local manifest = redis.call('HGET', head, args[i])
-    if not manifest or cjson.decode(manifest).nonce ~= args[i + 1] then return nil end
+    if not manifest or args[i + 1] ~= '' and nonce_of(manifest) ~= args[i + 1] then return nil end
   end
   return at + 2 * seen + 1
 end
@@ -88,6 +118,7 @@ end
 -- psa_create: store a job's documents unless it has some. keys: config, layout. args: the same.
 -- returns the stored documents {config, layout}. The first writer wins.
 local function create(keys, args)
+  for _, key in ipairs(keys) do remove_foreign(key, 'string') end
   if redis.call('EXISTS', keys[1]) == 0 then
     redis.call('SET', keys[2], args[2])
     redis.call('SET', keys[1], args[1])
@@ -99,6 +130,7 @@ end
 -- args: that one ('' for none), the new one[, the term that must own the head]. returns {'ok'}, or {'changed'} if
 -- another is stored; refuses with {'fenced', term}. Idempotent.
 local function replace(keys, args)
+  remove_foreign(keys[1], 'string')
   local now = redis.call('GET', keys[1]) or ''
   if now == args[2] then return {'ok'} end
   if now ~= args[1] then return {'changed'} end
@@ -108,12 +140,21 @@ local function replace(keys, args)
   return {'ok'}
 end
 
+-- psa_digest: keys: a document. returns the SHA-1 of its text, '' if there is none.
+local function digest(keys)
+  remove_foreign(keys[1], 'string')
+  local found = redis.call('GET', keys[1])
+  return found and redis.sha1hex(found) or ''
+end
+
 local EVENTS_COMPARED = 64
 local POINT_EARLY_MS = 500
+local INTERVAL_MAX_S = 2 ^ 20
 
 -- psa_event: add an event to a stream, unless the same is among its newest: then an answer was lost. keys: stream.
 -- args: the event, how many to keep. returns 1 if it was added. Idempotent.
 local function event(keys, args)
+  remove_foreign(keys[1], 'stream')
   for _, entry in ipairs(redis.call('XREVRANGE', keys[1], '+', '-', 'COUNT', EVENTS_COMPARED)) do
     if entry[2][2] == args[1] then return 0 end
   end
@@ -125,7 +166,10 @@ end
 -- too many, every other one goes, but for the first and the last, and the interval doubles.
 -- keys: stream, interval in seconds. args: the point, how many to keep. returns 1 if it was added. Idempotent.
 local function point(keys, args)
+  remove_foreign(keys[1], 'stream')
+  remove_foreign(keys[2], 'string')
   local interval_s = tonumber(redis.call('GET', keys[2]) or 1)
+  if not interval_s or not (interval_s >= 1 and interval_s <= INTERVAL_MAX_S) then interval_s = 1 end
   local newest = redis.call('XREVRANGE', keys[1], '+', '-', 'COUNT', 1)[1]
   if newest then
     local time = redis.call('TIME')
@@ -144,8 +188,10 @@ end
 redis.register_function('psa_event', event)
 redis.register_function('psa_point', point)
 redis.register_function('psa_seal', seal)
+redis.register_function('psa_remove_foreign', remove_foreign_key)
 redis.register_function('psa_commit', commit)
 redis.register_function{function_name = 'psa_sweep', callback = sweep, flags = {'allow-oom'}}
 redis.register_function('psa_drop', drop)
+redis.register_function('psa_digest', digest)
 redis.register_function('psa_create', create)
 redis.register_function('psa_replace', replace)

@@ -2,22 +2,30 @@
 
 A field of the head is a manifest, a small JSON document that a person can read. Of these the Lua functions look at the
 nonce alone.
+
+What another process wrote into a head, and can not be read, is *damaged*: it stands in the way of nothing. Readers see
+the rest, a commit takes damaged versions out, and a term or layout that is none is written again by the next seal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from psa_store.errors import DataIntegrity
-from psa_store.job.document import from_text, to_text
+from psa_store.job.document import Damaged, from_text, to_text
 from psa_store.storage import keys
 
 CHUNK_BYTES = 4 << 20
 """Redis moves values of this size fastest, both ways."""
+TERMS_AHEAD_MAX = 1 << 40
+"""A term in Redis that is this far above ours is no term: a seal writes over it."""
 VERSION_PREFIX = "v:"
 PIN_PREFIX = "c:"
+_OF_THE_OWNER = {b"term": re.compile(rb"[0-9a-f]{16}"), b"layout": re.compile(rb"[0-9a-f]{64}")}
+"""The fields that are no manifests, and what each looks like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,18 @@ class Head:
     manifests: tuple[Manifest, ...]
     pins: Mapping[str, Manifest] = field(default_factory=dict)
     """By name of a checkpoint, the version that it keeps, also when it is none of ``manifests`` any more."""
+    damaged: Mapping[bytes, str] = field(default_factory=dict)
+    """By name of a field that can not be read, why not."""
+
+    @property
+    def damaged_versions(self) -> list[bytes]:
+        """Fields of versions that can not be read."""
+        return sorted(each for each in self.damaged if each.startswith(VERSION_PREFIX.encode()))
+
+    def damage(self, job: str) -> list[Damaged]:
+        """What can not be read of it, and where that stands."""
+        key = keys.head(job, self.shard)
+        return [Damaged(f"{key} {name.decode(errors='replace')}", why) for name, why in self.damaged.items()]
 
     def manifest(self, version: int) -> Manifest | None:
         return next((each for each in self.manifests if each.version == version), None)
@@ -90,7 +110,7 @@ class Head:
         pins = {pin_field(name): manifest for name, manifest in self.pins.items()}
         return {each.field: each for each in self.manifests} | pins
 
-    def freed(self, job: str, gone: Collection[str]) -> list[str]:
+    def freed(self, job: str, gone: Collection[str | bytes]) -> list[str]:
         """The chunks that no field names any more once these are gone. What is shared with another job is not ours."""
         entries = self.entries()
         left = {manifest.nonce for each, manifest in entries.items() if each not in gone}
@@ -111,14 +131,27 @@ def term_text(term: int) -> str:
     return f"{term:016x}"
 
 
+def newest_term(heads: Iterable[Head], known: int) -> int:
+    """The highest term of these heads that can be one; 0 if none has any. ``known``: one that was taken."""
+    return max((head.term for head in heads if head.term < known + 2 * TERMS_AHEAD_MAX), default=0)
+
+
 def pin_field(name: str) -> str:
     return PIN_PREFIX + name
 
 
-def identity(head: Head) -> list[str | int]:
-    """How many fields, then name and nonce of each: by this a function knows the head that the caller has read."""
+def identity(head: Head) -> list[str | int | bytes]:
+    """How many fields, then name and nonce of each: by this a function knows the head that the caller has read.
+
+    A field that can not be read has no nonce; whatever it says, nothing depends on it.
+    """
     entries = head.entries()
-    return [len(entries), *(part for each, manifest in entries.items() for part in (each, manifest.nonce))]
+    damaged = sorted(head.damaged.keys() - _OF_THE_OWNER)
+    return [
+        len(entries) + len(damaged),
+        *(part for each, manifest in entries.items() for part in (each, manifest.nonce)),
+        *(part for each in damaged for part in (each, b"")),
+    ]
 
 
 def chunk_sizes(size_bytes: int) -> list[int]:
@@ -132,18 +165,38 @@ def split_chunks(data: memoryview) -> list[memoryview]:
 
 
 def head_from_fields(job: str, shard: int, fields: Mapping[bytes, bytes]) -> Head:
-    """Decode a head; raises DataIntegrity naming job and shard if it cannot be read."""
+    """Decode a head. What of it can not be read is set aside, field by field."""
     what = f"job {job!r}, shard {shard}: the head in Redis"
-    entries = {name.decode(): value for name, value in fields.items()}
-    manifests = [from_text(Manifest, text, what) for name, text in entries.items() if name.startswith(VERSION_PREFIX)]
-    pins = {
-        name.removeprefix(PIN_PREFIX): from_text(Manifest, text, what)
-        for name, text in entries.items()
-        if name.startswith(PIN_PREFIX)
-    }
-    try:
-        term = int(entries.get("term", b"0"), 16)
-    except ValueError as error:
-        raise DataIntegrity(f"{what} cannot be read: {error}") from error
+    manifests: list[Manifest] = []
+    pins: dict[str, Manifest] = {}
+    damaged: dict[bytes, str] = {}
+    for name, value in fields.items():
+        try:
+            match name.decode()[: len(VERSION_PREFIX)]:
+                case _ if name in _OF_THE_OWNER:
+                    if not _OF_THE_OWNER[name].fullmatch(value):
+                        raise DataIntegrity(f"{what} cannot be read: {value[:80]!r} is no {name.decode()}")
+                case "v:":
+                    manifest = manifest_from_text(value, what)
+                    if name.decode() != manifest.field:
+                        raise DataIntegrity(f"{what} cannot be read: this is version {manifest.version}")
+                    manifests.append(manifest)
+                case "c:":
+                    pins[name.decode().removeprefix(PIN_PREFIX)] = manifest_from_text(value, what)
+                case _:
+                    raise DataIntegrity(f"{what} has no such field")
+        except (DataIntegrity, UnicodeDecodeError) as error:
+            damaged[name] = str(error)
+    term = 0 if b"term" in damaged else int(fields.get(b"term", b"0"), 16)
+    layout = "" if b"layout" in damaged else fields.get(b"layout", b"").decode()
     ascending = tuple(sorted(manifests, key=lambda manifest: manifest.version))
-    return Head(shard, term, entries.get("layout", b"").decode(), ascending, pins)
+    return Head(shard, term, layout, ascending, pins, damaged)
+
+
+def manifest_from_text(text: str | bytes, what: str) -> Manifest:
+    """Read a manifest back; raises DataIntegrity, naming ``what``, if the text is none."""
+    manifest = from_text(Manifest, text, what)
+    for section in manifest.sections:
+        if section.size_bytes < 0 or len(section.digests) != -(-section.size_bytes // CHUNK_BYTES):
+            raise DataIntegrity(f"{what} cannot be read: section {section.name!r} has other chunks than bytes")
+    return manifest

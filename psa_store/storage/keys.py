@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 JOBS = "psa:jobs"
 
 
@@ -58,6 +60,14 @@ def history(job: str) -> list[str]:
 def documents(job: str) -> list[str]:
     """All that is stored of a job but its shards."""
     return [config(job), layout(job), data(job), model_files(job), checkpoints(job), *history(job)]
+
+
+def kinds(job: str, shards: Iterable[int]) -> dict[str, str]:
+    """The type that Redis must say of each key of a job, but for chunks."""
+    texts = (config(job), layout(job), data(job), curve_interval(job))
+    hashes = (model_files(job), checkpoints(job), heartbeats(job), *(head(job, shard) for shard in shards))
+    streams = (events(job), curve(job))
+    return dict.fromkeys(texts, "string") | dict.fromkeys(hashes, "hash") | dict.fromkeys(streams, "stream")
 
 
 def head(job: str, shard: int) -> str:

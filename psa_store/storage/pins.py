@@ -50,7 +50,9 @@ class Pins:
 
         self._change(shards, change, term)
 
-    def drop(self, shards: Iterable[int], unwanted: Callable[[Head], Sequence[str]], term: int | None = None) -> None:
+    def drop(
+        self, shards: Iterable[int], unwanted: Callable[[Head], Sequence[str | bytes]], term: int | None = None
+    ) -> None:
         """Take fields out of heads; raises Fenced or Rewound if ``term`` (None: any) does not own a shard."""
 
         def change(head: Head) -> FunctionCall | None:

@@ -14,14 +14,25 @@ from typing import Any
 
 from psa_store.config import Settings
 from psa_store.errors import DependencyUnfit, Fenced, JobMismatch
+from psa_store.job.document import Damaged
+from psa_store.logs import Account
 from psa_store.storage import keys
 from psa_store.storage.caller import Caller
 from psa_store.storage.commit import Commit, Outcomes, ShardState
 from psa_store.storage.connection import known_redis, text, translated
 from psa_store.storage.data_record import StoredDataRecord
+from psa_store.storage.documents import StoredDocuments
 from psa_store.storage.erasing import erase, keys_of
 from psa_store.storage.examination import RedisFacts, facts_of
-from psa_store.storage.head import Head, Manifest, head_from_fields, pin_field, term_text, version_field
+from psa_store.storage.head import (
+    TERMS_AHEAD_MAX,
+    Head,
+    Manifest,
+    head_from_fields,
+    pin_field,
+    term_text,
+    version_field,
+)
 from psa_store.storage.loading import load_sections
 from psa_store.storage.model_files import StoredModelFiles
 from psa_store.storage.pins import Pins
@@ -43,6 +54,7 @@ class RedisStore:
         self._url = url
         self._caller = Caller(url, timeout_s, connections_max)
         self._client = self._caller.client
+        self.account = Account[Damaged]("what is stored")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RedisStore:
@@ -112,15 +124,6 @@ class RedisStore:
         (reply,) = self._caller.functions([("psa_replace", documents, arguments)])
         return bool(reply[0] == b"ok")
 
-    def read_config(self, job: str) -> str | None:
-        """The first of the two documents of :meth:`read_job`, which is short."""
-        found = self._caller.retrying(lambda: self._client.get(keys.config(job)))
-        return None if found is None else text(found)
-
-    def overwrite_config(self, job: str, config: str) -> None:
-        """Store this configuration whatever stands in its place: that was found damaged."""
-        self._caller.retrying(lambda: self._client.set(keys.config(job), config))
-
     def read_job(self, job: str) -> tuple[str, str] | None:
         """The job's configuration and layout as they were created; None if there is no such job."""
         found: list[Any] = self._caller.retrying(lambda: self._client.mget(keys.config(job), keys.layout(job)))
@@ -129,6 +132,10 @@ class RedisStore:
     def data_record(self, job: str) -> StoredDataRecord:
         """The document that says how the job walks through its data."""
         return StoredDataRecord(self._caller, job)
+
+    def documents(self, job: str) -> StoredDocuments:
+        """The two documents of :meth:`read_job`, one by one, for a process that writes them again."""
+        return StoredDocuments(self._caller, job, self.set_aside)
 
     def model_files(self, job: str) -> StoredModelFiles:
         """The small files of the job's model."""
@@ -168,13 +175,14 @@ class RedisStore:
             Fenced: a head has a higher term. Some others may be sealed at ours.
         """
         listed = list(shards)
-        calls = [("psa_seal", [keys.head(job, shard)], [term_text(term), layout]) for shard in listed]
+        arguments = [term_text(term), layout, term_text(term + TERMS_AHEAD_MAX)]
+        calls = [("psa_seal", [keys.head(job, shard)], arguments) for shard in listed]
         heads = []
         for shard, reply in zip(listed, self._caller.functions(calls), strict=True):
             if reply[0] == b"fenced":
                 raise Fenced(f"job {job!r}, shard {shard}: sealed at term {int(reply[1], 16)}, not {term}")
             flat = reply[1]
-            heads.append(head_from_fields(job, shard, dict(zip(flat[::2], flat[1::2], strict=True))))
+            heads.append(self._head(job, shard, dict(zip(flat[::2], flat[1::2], strict=True))))
         return heads
 
     def missing(self, job: str, shards: Iterable[int]) -> list[int]:
@@ -190,8 +198,29 @@ class RedisStore:
         for start in range(0, len(listed), _PIPELINE_SHARDS):
             some = listed[start : start + _PIPELINE_SHARDS]
             replies = self._pipelined([("HGETALL", keys.head(job, shard)) for shard in some])
-            found += [head_from_fields(job, shard, reply) for shard, reply in zip(some, replies, strict=True)]
+            found += [self._head(job, shard, reply) for shard, reply in zip(some, replies, strict=True)]
         return found
+
+    def _head(self, job: str, shard: int, fields: Mapping[bytes, bytes]) -> Head:
+        head = head_from_fields(job, shard, fields)
+        for each in head.damage(job):
+            self.set_aside(each)
+        return head
+
+    # --- what is damaged
+
+    def set_aside(self, damaged: Damaged) -> None:
+        """Note what can not be read."""
+        self.account.note(damaged, damaged, where=damaged.where, why=damaged.why)
+
+    def remove_foreign(self, job: str, shards: Iterable[int]) -> bool:
+        """Remove keys of another type than ours, under which nothing can be kept; whether there were any."""
+        kinds = keys.kinds(job, shards)
+        replies = self._caller.functions([("psa_remove_foreign", [key], [kind]) for key, kind in kinds.items()])
+        foreign = {key: text(reply) for key, reply in zip(kinds, replies, strict=True) if reply is not None}
+        for key, kind in foreign.items():
+            self.set_aside(Damaged(key, f"it was a {kind} instead of a {kinds[key]}, and is removed"))
+        return bool(foreign)
 
     # --- versions
 
@@ -252,8 +281,9 @@ class RedisStore:
         return commit.outcomes(states)
 
     def trim(self, job: str, shards: Iterable[int], term: int, newest: int) -> None:
-        """Drop versions newer than ``newest``; raises Fenced or Rewound if ``term`` does not own a shard."""
-        self._pins(job).drop(shards, _versions(lambda version: version > newest), term)
+        """Drop versions newer than ``newest``, and damaged ones; raises Fenced or Rewound unless ``term`` owns all."""
+        newer = _versions(lambda version: version > newest)
+        self._pins(job).drop(shards, lambda head: [*newer(head), *head.damaged_versions], term)
 
     def mark_corrupt(self, job: str, shard: int, term: int, version: int) -> None:
         """Drop one version that was found damaged; raises Fenced or Rewound if ``term`` does not own the shard."""
@@ -288,7 +318,9 @@ class RedisStore:
     def unpin(self, job: str, shards: Iterable[int], names: Collection[str]) -> None:
         """Keep no longer what these names keep; what nothing else names is removed. Idempotent."""
         fields = [pin_field(name) for name in names]
-        self._pins(job).drop(shards, lambda head: [f for f in fields if f in head.entries()])
+        self._pins(job).drop(
+            shards, lambda head: [f for f in fields if f in head.entries() or f.encode() in head.damaged]
+        )
 
     def unwind(self, job: str, shards: Sequence[int], term: int, version: int, name: str | None) -> None:
         """Make ``version`` the newest of these shards, as ``name`` keeps it (None: as it is stored).

@@ -81,6 +81,7 @@ def join_or_create(
             # Of the two that keep the configuration one may be damaged; that is written again here.
             config = _agree(wanted, layout, settings, newest_config(store, coordination, wanted.name), stored[1])
             coordination.create_config(config)
+            store.documents(wanted.name).keep_layout(layout)
             return config
         holder = coordination.hold(CREATOR_NODE, member)
         if holder is None:

@@ -121,6 +121,13 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
     _keep_model_files(given, store)
     wire = WireLayout(given.layout, config.compression)
     model.receive_as(wire)
+    documents = store.documents(job)
+
+    def read_config() -> JobConfig:
+        """Where no server lives that knows the layout, one that starts waits for it to be whole."""
+        documents.keep_layout(given.layout)
+        return newest_config(store, coordination, job)
+
     shape = JobShape(len(given.layout.shards), config.ranks, config.stages)
     membership = stack.enter_context(closing(Membership(member, shape, coordination, woken, mailbox)))
     strategy = strategy_of(
@@ -133,7 +140,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
             servers=servers,
             membership=membership,
             journal=journal,
-            read_config=lambda: newest_config(store, coordination, job),
+            read_config=read_config,
             progress=progress,
         ),
         model,
@@ -148,7 +155,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         servers.traffic,
         given.optimizer.at,
         coordination.lease_left_s,
-        lambda: coordination.set_aside,
+        lambda: coordination.set_aside + store.account.count,
     )
     if settings.monitor:
         stack.enter_context(closing(Monitor(job, metrics, health, settings)))

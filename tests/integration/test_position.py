@@ -181,4 +181,4 @@ def test_a_server_writes_the_record_again_that_redis_lost(site: Site) -> None:
                     stored.read()
             store._client.set(keys.config(config.name), garbage)
             healing.heal(work, lambda lost: None)
-            assert stored.read()[1] == record and store.read_config(config.name) == config.to_json()
+            assert stored.read()[1] == record and store.documents(config.name).config() == config.to_json()

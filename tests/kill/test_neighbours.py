@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+import redis
 from kazoo.client import KazooClient
 from kazoo.exceptions import NoNodeError
 
+from psa_store.errors import PsaError
+from psa_store.job.layout import layout_from_json
+from psa_store.storage import RedisStore, keys
 from tests.harness import PATIENCE_S, Run, Site, plain_client
 
 STEPS = 200
@@ -115,6 +119,77 @@ def neighbour(site: Site, request: pytest.FixtureRequest) -> Iterator[Neighbour]
         client.stop()
 
 
+class Rival:
+    """A process that reaches Redis, and writes whatever it likes over the keys of a job."""
+
+    def __init__(self, client: redis.Redis, job: str) -> None:
+        self._client = client
+        self._job = job
+        texts = self._client.mget(keys.config(job), keys.layout(job))
+        self._config, self._layout = (bytes(text) for text in texts)
+        self.overwritten = 0
+
+    def rounds(self, store: RedisStore) -> Iterator[str]:
+        """Each writes over all keys that are there then, but for values of older versions; yields in which form.
+
+        If no value of any version is left where a term begins, the job is lost.
+        """
+        for form in ("another kind", "gone", "impossible term", *(name for name, _ in forms(self._config))):
+            (head,) = store.heads(self._job, [0])
+            newest = head.manifests[-1].chunk_keys(self._job, 0)
+            for key in self._client.scan_iter(f"psa:{{{self._job}[:}}]*"):
+                if form == "impossible term":
+                    if key.endswith(b":head"):
+                        self._client.hset(key, "term", "f" * 16)
+                elif (
+                    key.startswith(f"psa:{{{self._job}}}".encode()) or key.endswith(b":head") or key.decode() in newest
+                ):
+                    self._write_over(key, form)
+            yield form
+
+    def _write_over(self, key: bytes, form: str) -> None:
+        self.overwritten += 1
+        kind = self._client.type(key)
+        if form == "gone":
+            self._client.delete(key)
+        elif form == "another kind":
+            self._client.delete(key)
+            self._client.set(key, "x") if kind == b"hash" else self._client.sadd(key, "x")
+        elif kind == b"string":
+            self._client.set(key, _in_form(form, self._client.get(key) or b""))
+        elif kind == b"stream":
+            self._client.xadd(key, {"json": _in_form(form, b"{}"), "more": "x"})
+        elif kind == b"hash":
+            fields = {name: _in_form(form, text) for name, text in self._client.hgetall(key).items()}
+            self._client.hset(key, mapping={**fields, b"\xff": b"{"})
+
+    def await_whole(self, run: Run, store: RedisStore, shards: int) -> None:
+        """Wait until what a server that starts needs can be read again."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while problem := self._problem(store, shards):
+            if run.process.poll() is not None:
+                pytest.fail(f"{problem}; the run ended with {run.finish()}:\n{run.output}")
+            assert time.monotonic() < deadline_s, problem
+            time.sleep(0.05)  # nothing tells; servers look every two seconds
+
+    def _problem(self, store: RedisStore, shards: int) -> str:
+        documents = store.documents(self._job)
+        try:
+            if (documents.config(), documents.layout()) != (self._config.decode(), self._layout.decode()):
+                return "the documents stay as they are"
+            store.data_record(self._job).read()
+            for head in store.heads(self._job, range(shards)):
+                if not head.manifests or not head.term or head.damaged.keys() - {b"\xff"}:
+                    return f"{head} stays as it is"
+        except PsaError as error:
+            return str(error)
+        return ""
+
+
+def _in_form(form: str, text: bytes) -> bytes:
+    return dict(forms(text)).get(form, b"{}")
+
+
 @pytest.mark.parametrize("neighbour", ["znodes"], indirect=True)
 def test_every_znode_overwritten_or_deleted_is_written_again_and_no_bit_changes(
     site: Site, undisturbed: str, neighbour: Neighbour
@@ -141,3 +216,20 @@ def test_every_znode_overwritten_or_deleted_is_written_again_and_no_bit_changes(
     assert overwritten > 50
     assert run.finish() == 0, run.output
     assert site.digest("znodes", STEPS) == undisturbed
+
+
+def test_every_key_overwritten_or_deleted_is_written_again_and_no_bit_changes(site: Site, undisturbed: str) -> None:
+    run = start(site, "keys", "--pace-s", "0.1", held=True)
+    with closing(site.store()) as store, redis.Redis.from_url(site.redis) as client:
+        store.check()
+        shards = len(layout_from_json(store.documents("keys").layout() or "").shards)
+        rival = Rival(client, "keys")
+        for form in rival.rounds(store):
+            print(f"Redis: {form}")
+            rival.await_whole(run, store, shards)
+        assert rival.overwritten > 100
+        shown = site.describe("keys")
+        assert any("xff" in each.where or "\ufffd" in each.where for each in shown.set_aside), shown
+        assert shown.set_aside_count > 50, shown
+    assert run.finish() == 0, run.output
+    assert site.digest("keys", STEPS) == undisturbed

@@ -19,8 +19,8 @@ from psa_store.job.config import JobConfig
 from psa_store.job.document import from_text, to_text
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.model_files import ModelFiles
-from psa_store.storage import Head, Manifest, Section
-from psa_store.storage.head import head_from_fields
+from psa_store.storage import Manifest, Section
+from psa_store.storage.head import manifest_from_text
 
 LAYOUT = make_layout([TensorSpec(("weights",), (8,), "float32", TensorRole.TRAINED)])
 CONFIG = JobConfig("job", 2, 0, {"name": "sgd"}, LAYOUT.fingerprint)
@@ -42,13 +42,8 @@ MODEL_FILES = ModelFiles({"config.json": b"{}", "spiece.model": bytes(range(256)
 BARRIER = Barrier(3, ("a", "b"), BarrierState.DONE, {"a": 7, "b": 8})
 
 
-def head_of(text: str) -> Manifest:
-    head: Head = head_from_fields("job", 0, {b"term": b"3", b"v:7": text.encode()})
-    return head.manifests[0]
-
-
 DOCUMENTS: dict[str, tuple[Any, str, Callable[[str], Any]]] = {
-    "the head in Redis": (MANIFEST, MANIFEST.to_json(), head_of),
+    "the head in Redis": (MANIFEST, MANIFEST.to_json(), lambda text: manifest_from_text(text, "the head in Redis")),
     "the document of a checkpoint in Redis": (CHECKPOINT, CHECKPOINT.to_json(), checkpoint_from_json),
     "the barrier in ZooKeeper": (
         BARRIER,

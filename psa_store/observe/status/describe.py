@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
+from psa_store.checkpoint.catalog import damaged_documents
 from psa_store.cluster import Member, ProcessRole, believed, newest_common
 from psa_store.config import Settings
 from psa_store.coordination import Coordination, StoredPlan, access_of, known_plan, probe_zookeeper
@@ -24,7 +25,7 @@ from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.history import JobHistory
 from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
 from psa_store.observe.status.model import JobStatus
-from psa_store.storage import RedisStore
+from psa_store.storage import RedisStore, keys
 from psa_store.wire import Door, inspect
 
 PATIENCE_S_MAX = 2.0
@@ -115,11 +116,19 @@ class Observer:
             view = replace(view, events=self._history.events()[-_EVENTS_SHOWN:])
             heads = self._store.heads(self._job, [shard.index for shard in layout.versioned])
             versions = {head.shard: [manifest.version for manifest in head.manifests] for head in heads}
-            return replace(view, committed=newest_common(versions))
+            damaged = [*self._damaged_documents(), *(each for head in heads for each in head.damage(self._job))]
+            return replace(view, committed=newest_common(versions), damaged=damaged)
         except DependencyUnreachable as error:
             return replace(view, problem=str(error))
         except DataIntegrity as error:
             return replace(view, damage=str(error))
+
+    def _damaged_documents(self) -> list[Damaged]:
+        """Documents of which training needs none at this moment. Heartbeats that can not be read are shown as such."""
+        record = self._store.data_record(self._job).look()[1]
+        checkpoints = damaged_documents(self._store.read_checkpoints(self._job), keys.checkpoints(self._job))
+        history = [each for key, each in self._history.damaged.items() if key != keys.heartbeats(self._job)]
+        return [*([record] if isinstance(record, Damaged) else []), *checkpoints, *history]
 
     def _parse(self, texts: tuple[str, str]) -> tuple[JobConfig, Layout]:
         """A thousand shards take a while to lay out, and what a job is does not change."""

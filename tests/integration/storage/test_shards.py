@@ -180,9 +180,9 @@ def test_damage_is_named(store: RedisStore, raw: redis.Redis) -> None:
     raw.delete(chunk)
     with pytest.raises(DataIntegrity, match="chunk 0: missing"):
         read(store, manifest)
-    raw.hset("psa:{job:0}:head", "v:" + "0" * 19 + "9", "no manifest")
-    with pytest.raises(DataIntegrity, match="shard 0: the head in Redis cannot be read"):
-        store.heads(JOB, [0])
+    raw.rpush(chunk, "x")
+    with pytest.raises(DataIntegrity, match="chunk 0: of another type"):
+        read(store, manifest)
 
 
 def test_flushed_functions_are_loaded_again(store: RedisStore, raw: redis.Redis) -> None:
