@@ -20,7 +20,7 @@ from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, JobBu
 from psa_store.job.change import Change, Numbers
 from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.document import Damaged, judged
-from psa_store.storage import RedisStore
+from psa_store.storage import RedisStore, newest_term
 from psa_store.storage.sections import CLOCK
 
 _TRIES_MAX = 10
@@ -51,8 +51,8 @@ def change_job(store: RedisStore, coordination: Coordination, job: str, numbers:
         before = known_plan(seen)
         config = newest_config(store, coordination, job)
         stored = read_job(store, job)
-        known = max((head.term for head in stored.heads.values()), default=0)
-        term = coordination.next_term(at_least=max(known, before.term if before else 0))
+        published = before.term if before else 0
+        term = coordination.next_term(at_least=max(newest_term(stored.heads.values(), published), published))
         try:
             store.seal(job, stored.heads, term, stored.layout.fingerprint)
             version = stored.reread(store).version_of(None)

@@ -13,7 +13,7 @@ from psa_store.checkpoint.catalog import read_job
 from psa_store.checkpoint.reader import find_damage
 from psa_store.coordination import Coordination, known_plan
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
-from psa_store.storage import RedisStore
+from psa_store.storage import RedisStore, newest_term
 from psa_store.testing.failpoints import failpoint
 
 _TRIES_MAX = 10
@@ -48,8 +48,8 @@ def rollback(store: RedisStore, coordination: Coordination, job: str, what: str)
         name = what if what in stored.checkpoints else None
         seen = coordination.read_plan()
         before = known_plan(seen)
-        known = max((head.term for head in stored.heads.values()), default=0)
-        term = coordination.next_term(at_least=max(known, before.term if before else 0))
+        published = before.term if before else 0
+        term = coordination.next_term(at_least=max(newest_term(stored.heads.values(), published), published))
         try:
             store.seal(job, stored.heads, term, stored.layout.fingerprint)
             store.unwind(job, [shard.index for shard in stored.layout.versioned], term, version, name)

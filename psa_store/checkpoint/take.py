@@ -33,7 +33,7 @@ from psa_store.errors import DataIntegrity, DependencyUnreachable, PsaError, Rew
 from psa_store.job.config import JobConfig
 from psa_store.job.document import Damaged, to_text
 from psa_store.job.layout import Layout
-from psa_store.storage import RedisStore
+from psa_store.storage import RedisStore, newest_term
 from psa_store.storage.sections import CLOCK
 
 _LOOK_AGAIN_S = 0.5
@@ -121,7 +121,7 @@ def take_at_rest(store: RedisStore, job: str, name: str | None, reason: Reason) 
     except Rewound:
         remove(store, job, stored.layout, [chosen])
         raise
-    term = max((head.term for head in stored.heads.values()), default=0)
+    term = newest_term(stored.heads.values(), 0)
     return complete(
         store, stored.config, stored.layout, chosen, version, term=term, reason=reason, named=name is not None
     )

@@ -27,7 +27,7 @@ from psa_store.job.layout import Layout
 from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
 from psa_store.server.work import Work
-from psa_store.storage import Manifest, RedisStore, keys
+from psa_store.storage import Manifest, RedisStore, keys, newest_term
 
 _DOCUMENTS_S = 2.0
 """How often the documents of the job are looked at."""
@@ -163,7 +163,10 @@ class Healing:
             self._stored_files.write(self._files)
 
     def _has_all(self, work: Work) -> bool:
-        """Whether Redis has the job and its shards, and, looked at less often, also their versions and our term."""
+        """Whether Redis has the job and its shards, and, looked at less often, also their versions and our term.
+
+        Under a later term they are not ours to write.
+        """
         shards = [*work.owned_shards, *work.frozen]
         if not self._store.has_job(self._job) or self._store.missing(self._job, shards):
             return False
@@ -172,7 +175,7 @@ class Healing:
             return True
         self._heads_at_s = now_s + _HEADS_S
         heads = self._store.heads(self._job, shards)
-        return all(
+        return newest_term(heads, work.term) > work.term or all(
             head.manifest(0 if head.shard in work.frozen else work.version) is not None and head.term == work.term
             for head in heads
         )

@@ -188,10 +188,11 @@ end
 redis.register_function('psa_event', event)
 redis.register_function('psa_point', point)
 redis.register_function('psa_seal', seal)
-redis.register_function('psa_remove_foreign', remove_foreign_key)
 redis.register_function('psa_commit', commit)
 redis.register_function{function_name = 'psa_sweep', callback = sweep, flags = {'allow-oom'}}
 redis.register_function('psa_drop', drop)
-redis.register_function('psa_digest', digest)
+-- These take no memory, so a Redis that is full answers them as well.
+redis.register_function{function_name = 'psa_remove_foreign', callback = remove_foreign_key, flags = {'allow-oom'}}
+redis.register_function{function_name = 'psa_digest', callback = digest, flags = {'allow-oom'}}
 redis.register_function('psa_create', create)
 redis.register_function('psa_replace', replace)

@@ -132,7 +132,10 @@ def term_text(term: int) -> str:
 
 
 def newest_term(heads: Iterable[Head], known: int) -> int:
-    """The highest term of these heads that can be one; 0 if none has any. ``known``: one that was taken."""
+    """The highest term of these heads that can be one; 0 if none has any. ``known``: one that was taken.
+
+    The seal of the next term writes over what is left out here: that is further above it than it may be.
+    """
     return max((head.term for head in heads if head.term < known + 2 * TERMS_AHEAD_MAX), default=0)
 
 
