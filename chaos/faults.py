@@ -120,6 +120,24 @@ def _network_faults() -> list[FaultKind]:
     ]
 
 
+NEIGHBOURS_WRITE = ("no text", "older", "newer", "gone", "earlier")
+"""By number, what stands in place of what a job wrote; "earlier": what stood there a while before."""
+
+
+def _neighbour_faults() -> list[FaultKind]:
+    forms = (0, len(NEIGHBOURS_WRITE))
+    return [
+        FaultKind(
+            "neighbour-znodes",
+            "each znode of the job is overwritten with garbage, another release's or an earlier text, or deleted",
+            numbers=forms,
+        ),
+        FaultKind("neighbour-documents", "so are its documents and the heads of its shards in Redis", numbers=forms),
+        FaultKind("neighbour-connections", "connections to all servers say nothing, or half of an opening", (1.0, 4.0)),
+        FaultKind("neighbour-key", "peers with another key, and with none, want to be let in by all servers"),
+    ]
+
+
 def _a(role: str) -> str:
     return role.capitalize() if role in ("redis", "zookeeper") else f"a {role}"
 
@@ -132,6 +150,7 @@ FAULTS = {
         *_data_faults(),
         *_proxy_faults(),
         *_network_faults(),
+        *_neighbour_faults(),
     ]
 }
 """Every kind of fault by its name."""

@@ -75,6 +75,7 @@ def _rows() -> list[Scenario]:
             Scenario(f"unsupervised-{name}", (name,), Shape.HOSTS)
             for name in ("kill-worker", "kill-server", "kill-controller", "stop-server")
         ),
+        *(Scenario(name, (name,)) for name in FAULTS if name.startswith("neighbour-")),
         Scenario("clock-jump", ("clock-jump",), sets_clock=True),
         *(
             _staged(f"stages-{name}", (f"die-{name}", f"hang-{name}"))

@@ -17,13 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from kazoo.client import KazooClient
-from kazoo.security import make_digest_acl
-
 from chaos.cluster.spawner import Process, Spawner
 from psa_store.checkpoint.reader import open_version
 from psa_store.config import Settings
-from psa_store.coordination import as_access
 from psa_store.observe.status import JobStatus, describe
 from psa_store.storage import RedisStore
 from tests import forked
@@ -217,18 +213,6 @@ class ForkedServer(Followed):
 
     def _ended(self, timeout_s: float) -> int:
         return self.process.wait(timeout_s)
-
-
-def plain_client(where: str) -> KazooClient:
-    """A client of Kazoo's for an address as PSA_ZOOKEEPER has it; not started."""
-    access = as_access(where)
-    digest = make_digest_acl(access.user, access.password, all=True)
-    return KazooClient(
-        access.hosts,
-        timeout=4.0,
-        auth_data=[("digest", f"{access.user}:{access.password}")],
-        default_acl=[digest],
-    )
 
 
 def _session_pids(session: int) -> list[int]:

@@ -1,7 +1,7 @@
 """No zombie writes, and terms only grow.
 
 The reader looks at the heads in Redis all the time. Once it has seen a head sealed at a term, a version that an older
-term wrote must not appear there any more.
+term wrote must not appear there any more. A head that has no term was written over or deleted by another program.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def _no_commit_after_a_seal(history: History) -> list[Violation]:
         shard, term = event["shard"], event["term"]
         if any(t < event.t for t in wiped):
             break  # a wiped Redis knows no seals
+        if not term:
+            continue
         if term < sealed.get(shard, 0):
             text = f"the head of shard {shard} went from term {sealed[shard]} back to {term}"
             violations.append(Violation(_NAME, text, event.t))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from chaos.inject import data, failpoints, links, processes
+from chaos.inject import data, failpoints, links, neighbours, processes
 from chaos.inject.context import Context, Injector, NotFired
 from chaos.schedule import ScheduledFault
 
@@ -38,6 +38,10 @@ _INJECTORS: dict[str, Injector] = {
     "redis-torn-request": links.tear,
     "zk-torn-reply": links.tear,
     "clock-jump": data.jump_clock,
+    "neighbour-znodes": neighbours.write_over_znodes,
+    "neighbour-documents": neighbours.write_over_documents,
+    "neighbour-connections": neighbours.say_nothing,
+    "neighbour-key": neighbours.want_in,
 }
 _BY_PREFIX: dict[str, Injector] = {
     "kill": processes.kill_members,

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from kazoo.security import OPEN_ACL_UNSAFE
 
+from chaos.neighbour import plain_client
 from psa_store.config import Settings
 from psa_store.coordination import Coordination, access_of, examine_zookeeper, probe_zookeeper
 from psa_store.errors import DependencyUnfit, DependencyUnreachable
 from psa_store.launch import PrivateZooKeeper
-from tests.harness import plain_client
 
 SECRET = "Qx7canary"
 

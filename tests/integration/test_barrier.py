@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import pytest
 from kazoo.client import KazooClient
 
+from chaos.neighbour import plain_client
 from psa_store import cluster
 from psa_store.cluster import ProcessRole
 from psa_store.coordination import Barrier, BarrierState, Coordination
 from psa_store.coordination.barrier import BARRIERS_KEPT
 from psa_store.errors import UsageError
 from psa_store.launch import PrivateZooKeeper
-from tests.harness import plain_client
 
 OPEN, DONE, ABORTED = BarrierState
 PATIENCE_S = 120.0

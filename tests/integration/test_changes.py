@@ -237,6 +237,8 @@ def test_where_redis_or_zookeeper_has_fewer_changes_it_is_brought_up_to_date(sit
         zk._session.run(lambda znodes: znodes.set(f"{zk._job}/config", "{"))
         with pytest.raises(DataIntegrity, match="ZooKeeper has no other"):
             newest_config(store, zk, "change-behind")
+        store.documents("change-behind").overwrite(config=changed.to_json())  # other tests look at all jobs
+        assert newest_config(store, zk, "change-behind") == changed == zk.read_config()
 
 
 class RevisedMeanwhile(Coordination):

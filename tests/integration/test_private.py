@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from chaos.neighbour import plain_client
 from psa_store.config import Settings, fill_addresses
-from tests.harness import PSA, TRAIN, Run, plain_client
+from tests.harness import PSA, TRAIN, Run
 
 ROOT = Path(__file__).parents[2]
 STRANGER = 54321

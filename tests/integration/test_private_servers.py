@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import redis as redis_client
 
+from chaos.neighbour import plain_client
 from psa_store.config import running
 from psa_store.config.private_servers import hold_home
 from psa_store.errors import DependencyUnreachable, UsageError
@@ -26,7 +27,6 @@ from psa_store.launch import (
     down,
     up,
 )
-from tests.harness import plain_client
 from tests.integration.processes import GONE_S, PATIENCE_S, ends_within, python, read_line
 
 

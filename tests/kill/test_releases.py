@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from kazoo.security import OPEN_ACL_UNSAFE
 
-from tests.harness import Run, Site, plain_client
+from chaos.neighbour import plain_client
+from tests.harness import Run, Site
 
 FORMER = "d42a3f02"
 """Protocol 8, as now; the commit before a connection could begin with the proof of a key."""

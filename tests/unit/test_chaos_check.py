@@ -291,6 +291,14 @@ def test_what_was_there_before_the_seal_may_stay(builder: HistoryBuilder) -> Non
     assert builder.broken() == set()
 
 
+def test_a_head_without_a_term_is_none_of_ours(builder: HistoryBuilder) -> None:
+    builder.record("reader", "0", "head", shard=0, term=0, manifests=[])
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[0, 1, "n1-0"]])
+    assert builder.broken() == set()
+    builder.record("reader", "0", "head", shard=0, term=1, manifests=[])
+    assert builder.broken() == {"fencing"}
+
+
 def test_a_head_whose_term_falls_is_seen(builder: HistoryBuilder) -> None:
     builder.record("reader", "0", "head", shard=0, term=1, manifests=[])
     assert builder.broken() == {"fencing"}
