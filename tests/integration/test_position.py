@@ -6,6 +6,7 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,3 +183,17 @@ def test_a_server_writes_the_record_again_that_redis_lost(site: Site) -> None:
             store._client.set(keys.config(config.name), garbage)
             healing.heal(work, lambda lost: None)
             assert stored.read()[1] == record and store.documents(config.name).config() == config.to_json()
+
+
+def test_the_heads_of_a_later_term_are_left_to_it(site: Site) -> None:
+    layout = make_layout([TensorSpec(("w",), (8,), "float32", TensorRole.TRAINED)])
+    config = JobConfig("position-later", 2, 0, {"name": "SGD"}, layout.fingerprint)
+    with RedisStore.from_settings(site.settings) as store:
+        store.check()
+        store.create_job(config.name, config.to_json(), layout.to_json())
+        healing = Healing(store, config, layout)
+        healing.committed_to(store.server_run_id())
+        store.seal(config.name, [0], 8, layout.fingerprint)
+        nothing: Any = {0: None}
+        healing.heal(Work(7, 3, nothing, {}), lambda lost: pytest.fail("it writes"))
+        assert store.heads(config.name, [0])[0].term == 8
