@@ -111,6 +111,7 @@ def main() -> None:
     options.add_argument("--tied", action="store_true", help="with a shared layer, and weights of micro-batches")
     options.add_argument("--clip", type=float, default=0.0)
     options.add_argument("--average", action="store_true", help="keep one, and record what stages have of it")
+    options.add_argument("--state", action="store_true", help="note each step there, and look whether it has them all")
     options.add_argument("--pace-s", type=float, default=0.0, help="of each batch, as a larger model would take")
     options.add_argument("--paced-until", type=Path, help="from when this file exists on, batches take no time")
     options.add_argument("--end-after", type=Path)
@@ -139,6 +140,7 @@ def main() -> None:
             seed=3,
             shard_bytes=4096,
             average=psa.ema(0.9) if args.average else None,
+            state={"steps": []} if args.state else None,
         ) as worker,
     ):
         for batch in worker.batches(data, batch_size=32):
@@ -146,7 +148,11 @@ def main() -> None:
             if args.paced_until is None or not args.paced_until.exists():
                 time.sleep(args.pace_s)  # what a larger model would compute
             step, rank = worker.version, worker.rank
+            if args.state and worker.state["steps"] != list(range(step)):
+                sys.exit(f"worker.state has {worker.state} at version {step}")
             loss = worker.compute(batch)
+            if args.state and loss is not None and rank == 0:
+                worker.state["steps"].append(step)
             seen.record(journal, args.stages, term=worker.term, version=step, rank=rank)
             if loss is not None:
                 journal.record("loss", version=step, rank=rank, loss=loss.item())

@@ -40,6 +40,7 @@ from psa_store.worker.membership import Membership
 from psa_store.worker.model_files import model_files
 from psa_store.worker.server_connections import ServerConnections
 from psa_store.worker.session import Tools
+from psa_store.worker.staged_state import StagedScriptState
 from psa_store.worker.stages import BuildStage, StagedModel
 from psa_store.worker.state import ScriptState
 from psa_store.worker.strategy import Strategy, strategy_of
@@ -55,7 +56,7 @@ class Given:
     """Instead of a model, what builds its parts."""
     layout: Layout
     optimizer: GivenOptimizer
-    state: ScriptState | None
+    state: ScriptState | StagedScriptState | None
     steps: int | None
     push_early: bool | None
     tokenizer: Any
@@ -183,7 +184,8 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
 
 def _memory_of(given: Given) -> FlatModel | StagedModel:
     if given.model is None:
-        return StagedModel(given.stages, given.layout, given.wanted.seed)
+        state = given.state if isinstance(given.state, StagedScriptState) else None
+        return StagedModel(given.stages, given.layout, given.wanted.seed, state)
     with must_suffice("have the model in one piece", given.layout.arena_bytes):
         return FlatModel(given.model, given.layout, given.push_early)
 

@@ -22,6 +22,8 @@ from psa_store.worker.flat_model import FlatModel, describe_model
 from psa_store.worker.host_memory import give_back, must_suffice
 from psa_store.worker.randomness import seed_all
 from psa_store.worker.script import check_model
+from psa_store.worker.staged_state import StagedScriptState
+from psa_store.worker.state import BUFFER
 
 BuildStage = Callable[[], nn.Module]
 
@@ -37,11 +39,13 @@ class NamesTied(Protocol):
 GroupOf = Callable[[str, tuple[int, ...]], int]
 
 
-def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) -> list[TensorSpec]:
+def describe_stages(
+    stages: Sequence[BuildStage], seed: int, group_of: GroupOf, state: StagedScriptState | None = None
+) -> list[TensorSpec]:
     """List the parameters and buffers of all stages, without their memory: each is built on torch's meta device,
     if that can be.
 
-    A name that two stages have is one parameter, tied.
+    A name that two stages have is one parameter, tied. The state of the script is a buffer of all, of the last first.
 
     Raises:
         UsageError: a stage is no module, or two have different tensors, or buffers, of one name.
@@ -49,15 +53,19 @@ def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) 
     specs: list[TensorSpec] = []
     places: dict[str, int] = {}
     for stage, build in enumerate(stages):
-        module = _build_without_memory(build, stage, seed)
+        module = _build_without_memory(build, stage, seed, state)
         for spec in describe_model(module, group_of):
-            names = build.all_names(spec.names) if isinstance(build, NamesTied) else spec.names
+            is_state = spec.name == BUFFER and state is not None
+            names = spec.names if is_state else _all_names(build, spec.names)
             place = next((places[name] for name in names if name in places), len(specs))
             places.update(dict.fromkeys(names, place))
             if place == len(specs):
                 specs.append(replace(spec, names=names, stages=(stage,)))
                 continue
             other = specs[place]
+            if is_state:
+                specs[place] = replace(other, stages=(stage, *other.stages))
+                continue
             form = other.shape, other.dtype, other.role
             if spec.role is TensorRole.BUFFER or (spec.shape, spec.dtype, spec.role) != form:
                 raise UsageError(
@@ -70,13 +78,17 @@ def describe_stages(stages: Sequence[BuildStage], seed: int, group_of: GroupOf) 
     return specs
 
 
-def _build_without_memory(build: BuildStage, stage: int, seed: int) -> nn.Module:
+def _all_names(build: BuildStage, names: tuple[str, ...]) -> tuple[str, ...]:
+    return build.all_names(names) if isinstance(build, NamesTied) else names
+
+
+def _build_without_memory(build: BuildStage, stage: int, seed: int, state: StagedScriptState | None) -> nn.Module:
     """Build a stage to see what it has; in memory if it looks at values of its tensors, which have none there."""
     try:
         with torch.device("meta"):
-            return _build(build, stage, seed)
+            return _build(build, stage, seed, state)
     except (RuntimeError, NotImplementedError):
-        return _build(build, stage, seed)
+        return _build(build, stage, seed, state)
 
 
 def refuse_with_stages(**given: object) -> None:
@@ -86,18 +98,25 @@ def refuse_with_stages(**given: object) -> None:
             raise UsageError(f"psa.Worker({name}=) does not go with stages: it belongs to a model that is in one piece")
 
 
-def _build(build: BuildStage, stage: int, seed: int) -> nn.Module:
+def _build(build: BuildStage, stage: int, seed: int, state: StagedScriptState | None) -> nn.Module:
     """Build a stage: equal in all processes, and each time."""
     seed_all(stream_seed(seed, 0, 0, f"stage {stage}"))
     module = build()
     check_model(module)
+    if state is not None:
+        state.attach(module)
     return module
 
 
 class StagedModel:
     """The stages that are held, each in flat memory."""
 
-    def __init__(self, stages: Sequence[BuildStage], layout: Layout, seed: int) -> None:
+    def __init__(
+        self, stages: Sequence[BuildStage], layout: Layout, seed: int, state: StagedScriptState | None = None
+    ) -> None:
+        self.state = state
+        if state is not None:
+            state.lies_in(layout)
         self._builders = stages
         self._layout = layout
         self._seed = seed
@@ -177,7 +196,7 @@ class StagedModel:
     def _build(self, stage: int) -> tuple[nn.Module, FlatModel]:
         """A stage in flat memory, with the values that it has in the beginning."""
         with must_suffice(f"build stage {stage} of {len(self._builders)}", self.bytes_of([stage])):
-            module = _build(self._builders[stage], stage, self._seed)
+            module = _build(self._builders[stage], stage, self._seed, self.state)
             flat = FlatModel(module, self._layout, push_early=False, stage=stage)
         give_back()  # the tensors with which it was built
         return module, flat
@@ -277,6 +296,10 @@ class StagedModel:
         self._came_tied.clear()
         for stage in self._filling:
             self.flat(stage).version_arrived()
+        if self.state is not None and self._filling:
+            flat = self.flat(min(self._filling))
+            for index in self.state.shards:
+                self.state.arrived(index, flat.parameters(self._layout.shards[index]))
 
     def _close_shown(self) -> None:
         for descriptor in self._shown.values():

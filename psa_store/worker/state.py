@@ -43,19 +43,16 @@ class ScriptState:
     """
 
     def __init__(self, model: nn.Module, initial: Mapping[str, Any]) -> None:
-        if not isinstance(initial, Mapping):
-            raise UsageError(f"psa.Worker(state=): a {type(initial).__name__}; give a dictionary, such as state={{}}")
         self._model = model
-        self.values: dict[str, Any] = dict(initial)
+        self.values = values_of(initial)
         encoded = encode(self.values)
-        size = min(STATE_BYTES_MAX, max(_STATE_BYTES_MIN, _ROOM * len(encoded)))
         self._known = encoded
         """What ``values`` were when they and the buffer were the same."""
         self._step_of_rank_0: int | None = None
         """The last one that was computed here."""
         if BUFFER not in model._buffers:
             model.register_buffer(BUFFER, None, persistent=False)
-        setattr(model, BUFFER, torch.zeros(size, dtype=torch.uint8))
+        setattr(model, BUFFER, torch.zeros(room_for(encoded), dtype=torch.uint8))
         self._write(encoded)
 
     def close(self) -> None:
@@ -74,14 +71,14 @@ class ScriptState:
                     f"worker.state was changed before a batch of rank {rank_step.rank}, which finds what its version "
                     "has: change it between a batch of rank 0 and its worker.step(), `if worker.rank == 0:`"
                 )
-            self._say_lost("rank 0 has gone to another worker")
+            say_lost("rank 0 has gone to another worker")
             self._show()
         self.load()
 
     def end(self) -> None:
         """No batch comes any more."""
         if self._step_of_rank_0 is not None and encode(self.values) != self._known:
-            self._say_lost("no step of rank 0 came after it here")
+            say_lost("no step of rank 0 came after it here")
         self.load()
 
     def load(self) -> None:
@@ -89,8 +86,7 @@ class ScriptState:
         buffer = self._bytes()
         if buffer[: _HEAD.size] == self._known[: _HEAD.size]:
             return
-        length, _ = _HEAD.unpack_from(buffer)
-        self._known = bytes(buffer[: _HEAD.size + length])
+        self._known = encoded_part(buffer)
         self._show()
 
     def save(self, rank_step: RankStep) -> None:
@@ -115,25 +111,50 @@ class ScriptState:
         self.values.clear()
         self.values.update(values)
 
-    def _say_lost(self, why: str) -> None:
-        logs.get_logger().warning(
-            "a change of worker.state after worker.step() is lost: make it before that, in the batch of rank 0", why=why
-        )
-
     def _write(self, encoded: bytes) -> None:
         buffer = self._bytes()
-        if len(encoded) > len(buffer):
-            raise UsageError(
-                f"worker.state has {len(encoded)} bytes, and there is room for {len(buffer)}: {_ROOM} times what it "
-                f"had in the beginning, at least {_STATE_BYTES_MIN} and at most {STATE_BYTES_MAX}. Begin with larger "
-                "values in psa.Worker(…, state=), or keep large things elsewhere"
-            )
+        check_room(encoded, len(buffer))
         if buffer[: _HEAD.size] != encoded[: _HEAD.size]:
             buffer[: len(encoded)] = encoded
 
     def _bytes(self) -> memoryview:
         """The buffer where the model has it now."""
         return as_bytes(self._model.get_buffer(BUFFER))
+
+
+def values_of(initial: object) -> dict[str, Any]:
+    """What a script begins with; raises UsageError if it is no dictionary."""
+    if not isinstance(initial, Mapping):
+        raise UsageError(f"psa.Worker(state=): a {type(initial).__name__}; give a dictionary, such as state={{}}")
+    return dict(initial)
+
+
+def room_for(encoded: bytes) -> int:
+    """How many bytes a state may have that begins so."""
+    return min(STATE_BYTES_MAX, max(_STATE_BYTES_MIN, _ROOM * len(encoded)))
+
+
+def check_room(encoded: bytes, room: int) -> None:
+    """Raise UsageError if a state has become too large."""
+    if len(encoded) > room:
+        raise UsageError(
+            f"worker.state has {len(encoded)} bytes, and there is room for {room}: {_ROOM} times what it had in the "
+            f"beginning, at least {_STATE_BYTES_MIN} and at most {STATE_BYTES_MAX}. Begin with larger values in "
+            "psa.Worker(…, state=), or keep large things elsewhere"
+        )
+
+
+def say_lost(why: str) -> None:
+    """Log that what the script has changed goes to no version."""
+    logs.get_logger().warning(
+        "a change of worker.state after worker.step() is lost: make it before that, in the batch of rank 0", why=why
+    )
+
+
+def encoded_part(buffer: memoryview | bytearray) -> bytes:
+    """What :func:`encode` has made, without the room behind it."""
+    length, _ = _HEAD.unpack_from(buffer)
+    return bytes(buffer[: _HEAD.size + length])
 
 
 def encode(values: Mapping[str, Any]) -> bytes:

@@ -40,6 +40,7 @@ from psa_store.worker.given_optimizer import GivenOptimizer
 from psa_store.worker.health import Progress, as_reported
 from psa_store.worker.opening import Given, Opened, announce_failure, open_worker
 from psa_store.worker.script import check_model, script_line, whole_number
+from psa_store.worker.staged_state import StagedScriptState
 from psa_store.worker.stages import BuildStage, StagedModel, describe_stages, refuse_with_stages
 from psa_store.worker.state import ScriptState
 from psa_store.worker.strategy.staged import StagedStrategy
@@ -127,10 +128,12 @@ class Worker:
         seed = whole_number("seed", seed)
         self._optimizer = GivenOptimizer(optimizer, lr_scheduler, model, steps)
         rule = self._optimizer.optimizer
-        self._script_state: ScriptState | None = None
+        self._script_state: ScriptState | StagedScriptState | None = None
         if model is None:
-            refuse_with_stages(state=state, push_early=push_early)
-            specs = describe_stages(stages or (), seed, rule.group_of)
+            refuse_with_stages(push_early=push_early)
+            staged_state = None if state is None else StagedScriptState(state, len(stages or ()))
+            self._script_state = staged_state
+            specs = describe_stages(stages or (), seed, rule.group_of, staged_state)
         else:
             self._script_state = None if state is None else ScriptState(model, state)
             specs = describe_model(model, rule.group_of)
@@ -193,7 +196,14 @@ class Worker:
 
     @property
     def is_main(self) -> bool:
-        """True in one process at a time, the one that holds rank 0 (its last stage): print and evaluate there."""
+        """True in one process at a time, the one that holds rank 0 (its last stage): print and evaluate there.
+
+        With stages, in a batch of rank 0, from :meth:`compute` on: where that has returned the loss.
+        """
+        strategy = self._strategy if self._opened is not None else None
+        now = self._current
+        if isinstance(strategy, StagedStrategy) and strategy.computed is not None and now is not None and now.rank == 0:
+            return self._config.stages - 1 in strategy.computed
         return Cell(0, self._config.stages - 1) in self._membership.standing.cells
 
     @property
@@ -226,6 +236,9 @@ class Worker:
         It belongs to rank 0: what the script leaves in it until rank 0's :meth:`step` makes the next version, as its
         gradient does, is committed with it, and is what all workers find in it then, after a resume as well. Numbers,
         strings, lists, dictionaries and tensors; at most 1 MB.
+
+        With stages it belongs to the last stage of rank 0: it may be changed between :meth:`compute` and :meth:`step`,
+        ``if loss is not None and worker.rank == 0``. A change elsewhere is refused with the next call.
 
         Raises:
             UsageError: the worker was made without.
@@ -335,8 +348,13 @@ class Worker:
             raise UsageError(
                 f"{script_line()}: worker.compute() comes after a batch from worker.batches(), in a worker with stages="
             )
+        state = self._script_state
         try:
+            if isinstance(state, StagedScriptState):
+                state.computing()
             loss = strategy.compute(batch)
+            if isinstance(state, StagedScriptState):
+                state.computed(self._current.rank, strategy.computed or ())
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
         if loss is None:
@@ -371,7 +389,7 @@ class Worker:
         self._average.refuse("worker.step()")
         rank = self._current.rank
         try:
-            if isinstance(self._strategy, StagedStrategy) and not self._strategy.was_computed:
+            if isinstance(self._strategy, StagedStrategy) and self._strategy.computed is None:
                 raise UsageError("worker.step() without worker.compute(batch): with stages, that makes the passes")
             self._optimizer.end()
             if not isinstance(weight, float) or weight != 1.0:
@@ -420,7 +438,7 @@ class Worker:
         """
         if not self._is_open or (self._progress.step is None and not self.finished):
             raise UsageError("worker.average() before the first batch, with which the job's parameters come, or after")
-        if isinstance(self._strategy, StagedStrategy) and self._strategy.was_computed:
+        if isinstance(self._strategy, StagedStrategy) and self._strategy.computed is not None:
             self._average.refuse_between("worker.compute()")
         return self._average.show()
 

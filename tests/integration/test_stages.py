@@ -136,6 +136,31 @@ def parameters_of(modules: dict[int, nn.Module]) -> dict[str, Tensor]:
     return {name: each.detach().clone() for stage in modules.values() for name, each in stage.named_parameters()}
 
 
+def test_the_state_of_the_script_goes_with_the_version(job: str) -> None:
+    """To both ranks, into a second stretch of the job, and nothing else is changed by it."""
+    seen: list[tuple[int, int, list[int]]] = []
+
+    def stretch(steps: int) -> dict[str, Any]:
+        how: dict[str, Any] = {"optimizer": psa.optim.SGD(lr=0.1), "microbatches": 2, "ranks": 2, "steps": steps}
+        with psa.Worker(job, stages=STAGES, state={"steps": []}, **how) as worker:
+            for batch in worker.batches(DATA, batch_size=8):
+                seen.append((worker.version, worker.rank, list(worker.state["steps"])))
+                loss = worker.compute(batch)
+                assert worker.is_main
+                if worker.rank == 0:
+                    worker.state["steps"].append(worker.version)
+                worker.step(loss)
+        return worker.state
+
+    stretch(2)
+    assert stretch(3) == {"steps": [0, 1, 2]}
+    assert seen == [(step, rank, list(range(step))) for step in range(3) for rank in range(2)]
+    with psa.Store(job) as store:
+        assert store.state_dict().keys() == {
+            f"{part}.{name}" for part in ("front", "back") for name in ("weight", "bias")
+        }
+
+
 def test_the_average_is_in_the_stages_that_are_here(job: str) -> None:
     stages, averaged = [partial(Tied, "front", False), partial(Tied, "back", True)], {}
     how: dict[str, Any] = {"optimizer": psa.optim.Adam(lr=0.1), "microbatches": 2, "ranks": 1, "steps": 3}
@@ -215,7 +240,7 @@ def test_a_batch_that_can_not_be_cut(job: str) -> None:
         ({"mode": "async"}, "mode async with stages"),
         ({"mode": "local:steps=4"}, "with stages: only sync"),
         ({"mode": "sync:speculate"}, "with stages: only sync"),
-        ({"state": {}}, "state=.* does not go with stages"),
+        ({"state": []}, "state=.*: a list; give a dictionary"),
         (
             {"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)},
             "one of torch goes with a whole model",

@@ -66,7 +66,7 @@ def test_any_cut_gives_the_same_bits_where_nothing_is_tied(site: Site) -> None:
     assert found[0] == found[1] == found[2]
 
 
-CUT = ["--stages", "4", "--dropout", "0.1", "--clip", "1.0", "--tied", "--average"]
+CUT = ["--stages", "4", "--dropout", "0.1", "--clip", "1.0", "--tied", "--average", "--state"]
 PLACES = [("cell.sent", 0), ("cell.backward", 0), ("cell.backward", 2), ("push.middle", 0), ("push.done", 0)]
 """An activation is sent; before the first backward pass; between two; gradients are pushed, in part, and all."""
 

@@ -117,9 +117,9 @@ class StagedStrategy:
             self._passes = None
 
     @property
-    def was_computed(self) -> bool:
-        """Whether ``compute()`` was called for the present batch."""
-        return self._computed is not None
+    def computed(self) -> tuple[int, ...] | None:
+        """The stages that ``compute()`` has made of the present batch; None before it."""
+        return self._computed
 
     def hand_over(self) -> None:
         computed, push = self._computed, self._push
@@ -130,15 +130,32 @@ class StagedStrategy:
                 refuse(push.rank_step, push.flaw)
             step, rank = self._rank_step.step, self._rank_step.rank
             if rank == RANK_OF_BUFFERS:
-                for shard in self._tools.layout.shards_of(TensorRole.BUFFER):
-                    if shard.home in computed:
-                        flat = self._model.flat(shard.home)
-                        self._servers.push_value(step, rank, shard.index, flat.parameters(shard))
+                self._push_buffers(step, computed)
+                self._push_state(step, computed)
             push.done(computed)
             self._step.pushed(Cell(rank, stage) for stage in computed)
         else:
             self._pool.unused(self._gradients)
         self._loop.hand_over()
+
+    def _push_buffers(self, step: int, stages: Sequence[int]) -> None:
+        """Push those of stages that were computed, but for the script's state."""
+        state = self._model.state
+        for shard in self._tools.layout.shards_of(TensorRole.BUFFER):
+            if shard.home in stages and not (state is not None and shard.index in state.shards):
+                data = self._model.flat(shard.home).parameters(shard)
+                self._servers.push_value(step, RANK_OF_BUFFERS, shard.index, data)
+
+    def _push_state(self, step: int, stages: Sequence[int]) -> None:
+        """Push the script's state, if its stage was computed, which need not be in memory any more."""
+        state = self._model.state
+        for index in () if state is None else state.shards:
+            shard = self._tools.layout.shards[index]
+            if shard.home in stages:
+                assert state is not None
+                is_here = shard.home in self._model.stages
+                rest = self._model.flat(shard.home).parameters(shard) if is_here else bytes(shard.size_bytes)
+                self._servers.push_value(step, RANK_OF_BUFFERS, index, state.to_push(shard, rest))
 
     # --- a rank's passes
 
