@@ -25,6 +25,8 @@ _UNPROVED_S = 5.0
 """How long a connection may take to prove the key."""
 _SWEEP_S = 0.25
 _DRAIN_BYTES = 4096
+_ACCEPTS_MAX = 32
+"""Connections that are accepted in one turn: the others of the event loop wait meanwhile."""
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -91,23 +93,24 @@ class Entrance:
         return len(self._candidates)
 
     def accept(self, listener: socket.socket) -> None:
-        """Take in one connection: others have their turn, and the selector tells if more of them wait."""
-        try:
-            sock, address = listener.accept()
-        except OSError as error:
-            if error.errno in _OUT_OF_DESCRIPTORS:
-                self._listen(False)  # until the next sweep: the event loop must not turn for nothing
-                self._sweep_at_s = time.monotonic() + _SWEEP_S
-                self._refusals.note("a peer", f"no descriptor is left: {error.strerror}")
-            return  # otherwise the peer is gone again
-        if sock.fileno() >= self._limits.descriptor_max:
-            sock.close()
-            self._refusals.note("a peer", "too many connections for the limit of descriptors, see `ulimit -n`")
-        elif sock.family == socket.AF_UNIX and not is_own(sock):
-            sock.close()
-            self._refusals.note("a local peer", "another user of this machine")
-        else:
-            self._begin(sock, str(address or "local client"))
+        """Take in connections that wait, so many of them that others have their turn."""
+        for _ in range(_ACCEPTS_MAX):
+            try:
+                sock, address = listener.accept()
+            except OSError as error:
+                if error.errno in _OUT_OF_DESCRIPTORS:
+                    self._listen(False)  # until the next sweep: the event loop must not turn for nothing
+                    self._sweep_at_s = time.monotonic() + _SWEEP_S
+                    self._refusals.note("a peer", f"no descriptor is left: {error.strerror}")
+                return  # otherwise none waits any more, or the peer is gone again
+            if sock.fileno() >= self._limits.descriptor_max:
+                sock.close()
+                self._refusals.note("a peer", "too many connections for the limit of descriptors, see `ulimit -n`")
+            elif sock.family == socket.AF_UNIX and not is_own(sock):
+                sock.close()
+                self._refusals.note("a local peer", "another user of this machine")
+            else:
+                self._begin(sock, str(address or "local client"))
 
     def serve(self, candidate: Candidate) -> None:
         """Read what a candidate has sent, and answer; hand it on if that proves the key."""
@@ -206,8 +209,6 @@ def _read(candidate: Candidate) -> bool:
         if not data:
             raise ConnectionResetError
         answer = proof.take(data)
-        if answer:
-            if candidate.sock.send(answer) < len(answer):
-                raise ConnectionResetError  # it is smaller than the buffer of any socket
-            return False  # what comes next is said after the answer was read
+        if answer and candidate.sock.send(answer) < len(answer):
+            raise ConnectionResetError  # it is smaller than the buffer of any socket
     return True
