@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import torch
 
 from chaos.cluster.spawner import Spawner
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
@@ -37,6 +39,14 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("psa")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["PSA_CONFIG"] = ""
+    # A second thread waits for the first by spinning, on a processor that others of the suite want.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look again at what was imported: some of the product's code collects by itself."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
