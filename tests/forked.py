@@ -34,8 +34,15 @@ def can_fork(env: Mapping[str, str]) -> bool:
     return changed <= _KNOWN and env.get("PYTHONHASHSEED", "0") == "0"
 
 
-def psa(arguments: Sequence[str], env: Mapping[str, str], folder: str) -> None:
-    """Do what ``python -m psa_store.cli`` does in ``folder``, with this environment. The target of a spawner."""
+def psa(arguments: Sequence[str], env: Mapping[str, str], folder: str, errors: str | None = None) -> None:
+    """Do what ``python -m psa_store.cli`` does in ``folder``, with this environment. The target of a spawner.
+
+    ``errors``: a file for what it prints to standard error.
+    """
+    if errors is not None:
+        fd = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(fd, 2)
+        os.close(fd)
     os.environ.clear()
     os.environ.update({**HASH_SEED, **env})
     os.chdir(folder)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -301,6 +302,36 @@ class Site:
     ) -> Run:
         """Start a `psa` command here; ``env`` is added to what says where here is."""
         return Run(list(arguments), {**self.env, **(env or {})}, end, self.spawner, before)
+
+    def told(
+        self,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        only: bool = False,
+        merged: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a `psa` command here, forked, to its end, as ``subprocess.run`` does.
+
+        ``env`` is added to what says where here is; it is all of ours that there is if ``only``. ``merged``: what it
+        prints to standard error goes where the rest goes.
+        """
+        assert self.spawner is not None
+        words = [str(each) for each in arguments]
+        around = {name: value for name, value in os.environ.items() if not (only and name.startswith("PSA_"))}
+        whole = {**WITH_STACKS, **around, **({} if only else self.env), **(env or {})}
+        assert forked.can_fork(whole)
+        with tempfile.TemporaryDirectory() as name:
+            output, errors = Path(name) / "output", Path(name) / "errors"
+            task = [words, whole, str(folder or Path.cwd()), None if merged else str(errors)]
+            process = self.spawner.spawn("psa", "tests.forked:psa", task, {}, None, output)
+            try:
+                code = process.wait(PATIENCE_S)
+            finally:
+                for pid in _session_pids(process.pid):
+                    with_suppress_kill(pid, signal.SIGKILL)
+            said = "" if merged else errors.read_text()
+            return subprocess.CompletedProcess(words, code, output.read_text(), said)
 
     def describe(self, job: str) -> JobStatus:
         with closing(self.store()) as store:

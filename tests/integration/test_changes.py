@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,18 +21,12 @@ from psa_store.job.config import JobConfig, job_config_from_json
 from psa_store.job.position import Reading, begin
 from psa_store.job.sampling import SampleOrder
 from psa_store.storage import keys
-from tests.harness import PSA, Servers, Site
+from tests.harness import Servers, Site
 from tests.integration.toy import make_data, make_model
 
 SEED = 5
 RANKS = 2
 PATIENCE_S = 120.0
-
-
-def psa_command(env: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PSA, *arguments], env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=PATIENCE_S
-    )
 
 
 Turn = Callable[[psa.Worker], None]
@@ -130,12 +122,12 @@ def test_the_change_is_there_after_a_resume_and_a_rollback(site: Site) -> None:
 
     whole = run(site, "change-whole", 12, after, state={})
     run(site, "change-parts", 4, after, state={})
-    done = psa_command(site.env, "checkpoint", "save", "change-parts", "--name", "early")
+    done = site.told("checkpoint", "save", "change-parts", "--name", "early")
     assert done.returncode == 0, done.stderr
     run(site, "change-parts", 7, after, state={})
     parts = run(site, "change-parts", 12, after, state={})
     assert_equal(whole, parts)
-    done = psa_command(site.env, "checkpoint", "rollback", "change-parts", "early", "--yes")
+    done = site.told("checkpoint", "rollback", "change-parts", "early", "--yes")
     assert done.returncode == 0, done.stderr
     again = run(site, "change-parts", 12, state={})
     assert_equal(whole, again)
@@ -143,14 +135,14 @@ def test_the_change_is_there_after_a_resume_and_a_rollback(site: Site) -> None:
 
 def test_a_person_changes_a_job_at_rest(site: Site) -> None:
     run(site, "change-rest", 5)
-    done = psa_command(site.env, "job", "set", "change-rest", "lr=0.01", "weight_decay=0", "clip_grad_norm=0", "--yes")
+    done = site.told("job", "set", "change-rest", "lr=0.01", "weight_decay=0", "clip_grad_norm=0", "--yes")
     assert done.returncode == 0, done.stderr
     assert "from version 5 on lr=0.01 weight_decay=0 clip_grad_norm=0" in done.stdout
     model = run(site, "change-rest", 12)
     assert_close(model, plain(12, lambda step: BEFORE if step < 5 else AFTER))
-    status = psa_command(site.env, "status", "change-rest")
+    status = site.told("status", "change-rest")
     assert "from step 5 on lr=0.01" in status.stdout
-    assert "changed" in psa_command(site.env, "status", "change-rest", "--json").stdout
+    assert "changed" in site.told("status", "change-rest", "--json").stdout
 
 
 def test_a_job_that_runs_goes_on_from_its_newest_durable_version(site: Site) -> None:
@@ -173,7 +165,7 @@ def test_other_modes_follow_a_change(site: Site, mode: str) -> None:
     """With one rank async computes what plain AdamW does; in rounds a rate of 0 stands still."""
     job = f"change-{mode.partition(':')[0]}"
     before = run(site, job, 4, mode=mode, ranks=1)
-    done = psa_command(site.env, "job", "set", job, "lr=0", "--yes")
+    done = site.told("job", "set", job, "lr=0", "--yes")
     assert done.returncode == 0, done.stderr
     after = run(site, job, 8, mode=mode, ranks=1)
     assert_equal(before, after)
@@ -183,7 +175,7 @@ def test_a_script_may_say_what_was_or_what_is_now(site: Site) -> None:
     run(site, "change-said", 3)
     with pytest.raises(JobMismatch, match=r"lr=0\.1, this process has lr=0\.02.*`psa job set change-said lr=0\.02`"):
         run(site, "change-said", 4, lr=0.02)
-    assert psa_command(site.env, "job", "set", "change-said", "lr=0.02", "--yes").returncode == 0
+    assert site.told("job", "set", "change-said", "lr=0.02", "--yes").returncode == 0
     run(site, "change-said", 4, lr=0.02)
     run(site, "change-said", 5, lr=0.1)
     with pytest.raises(JobMismatch, match=r"exists with optimizer='AdamW', this process has optimizer='SGD'"):
@@ -194,7 +186,7 @@ def test_a_script_may_say_what_was_or_what_is_now(site: Site) -> None:
 
 @pytest.mark.parametrize("text", ["lr", "lr=fast", "momentum=0.9", "lr=-1", "lr=nan"])
 def test_what_can_not_be_set_is_refused(site: Site, text: str) -> None:
-    done = psa_command(site.env, "job", "set", "nobodys", text, "--yes")
+    done = site.told("job", "set", "nobodys", text, "--yes")
     assert done.returncode == 2
     assert text.partition("=")[0] in done.stderr and done.stderr.startswith("psa: ")
     assert done.stderr.count("\n") == 1, done.stderr
@@ -277,21 +269,21 @@ def test_a_change_begins_its_term_although_the_old_ones_plan_is_revised_meanwhil
 def test_batch_size_and_end_are_set_while_a_job_rests(site: Site) -> None:
     """From that version on steps have 12 samples, the next ones; the script goes on saying 8, and 5 steps."""
     run(site, "change-loop", 5)
-    done = psa_command(site.env, "job", "set", "change-loop", "batch_size=12", "steps=9", "--yes")
+    done = site.told("job", "set", "change-loop", "batch_size=12", "steps=9", "--yes")
     assert done.returncode == 0, done.stderr
     assert "from version 5 on batch_size=12 steps=9" in done.stdout
     told: list[tuple[int, int | None, bool]] = []
     model = run(site, "change-loop", 5, lambda worker: told.append((worker.version, worker.steps, worker.finished)))
     assert told == [(6, 9, False), (7, 9, False), (8, 9, False), (9, 9, True)]
     assert_close(model, plain(9, lambda step: BEFORE, lambda step: 8 if step < 5 else 12))
-    status = psa_command(site.env, "status", "change-loop")
+    status = site.told("status", "change-loop")
     assert "from step 5 on batch_size=12 steps=9" in status.stdout
     for text, why in {
         "steps=8": "steps=8: job 'change-loop' has made 9 already",
         "batch_size=13": "divisible by ranks=2: use 12",
         "steps=many": "'many' is no whole number",
     }.items():
-        refused = psa_command(site.env, "job", "set", "change-loop", text, "--yes")
+        refused = site.told("job", "set", "change-loop", text, "--yes")
         assert refused.returncode == 2 and why in refused.stderr, refused.stderr
     rule = psa.optim.AdamW(lr=0.1, weight_decay=0.1, clip_grad_norm=1.0)
     options: dict[str, Any] = {"optimizer": rule, "seed": SEED, "shard_bytes": 4096}
@@ -321,7 +313,7 @@ def test_batch_size_and_end_are_set_while_a_job_runs(site: Site) -> None:
 def test_where_ranks_are_at_steps_of_their_own_a_job_must_rest(site: Site) -> None:
     """Then the change counts from the first step that no rank has made; rounds stay whole."""
     run(site, "change-arrival", 4, mode="async")
-    assert psa_command(site.env, "job", "set", "change-arrival", "batch_size=4", "steps=6", "--yes").returncode == 0
+    assert site.told("job", "set", "change-arrival", "batch_size=4", "steps=6", "--yes").returncode == 0
     refused: list[str] = []
 
     def after(worker: psa.Worker) -> None:

@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.harness import PSA, Site
+from tests.harness import Site
 
 TIMEOUT_S = 300.0
 SCRIPT = """\
@@ -25,36 +24,23 @@ print("seen", load_settings().model_dump_json())
 """
 
 
-def psa(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def psa(site: Site, folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, with nothing of ours in its environment but ``env``."""
-    return subprocess.run(
-        [*PSA, *arguments],
-        cwd=folder,
-        env={**_foreign(os.environ), **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    return site.told(*arguments, env=env, folder=folder, only=True)
 
 
-def _foreign(env: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if not name.startswith("PSA_")}
-
-
-def test_show_tells_where_a_setting_comes_from(tmp_path: Path) -> None:
+def test_show_tells_where_a_setting_comes_from(site: Site, tmp_path: Path) -> None:
     (tmp_path / "psa.toml").write_text(
         'redis = "redis://:secret@db:6379"\nzookeeper = "zk1:2181"\ncheckpoint_files = "ftp://me:secret@there/files"\n'
     )
-    done = psa(tmp_path, "config", "show", "--origin", "--json", PSA_ZOOKEEPER="zk2:2181")
+    done = psa(site, tmp_path, "config", "show", "--origin", "--json", PSA_ZOOKEEPER="zk2:2181")
     assert done.returncode == 0, done.stderr
     found = {name: (each["value"], each["origin"]) for name, each in json.loads(done.stdout).items()}
     assert found["redis"] == ("redis://:***@db:6379", str(tmp_path / "psa.toml"))
     assert found["zookeeper"] == ("zk2:2181", "PSA_ZOOKEEPER")
     assert found["checkpoint_files"] == ("ftp://me:***@there/files", str(tmp_path / "psa.toml"))
     assert found["carrier"] == ("auto", "default")
-    shown = psa(tmp_path, "config", "show", COLUMNS="200")
+    shown = psa(site, tmp_path, "config", "show", COLUMNS="200")
     assert shown.returncode == 0 and "redis://:***@db:6379" in shown.stdout and "secret" not in shown.stdout
     assert "psa.toml" not in shown.stdout, "origins were not requested"
 
@@ -70,10 +56,10 @@ def test_show_tells_where_a_setting_comes_from(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_ends_every_command_with_one_line(
-    tmp_path: Path, command: list[str], written: str, env: dict[str, str], said: str
+    site: Site, tmp_path: Path, command: list[str], written: str, env: dict[str, str], said: str
 ) -> None:
     (tmp_path / "psa.toml").write_text(written)
-    done = psa(tmp_path, *command, **env)
+    done = psa(site, tmp_path, *command, **env)
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and done.stderr.startswith("psa: ") and done.stderr.count("\n") == 1
 
@@ -87,7 +73,7 @@ def test_the_file_reaches_the_script_wherever_it_goes(site: Site, tmp_path: Path
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "psa.toml").write_text('carrier = "tcp"\nnonsense = 1\n')
-    done = psa(tmp_path, *command, "script.py", str(elsewhere))
+    done = psa(site, tmp_path, *command, "script.py", str(elsewhere))
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("seen "))
     seen = json.loads(line.removeprefix("seen "))
@@ -112,7 +98,7 @@ def test_bash_completes_commands_and_options(typed: str, completed: list[str]) -
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "--norc", "-c", script],
-        env={**_foreign(os.environ), "PATH": path},
+        env={**{name: value for name, value in os.environ.items() if not name.startswith("PSA_")}, "PATH": path},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from contextlib import closing
 from pathlib import Path
@@ -15,30 +14,19 @@ from psa_store.examples import gpt
 from psa_store.job.layout import make_layout
 from psa_store.optim import AdamW
 from psa_store.worker.flat_model import describe_model
-from tests.harness import PSA, Site
+from tests.harness import Site
 
-TIMEOUT_S = 300.0
 GPT = (str(Path(gpt.__file__)), "--width=32", "--layers=1")
 TERMS = {"gradients travel", "servers: reduce, update", "parameters travel", "messages", "copies for commits"}
 
 
-def plan(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def plan(site: Site, folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `psa estimate` with nothing of ours in its environment but ``env``."""
-    foreign = {name: value for name, value in os.environ.items() if not name.startswith("PSA_")}
-    return subprocess.run(
-        [*PSA, "estimate", *arguments],
-        cwd=folder,
-        env={**foreign, "PSA_HOME": str(folder / "home"), **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    return site.told("estimate", *arguments, env={"PSA_HOME": str(folder / "home"), **env}, folder=folder, only=True)
 
 
-def planned(folder: Path, *arguments: str, **env: str) -> dict[str, Any]:
-    done = plan(folder, "--json", *arguments, **env)
+def planned(site: Site, folder: Path, *arguments: str, **env: str) -> dict[str, Any]:
+    done = plan(site, folder, "--json", *arguments, **env)
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
@@ -49,8 +37,8 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
 
 
-def test_the_example_is_planned_without_redis_and_zookeeper(tmp_path: Path) -> None:
-    found = planned(tmp_path, "--workers", "3", "--servers", "2", "--ranks", "4", *GPT)
+def test_the_example_is_planned_without_redis_and_zookeeper(site: Site, tmp_path: Path) -> None:
+    found = planned(site, tmp_path, "--workers", "3", "--servers", "2", "--ranks", "4", *GPT)
     options = gpt.parse_options(["--width=32", "--layers=1"])
     vocabulary = gpt.Vocabulary.of(gpt.load_text(None))
     layout = make_layout(describe_model(gpt.build_model(options, vocabulary), AdamW().group_of))
@@ -68,8 +56,8 @@ def test_the_example_is_planned_without_redis_and_zookeeper(tmp_path: Path) -> N
     assert not (tmp_path / "home").exists(), "nothing is stored"
 
 
-def test_people_get_tables_and_what_is_not_known(tmp_path: Path) -> None:
-    done = plan(tmp_path, "--compute-ms", "25", *GPT, "--mode=local:steps=5", PSA_COMPRESS="int8", COLUMNS="160")
+def test_people_get_tables_and_what_is_not_known(site: Site, tmp_path: Path) -> None:
+    done = plan(site, tmp_path, "--compute-ms", "25", *GPT, "--mode=local:steps=5", PSA_COMPRESS="int8", COLUMNS="160")
     assert done.returncode == 0, done.stderr
     assert "mode local:steps=5, 2 ranks, compression int8" in done.stdout
     assert "compute, as you say" in done.stdout and "25.00" in done.stdout and "ranks: own update" in done.stdout
@@ -77,11 +65,11 @@ def test_people_get_tables_and_what_is_not_known(tmp_path: Path) -> None:
     assert "Redis was not measured: PSA_REDIS is not set" in done.stdout
 
 
-def test_a_model_in_stages_is_planned_by_cells(tmp_path: Path) -> None:
+def test_a_model_in_stages_is_planned_by_cells(site: Site, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     script = (str(root / "chaos" / "staged.py"), "--job=staged", "--steps=9", "--stages=4")
     options, paths = ("--workers=3", "--ranks=2"), {"PYTHONPATH": str(root)}
-    found = planned(tmp_path, *options, *script, **paths)
+    found = planned(site, tmp_path, *options, *script, **paths)
     assert found["pipeline"] == {
         "stages": 4,
         "microbatches": 4,
@@ -93,7 +81,7 @@ def test_a_model_in_stages_is_planned_by_cells(tmp_path: Path) -> None:
     assert [len(worker["cells"]) for worker in found["workers"]] == [3, 3, 2]
     assert found["workers"][2]["cells"] == [{"rank": 0, "stage": 3}, {"rank": 1, "stage": 3}]
     assert 4 * found["workers"][2]["parameter_bytes"] == found["servers"][0]["parameter_bytes"]
-    done = plan(tmp_path, *options, *script, COLUMNS="160", **paths)
+    done = plan(site, tmp_path, *options, *script, COLUMNS="160", **paths)
     assert done.returncode == 0, done.stderr
     assert "2 ranks, 4 stages, 4 micro-batches, compression none" in done.stdout
     assert "each waits 43% of the time, 3 of 7 turns" in done.stdout
@@ -103,13 +91,13 @@ def test_a_model_in_stages_is_planned_by_cells(tmp_path: Path) -> None:
 def test_redis_is_measured_where_it_is_known_and_left_as_it_was(site: Site, tmp_path: Path) -> None:
     with closing(site.store()) as store:
         before = store.jobs()
-    found = planned(tmp_path, *GPT, PSA_REDIS=site.redis)
+    found = planned(site, tmp_path, *GPT, PSA_REDIS=site.redis)
     assert found["commit"]["seconds"] > 0.0 and found["speeds"]["redis_bytes_per_s"] > 1e6
     with closing(site.store()) as store:
         assert store.jobs() == before
 
 
-def test_what_a_script_prints_does_not_get_into_the_document(tmp_path: Path, script: Path) -> None:
+def test_what_a_script_prints_does_not_get_into_the_document(site: Site, tmp_path: Path, script: Path) -> None:
     script.write_text(
         "import sys, torch, psa_store as psa\n"
         "print('hello', sys.argv[1:])\n"
@@ -119,7 +107,7 @@ def test_what_a_script_prints_does_not_get_into_the_document(tmp_path: Path, scr
         "    print('bye')\n"
         "raise AssertionError('it went on')\n"
     )
-    done = plan(tmp_path, "--json", "script.py", "--steps", "9")
+    done = plan(site, tmp_path, "--json", "script.py", "--steps", "9")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["job"] == "j"
     assert "hello ['--steps', '9']" in done.stderr and "bye" in done.stderr and "it went on" not in done.stderr
@@ -135,18 +123,18 @@ def test_what_a_script_prints_does_not_get_into_the_document(tmp_path: Path, scr
         ("def main(): psa.Worker\n", 2, "see that it trains when run as a program"),
     ],
 )
-def test_scripts_that_make_no_worker(tmp_path: Path, script: Path, text: str, code: int, said: str) -> None:
+def test_scripts_that_make_no_worker(site: Site, tmp_path: Path, script: Path, text: str, code: int, said: str) -> None:
     script.write_text(text)
-    done = plan(tmp_path, "script.py")
+    done = plan(site, tmp_path, "script.py")
     assert done.returncode == code and done.stdout == ""
     assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("psa: ")
 
 
-def test_a_job_that_cannot_be_is_refused_by_the_worker(tmp_path: Path) -> None:
-    done = plan(tmp_path, "--ranks", "2", *GPT, PSA_MODE="sync:backup=2")
+def test_a_job_that_cannot_be_is_refused_by_the_worker(site: Site, tmp_path: Path) -> None:
+    done = plan(site, tmp_path, "--ranks", "2", *GPT, PSA_MODE="sync:backup=2")
     assert done.returncode == 1 and "a step needs at least one of 2 ranks" in done.stderr
 
 
-def test_no_such_script(tmp_path: Path) -> None:
-    done = plan(tmp_path, "nowhere.py")
+def test_no_such_script(site: Site, tmp_path: Path) -> None:
+    done = plan(site, tmp_path, "nowhere.py")
     assert done.returncode == 2 and done.stderr == "psa: no script nowhere.py\n"

@@ -6,10 +6,7 @@ One file, since what is exported, damaged, lost and imported here are the same f
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -38,7 +35,7 @@ from psa_store.job.mode import parse_mode
 from psa_store.optim.tensors import to_torch
 from psa_store.storage import RedisStore, ShardState
 from psa_store.testing.failpoints import ENV, FailpointAction, arm, hit
-from tests.harness import PSA, Site
+from tests.harness import Site
 
 VERSION = 7
 SPECS = [
@@ -338,14 +335,7 @@ def test_an_unknown_file_system_is_bad_usage(store: RedisStore) -> None:
 
 def test_the_command_does_not_show_the_password_of_a_file_system(store: RedisStore, site: Site) -> None:
     commit(store, "secretive")
-    done = subprocess.run(
-        [*PSA, "checkpoint", "export", "secretive", "ftp://user:hidden@127.0.0.1:1/x"],
-        env={**os.environ, **site.env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = site.told("checkpoint", "export", "secretive", "ftp://user:hidden@127.0.0.1:1/x")
     said = done.stdout + done.stderr
     assert done.returncode == 3 and len(said.splitlines()) == 1, said
     assert "ftp://user:***@127.0.0.1:1/x" in said and "hidden" not in said
@@ -417,14 +407,6 @@ def test_what_a_dead_importer_left_is_not_mixed_in(store: RedisStore, site: Site
     assert max(head.term for head in store.heads("clean", range(len(again.layout.shards)))) > 1
 
 
-IMPORT = """
-import sys
-from psa_store.cli.transfer import import_files
-from psa_store.config import load_settings
-import_files(sys.argv[1], sys.argv[2], load_settings(), None, 16384)
-"""
-
-
 @pytest.mark.parametrize("where", ["create.sealed", "commit.chunk", "commit.after_flip", "create.before_documents"])
 def test_an_importer_that_dies_leaves_no_job_and_may_be_run_again(
     store: RedisStore, site: Site, tmp_path: Path, where: str
@@ -434,13 +416,13 @@ def test_an_importer_that_dies_leaves_no_job_and_may_be_run_again(
     points = tmp_path / "points"
     points.mkdir()
     arm(points, where, FailpointAction.KILL, 3 if where == "commit.chunk" else 0)
-    command = [sys.executable, "-c", IMPORT, str(tmp_path / "out"), job]
-    env = {**os.environ, **site.env, ENV: str(points)}
-    assert subprocess.run(command, env=env, timeout=300, check=False).returncode == -signal.SIGKILL
+    command = ["checkpoint", "import", tmp_path / "out", "--as", job, "--shard-bytes", 16384]
+    assert site.told(*command, env={ENV: str(points)}).returncode == -signal.SIGKILL
     assert hit(points, where)
     with pytest.raises(UnknownJob):
         open_version(store, job)
-    subprocess.run(command, env=env, timeout=60, check=True)
+    again = site.told(*command, env={ENV: str(points)})
+    assert again.returncode == 0, again.stderr
     export_version(open_version(store, job), str(tmp_path / "again"))
     found, expected = tensors_in(tmp_path / "again"), tensors_in(tmp_path / "out")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)

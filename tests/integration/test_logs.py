@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from psa_store.launch import PrivateRedis
-from tests.harness import PSA, TRAIN, Run, Site
+from tests.harness import TRAIN, Run, Site
 
-TIMEOUT_S = 300.0
 PASSWORD = "Kdj4Qx@x9"
 
 
@@ -30,18 +28,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def lines_of(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.lines if line.startswith("{")]
-
-
-def psa(*arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PSA, *arguments],
-        env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
 
 
 def test_every_process_of_a_run_logs_as_json_and_none_shows_the_password(site: Site, address: str) -> None:
@@ -70,8 +56,8 @@ def test_every_process_of_a_run_logs_as_json_and_none_shows_the_password(site: S
     [(["server", "--job", "none"], 3), (["worker", str(TRAIN), "--job", "none"], 3), (["run", str(TRAIN)], 3)],
 )
 def test_the_reason_of_an_end_is_a_line_as_well(site: Site, address: str, command: list[str], code: int) -> None:
-    env = {**site.env, "PSA_REDIS": "redis://me:Kdj4Qx@127.0.0.1:1", "PSA_CONNECT_TIMEOUT_S": "0.2"}
-    done = psa(command[0], "--log-json", *command[1:], env=env)
+    env = {"PSA_REDIS": "redis://me:Kdj4Qx@127.0.0.1:1", "PSA_CONNECT_TIMEOUT_S": "0.2"}
+    done = site.told(command[0], "--log-json", *command[1:], env=env)
     assert done.returncode == code
     last = json.loads(done.stderr.splitlines()[-1])
     assert last["level"] == "error" and "redis://me:***@127.0.0.1:1 does not answer" in last["event"]
@@ -84,7 +70,7 @@ def test_an_exception_of_the_script_is_one_line_and_hides_the_password(
     script = tmp_path / "script.py"
     script.write_text("import os\nraise ValueError(f'no data at {os.environ[\"PSA_REDIS\"]}')\n")
     for flags in (["--log-json"], []):
-        done = psa("run", *flags, "--workers", "1", str(script), env={**site.env, "PSA_REDIS": address})
+        done = site.told("run", *flags, "--workers", 1, script, env={"PSA_REDIS": address})
         assert done.returncode == 1 and "Kdj4Qx" not in done.stderr and "no data at redis://:***@" in done.stderr
         if flags:
             failed = [json.loads(line) for line in done.stderr.splitlines()]

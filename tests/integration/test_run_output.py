@@ -60,12 +60,12 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def psa_run(site: Site, *arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def psa_run(site: Site, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # Executed: what sets the hash seed of all processes is not set here.
     without = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
     return subprocess.run(
         [*PSA, "run", *map(str, arguments)],
-        cwd=cwd,
-        env={**without, **site.env, **env},
+        env={**without, **site.env},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -109,16 +109,7 @@ def test_lines_are_whole_and_say_whose_they_are_also_of_a_worker_that_was_killed
 
 
 def test_streams_that_go_to_one_place_keep_their_order(site: Site, script: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*PSA, "run", str(script), "order", str(tmp_path)],
-        env={**os.environ, **site.env},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    done = site.told("run", script, "order", tmp_path, merged=True)
     assert done.returncode == 0, done.stdout
     for lines in by_process(done.stdout.splitlines()).values():
         mine = [line.replace(" " + "x" * 50, "") for line in lines if line.startswith(("out", "error"))]
@@ -127,16 +118,17 @@ def test_streams_that_go_to_one_place_keep_their_order(site: Site, script: Path,
 
 def test_one_worker_has_no_label_and_programs_get_none(site: Site, script: Path, tmp_path: Path) -> None:
     for name, flags in [("single", ["--workers", "1"]), ("plain", ["--no-label"]), ("json", ["--log-json"])]:
-        done = psa_run(site, *flags, script, name, tmp_path)
+        done = site.told("run", *flags, script, name, tmp_path)
         assert done.returncode == 0, done.stderr
         assert set(by_process([*done.stdout.splitlines(), *done.stderr.splitlines()])) == {"supervisor"}
 
 
 def test_a_module_is_run_as_python_runs_it(site: Site, script: Path, tmp_path: Path) -> None:
-    done = psa_run(site, "--workers", 1, "-m", "pack.train", "module", tmp_path, "-m", "x", cwd=script.parents[1])
+    arguments = ("run", "--workers", 1, "-m")
+    done = site.told(*arguments, "pack.train", "module", tmp_path, "-m", "x", folder=script.parents[1])
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "ends __main__ ['-m', 'x']"
-    missing = psa_run(site, "--workers", 1, "-m", "pack.trian", "module", tmp_path, cwd=script.parents[1])
+    missing = site.told(*arguments, "pack.trian", "module", tmp_path, folder=script.parents[1])
     assert missing.returncode == 2 and "Traceback" not in missing.stderr
     assert f"no module pack.trian in {script.parents[1]}, nor in what is installed" in missing.stderr
 

@@ -16,7 +16,7 @@ import torch
 import psa_store as psa
 from psa_store.checkpoint.catalog import read_job
 from psa_store.errors import UsageError
-from tests.harness import PATIENCE_S, PSA, Run, Site
+from tests.harness import PATIENCE_S, Run, Site
 
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("peft")
@@ -80,14 +80,7 @@ def test_it_trains_as_the_trainer_does(site: Site, tmp_path: Path, kind: str, mo
     stored = psa.Store(job).state_dict()
     assert kind == "lora" or all(torch.equal(stored[key], ours[key]) for key in ours)
     exported = tmp_path / "exported"
-    done = subprocess.run(
-        [*PSA, "checkpoint", "export", job, str(exported)],
-        env={**os.environ, **site.env},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    done = site.told("checkpoint", "export", job, exported)
     assert done.returncode == 0, done.stderr
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     for name in tokenizer if kind == "lora" else {*tokenizer, "config.json"}:
