@@ -17,7 +17,7 @@ from psa_store.cluster import ProcessRole
 from psa_store.coordination import Barrier, BarrierState, Coordination
 from psa_store.coordination.barrier import BARRIERS_KEPT
 from psa_store.errors import UsageError
-from psa_store.launch import PrivateZooKeeper
+from tests.harness import Site
 
 OPEN, DONE, ABORTED = BarrierState
 PATIENCE_S = 120.0
@@ -38,23 +38,15 @@ class Member:
         return self.door.arrive(barrier, self.name, version)
 
 
-@pytest.fixture(scope="module")
-def zookeeper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateZooKeeper]:
-    private = PrivateZooKeeper(tmp_path_factory.mktemp("zookeeper"))
-    private.start(120)
-    yield private
-    private.stop()
-
-
 @pytest.fixture
 def job() -> str:
     return f"job-{secrets.token_hex(4)}"
 
 
 @pytest.fixture
-def members(zookeeper: PrivateZooKeeper, job: str) -> Iterator[list[Member]]:
+def members(site: Site, job: str) -> Iterator[list[Member]]:
     with contextlib.ExitStack() as stack:
-        made = [Member(zookeeper.hosts, job, name) for name in ("a", "b")]
+        made = [Member(site.zookeeper, job, name) for name in ("a", "b")]
         for each in made:
             stack.callback(each.door.close)
             each.start()
@@ -62,8 +54,8 @@ def members(zookeeper: PrivateZooKeeper, job: str) -> Iterator[list[Member]]:
 
 
 @pytest.fixture
-def raw(zookeeper: PrivateZooKeeper) -> Iterator[KazooClient]:
-    client = plain_client(zookeeper.hosts)
+def raw(site: Site) -> Iterator[KazooClient]:
+    client = plain_client(site.zookeeper)
     client.start(10)
     yield client
     client.stop()

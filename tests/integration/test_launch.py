@@ -81,7 +81,7 @@ class TestPrivateServers:
             while len(killed) < 2 and not done.is_set():
                 words = pid_path.read_text().split() if pid_path.exists() else []
                 if len(words) != 2:
-                    time.sleep(0.001)
+                    time.sleep(0.001)  # the file of a process that starts: polled, it must not serve before it is hit
                 elif words[0] not in killed:  # Java has not begun to serve by then
                     killed.append(words[0])
                     os.kill(int(words[0]), signal.SIGKILL)

@@ -201,7 +201,7 @@ FOLDER = os.path.dirname(__file__)
 
 def wait_for(path):
     while not os.path.exists(path):
-        time.sleep(0.02)
+        time.sleep(0.02)  # the test makes the file: another process's file sends no event
 """
 
 

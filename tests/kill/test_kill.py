@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import secrets
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +19,6 @@ from tests.harness import Run, Site
 
 STEPS = 120
 COMMIT_EVERY = 10
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("PSA_TEST_SEED", secrets.randbelow(1 << 30)))
-    print(f"PSA_TEST_SEED={seed}")
-    return random.Random(seed)
 
 
 @pytest.fixture(scope="module")

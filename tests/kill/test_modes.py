@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
 from contextlib import closing
 from pathlib import Path
 
@@ -20,13 +18,6 @@ from tests.harness import TRAIN, Run, Site
 from tests.kill.test_kill import VICTIMS, kill
 
 STEPS, RANKS = 120, 2
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("PSA_TEST_SEED", secrets.randbelow(1 << 30)))
-    print(f"PSA_TEST_SEED={seed}")
-    return random.Random(seed)
 
 
 def start(

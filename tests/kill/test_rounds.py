@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -32,13 +30,6 @@ VARIANTS = {
     "overlap": ("local:steps=4,fragments=2,overlap", "none"),
 }
 """Mode and compression, by a word for it."""
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    seed = int(os.environ.get("PSA_TEST_SEED", secrets.randbelow(1 << 30)))
-    print(f"PSA_TEST_SEED={seed}")
-    return random.Random(seed)
 
 
 def start(

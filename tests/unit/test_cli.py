@@ -31,11 +31,14 @@ def test_the_list_of_commands_imports_none_of_them() -> None:
     assert told.strip() == "['psa_store.cli.app']"
 
 
-@pytest.mark.parametrize("name", ["run", "doctor", "status", "report", "up"])
-def test_a_command_tells_its_options_without_loading_torch(name: str) -> None:
-    code = f"import sys, psa_store.cli.app as psa; psa.typer_of({name!r}); print('torch' in sys.modules)"
+def test_commands_tell_their_options_without_loading_torch() -> None:
+    code = (
+        "import sys, psa_store.cli.app as psa\n"
+        "names = 'run', 'doctor', 'status', 'report', 'up'\n"
+        "print([name for name in names if psa.typer_of(name) and 'torch' in sys.modules])"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.strip() == "False"
+    assert told.strip() == "[]"
 
 
 def test_an_unknown_option_is_not_taken_for_the_script() -> None:
