@@ -84,7 +84,8 @@ def run_campaign(campaign: Campaign) -> None:
                         references[what] = undisturbed(site, *what, campaign.folder)
                     runs.append(_one(spec, site, references[what], campaign.keep))
                     console.print(_line(runs[-1]))
-                    for violation in runs[-1].verdict.violations[:5]:
+                    first_of_each = {each.check: each for each in reversed(runs[-1].verdict.violations)}
+                    for violation in first_of_each.values():
                         console.print(f"    {violation.check}: {violation.message}")
     finally:  # report what was played, whatever ended the campaign
         write_report(runs, campaign.folder)

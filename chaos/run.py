@@ -20,8 +20,11 @@ from psa_store.errors import PsaError
 from psa_store.testing.journal import Journal
 
 _POLL_S = 0.01
-_GRACE_S = 120.0
-"""How long a run may take beyond what its steps take when nothing happens."""
+_STILL_S = 120.0
+"""How long a job may complete no step before it counts as hanging."""
+_GRACE_S = 900.0
+"""How long a run may take beyond what its steps take when nothing happens: the machine may have other work."""
+_LOOK_S = 1.0
 _FIRST_STEP_S = 60.0
 _READER_END_S = 10.0
 T = TypeVar("T")
@@ -89,13 +92,35 @@ def run_once(run: RunSpec, site: Site) -> None:
         journal.record("end", exit_code=code, wall_s=time.monotonic() - begun_s)
 
 
+@dataclass(slots=True)
+class Patience:
+    """Tells a job that hangs from one that is slow. ``end_s``: when it is to be over in any case."""
+
+    end_s: float
+    still_s: float
+    """By when there is to be another step ..."""
+    steps: int = 0
+    """... than these."""
+
+    def check(self, now_s: float, steps: int, version: int) -> None:
+        """Raise OutOfTime if the job has completed no step for long, or takes too long altogether."""
+        if steps > self.steps:
+            self.steps, self.still_s = steps, now_s + _STILL_S
+        if now_s > self.still_s:
+            raise OutOfTime(f"the job completes no step any more; it is at version {version}")
+        if now_s > self.end_s:
+            raise OutOfTime(f"the job does not end; it is at version {version}")
+
+
 class _Runner:
     def __init__(self, run: RunSpec, site: Site, job: Job, journal: Journal) -> None:
         self._run = run
         self._job = job
         self._journal = journal
         self._tail = Tail(run.job.journals)
-        self._end_s = time.monotonic() + _GRACE_S + 2 * run.job.steps * max(run.job.pace_s, 0.02)
+        now_s = time.monotonic()
+        self._patience = Patience(now_s + _GRACE_S + 2 * run.job.steps * max(run.job.pace_s, 0.02), now_s + _STILL_S)
+        self._look_s = now_s
         self._context = Context(site, run.job, job, self._tail, self._wait, self._until, [])
         self._code: int | None = None
         self._quiet = False
@@ -163,9 +188,11 @@ class _Runner:
             self._code = self._job.poll()
             if self._code is not None and (self._code != 0 or not self._quiet):
                 raise EndedEarly(f"the job ended with exit code {self._code}; see {self._run.job.log}")
-        if time.monotonic() > self._end_s:
+        now_s = time.monotonic()
+        if now_s > self._look_s:
+            self._look_s = now_s + _LOOK_S
             self._tail.look()
-            raise OutOfTime(f"the job does not end; it is at version {self._tail.version}")
+            self._patience.check(now_s, self._tail.steps, self._tail.version)
         time.sleep(_POLL_S)
 
 

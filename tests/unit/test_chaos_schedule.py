@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from chaos.barrier.drill import FAULT_KINDS
 from chaos.campaign import rows_of
 from chaos.faults import FAULTS
+from chaos.run import OutOfTime, Patience
 from chaos.scenarios import MATRIX, SCENARIOS, SOAK
 from chaos.schedule import REST_S, long_schedule, pace_s, short_schedule
 from psa_store.errors import UsageError
@@ -69,3 +70,13 @@ def test_a_job_outlasts_its_plan() -> None:
             assert 200 * pace_s(schedule, 200, 0.01) >= max(each.at_s + each.for_s for each in schedule) + REST_S - 1e-9
     assert pace_s([], 200, 0.01) == REST_S / 200
     assert pace_s([], 10_000, 0.01) == 0.01
+
+
+def test_a_job_hangs_if_it_completes_no_step_and_not_if_it_is_slow() -> None:
+    patience = Patience(end_s=1000.0, still_s=120.0)
+    for now_s in range(0, 1000, 100):
+        patience.check(now_s, steps=now_s + 1, version=7)
+    with pytest.raises(OutOfTime, match="completes no step any more; it is at version 7"):
+        patience.check(1021.0, steps=901, version=7)
+    with pytest.raises(OutOfTime, match="does not end; it is at version 9"):
+        patience.check(1001.0, steps=950, version=9)
