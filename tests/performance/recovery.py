@@ -15,18 +15,24 @@ import random
 import signal
 import statistics
 import time
+from collections import Counter
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
 import psa_store as psa
+from chaos.history import read_history
 from psa_store.observe.status import describe
 from tests.performance.common import Servers, StepTimes, private_servers
 
 SESSION_TIMEOUT_S = 4.0
 STEP_S = 0.02
+IN_FLIGHT = 2
+"""Steps that may still end, or begin to, without what was killed."""
 WARM_UP_STEPS = 30
 SETTLE_STEPS = 60
 """Steps between two kills: the restarted process is back by then."""
@@ -78,11 +84,12 @@ def train(job: str) -> None:
                 print(f"step {worker.version}", flush=True)
 
 
-def pause_after(times_s: list[float], killed_s: float) -> float:
-    """From the kill to the end of the longest gap between steps that follows it."""
+def pause_after(times_s: list[float], killed_s: float, gaps: int | None = None) -> float:
+    """From the kill to the end of the longest gap between steps that follows it, of all or of so many first ones."""
     before = max((t for t in times_s if t <= killed_s), default=killed_s)
     marks = [before, *(t for t in times_s if t > killed_s)]
-    _, end_s = max((later - earlier, later) for earlier, later in itertools.pairwise(marks))
+    pairs = list(itertools.pairwise(marks))[:gaps]
+    _, end_s = max((later - earlier, later) for earlier, later in pairs)
     return end_s - killed_s
 
 
@@ -94,6 +101,9 @@ def measure(
     env = {"PSA_SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S)}
     pauses = []
     with ExitStack() as stack:
+        journals = Path(stack.enter_context(TemporaryDirectory()))
+        if stages:
+            env["PSA_JOURNAL"] = str(journals)
         ranks = 1 if stages else 2 if supervised else 3  # the one that joins must get a rank
         script = "--train-stages" if stages else "--train"
         options = ["--workers", "2", "--servers", "2", "--ranks", str(ranks), "--max-restarts", str(2 * rounds)]
@@ -119,11 +129,25 @@ def measure(
                 os.kill(victim, signal.SIGKILL)
                 killed_s = time.monotonic()
                 steps.wait(SETTLE_STEPS)
-            pauses.append(pause_after(steps.times_s, killed_s))
-            print(f"  {kind}: {pauses[-1] * 1e3:.0f} ms", flush=True)
+            whole_s = pause_after(steps.times_s, killed_s)
+            # A worker that comes back gets its cells, which is another gap, and not the time to the next step.
+            pauses.append(pause_after(steps.times_s, killed_s, IN_FLIGHT + 1) if stages else whole_s)
+            print(f"  {kind}: {pauses[-1] * 1e3:.0f} ms, longest gap ends after {whole_s * 1e3:.0f} ms", flush=True)
         gaps = [later - earlier for earlier, later in itertools.pairwise(steps.times_s)]
         print(f"  normal step: {statistics.median(gaps) * 1e3:.1f} ms")
+        if stages and kind == "workers":
+            again = computed_again(journals)
+            print(f"  computed again in {rounds} kills: {sum(again)} cells in {len(again)} steps, at most {max(again)}")
     return pauses
+
+
+def computed_again(journals: Path) -> list[int]:
+    """Of each step in which a cell was begun more than once, how often that was; [0] if there is none."""
+    begun = Counter((each["term"], each["step"], each["stage"]) for each in read_history(journals).of("computing"))
+    again: Counter[tuple[int, int]] = Counter()
+    for (term, step, _), count in begun.items():
+        again[term, step] += count - 1
+    return [count for count in again.values() if count] or [0]
 
 
 def main() -> None:
