@@ -146,6 +146,8 @@ def _servers(context: Context) -> list[Server]:
 def _znodes(context: Context) -> Iterator[ZooKeeperNeighbour]:
     client = plain_client(context.site.zookeeper.hosts)
     client.start()
-    with closing(client):
+    try:
         yield ZooKeeperNeighbour(client, context.spec.name)
+    finally:
         client.stop()
+        client.close()

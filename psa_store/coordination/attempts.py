@@ -59,8 +59,12 @@ def keep(znodes: Znodes, path: str, text: str) -> Znode | None:
 
 
 def hold(znodes: Znodes, path: str, text: str) -> str | None:
-    """The owner of the node shows whether an attempt that was cut off succeeded. One that has none holds nothing."""
-    while znodes.create(path, text, ephemeral=True) is None:
+    """The owner of the node shows whether an attempt that was cut off succeeded. One that has none holds nothing.
+
+    It is read also where it was just created: the watch tells when another process writes over it or deletes it.
+    """
+    while True:
+        znodes.create(path, text, ephemeral=True)
         node = znodes.get(path, watch=True)
         if node is None:
             continue
@@ -70,7 +74,6 @@ def hold(znodes: Znodes, path: str, text: str) -> str | None:
             return node.text
         elif node.text == text or znodes.set(path, text) is not None:
             return None
-    return None
 
 
 def release(znodes: Znodes, path: str) -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -421,12 +422,12 @@ def test_a_znode_that_no_process_keeps_is_no_member_no_candidate_and_no_holder(d
 def test_what_shows_that_a_name_is_held_is_written_again(enter: Enter, door: Coordination) -> None:
     watched = enter()
     assert watched.door.hold("run", "this run") is None
-    assert watched.door.hold("run", "this run") is None
-    watched.news.clear()
-    write(door, "run", "{")
-    assert watched.news.wait(PATIENCE_S)
-    watched.door.hold("run", "this run")
-    assert door.holder("run") == "this run"
+    for change in (delete, partial(write, text="{")):
+        watched.news.clear()
+        change(door, "run")
+        assert watched.news.wait(PATIENCE_S)
+        assert watched.door.hold("run", "this run") is None
+        assert door.holder("run") == "this run"
 
 
 def test_a_candidate_whose_znode_is_overwritten_or_deleted_campaigns_again(door: Coordination) -> None:
