@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import psa_store as psa
 from psa_store.errors import UnknownJob, UsageError
 from psa_store.integrations.dcp import PsaReader, PsaWriter
-from tests.harness import Run, Site
+from tests.harness import Servers, Site
 
 SHARD_BYTES = 4096
 STEPS = 3
@@ -65,15 +64,14 @@ def equal(ours: nn.Module, theirs: nn.Module) -> bool:
     return mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def train(job: str) -> Tied:
-    """Go on with a job for a few steps; its server ends on SIGTERM."""
-    server, model = Run(["server", "--job", job], dict(os.environ)), Tied(seed=2)
+def train(site: Site, job: str) -> Tied:
+    """Go on with a job for a few steps; its server leaves."""
+    servers, model = Servers(site, job), Tied(seed=2)
     with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=1.0), steps=STEPS, shard_bytes=SHARD_BYTES) as worker:
         for batch in worker.batches(torch.ones(8, 4), batch_size=2):
             model(batch).backward()
             worker.step()
-    server.process.send_signal(signal.SIGTERM)
-    assert server.finish() == 0, server.output
+    servers.stop()
     return model
 
 
@@ -81,7 +79,7 @@ def test_what_is_saved_is_trained_on_and_read(site: Site) -> None:
     begun = Tied()
     save("dcp-begun", begun)
     assert equal(load("dcp-begun"), begun)
-    trained = train("dcp-begun")
+    trained = train(site, "dcp-begun")
     assert int(trained.seen) == int(begun.seen) + STEPS
     assert equal(load("dcp-begun"), trained) and not equal(trained, begun)
     with psa.Store("dcp-begun") as store:

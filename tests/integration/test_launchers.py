@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from psa_store.launch import down, up
-from tests.harness import PATIENCE_S, Run
+from tests.harness import PATIENCE_S, Run, Site
 
 SCRIPT = r"""
 import os
@@ -82,10 +82,10 @@ def python(*arguments: object, env: Mapping[str, str]) -> subprocess.CompletedPr
 
 
 @pytest.fixture
-def served(home: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+def served(site: Site, home: Path, request: pytest.FixtureRequest) -> Iterator[str]:
     """`psa server` of a job named after the test, beside `psa up`; yields the name."""
     job = request.node.name.replace("[", "-").rstrip("]")
-    server = Run(["server", "--job", job], {"PSA_HOME": str(home)})
+    server = Run(["server", "--job", job], {"PSA_HOME": str(home)}, spawner=site.spawner)
     yield job
     server.process.send_signal(signal.SIGTERM)
     assert server.finish() == 0, server.output

@@ -16,10 +16,7 @@ STEPS = 200
 
 
 def start(site: Site, job: str, steps: int = STEPS) -> Run:
-    return Run(
-        ["run", "--workers", "2", "--servers", "2", "--commit-every", "1", str(SCRIPT), "--job", job, str(steps)],
-        site.env,
-    )
+    return site.run(job, str(steps), script=SCRIPT, workers=2, servers=2, commit_every=1)
 
 
 def test_a_reader_never_sees_two_versions_mixed(site: Site) -> None:
