@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from psa_store.errors import UsageError
 from psa_store.optim import Optimizer
 from psa_store.optim.from_scheduler import Rates, rates_of
-from psa_store.optim.from_torch import from_torch, numbers_of, refuse_change
+from psa_store.optim.from_torch import constant_rates, from_torch
 from psa_store.optim.pieces import pieces_of
+from psa_store.worker.shown_optimizer import ShownOptimizer
 
 
 class FollowedOptimizer:
@@ -34,26 +37,23 @@ class FollowedOptimizer:
         steps: int | None,
         tick_steps: int = 1,
     ) -> None:
-        self._optimizer, self._scheduler, self._tick_steps = optimizer, scheduler, tick_steps
-        self._rates = None if scheduler is None else _rates(scheduler, optimizer, steps, tick_steps)
-        self.rule: Optimizer = from_torch(optimizer, module, self._rates)
+        self._tick_steps = tick_steps
+        rates = constant_rates(optimizer) if scheduler is None else _rates(scheduler, optimizer, steps, tick_steps)
+        self.rule: Optimizer = from_torch(optimizer, module, rates)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # or the scheduler warns that nothing steps it
-        self._numbers = numbers_of(optimizer)
+        self._shown = ShownOptimizer(optimizer, scheduler, rates)
 
-    def show(self, step: int) -> None:
-        """Set the rates to those of a step, which comes next; ticks of the scheduler may have set them as well."""
-        if self._rates is None:
-            return
-        rate = self.rule.lr_at(step)
-        for group, numbers, scale in zip(self._optimizer.param_groups, self._numbers, self._rates.scales, strict=True):
-            group["lr"] = numbers["lr"] = rate * scale
-        self._scheduler.last_epoch = step // self._tick_steps
-        self._scheduler._last_lr = [group["lr"] for group in self._optimizer.param_groups]
+    def show(self, step: int, rate: float) -> None:
+        """Set the rates to those of a step, which comes next."""
+        self._shown.show(rate, step // self._tick_steps)
+
+    def ticks_taken(self, show: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call ``show`` in place of the scheduler's ``step()`` while this lasts: it would compute other rates."""
+        return self._shown.ticks_taken(lambda with_arguments: show())
 
     def check(self) -> None:
         """Raise UsageError if the script changed the optimizer since the rates were shown."""
-        if (numbers := numbers_of(self._optimizer)) != self._numbers:
-            refuse_change(self._numbers, numbers)
+        self._shown.check()
 
 
 def _rates(scheduler: Any, optimizer: torch.optim.Optimizer, steps: int | None, tick_steps: int) -> Rates:

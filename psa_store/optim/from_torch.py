@@ -83,7 +83,7 @@ def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Rates 
         if len(set(decoupled)) > 1:
             _refuse_difference(name, "decoupled_weight_decay")
         kind = AdamW if kind is AdamW or decoupled[0] else Adam
-    rates = rates or _constant_rates(optimizer)
+    rates = rates or constant_rates(optimizer)
     base = options[max(range(len(options)), key=lambda index: rates.scales[index])]
     groups: list[Group] = []
     for own, scale, selected in zip(options, rates.scales, names, strict=True):
@@ -97,7 +97,8 @@ def from_torch(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Rates 
     return kind(rates.lr, **base, groups=groups)
 
 
-def _constant_rates(optimizer: torch.optim.Optimizer) -> Rates:
+def constant_rates(optimizer: torch.optim.Optimizer) -> Rates:
+    """The rates of an optimizer without a scheduler."""
     rates = [float(each["lr"]) for each in optimizer.param_groups]
     largest = max(rates)  # others are a part of it, and no number is divided by zero
     return Rates(largest, [1.0 if rate == largest else rate / largest for rate in rates])

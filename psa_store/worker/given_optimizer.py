@@ -11,18 +11,18 @@ Used by the worker, in the thread that runs the script.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from psa_store.errors import UsageError
 from psa_store.optim import Optimizer
-from psa_store.optim.from_scheduler import Rates, rates_of
-from psa_store.optim.from_torch import from_torch, numbers_of, refuse_change
+from psa_store.optim.from_scheduler import rates_of
+from psa_store.optim.from_torch import constant_rates, from_torch
 from psa_store.worker.script import script_line
+from psa_store.worker.shown_optimizer import ShownOptimizer
 
 
 class GivenOptimizer:
@@ -34,9 +34,7 @@ class GivenOptimizer:
     """What they apply in a step; as the job knows it, once this worker is a member of it."""
 
     def __init__(self, optimizer: object, lr_scheduler: object, model: nn.Module | None, steps: int | None) -> None:
-        self._theirs: torch.optim.Optimizer | None = None
-        self._scheduler: Any = lr_scheduler
-        self._rates: Rates | None = None
+        self._shown: ShownOptimizer | None = None
         self._step = 0
         self._steps_since_tick = 0
         """That have ended since then; one counts once, for however many ranks it was computed here."""
@@ -50,11 +48,9 @@ class GivenOptimizer:
                     "optimizer: one of torch goes with a whole model; with stages give one of psa.optim, such as "
                     "psa.optim.AdamW(lr=1e-3)"
                 )
-            self._theirs = optimizer
-            if lr_scheduler is not None:
-                self._rates = rates_of(lr_scheduler, optimizer, steps)
-            self.optimizer = from_torch(optimizer, model, self._rates)
-            self._numbers = numbers_of(optimizer)
+            rates = constant_rates(optimizer) if lr_scheduler is None else rates_of(lr_scheduler, optimizer, steps)
+            self.optimizer = from_torch(optimizer, model, rates)
+            self._shown = ShownOptimizer(optimizer, lr_scheduler, rates)
         elif not isinstance(optimizer, Optimizer):
             raise UsageError(
                 f"optimizer={optimizer!r}: give one of psa.optim, such as psa.optim.AdamW(lr=1e-3). Instead of two, "
@@ -69,28 +65,21 @@ class GivenOptimizer:
             self.optimizer = optimizer
         self.at = lambda step: self.optimizer
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Take the scheduler's ticks while this lasts."""
-        if self._rates is None:
-            yield
-            return
-        scheduler, kind = self._scheduler, type(self._scheduler)
-
-        def step(_: object, *arguments: object, **named: object) -> None:
-            self._tick(bool(arguments or named))
-
-        # A class of its own, as the object's attributes are what it saves as its state.
-        scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
-        try:
-            yield
-        finally:
-            scheduler.__class__ = kind
+        return nullcontext() if self._shown is None else self._shown.ticks_taken(self._tick)
 
     def begin(self, step: int) -> None:
-        """Show the rates of a step, of which a batch comes."""
-        if self._rates is not None:
-            self._check()
+        """Show the rates of a step, of which a batch comes.
+
+        Raises:
+            UsageError: the script has changed its optimizer since :meth:`end`.
+        """
+        if self._shown is not None:
+            try:
+                self._shown.check()
+            except UsageError as error:
+                raise UsageError(f"{script_line()}: {error}") from error
             self._step = step
             self._show(step)
 
@@ -100,7 +89,8 @@ class GivenOptimizer:
         Raises:
             UsageError: the script has changed its optimizer.
         """
-        self._check()
+        if self._shown is not None:
+            self._shown.check()
         if self._skipping:
             self._skips_since_tick += 1
         elif self._step != self._last_counted:
@@ -112,21 +102,9 @@ class GivenOptimizer:
         """The batch that ends next is left out."""
         self._skipping = True
 
-    def _check(self) -> None:
-        if self._theirs is not None and (numbers := numbers_of(self._theirs)) != self._numbers:
-            refuse_change(self._numbers, numbers)
-
     def _show(self, step: int) -> None:
-        assert self._theirs is not None and self._rates is not None
-        rate = self.at(step).lr_at(step)
-        for group, scale, numbers in zip(self._theirs.param_groups, self._rates.scales, self._numbers, strict=False):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate * scale)
-            else:
-                group["lr"] = rate * scale
-            numbers["lr"] = float(group["lr"])
-        self._scheduler.last_epoch = step
-        self._scheduler._last_lr = [rate * scale for scale in self._rates.scales]
+        assert self._shown is not None
+        self._shown.show(self.at(step).lr_at(step), step)
 
     def _tick(self, with_arguments: bool) -> None:
         if with_arguments:

@@ -216,6 +216,15 @@ class Worker:
         """Where the job ends: what `psa job set` said last, or what the script says; None: never."""
         return self._given.steps if self._opened is None else self._strategy.session.steps
 
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0, as servers apply it.
+
+        It is what the schedule, `psa job set` and :meth:`change` have said so far; groups have their part of it.
+        ``worker.lr_at(worker.version)`` is that of the coming step, in all modes but `local`, where a version is a
+        round of steps.
+        """
+        return self._optimizer.at(step).lr_at(step)
+
     @property
     def stages(self) -> dict[int, nn.Module]:
         """With ``stages=``: the modules of the stages that this worker has at present, by index, to look at and to

@@ -92,16 +92,18 @@ def test_it_trains_as_the_trainer_does(
 
 
 def test_it_ends_where_the_job_was_set_to_end(site: Site, tmp_path: Path) -> None:
-    """Its epochs are counted by the batches of the loader, so those can not be set."""
+    """Its epochs are counted by the batches of the loader, so those can not be set. The rate that was set is shown."""
 
-    def set_number(text: str) -> None:
-        done = site.psa("job", "set", "light-set", text, "--yes")
+    def set_number(*numbers: str) -> None:
+        done = site.psa("job", "set", "light-set", *numbers, "--yes")
         assert done.finish() == 0, done.output
 
     fit(site, "light-set", tmp_path, "--epochs", "1")
-    set_number("steps=14")
+    set_number("steps=14", "lr=0.005")
     trainer, _ = fit(site, "light-set", tmp_path, "--epochs", "1")
     assert trainer.global_step == 14
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.005
+    assert trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [0.005]
     set_number("batch_size=16")
     with pytest.raises(UsageError, match="`psa job set light-set batch_size=8`"):
         main(["--job", "light-set", "--out", str(tmp_path)])

@@ -113,6 +113,21 @@ def test_the_job_has_the_rates_of_the_scheduler(
     assert_close(script.model.state_dict(), theirs)
 
 
+def test_an_optimizer_without_a_scheduler_shows_the_rate_that_the_job_was_set_to(job: str) -> None:
+    script = Script(job, stairs, lr_scheduler=None)
+    seen: list[tuple[list[float], float]] = []
+    with script.worker as worker:
+        assert worker.lr_at(0) == 2e-2
+        for _ in script.batches():
+            seen.append((script.rates(), worker.lr_at(worker.version)))
+            worker.step()
+            if worker.version == 3:
+                worker.change(lr=0.01)
+    before, after = ([2e-2, 5e-3], 2e-2), ([0.01, 0.0025], 0.01)
+    assert seen == [before] * 3 * RANKS + [after] * (STEPS - 3) * RANKS
+    assert worker.lr_at(2) == 2e-2, "what was applied then"
+
+
 def test_a_resumed_job_goes_on_with_the_rates_of_its_step(job: str) -> None:
     theirs, rates = torchs_own(warm_up)
     first = Script(job, warm_up)

@@ -70,7 +70,7 @@ ALLOWED_IN = {
     "psa_store/docs/how-to/from-ddp.md": ("epoch", "epochs"),
     "psa_store/docs/explanation/optimizers.md": ("epoch",),  # an argument of torch
     "psa_store/optim/from_scheduler.py": ("epoch",),
-    "psa_store/worker/given_optimizer.py": ("epoch",),
+    "psa_store/worker/shown_optimizer.py": ("epoch",),
     "psa_store/worker/streams.py": ("epoch",),  # as datasets call it
     "tests/unit/test_streams.py": ("epoch",),
     "tests/integration/test_lr_scheduler.py": ("epoch",),

@@ -174,6 +174,10 @@ class PsaAccelerator(Accelerator):  # type: ignore[misc]
         self._since_tick += 1
         worker.step(loss)
 
+    def _show_rates(self) -> None:
+        version = self.worker.version
+        self._followed.show(version, self.worker.lr_at(version))
+
     def _tick(self, with_arguments: bool) -> None:
         if with_arguments or self._since_tick != 1:
             raise UsageError(
@@ -295,7 +299,7 @@ class _Scheduler:
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         self._owner._tick(bool(args or kwargs))
-        self._owner._followed.show(self._owner.worker.version)
+        self._owner._show_rates()
 
     def get_last_lr(self) -> list[float]:
         return [float(group["lr"]) for group in self.scheduler.optimizer.param_groups]
@@ -333,6 +337,6 @@ class _Passes:
             seed_everything(
                 owner._seed, RankStep(worker.version, worker.rank), "compute"
             )  # another pass may have drawn
-            owner._followed.show(worker.version)
+            owner._show_rates()
             owner._has_batch = True
             yield send_to_device(self._kept.pop(), owner.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +65,8 @@ class Steps:
         self._trainer, self._worker, self._followed, self._length, self._seed = trainer, worker, followed, length, seed
         self._began_with = deepcopy(call._call_callbacks_state_dict(trainer))
         self._batches: Any = worker.batches(data)
+        self._closing = ExitStack()
+        self._closing.enter_context(followed.ticks_taken(lambda: self._show_rates(worker.version)))
         self._has_batch = False
         self.further: tuple[Any] | None = None
         """The present batch, if it is not the one that the Trainer has."""
@@ -78,7 +81,8 @@ class Steps:
         self._move(place.before(version if self._has_batch else max(0, version - 1), length.epoch_steps))
 
     def close(self) -> None:
-        """End the processes that load data."""
+        """End the processes that load data; the scheduler is the script's again."""
+        self._closing.close()
         self._batches.close()
 
     def _take(self) -> None:
@@ -159,8 +163,11 @@ class Steps:
             place.end_at(self._trainer, self._worker.steps)
             self._length = replace(self._length, steps=self._worker.steps)
         place.move(self._trainer, to)
-        self._followed.show(to.done)
+        self._show_rates(to.done)
         rank_zero_only.rank = self._trainer.strategy.global_rank  # of loggers and messages
+
+    def _show_rates(self, step: int) -> None:
+        self._followed.show(step, self._worker.lr_at(step))
 
     def _restore(self) -> None:
         """Let callbacks know what they knew when this version was made."""

@@ -15,13 +15,12 @@ from psa_store.optim.pieces import pieces_of
 class FollowedRate:
     """What callbacks may ask of ``lr_scheduler``: servers follow the schedule, this tells its rate."""
 
-    def __init__(self, schedule: Schedule, step: Callable[[], int]) -> None:
-        self._schedule = schedule
-        self._step = step
+    def __init__(self, rate: Callable[[], float]) -> None:
+        self._rate = rate
 
     def get_last_lr(self) -> list[float]:
         """The rate of the coming step."""
-        return [self._schedule.at(max(0, self._step()))]
+        return [self._rate()]
 
 
 def schedule_of(scheduler: Any, base: float, steps: int) -> Schedule:

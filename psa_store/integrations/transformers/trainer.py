@@ -100,8 +100,11 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
         clip = self.args.max_grad_norm
         found, base = from_torch(optimizer, self.model), max(float(each["lr"]) for each in optimizer.param_groups)
         self._schedule = schedule_of(self.create_scheduler(steps, optimizer), base, steps)
-        self.lr_scheduler = FollowedRate(self._schedule, lambda: self._handled)
+        self.lr_scheduler = FollowedRate(lambda: self._lr_at(max(0, self._handled)))
         return replace(found, lr=self._schedule, clip_grad_norm=clip if clip and clip > 0 else None)
+
+    def _lr_at(self, step: int) -> float:
+        return self._schedule.at(step) if self._worker is None else self._worker.lr_at(step)
 
     # --- the loop
 
@@ -249,7 +252,7 @@ class PsaTrainer(Trainer):  # type: ignore[misc]
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
 
     def _tell(self, model: Any, fixed: _Fixed) -> None:
-        rate = self._schedule.at(self.state.global_step - 1)
+        rate = self._lr_at(self.state.global_step - 1)
         self._maybe_log_save_evaluate(
             self._tr_loss, None, model, None, self.state.epoch, fixed.ignore_keys, fixed.started_s, learning_rate=rate
         )
