@@ -110,8 +110,8 @@ class PlanSession:
         self._log = logs.get_logger()
         self._standing: Standing | None = None
         self._needed = (0, 0)
-        """Term and revision of the newest plan that a server is known to follow. Revisions are counted anew when
-        ZooKeeper has lost the plan; terms only grow."""
+        """Term and revision of the newest plan that is known to be there. Revisions are counted anew when ZooKeeper has
+        lost the plan; terms only grow."""
         self._durable: set[str] = set()
         self.failpoints = failpoints.are_on()
         self.recording = tools.journal.enabled
@@ -143,7 +143,7 @@ class PlanSession:
         if plan is None or not plan.owners:
             return False
         if (plan.term, plan.revision) < self._needed:
-            # A server knows of a newer one: this came from a ZooKeeper server that is behind.
+            # There is a newer one: this came from a ZooKeeper server that is behind, or before the newer one.
             self._membership.refresh()
             return False
         if plan.term != self.term:
@@ -242,6 +242,12 @@ class PlanSession:
         self._membership.refresh()
         self.stands = False
         self._follower.refused(answer.header)
+
+    def expect(self, term: int) -> None:
+        """Follow no plan of an earlier term any more: this one has begun."""
+        self._needed = max(self._needed, (term, 0))
+        self._membership.refresh()
+        self.stands = False
 
     def ask(self, send: Callable[[], None], done: Callable[[], bool], over: Callable[[], bool]) -> bool:
         """Send a question and listen until it is answered; False if it is over before, or a server is gone."""

@@ -489,6 +489,7 @@ class Worker:
             session.wait()
         assert self._opened is not None
         done = self._opened.change_job(numbers)
+        session.expect(done.term)  # or the next step would be computed with the old numbers, in vain
         text = f"the script said: from version {done.version} on {numbers}; term {done.term} began there"
         event = Event(time.time(), EventKind.CHANGED, text, term=done.term, version=done.version)
         add_if_possible(self._config.name, self._settings, event)
