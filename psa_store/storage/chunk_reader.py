@@ -14,6 +14,7 @@ import redis
 
 # redis-py's connections are not typed, and their socket is private: this file alone reaches for it.
 _LINE_BYTES_MAX = 512
+_PASSED_BYTES = 1 << 16
 _ASKED_MAX = 2
 """GETs under way at once. Two hide the round trip; Redis holds a second copy of every value that was asked for and
 not yet received, and with more of them it is slower, because that memory is fresh each time."""
@@ -60,10 +61,10 @@ def _reply(connection: Any, place: memoryview) -> str:
         raise redis.exceptions.ConnectionError(f"unexpected reply to GET: {line[:80]!r}")
     length = int(line[1:])
     if length != len(place):
-        _fill(connection, memoryview(bytearray(length + 2)))
+        _pass_over(connection, length + 2)
         return f"{length} bytes stored, {len(place)} expected"
     _fill(connection, place)
-    _fill(connection, memoryview(bytearray(2)))
+    _pass_over(connection, 2)
     return ""
 
 
@@ -77,6 +78,15 @@ def _line(connection: Any) -> bytes:
         if len(line) > _LINE_BYTES_MAX:
             raise redis.exceptions.ConnectionError("the reply to GET has no end")
     return bytes(line[:-2])
+
+
+def _pass_over(connection: Any, count: int) -> None:
+    """Read on without keeping anything: a value may be much longer than its place."""
+    block = memoryview(bytearray(min(count, _PASSED_BYTES)))
+    while count:
+        part = block[: min(count, len(block))]
+        _fill(connection, part)
+        count -= len(part)
 
 
 def _fill(connection: Any, place: memoryview) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 import redis
 
-from psa_store.errors import DependencyUnreachable, Fenced, Rewound
+from psa_store.errors import DataIntegrity, DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import Manifest, RedisStore
 from psa_store.storage.head import TERMS_AHEAD_MAX, newest_term, term_text
 from tests.integration.storage.shards import JOB, LAYOUT, assert_no_garbage, commit, read
@@ -100,6 +101,20 @@ def test_a_term_that_can_not_be_is_written_over(store: RedisStore, raw: redis.Re
     raw.hset(HEAD, "term", term_text(8 + TERMS_AHEAD_MAX - 1))
     with pytest.raises(Fenced):
         store.seal(JOB, [0, 1], 8, LAYOUT)
+
+
+def test_no_memory_is_taken_for_a_value_that_is_too_long(store: RedisStore, raw: redis.Redis) -> None:
+    store.seal(JOB, [0], 1, LAYOUT)
+    manifest = commit(store, 1)
+    raw.setrange(manifest.chunk_keys(JOB, 0)[0], 64 << 20, b"x")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataIntegrity, match=r"67108865 bytes stored"):
+            read(store, manifest)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert store.heads(JOB, [0])[0].manifests == (manifest,)  # and the connection goes on with the next answer
 
 
 def test_keys_of_another_type_are_removed_and_named(store: RedisStore, raw: redis.Redis) -> None:
