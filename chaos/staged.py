@@ -107,6 +107,7 @@ def main() -> None:
     options.add_argument("--until", type=int, help="where this run ends, if not at --steps")
     options.add_argument("--stages", type=int, default=1)
     options.add_argument("--microbatches", type=int, default=4)
+    options.add_argument("--resident", type=int, help="how many stages a worker has in memory at once")
     options.add_argument("--dropout", type=float, default=0.0)
     options.add_argument("--tied", action="store_true", help="with a shared layer, and weights of micro-batches")
     options.add_argument("--clip", type=float, default=0.0)
@@ -135,6 +136,7 @@ def main() -> None:
             args.job,
             stages=stages,
             microbatches=args.microbatches,
+            resident_stages=args.resident,
             optimizer=psa.optim.AdamW(lr=1e-2, clip_grad_norm=args.clip or None),
             steps=args.until or args.steps,
             seed=3,

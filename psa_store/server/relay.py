@@ -53,10 +53,10 @@ class CellRelay:
         Raises:
             Refused: no correct worker sends this.
         """
-        if header.microbatch >= self._microbatches + (plan.stages if header.flags & Flag.BACKWARD else 0):
+        if header.microbatch >= self._microbatches + (2 * plan.stages if header.flags & Flag.BACKWARD else 0):
             raise Refused(f"RELAY of micro-batch {header.microbatch}, and there are {self._microbatches}")
         _check_step(header, version)
-        sender = self._sender(header)
+        sender = self._sender(plan, header)
         if not (0 <= sender < plan.stages and header.stage < plan.stages and header.rank < plan.ranks):
             raise Refused(f"RELAY for stage {header.stage} of rank {header.rank}: there is none")
         if plan.holder(header.rank, sender) != connection.member:
@@ -86,7 +86,7 @@ class CellRelay:
         reason, why = self.judge(plan, version, connection, header)
         if reason is not Reason.NONE:
             return reason, why
-        sender, backward = self._sender(header), bool(header.flags & Flag.BACKWARD)
+        sender, backward = self._sender(plan, header), bool(header.flags & Flag.BACKWARD)
         if len(payload) < header.length:
             return Reason.NOT_HOLDER, f"stage {sender} of rank {header.rank} was held by another worker when this came"
         if len(payload) < RELAY_HEAD.size:
@@ -130,12 +130,13 @@ class CellRelay:
         """The term is over: its cells are computed again."""
         self._relay = Relay()
 
-    def _sender(self, header: Header) -> int:
+    def _sender(self, plan: Plan, header: Header) -> int:
         """The stage from which it comes."""
         if not header.flags & Flag.BACKWARD:
             return header.stage - 1
         if header.microbatch >= self._microbatches:
-            return header.microbatch - self._microbatches  # its part in the gradient of parameters that both have
+            # Its part in the gradient of parameters that both have; behind those, that the stage is to run ahead.
+            return (header.microbatch - self._microbatches) % plan.stages
         return header.stage + 1
 
     def _tell_over(self, plan: Plan, version: int, reader: Connection) -> None:

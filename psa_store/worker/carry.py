@@ -13,12 +13,13 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from xxhash import xxh3_64
 
 from psa_store.errors import Refused, UsageError
 from psa_store.optim.tensors import as_bytes, name_of, to_torch
@@ -54,6 +55,19 @@ class Parcel:
     @property
     def size_bytes(self) -> int:
         return sum(_rounded(t.numel() * t.element_size()) for t in self.tensors if t is not None)
+
+    def copy(self) -> Parcel:
+        """The same with tensors of its own, which want gradients where these do."""
+        copies = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in self.tensors]
+        return replace(self, tensors=tuple(copies))
+
+    def digest(self) -> int:
+        """Of the numbers."""
+        digest = xxh3_64()
+        for tensor in self.tensors:
+            if tensor is not None:
+                digest.update(as_bytes(tensor.detach().reshape(-1).cpu()))
+        return digest.intdigest()
 
     def write(self, memory: Tensor) -> None:
         """Write the tensors into flat uint8 memory, one after the other, with zeros between: relays compare bytes."""

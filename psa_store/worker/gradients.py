@@ -89,6 +89,11 @@ class GradientMemory:
         for shard in shards:
             self.numbers[shard.index], _ = cut(wire.offset_bytes(shard), wire.dtype(shard), shard.numel)
 
+    def clear(self) -> None:
+        """Have memory for no stage any more; servers go on reading what was passed to them."""
+        self.stages = frozenset()
+        self.views, self.views_after_step, self.numbers, self._after_step = {}, {}, {}, []
+
     def begin(self) -> None:
         """Get ready for another gradient."""
         self.note = PLAIN

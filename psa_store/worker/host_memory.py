@@ -47,7 +47,8 @@ def must_suffice(what: str, parameter_bytes: int) -> Iterator[None]:
             f"{script_line()}: not enough memory to {what}, {size(parameter_bytes)} of parameters and buffers"
             f"{', under the limit of ' + ' and '.join(limits) if limits else ''}. Beside them a worker has their "
             "gradients and what the passes keep. Cut the model into more stages (psa.Worker(stages=[…]), psa.split) "
-            "with a worker for each, or give each worker more memory"
+            "with a worker for each, or have fewer of them in memory at once (resident_stages=1), or give each worker "
+            "more memory"
         ) from error
 
 

@@ -54,6 +54,7 @@ class Given:
     model: nn.Module | None
     stages: Sequence[BuildStage]
     """Instead of a model, what builds its parts."""
+    resident_stages: int | None
     layout: Layout
     optimizer: GivenOptimizer
     state: ScriptState | StagedScriptState | None
@@ -185,7 +186,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
 def _memory_of(given: Given) -> FlatModel | StagedModel:
     if given.model is None:
         state = given.state if isinstance(given.state, StagedScriptState) else None
-        return StagedModel(given.stages, given.layout, given.wanted.seed, state)
+        return StagedModel(given.stages, given.layout, given.wanted.seed, state, given.resident_stages)
     with must_suffice("have the model in one piece", given.layout.arena_bytes):
         return FlatModel(given.model, given.layout, given.push_early)
 

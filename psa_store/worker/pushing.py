@@ -64,6 +64,10 @@ class GradientPush:
         self._fingerprints, self.flaw, self.payloads = {}, "", {}
         self._state_of = state_of or {}
 
+    def go_on(self, gradients: GradientMemory) -> None:
+        """What was pushed of the gradient needs its memory no more; the rest will be in this."""
+        self.gradients, self.payloads = gradients, {}
+
     def computing(self, stage: int = 0) -> None:
         """A cell of the rank is about to be computed."""
         if self._session.recording:

@@ -4,6 +4,10 @@ When a pass is due decides :class:`psa_store.consistency.pipeline.Pipeline`. Bet
 case, also where one worker holds both: each stage begins with tensors of its own, so bits do not depend on which worker
 holds what. Before each forward pass the generators are seeded by (seed, step, rank, stage, micro-batch).
 
+Where not all stages are in memory at once, most make their forward passes twice. The first time nothing is kept of them
+but what went to the next stage. Both times a stage begins as its cell does in any worker: with the parameters and
+buffers of the version.
+
 Used by the worker, in the thread that runs the model.
 """
 
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 
 from psa_store.consistency.pipeline import Backward, Forward, Pipeline
+from psa_store.consistency.residence import Residence
 from psa_store.errors import UsageError
 from psa_store.job.layout import Layout, TensorRole
 from psa_store.job.sampling import stream_seed
@@ -58,7 +63,10 @@ _ALL_ALIKE = None
 
 
 class RankPasses:
-    """``microbatches``: the rank's batch, in parts. ``count``: how many stages there are. ``ties``: what they share."""
+    """``microbatches``: the rank's batch, in parts. ``count``: how many stages there are. ``ties``: what they share.
+
+    Of a model that can not have all its stages at once, what is held does not change in the middle.
+    """
 
     def __init__(
         self,
@@ -79,7 +87,9 @@ class RankPasses:
         self._seed = seed
         self._send = send
         self._ties = ties
-        self._pipeline = Pipeline(count, len(microbatches), ties.senders)
+        self._pipeline = Pipeline(count, len(microbatches), ties.senders, model.resident_max)
+        self._digests: dict[tuple[int, int], int] = {}
+        """By stage and micro-batch, of what went to the next stage, where the pass is to be made once more."""
         self._inputs: dict[tuple[int, int], Parcel] = {}
         """By stage and micro-batch: what the stage before returned; while its graph lives, as leaves of it."""
         self._outputs: dict[tuple[int, int], tuple[Tensor, ...]] = {}
@@ -87,7 +97,7 @@ class RankPasses:
         self._tied: dict[tuple[int, int], Parcel] = {}
         """By stage and sender, its part of the gradient of parameters that both have."""
         self._kept: dict[tuple[int, int, bool], Parcel] = {}
-        """What went from one stage here to the next: it is sent when that goes to another worker."""
+        """What went from one stage here to the next: it is sent when that goes to another worker, if it may go."""
         self._came: set[tuple[int, int, bool]] = set()
         self._losses: list[Tensor] = []
         self._weights: list[float] = []
@@ -101,8 +111,8 @@ class RankPasses:
         before = self._pipeline.held
         self._pipeline.hold(stages)
         held = self._pipeline.held
-        for parameter in (p for stage in held if stage not in before for p in self._model.flat(stage).tied.values()):
-            parameter.grad = None
+        if self._model.resident_max is None:
+            self._forget_tied(stage for stage in held if stage not in before)
         self._came = {key for key in self._came if key[0] in held}
         for to in [key for key in self._kept if key[0] not in held]:
             stage, _, backward = to
@@ -112,11 +122,24 @@ class RankPasses:
         if self._last not in held:
             self._losses, self._weights, self.loss = [], [], None
 
+    def reside(self, residence: Residence) -> None:
+        """These stages are in memory now, with what they have at the version."""
+        self._pipeline.reside(residence)
+        self._forget_tied(residence.stages)
+        if not residence.backward:  # what the stages before have is needed before a gradient goes back to them
+            latest = residence.stages[-1]
+            for stage in range(latest):
+                if stage not in self.held:
+                    self._send(stage, len(self._microbatches) + self._last + 1 + latest, True, Parcel((), ()))
+
     def arrived(self, stage: int, microbatch: int, backward: bool, parcel: Parcel) -> None:
         """Something has come from another worker."""
         if stage in self._pipeline.held and (stage, microbatch, backward) not in self._came:
             self._came.add((stage, microbatch, backward))
             sender = microbatch - len(self._microbatches)
+            if sender > self._last:
+                self._pipeline.runs_ahead(stage)
+                return
             if sender >= 0:
                 self._tied[stage, sender] = parcel
                 self._pipeline.tied(stage, sender)
@@ -129,6 +152,21 @@ class RankPasses:
     @property
     def held(self) -> tuple[int, ...]:
         return self._pipeline.held
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """Those of them that are in memory."""
+        return self._pipeline.residence.stages
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Those whose gradients are there."""
+        return self._pipeline.whole
+
+    @property
+    def residence_due(self) -> Residence | None:
+        """What to have in memory before there is another pass, where not all can be."""
+        return self._pipeline.residence_due
 
     @property
     def finished(self) -> bool:
@@ -180,17 +218,38 @@ class RankPasses:
         leaves = Parcel((), ())
         if stage:
             leaves = _leaves(self._inputs[stage, index])
-            self._inputs[stage, index] = leaves
+            if self._pipeline.residence.backward:
+                self._inputs[stage, index] = leaves
+            else:  # the stage may write to it, and will get it once more
+                leaves = leaves.copy()
             carry = leaves.tensors[0] if leaves.single else leaves.tensors
         returned = self._model.module(stage)(carry, self._microbatches[index])
+        outputs: tuple[Tensor, ...]
         if stage == self._last:
-            self._outputs[stage, index] = (self._as_loss(returned),)
+            outputs = (self._as_loss(returned),)
         else:
             parcel = of_stage(returned, stage)
-            self._outputs[stage, index] = (returned,) if parcel.single else tuple(returned)
-            self._deliver(stage + 1, index, False, parcel)
-        self._model.check_graph(stage, leaves.tensors, self._outputs[stage, index])
+            outputs = (returned,) if parcel.single else tuple(returned)
+            self._hand_on(stage, index, parcel)
+        if self._pipeline.residence.backward:
+            self._outputs[stage, index] = outputs
+        self._model.check_graph(stage, leaves.tensors, outputs)
         self._pipeline.done(due)
+
+    def _hand_on(self, stage: int, index: int, parcel: Parcel) -> None:
+        """Send what a stage returned to the next, or, the second time, see that it is the same."""
+        former = self._digests.pop((stage, index), None)
+        if former is None:
+            if not self._pipeline.residence.backward:
+                self._digests[stage, index] = parcel.digest()
+            self._deliver(stage + 1, index, False, parcel)
+        elif former != parcel.digest():
+            step, rank = self.rank_step.step, self.rank_step.rank
+            raise UsageError(
+                f"stage {stage} of rank {rank} was computed twice in step {step}, with other results, as "
+                f"resident_stages={self._model.resident_max} wants: it must be a function of its parameters and "
+                "buffers, its carry, its micro-batch and the random numbers that it is given"
+            )
 
     def _as_loss(self, returned: Any) -> Tensor:
         """What a micro-batch adds to the gradient: its loss, by its weight if it has one."""
@@ -263,9 +322,15 @@ class RankPasses:
         else:
             self.loss = losses.mean()
 
+    def _forget_tied(self, stages: Iterable[int]) -> None:
+        """Parameters that belong to other stages have no gradients."""
+        for parameter in (parameter for stage in stages for parameter in self._model.flat(stage).tied.values()):
+            parameter.grad = None
+
     def _deliver(self, stage: int, microbatch: int, backward: bool, parcel: Parcel) -> None:
         if stage in self._pipeline.held:
-            self._kept[stage, microbatch, backward] = parcel
+            if self._model.resident_max is None:
+                self._kept[stage, microbatch, backward] = parcel
             self.arrived(stage, microbatch, backward, parcel)
         else:
             self._send(stage, microbatch, backward, parcel)

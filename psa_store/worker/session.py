@@ -113,6 +113,8 @@ class PlanSession:
         """Term and revision of the newest plan that is known to be there. Revisions are counted anew when ZooKeeper has
         lost the plan; terms only grow."""
         self._durable: set[str] = set()
+        self._confirmed: set[str] = set()
+        """Servers that have answered since :meth:`confirm` asked them."""
         self.failpoints = failpoints.are_on()
         self.recording = tools.journal.enabled
         """Both are asked once: a step passes many places that do something for tests only."""
@@ -230,6 +232,8 @@ class PlanSession:
             elif kind is Kind.REFUSED:
                 self._refused(answer)
             else:
+                if kind is Kind.CLOCKS:
+                    self._confirmed.add(answer.server)
                 self._follower.take(answer)
         if self._membership.standing is not self._standing:
             self.stands = False
@@ -256,6 +260,15 @@ class PlanSession:
             if over() or not self.wait():
                 return False
         return True
+
+    def confirm(self) -> bool:
+        """Have all servers take, or refuse, what was sent to them so far: each answers something then; False if the
+        term is over before."""
+        servers = {server.id for server in self.plan.servers}
+        self._confirmed.clear()
+        return self.ask(
+            lambda: self._servers.ask_clocks(servers), lambda: self._confirmed >= servers, self.term_is_over
+        )
 
     def pull(self, shards: Sequence[Shard], version: int, over: Callable[[], bool]) -> bool:
         """Have these shards at this version or a newer one, and the frozen ones; False if it is over before."""

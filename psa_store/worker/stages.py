@@ -109,11 +109,17 @@ def _build(build: BuildStage, stage: int, seed: int, state: StagedScriptState | 
 
 
 class StagedModel:
-    """The stages that are held, each in flat memory."""
+    """The stages that are held, each in flat memory. ``resident_max``: how many that can be at once; None: all."""
 
     def __init__(
-        self, stages: Sequence[BuildStage], layout: Layout, seed: int, state: StagedScriptState | None = None
+        self,
+        stages: Sequence[BuildStage],
+        layout: Layout,
+        seed: int,
+        state: StagedScriptState | None = None,
+        resident_max: int | None = None,
     ) -> None:
+        self.resident_max = resident_max
         self.state = state
         if state is not None:
             state.lies_in(layout)

@@ -59,6 +59,8 @@ class Worker:
             of the whole model. The script calls :meth:`compute` for the passes. Each worker has only the stages of
             which the plan gives it cells, so any number of workers trains to the same bits. Goes with mode sync.
         microbatches: equal parts in which the batch of a rank goes through the stages.
+        resident_stages: how many stages this process can have in memory at once, with the same bits: it has one after
+            the other then, at the cost of one forward pass more. None: all that it computes.
         optimizer: from ``psa.optim``, or one of ``torch.optim`` that is not stepped; its update is applied by the
             servers.
         lr_scheduler: of ``torch.optim``, made of that optimizer; one tick is one ``step()``. The script may tick it
@@ -98,6 +100,7 @@ class Worker:
         *,
         stages: Sequence[BuildStage] | None = None,
         microbatches: int = 1,
+        resident_stages: int | None = None,
         optimizer: Optimizer | torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         ranks: int | None = None,
@@ -116,6 +119,8 @@ class Worker:
             check_model(model)
             if microbatches != 1:
                 raise UsageError(f"microbatches={microbatches} goes with stages=[…]; a script cuts batches as it likes")
+            if resident_stages is not None:
+                raise UsageError(f"resident_stages={resident_stages} goes with stages=[…]: a model in one piece is one")
         steps = None if steps is None else whole_number("steps", steps, 0)
         self._settings = load_settings()
         logs.configure_once(self._settings.log_level, ProcessRole.WORKER, as_json=self._settings.log_json)
@@ -150,7 +155,16 @@ class Worker:
             microbatches=whole_number("microbatches", microbatches, 1),
         )
         self._given = Given(
-            wanted, model, stages or (), layout, self._optimizer, self._script_state, steps, push_early, tokenizer
+            wanted,
+            model,
+            stages or (),
+            None if resident_stages is None else whole_number("resident_stages", resident_stages, 1),
+            layout,
+            self._optimizer,
+            self._script_state,
+            steps,
+            push_early,
+            tokenizer,
         )
         if self._settings.draft is not None:
             # `psa estimate` wants to know what the job would be: nothing else of the script is to happen.

@@ -247,6 +247,8 @@ def test_a_batch_that_can_not_be_cut(job: str) -> None:
         ),
         ({"microbatches": 0}, "microbatches=0"),
         ({"push_early": True}, "push_early=.* does not go with stages"),
+        ({"resident_stages": 0}, "resident_stages=0"),
+        ({"stages": None, "model": nn.Linear(2, 2), "microbatches": 1, "resident_stages": 1}, "a model in one piece"),
         ({"stages": None, "model": nn.Linear(2, 2)}, "microbatches=2 goes with stages"),
         ({"stages": []}, "needs a model, or stages"),
         ({"model": nn.Linear(2, 2)}, "and not both"),
@@ -295,24 +297,30 @@ def test_a_micro_batch_of_weight_0_is_left_out_be_it_nan(job: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of private memory are Linux's")
 def test_a_model_that_is_too_large_for_a_worker_trains_in_stages(site: Site, tmp_path: Path) -> None:
-    """67 MB of parameters, 200 MB with the optimizer's; a worker may have 170 MB more than torch takes."""
+    """67 MB of parameters, 200 MB with the optimizer's; a worker may have 170 MB more than torch takes.
+
+    One that has a stage after the other trains it all with 150 MB.
+    """
     env = {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "MALLOC_MMAP_THRESHOLD_": "1000000",  # else malloc keeps addresses of what was freed, which count here
         "PSA_SESSION_TIMEOUT_S": "30",  # a worker that is only slow must not leave its stage to another
     }
 
-    def run(stages: int) -> Run:
-        job, peaks = f"large-{stages}", tmp_path / str(stages)
-        script = [memory.__file__, "train-memory", job, str(stages), "1448", str(peaks), "170"]
-        how = ["--workers", str(stages), "--servers", "1", "--ranks", "1"]
+    def run(stages: int, workers: int, *limits: str) -> Run:
+        job, peaks = f"large-{stages}-{workers}", tmp_path / f"{stages}-{workers}"
+        script = [memory.__file__, "train-memory", job, str(stages), "1448", str(peaks), *limits]
+        how = ["--workers", str(workers), "--servers", "1", "--ranks", "1"]
         return Run(["run", *how, *script], {**site.env, **env})
 
-    in_one = run(1)
+    in_one = run(1, 1, "170")
     assert in_one.finish() == 1
     assert "not enough memory to " in in_one.output and "more stages" in in_one.output
-    in_four = run(4)
+    in_four = run(4, 4, "170")
     assert in_four.finish() == 0, in_four.output
-    assert len((tmp_path / "4").read_text().split()) == 4
-    with psa.Store("large-4", site.redis) as store:
+    assert len((tmp_path / "4-4").read_text().split()) == 4
+    with psa.Store("large-4-4", site.redis) as store:
         assert store.version() == 2
+    by_one = run(4, 1, "150", "1")
+    assert by_one.finish() == 0, by_one.output
+    assert site.digest("large-4-1", 2) == site.digest("large-4-4", 2)

@@ -115,6 +115,23 @@ def test_killing_processes_anywhere_changes_no_bit(
     assert all(found[each] == averages_calm[each] and len(found[each]) == 1 for each in both)
 
 
+@pytest.mark.parametrize("carrier", ["auto", pytest.param("tcp", marks=pytest.mark.long)])
+def test_stages_in_memory_one_after_the_other_change_no_bit(
+    site: Site, calm: tuple[str, dict[tuple[int, int], set[str]]], tmp_path: Path, carrier: str
+) -> None:
+    """Workers are killed while a stage goes forward only, between its backward passes, and as its gradients leave."""
+    paced = [*CUT, "--resident", "1", "--pace-s", "0.05"]
+    job = f"resident-{carrier}"
+    run = start(site, job, *paced, workers=2, ranks=2, failpoints=tmp_path, held=True, carrier=carrier)
+    run.wait_for_step(2)
+    for place, index in (("cell.sent", 0), ("cell.backward", 2), ("push.middle", 0)):
+        arm(tmp_path, place, FailpointAction.KILL, at_least=index)
+        run.wait_for_line(lambda line: "restarting" in line)
+        assert hit(tmp_path, place)
+    assert run.finish() == 0, run.output
+    assert site.digest(job, STEPS) == calm[0]
+
+
 def await_hit(folder: Path, place: str) -> int:
     """Wait until a process stands still there; returns its id."""
     while not (found := hit(folder, place)):

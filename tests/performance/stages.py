@@ -241,10 +241,13 @@ def throughput(rounds: int, steps: int) -> None:
 # --- memory
 
 
-def train_memory(job: str, stages: int, width: int, place: Path, limit_mb: int | None = None) -> None:
+def train_memory(
+    job: str, stages: int, width: int, place: Path, limit_mb: int | None = None, resident: int | None = None
+) -> None:
     """Train a model of blocks this wide, and write down the peak memory of this process in MB.
 
     ``limit_mb``: how much private memory the process may have from here on, beside what torch has taken already.
+    ``resident``: how many stages it has in memory at once; None: one, and a worker for each.
     """
     torch.set_num_threads(1)
     if limit_mb is not None:
@@ -253,8 +256,9 @@ def train_memory(job: str, stages: int, width: int, place: Path, limit_mb: int |
     size = MEMORY_BLOCKS // stages
     parts = [partial(Block, low, low + size, width) for low in range(0, MEMORY_BLOCKS, size)]
     optimizer = psa.optim.AdamW(lr=1e-4)
-    with psa.Worker(job, stages=parts, microbatches=2, optimizer=optimizer, steps=2) as worker:
-        while worker.members < stages:
+    how = {"microbatches": 2, "resident_stages": resident, "optimizer": optimizer, "steps": 2}
+    with psa.Worker(job, stages=parts, **how) as worker:  # type: ignore[arg-type]
+        while resident is None and worker.members < stages:
             time.sleep(0.02)  # until each has one stage: a worker that comes first would have those of all
         for batch in worker.batches(torch.ones(64, width), batch_size=8):
             worker.step(worker.compute(batch))

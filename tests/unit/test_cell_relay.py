@@ -199,6 +199,10 @@ def test_a_cell_gets_what_was_sent_before_it_asked_and_after(scene: Scene) -> No
     front.relay(b"for the next step", step=VERSION + 1)
     assert middle.items() == [(1, b"second", None), (0, b"third", None)]
     assert front.answers() == back.answers() == []
+    front.want(stage=0)
+    back.relay(b"part of a tied gradient", stage=0, microbatch=4, **BEHIND)
+    back.relay(b"run ahead", stage=0, microbatch=7, **BEHIND)
+    assert front.items() == [(4, b"part of a tied gradient", None), (7, b"run ahead", None)]
 
 
 def test_memory_is_handed_on_by_its_descriptor_and_by_value_over_tcp(scene: Scene) -> None:
@@ -276,8 +280,14 @@ def test_nothing_of_a_term_is_handed_on_in_the_next(scene: Scene) -> None:
 @pytest.mark.parametrize("carrier", ["unix", "tcp"])
 @pytest.mark.parametrize(
     "fields",
-    [{"stage": 2}, {"stage": 1, "rank": 1}, {"stage": 0, **BEHIND}, {"stage": 1, **BEHIND}],
-    ids=["from another stage", "of another rank", "backward", "backward from the last"],
+    [
+        {"stage": 2},
+        {"stage": 1, "rank": 1},
+        {"stage": 0, **BEHIND},
+        {"stage": 1, **BEHIND},
+        {"stage": 0, "microbatch": 7, **BEHIND},
+    ],
+    ids=["from another stage", "of another rank", "backward", "backward from the last", "to run ahead"],
 )
 def test_what_comes_from_a_worker_without_the_sending_cell_is_refused(
     scene: Scene, carrier: str, fields: dict[str, Any]
@@ -344,6 +354,7 @@ def test_what_no_correct_worker_sends_is_not_waited_for(scene: Scene, fields: di
         ({"rank": 2}, "of rank 2"),
         ({"rank": 2**32 - 1}, "of rank 4294967295"),
         ({"microbatch": 2}, "micro-batch 2, and there are 2"),
+        ({"microbatch": 8, **BEHIND}, "micro-batch 8, and there are 2"),
         ({"step": VERSION + 2}, "for step 6 while version 4"),
         ({"step": 2**60}, "while version 4"),
         ({"payload": b"", **BY_REFERENCE}, "by reference comes with a descriptor"),

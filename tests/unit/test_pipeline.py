@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from psa_store.cluster import Cell
 from psa_store.consistency.pipeline import Backward, Forward, Pipeline
 from psa_store.consistency.relay import Address, Relay
+from psa_store.consistency.residence import Residence, next_residence
 
 STEP, RANK = 7, 3
 sizes = st.integers(1, 5)
@@ -99,6 +101,45 @@ def test_all_stages_in_one_worker_need_no_other(stages: int, microbatches: int) 
     )
 
 
+# --- fewer stages in memory than are computed
+
+
+def test_stages_are_in_memory_in_groups_upwards_and_then_downwards() -> None:
+    forwarded: set[int] = set()
+    left, found = [0, 1, 2, 4, 5], []
+    while left:
+        found.append(next_residence(left, forwarded, 2))
+        if found[-1].backward:
+            left = [stage for stage in left if stage not in found[-1].stages]
+        else:
+            forwarded.update(found[-1].stages)
+    up, down = [Residence((0,), False), Residence((1, 2), False)], [Residence((1, 2), True), Residence((0,), True)]
+    assert found == [*up, Residence((4, 5), True), *down]
+
+
+def test_a_stage_that_goes_makes_its_forward_passes_once_more() -> None:
+    pipeline = Pipeline(2, 2, resident_max=1)
+    pipeline.hold([0, 1])
+    assert carried_out(pipeline) == [], "nothing is in memory"
+    assert pipeline.residence_due == Residence((0,), backward=False)
+    pipeline.reside(Residence((0,), backward=False))
+    assert carried_out(pipeline) == [Forward(0, 0), Forward(0, 1)]
+    pipeline.reside(Residence((1,), backward=True))
+    assert carried_out(pipeline) == [Forward(1, 0), Backward(1, 0), Forward(1, 1), Backward(1, 1)]
+    assert pipeline.whole == (1,)
+    pipeline.reside(Residence((0,), backward=True))
+    assert carried_out(pipeline) == [Forward(0, 0), Backward(0, 0), Forward(0, 1), Backward(0, 1)]
+    assert pipeline.finished and pipeline.residence_due is None
+
+
+def test_a_stage_goes_on_without_room_where_a_later_one_needs_all_activations_first() -> None:
+    pipeline = Pipeline(2, 4)
+    pipeline.hold([0])
+    assert carried_out(pipeline) == [Forward(0, 0), Forward(0, 1)]
+    pipeline.runs_ahead(0)
+    assert carried_out(pipeline) == [Forward(0, 2), Forward(0, 3)]
+
+
 # --- several workers
 
 
@@ -108,14 +149,25 @@ class Holder:
 
     scene: Scene
     name: str
-    pipeline: Pipeline
+    resident_max: int | None
+    pipeline: Pipeline = field(init=False)
     inbox: list[Address] = field(default_factory=list)
     here: set[tuple[int, int, bool]] = field(default_factory=set)
     """What has arrived, by the stage that it is for, micro-batch and direction."""
     forwards: Counter[int] = field(default_factory=Counter)
     backwards: Counter[int] = field(default_factory=Counter)
+    resident: Residence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self.pipeline = Pipeline(self.scene.stages, self.scene.microbatches, resident_max=self.resident_max)
+        self.resident = Residence((), backward=True)
 
     def hold(self, stages: Sequence[int]) -> None:
+        if self.resident_max is not None and tuple(stages) != self.pipeline.held:
+            self.begin()  # as the worker does
         for stage in set(stages) - set(self.pipeline.held):
             self.forwards[stage] = self.backwards[stage] = 0
             self.here = {key for key in self.here if key[0] != stage}
@@ -128,6 +180,9 @@ class Holder:
     def take(self, place: int) -> None:
         """Something arrives, in any order, perhaps not for the first time."""
         address = self.inbox.pop(place)
+        if address.microbatch >= self.scene.microbatches:
+            self.pipeline.runs_ahead(address.cell.stage)
+            return
         key = address.cell.stage, address.microbatch, address.backward
         if key[0] in self.pipeline.held:
             self.here.add(key)
@@ -138,18 +193,21 @@ class Holder:
         due = self.pipeline.next()
         assert due == self.pipeline.next(), "to ask changes nothing"
         if due is None:
-            return False
+            return self.reside()
         stage, microbatch, last = due.stage, due.microbatch, self.scene.stages - 1
         assert stage in self.pipeline.held
+        assert self.resident_max is None or stage in self.resident.stages, "it is in memory"
         if isinstance(due, Forward):
             assert microbatch == self.forwards[stage], "forward passes are made once, in order"
             assert stage == 0 or (stage, microbatch, False) in self.here, "a stage needs what the one before returned"
             self.forwards[stage] += 1
             in_flight = self.forwards[stage] - self.backwards[stage]
-            assert in_flight <= self.scene.stages - stage, "no stage keeps more activations"
+            if not self.scene.has_residents:
+                assert in_flight <= self.scene.stages - stage, "no stage keeps more activations"
             to = stage + 1
         else:
             assert microbatch == self.backwards[stage] < self.forwards[stage]
+            assert self.resident_max is None or self.resident.backward, "its graph is kept"
             assert stage == last or (stage, microbatch, True) in self.here, "a stage needs its gradients"
             self.backwards[stage] += 1
             to = stage - 1
@@ -158,16 +216,44 @@ class Holder:
             self.scene.send(Address(STEP, Cell(RANK, to), microbatch, isinstance(due, Backward)))
         return True
 
+    def reside(self) -> bool:
+        """Have other stages in memory, if they are due."""
+        due = self.pipeline.residence_due
+        if due is None:
+            return False
+        assert self.resident_max is not None and 1 <= len(due.stages) <= self.resident_max
+        assert set(self.pipeline.held).issuperset(due.stages) and due != self.resident
+        self.resident = due
+        self.pipeline.reside(due)
+        for stage in due.stages:
+            self.forwards[stage] = 0
+        if not due.backward:
+            latest = due.stages[-1]
+            for stage in set(range(latest)) - set(self.pipeline.held):
+                self.scene.send(Address(STEP, Cell(RANK, stage), self.scene.microbatches + latest, backward=True))
+        return True
+
 
 class Scene:
     """A relay, and the workers that hold the stages of a rank."""
 
-    def __init__(self, stages: int, microbatches: int, holders: Sequence[str]) -> None:
+    def __init__(
+        self,
+        stages: int,
+        microbatches: int,
+        holders: Sequence[str],
+        resident_max: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """``resident_max``: how many stages these workers can have in memory at once; the others, all."""
         self.stages, self.microbatches = stages, microbatches
+        self.has_residents, self._resident_max = bool(resident_max), resident_max
         self.relay: Relay[object, str] = Relay()
-        self.workers = {name: Holder(self, name, Pipeline(stages, microbatches)) for name in set(holders)}
+        self.workers = {name: self.holder(name) for name in set(holders)}
         self.holders = list(holders)
         self.replan()
+
+    def holder(self, name: str) -> Holder:
+        return Holder(self, name, self._resident_max.get(name))
 
     def replan(self) -> None:
         for name, worker in self.workers.items():
@@ -185,7 +271,7 @@ class Scene:
         for stage, holder in enumerate(self.holders):
             if holder == name:
                 heir = heirs[stage % len(heirs)]
-                self.workers.setdefault(heir, Holder(self, heir, Pipeline(self.stages, self.microbatches)))
+                self.workers.setdefault(heir, self.holder(heir))
                 self.holders[stage] = heir
         self.replan()
 
@@ -204,10 +290,12 @@ class Scene:
 @st.composite
 def scenes(draw: st.DrawFn) -> Scene:
     stages = draw(sizes)
-    return Scene(stages, draw(sizes), draw(st.lists(st.sampled_from("abcd"), min_size=stages, max_size=stages)))
+    holders = draw(st.lists(st.sampled_from("abcd"), min_size=stages, max_size=stages))
+    resident_max = draw(st.dictionaries(st.sampled_from("abcdefg"), st.integers(1, 3)))
+    return Scene(stages, draw(sizes), holders, resident_max)
 
 
-@settings(max_examples=150)
+@settings(max_examples=250)
 @given(scenes(), st.data())
 def test_whichever_workers_hold_the_stages_and_die_all_passes_are_made(scene: Scene, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 60))):

@@ -4,18 +4,22 @@ What is to be done next decides :class:`psa_store.consistency.cell_step.CellStep
 listens: activations and gradients come through the relay of a server, and a plan may give it more cells, or less. A
 cell of a rank that comes before the present one ends that one's passes; they are made again later. So does a new term:
 what was sent in the former one is gone.
+
+A worker that can not have all its stages in memory at once has some after the others, and pushes the gradients of a
+stage before it goes. There, each change of cells ends the passes of a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from psa_store.cluster import Cell, Plan, Server
+from psa_store.cluster import Cell, Plan
 from psa_store.consistency import RANK_OF_BUFFERS
 from psa_store.consistency.cell_step import CellStep, Confirm
+from psa_store.consistency.residence import Residence
 from psa_store.consistency.worker_instructions import Await, Listen
 from psa_store.errors import UsageError
 from psa_store.job.layout import Shard, TensorRole
@@ -24,7 +28,7 @@ from psa_store.optim.note import PLAIN
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
 from psa_store.worker.batches import RankStep
-from psa_store.worker.carry import Parcel, read
+from psa_store.worker.carry import read
 from psa_store.worker.gradients import GradientMemory, GradientPool
 from psa_store.worker.host_memory import must_suffice
 from psa_store.worker.microbatches import microbatches_of
@@ -33,7 +37,10 @@ from psa_store.worker.rank_passes import RankPasses, ties_of
 from psa_store.worker.residuals import Residuals
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import PlanSession, Tools
+from psa_store.worker.stage_buffers import StageBuffers
+from psa_store.worker.stage_loading import StageLoading
 from psa_store.worker.stages import StagedModel
+from psa_store.worker.strategy.cell_messages import CellMessages
 from psa_store.worker.strategy.step_loop import StepLoop
 
 
@@ -55,6 +62,9 @@ class StagedStrategy:
         self._residuals = Residuals(tools, self.session)
         self._push = GradientPush(tools, self.session, self._residuals.of)
         self._rank_step: RankStep
+        self._loading = StageLoading(tools.layout, self.session, model)
+        self._messages = CellMessages(tools.servers, self.session)
+        self._buffers = StageBuffers(tools, model)
         self._ties = ties_of(tools.layout)
         self._passes: RankPasses | None = None
         """Of the rank that is computed now."""
@@ -65,8 +75,6 @@ class StagedStrategy:
         """Of the rank that was computed last, in the mean over ranks."""
         self._term: int | None = None
         """In which the passes began."""
-        self._answered: set[str] = set()
-        """Servers that have answered what they were asked last."""
         self._over = 0
         """All steps below are complete, as a server says: nothing comes of them any more."""
 
@@ -80,7 +88,7 @@ class StagedStrategy:
         return self._loop.next_rank_step()
 
     def begin(self, rank_step: RankStep) -> None:
-        self._rank_step = rank_step
+        self._rank_step = self._messages.rank_step = rank_step
         self._computed = None
         self._push.begin(rank_step, self._gradients, self._residuals.state_of(rank_step))
 
@@ -97,24 +105,15 @@ class StagedStrategy:
         self._computed = ()
         rank_step, config = self._rank_step, self._config
         parts = microbatches_of(batch, config.microbatches)
-        passes = RankPasses(rank_step, parts, config.stages, self._ties, self._model, config.seed, self._send)
+        passes = RankPasses(rank_step, parts, config.stages, self._ties, self._model, config.seed, self._messages.send)
         self._passes, self._term, self._passes_refused = passes, self.session.term, False
         try:
-            if not self._hold():
-                return None
-            while not passes.finished:
-                self._progress.wait_for([Cell(rank_step.rank, stage) for stage in passes.waits_for])
-                with must_suffice(f"compute {numbered('stage', passes.held)}", self._model.bytes_of(passes.held)):
-                    made = passes.turn()
-                if not made and not self._listen():
-                    return None
-                if self.session.plan_is_over() and not self._hold():
-                    return None
-            self._computed = passes.held
-            self._take_gradients(passes)
-            return passes.loss
+            if self._make(passes):
+                return passes.loss
         finally:
             self._passes = None
+        self._give_up()
+        return None
 
     @property
     def computed(self) -> tuple[int, ...] | None:
@@ -128,36 +127,43 @@ class StagedStrategy:
         if computed:
             if push.flaw:
                 refuse(push.rank_step, push.flaw)
-            step, rank = self._rank_step.step, self._rank_step.rank
-            if rank == RANK_OF_BUFFERS:
-                self._push_buffers(step, computed)
-                self._push_state(step, computed)
+            if self._rank_step.rank == RANK_OF_BUFFERS:
+                self._buffers.push_state(self._rank_step.step, computed)
             push.done(computed)
-            self._step.pushed(Cell(rank, stage) for stage in computed)
+            self._step.pushed(Cell(self._rank_step.rank, stage) for stage in computed)
         else:
             self._pool.unused(self._gradients)
         self._loop.hand_over()
 
-    def _push_buffers(self, step: int, stages: Sequence[int]) -> None:
-        """Push those of stages that were computed, but for the script's state."""
-        state = self._model.state
-        for shard in self._tools.layout.shards_of(TensorRole.BUFFER):
-            if shard.home in stages and not (state is not None and shard.index in state.shards):
-                data = self._model.flat(shard.home).parameters(shard)
-                self._servers.push_value(step, RANK_OF_BUFFERS, shard.index, data)
-
-    def _push_state(self, step: int, stages: Sequence[int]) -> None:
-        """Push the script's state, if its stage was computed, which need not be in memory any more."""
-        state = self._model.state
-        for index in () if state is None else state.shards:
-            shard = self._tools.layout.shards[index]
-            if shard.home in stages:
-                assert state is not None
-                is_here = shard.home in self._model.stages
-                rest = self._model.flat(shard.home).parameters(shard) if is_here else bytes(shard.size_bytes)
-                self._servers.push_value(step, RANK_OF_BUFFERS, index, state.to_push(shard, rest))
-
     # --- a rank's passes
+
+    def _make(self, passes: RankPasses) -> bool:
+        """Make all passes, and push the gradients; False if they are to be given up."""
+        if not self._hold():
+            return False
+        rank = self._rank_step.rank
+        while not passes.finished:
+            self._progress.wait_for([Cell(rank, stage) for stage in passes.waits_for])
+            due = passes.residence_due
+            if due is not None:
+                if not self._reside(due):
+                    return False
+            else:
+                here = passes.resident
+                with must_suffice(f"compute {numbered('stage', here)}", self._model.bytes_of(here)):
+                    made = passes.turn()
+                if not made and not self._listen():
+                    return False
+            if self.session.plan_is_over() and not self._hold():
+                return False
+        self._take_gradients(passes)
+        return True
+
+    def _give_up(self) -> None:
+        """What was pushed of the rank's gradient is pushed once more, with the rest: servers must not read both."""
+        if self._computed:
+            self._computed = ()
+            self.session.lose("the passes of a rank were given up when a part of its gradient was pushed")
 
     def _hold(self) -> bool:
         """Follow the newest plan in the middle of passes; False if they are to be given up."""
@@ -169,16 +175,49 @@ class StagedStrategy:
         if step != self._step.version or self._step.first != rank:
             return False
         stages = self._step.missing(rank)
-        new = self._model.hold({*self._model.stages, *stages})
-        if new and not self._add(new, step):
+        new = [stage for stage in stages if stage not in passes.held]
+        if self._model.resident_max is None:
+            if not self._begin(new, {*self._model.stages, *stages}):
+                return False
+        elif passes.held not in ((), stages):
             return False
-        self._gradients.add(new)
-        for stage in stages:
-            if stage not in passes.held:
-                self._model.flat(stage).begin(self._gradients, self._push.push)
-                self._push.computing(stage)
-                self._want(stage)
+        for stage in new if self._config.stages > 1 else ():
+            self._messages.want(stage)
         passes.hold(stages)
+        return True
+
+    def _reside(self, due: Residence) -> bool:
+        """Have the stages in memory that are due; False if passes are to be given up."""
+        passes, servers, most = self._passes, self._servers, self._model.resident_max
+        assert passes is not None and most is not None
+        self._take_gradients(passes)
+        if not servers.shares:  # where they are read in place, memory of a rank's gradients is one for all stages
+            while self._computed and servers.sending:
+                if not self._listen():
+                    return False
+            self._gradients = self._pool.take_for(self._rank_step.step, (), shared=False)
+        self._push.go_on(self._gradients)
+        together = {*due.stages, *self._loading.wanted().intersection(self._model.stages)}
+        if not self._begin(due.stages, together if len(together) <= most else due.stages, backward=due.backward):
+            return False
+        passes.reside(due)
+        return True
+
+    def _begin(self, stages: Sequence[int], together: Iterable[int], *, backward: bool = True) -> bool:
+        """Have these stages as they are at the version, to compute them; False if passes are to be given up.
+
+        ``together``: all that are to be in memory then. ``backward``: they will have gradients.
+        """
+        new = self._model.hold(together)
+        if new and not self._loading.add(new, self._rank_step.step):
+            return False
+        if backward:
+            with must_suffice(f"have the gradients of {numbered('stage', stages)}", self._model.bytes_of(stages)):
+                self._gradients.add(stages)
+        for stage in stages:
+            self._model.flat(stage).begin(self._gradients, self._push.push)
+            if backward:
+                self._push.computing(stage)
         return True
 
     def _listen(self) -> bool:
@@ -191,33 +230,25 @@ class StagedStrategy:
         return not self._passes_refused
 
     def _take_gradients(self, passes: RankPasses) -> None:
-        """Push the gradients of all cells that were computed."""
-        for stage in passes.held:
-            self.weight = passes.complete(stage)
-            self._gradients.note = PLAIN
-            flat = self._model.flat(stage)
-            flat.end(self.weight)
-            flat.collect_buffers()
-
-    def _want(self, stage: int) -> None:
-        """Have what is for a cell sent here, what was sent before as well."""
-        if self._config.stages > 1:
-            step, rank = self._rank_step.step, self._rank_step.rank
-            self._servers.want(self._relay_of(stage).id, step, Cell(rank, stage))
-
-    def _send(self, stage: int, microbatch: int, backward: bool, parcel: Parcel) -> None:
-        step, rank = self._rank_step.step, self._rank_step.rank
-        self._servers.relay(self._relay_of(stage).id, step, Cell(rank, stage), microbatch, backward, parcel)
-
-    def _relay_of(self, stage: int) -> Server:
-        """The server through which a cell of the present rank gets what others send it: equal in all workers."""
-        servers = self.session.plan.servers
-        return servers[(self._rank_step.rank + stage) % len(servers)]
+        """Push the gradients that have become whole, and with rank 0's the buffers."""
+        assert self._computed is not None
+        for stage in passes.whole:
+            if stage not in self._computed:
+                self.weight = passes.complete(stage)
+                self._gradients.note = PLAIN
+                flat = self._model.flat(stage)
+                flat.end(self.weight)
+                flat.collect_buffers()
+                if self._rank_step.rank == RANK_OF_BUFFERS and not self._push.flaw:
+                    self._buffers.push(self._rank_step.step, stage)
+        self._computed = passes.whole
+        if self._model.resident_max is not None and self._servers.shares:
+            self._gradients.clear()
 
     # --- the step
 
     def take_gradient_memory(self, step: int, *, shared: bool) -> None:
-        stages = self._model.stages
+        stages = self._model.stages if self._model.resident_max is None else ()  # those come one after the other
         with must_suffice(f"have the gradients of {numbered('stage', stages)}", self._model.bytes_of(stages)):
             self._gradients = self._pool.take_for(step, stages, shared=shared)
 
@@ -225,7 +256,7 @@ class StagedStrategy:
         session, model = self.session, self._model
         match instruction:
             case Await(version, servers):
-                if model.hold({cell.stage for cell in session.cells}):
+                if model.hold(self._loading.wanted()):
                     session.lose("a stage came back whose cells are pushed already")
                 else:
                     model.fill(model.stages)
@@ -233,20 +264,10 @@ class StagedStrategy:
             case Listen():
                 session.wait()
             case Confirm():
-                self._confirm()
+                if session.confirm():
+                    self._step.confirmed()
             case _:
                 pass
-
-    def _confirm(self) -> None:
-        """Ask all servers something: each answers once it has taken, or refused, what was sent to it before."""
-        servers = {server.id for server in self.session.plan.servers}
-        self._answered.clear()
-        if self.session.ask(
-            lambda: self._servers.ask_clocks(servers),
-            lambda: self._answered >= servers,
-            self.session.term_is_over,
-        ):
-            self._step.confirmed()
 
     def show(self, version: int) -> None:
         """Let the stages here be at a version of which all their shards are here."""
@@ -259,49 +280,15 @@ class StagedStrategy:
 
     def load(self, plan: Plan) -> bool:
         """Get all shards of the stages held here at one version of this term."""
-        session = self.session
-        self._step.ends_at(session.last_version)
-        self._model.hold({cell.stage for cell in session.cells})
-        newest, wanted = -1, plan.resume
-        while newest < wanted:
-            newest = wanted
-            if not self._pull(self._model.stages, newest):
-                return False
-            # A step may complete meanwhile: then some shards are a version ahead of others.
-            wanted = max(
-                (session.arrived[shard.index] for shard in self._versioned(self._model.stages)), default=newest
-            )
-        if not self._residuals.load(plan.term, newest):
+        self._step.ends_at(self.session.last_version)
+        newest = self._loading.begin(plan)
+        if newest is None or not self._residuals.load(plan.term, newest):
             return False
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
         self.show(newest)
         self.replanned()
         return True
-
-    def _versioned(self, stages: Sequence[int]) -> list[Shard]:
-        return [shard for shard in self._tools.layout.versioned if not set(stages).isdisjoint(shard.stages)]
-
-    def _add(self, stages: Sequence[int], version: int) -> bool:
-        """Have more stages at the present version; False if passes are to be given up."""
-        if not self._pull(stages, version):
-            return False
-        if any(self.session.arrived[s.index] != version for s in self._versioned(stages)):
-            self.session.lose("the step is complete without the cells that came to this worker")
-            return False
-        self._model.version_arrived()
-        return True
-
-    def _pull(self, stages: Sequence[int], version: int) -> bool:
-        """Have the shards of some stages at this version or a newer one; False if the term is over before."""
-        session, layout = self.session, self._tools.layout
-        frozen = layout.shards_of(TensorRole.FROZEN)
-        session.want_frozen([shard for shard in frozen if not set(stages).isdisjoint(shard.stages)])
-        self._model.fill(stages)
-        shards = self._versioned(stages)
-        for shard in shards:
-            session.arrived.pop(shard.index, None)
-        return session.pull(shards, version, session.term_is_over)
 
     def replanned(self) -> None:
         self._step.planned(self.session.cells, self.session.owners)
@@ -340,8 +327,6 @@ class StagedStrategy:
                 self._residuals.take(answer)
             case Kind.WANT:
                 self._over = header.step
-            case Kind.CLOCKS:
-                self._answered.add(answer.server)
             case _:
                 pass
 
