@@ -6,12 +6,14 @@ import ctypes
 import errno
 import gc
 import resource
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from psa_store.errors import OutOfMemory
 from psa_store.observe.formatting import size
@@ -21,9 +23,14 @@ _LIMITS = {"data segment, ulimit -d": resource.RLIMIT_DATA, "address space, ulim
 _TORCH_SAYS = "can't allocate memory"
 
 
-def give_back() -> None:
-    """Give to the system what nothing uses any more: malloc keeps tensors of some megabytes for later ones."""
-    gc.collect()  # hooks of a module are cycles
+def give_back(gone: weakref.ref[nn.Module] | None = None) -> None:
+    """Give to the system what nothing uses any more: malloc keeps tensors of some megabytes for later ones.
+
+    ``gone``: a module that nothing should use. If it is there still, it has a cycle, and all of them are looked for: a
+    tenth of a second of processor time.
+    """
+    if gone is not None and gone() is not None:
+        gc.collect()
     trim = _trim()
     if trim is not None:
         trim(0)

@@ -101,6 +101,7 @@ class _Stage(nn.Module):
         self._loss = loss
         code = fx.GraphModule(self, graph)
         self._run = type(code).forward  # the generated code, with this module as self
+        graph.owning_module = None  # else the modules that were built last live as long as what builds them
 
     def forward(self, carry: Any, microbatch: Any) -> Any:
         values = () if carry is None else (carry,) if isinstance(carry, Tensor) else carry

@@ -6,6 +6,7 @@ Used by the worker, in the thread that runs the model.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -156,8 +157,9 @@ class StagedModel:
                 yield shard, copied
                 del copied
             flat.close()
+            gone = weakref.ref(module)
             del module, flat
-            give_back()
+            give_back(gone)
 
     # --- what is held
 
@@ -179,10 +181,13 @@ class StagedModel:
         """Have these stages and no others; returns the new ones, whose parameters are undefined."""
         wanted = set(stages)
         for stage in self._held.keys() - wanted:
-            self._held.pop(stage)[1].close()
+            module, flat = self._held.pop(stage)
             self._shown_in.pop(stage, None)
             self._graph_checked.discard(stage)
-            give_back()
+            flat.close()
+            gone = weakref.ref(module)
+            del module, flat
+            give_back(gone)
         new = tuple(sorted(wanted - self._held.keys()))
         for stage in new:
             module, flat = self._build(stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import psa_store as psa
 from psa_store.checkpoint.creation import _STREAM_BYTES, _streams
 from psa_store.errors import OutOfMemory
 from psa_store.job.layout import make_layout
@@ -118,3 +120,39 @@ def test_torch_says_so_in_the_words_that_are_looked_for() -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shapes"), must_suffice("compute stage 0", 0):
         raise RuntimeError("shapes do not fit")
+
+
+class Cyclic(Part):
+    def __init__(self, stage: int, width: int) -> None:
+        super().__init__(stage, width)
+        self.itself = [self]
+
+
+MODEL = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [partial(Part, stage, 64) for stage in range(2)],
+        [partial(Cyclic, stage, 64) for stage in range(2)],
+        psa.split(MODEL, ["2"], loss=lambda out, microbatch: out.sum()),
+    ],
+    ids=["by hand", "cyclic", "split"],
+)
+def test_a_stage_that_goes_takes_its_memory_along_at_once(stages: list[Any]) -> None:
+    layout = make_layout(describe_stages(stages, 0, lambda name, shape: 0))
+    model = StagedModel(stages, layout, 0)
+    gc.collect()
+    gc.disable()  # what runs by itself, whenever that is
+    try:
+        model.hold([0, 1])
+        model.flat(1).begin(GradientMemory(layout, WireLayout(layout), [1]), None)
+        model.module(1)(torch.ones(1, 64), torch.ones(1, 64)).sum().backward()
+        model.flat(1).end(1.0)
+        left = [weakref.ref(each) for each in (model.module(1), model.flat(1), *model.module(1).parameters())]
+        model.hold([0])
+        assert [each() for each in left] == [None] * len(left)
+    finally:
+        gc.enable()
+        model.close()
