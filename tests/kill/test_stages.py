@@ -120,9 +120,9 @@ def test_stages_in_memory_one_after_the_other_change_no_bit(
     site: Site, calm: tuple[str, dict[tuple[int, int], set[str]]], tmp_path: Path, carrier: str
 ) -> None:
     """Workers are killed while a stage goes forward only, between its backward passes, and as its gradients leave."""
-    paced = [*CUT, "--resident", "1", "--pace-s", "0.05"]
+    cut = [*CUT, "--resident", "1"]
     job = f"resident-{carrier}"
-    run = start(site, job, *paced, workers=2, ranks=2, failpoints=tmp_path, held=True, carrier=carrier)
+    run = start(site, job, *cut, workers=2, ranks=2, failpoints=tmp_path, held=True, carrier=carrier)
     run.wait_for_step(2)
     for place, index in (("cell.sent", 0), ("cell.backward", 2), ("push.middle", 0)):
         arm(tmp_path, place, FailpointAction.KILL, at_least=index)
