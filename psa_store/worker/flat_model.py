@@ -124,6 +124,10 @@ class FlatModel:
         """The bytes of a shard's parameters or buffers as the model has them."""
         return as_bytes(self._memory)[self._slice(shard)]
 
+    def buffers_as_of_now(self, shard: Shard) -> bytes:
+        """A copy of a shard of buffers, which is on its way while the next pass writes to them."""
+        return bytes(self.parameters(shard))
+
     def receive_as(self, wire: WireLayout) -> None:
         """Parameters come as ``wire`` lays them out. Called once, before any comes."""
         self._wire = wire

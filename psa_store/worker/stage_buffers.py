@@ -26,7 +26,7 @@ class StageBuffers:
         state = self._model.state
         for shard in self._layout.shards_of(TensorRole.BUFFER):
             if shard.home == stage and not (state is not None and shard.index in state.shards):
-                data = self._model.flat(stage).parameters(shard)
+                data = self._model.flat(stage).buffers_as_of_now(shard)
                 self._servers.push_value(step, RANK_OF_BUFFERS, shard.index, data)
 
     def push_state(self, step: int, stages: Collection[int]) -> None:

@@ -50,6 +50,30 @@ def test_a_grad_scaler_that_steps_is_refused(job: str) -> None:
             worker.step()
 
 
+class Counting(nn.Module):
+    """A buffer that is larger than a socket takes at once, in which each element counts the batches of rank 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.rank = nn.Linear(6, 1), 0
+        self.register_buffer("counts", torch.zeros(4_000_000))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.counts.add_(float(self.rank == 0))
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def test_the_batch_of_the_next_rank_changes_no_buffer_that_is_on_its_way(job: str) -> None:
+    model = Counting()
+    with psa.Worker(job, model, optimizer=psa.optim.SGD(lr=0.1), ranks=2, steps=4) as worker:
+        for x, y in worker.batches(make_data(), batch_size=4):
+            model.rank = worker.rank
+            nn.functional.mse_loss(model(x), y).backward()
+            worker.step()
+    with psa.Store(job) as store:
+        assert store.state_dict()["counts"].unique().tolist() == [4.0]
+
+
 class Checkpointed(nn.Module):
     """Two segments with the same weights, computed again in backward."""
 

@@ -136,7 +136,7 @@ class AsyncStrategy:
         if push.flaw:
             refuse(rank_step, push.flaw)
         self._flat_model.collect_buffers()
-        buffers = {shard.index: bytes(self._flat_model.parameters(shard)) for shard in self._buffers}
+        buffers = {shard.index: self._flat_model.buffers_as_of_now(shard) for shard in self._buffers}
         self._push_buffers(rank_step, buffers)
         gradients: GradientMemory | None = self._gradients
         if len(push.payloads) == len(self._trained):

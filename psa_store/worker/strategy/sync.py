@@ -76,7 +76,7 @@ class SyncStrategy:
         if self._buffers and (rank == RANK_OF_BUFFERS or self._all_push_buffers):
             self._flat_model.collect_buffers()
             for shard in self._buffers:
-                self._servers.push_value(step, rank, shard.index, self._flat_model.parameters(shard))
+                self._servers.push_value(step, rank, shard.index, self._flat_model.buffers_as_of_now(shard))
         push.done()
         self._step.pushed(rank)
         self._loop.hand_over()
