@@ -6,7 +6,10 @@ from typing import Any
 
 from psa_store.storage.caller import Caller
 
-_FENCES = ("if now > term then return {'fenced', now} end", "if now and now > args[1] then return {'fenced', now} end")
+_FENCES = (
+    "if now > term then return {'fenced', now} end",
+    "if now and now > args[1] and not (args[3] and now >= args[3]) then return {'fenced', now} end",
+)
 """Of commits, and of seals."""
 
 
