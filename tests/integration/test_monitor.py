@@ -317,7 +317,8 @@ class TestMonitor:
             redis_client.Redis.from_url(redis.url) as raw,
             closing(JobHistory("job", redis.url, timeout_s=5.0)) as history,
         ):
-            raw.set(keys.events("job"), "in the way")
+            last = f"{2**64 - 1}-{2**64 - 1}"  # nothing can be added after it
+            raw.xadd(keys.events("job"), {"json": "in the way"}, id=last)
             with closing(Monitor("job", Metrics(ProcessRole.SERVER, "server-1"), Quiet(), settings, events=events)):
                 # Twice: the first call may only have found that our functions are not loaded yet.
                 eventually(lambda: raw.info("commandstats").get("cmdstat_fcall", {"calls": 0})["calls"] >= 2)
