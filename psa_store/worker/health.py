@@ -33,6 +33,8 @@ class Progress:
     step: int | None = None
     loss: Tensor | float | None = None
     """One number, which that thread does not look at: on a GPU, that would wait for it."""
+    loss_of: int | None = None
+    """Of which rank it is."""
     reported: dict[int, tuple[float, Mapping[str, Tensor | float]]] = field(default_factory=dict)
     """By rank, the weight and the numbers of its newest step."""
     steps: int = 0
@@ -58,7 +60,7 @@ class Progress:
             self._enter(stage)
         self.awaited = cells
 
-    def end(self, samples: int | None, loss: Tensor | float | None) -> None:
+    def end(self, rank: int, samples: int | None, loss: Tensor | float | None) -> None:
         """It is computed, from so many samples; None: another worker has the loss. By assignments only: it costs every
         step."""
         self._enter(WAITING)
@@ -66,7 +68,9 @@ class Progress:
         self.steps += 1
         if samples is not None:
             self.samples += samples
-            self.loss = loss
+            self.loss, self.loss_of = loss, rank
+        elif rank == self.loss_of:
+            self.loss = None  # its last stage has gone to that worker
 
     def _enter(self, stage: str) -> None:
         """Count the time of the present stage, and begin another."""

@@ -423,7 +423,7 @@ class Worker:
             self._flat_model.end(weight)
         except UsageError as error:
             raise UsageError(f"{script_line()}: {error}") from error
-        self._progress.end(self._samples, loss)
+        self._progress.end(rank, self._samples, loss)
         if metrics and self._samples is not None:
             strategy = self._strategy
             self._progress.reported[rank] = strategy.weight if isinstance(strategy, StagedStrategy) else weight, metrics

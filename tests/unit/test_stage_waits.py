@@ -105,7 +105,7 @@ class TestProgress:
         progress.wait_for([])
         assert progress.stage == COMPUTING and not progress.awaited
         clock[0] += 3.0
-        progress.end(8, 0.5)
+        progress.end(0, 8, 0.5)
         clock[0] += 1.5
         progress.begin(RankStep(6, 0))
         assert (progress.compute_s, progress.wait_s) == (4.0, 5.5)
@@ -116,13 +116,20 @@ class TestProgress:
         progress.begin(RankStep(5, 0))
         progress.wait_for([Cell(0, 1)])
         clock[0] += 2.0
-        progress.end(None, None)
+        progress.end(0, None, None)
         assert progress.stage == WAITING and not progress.awaited
         assert (progress.compute_s, progress.wait_s) == (0.0, 2.0)
 
     def test_a_rank_whose_loss_is_elsewhere_adds_no_samples_and_hides_no_loss(self, clock: list[float]) -> None:
         progress = Progress()
-        for samples, loss in ((8, 0.5), (None, None)):
-            progress.begin(RankStep(5, 0))
-            progress.end(samples, loss)
+        for rank, samples, loss in ((0, 8, 0.5), (1, None, None)):
+            progress.begin(RankStep(5, rank))
+            progress.end(rank, samples, loss)
         assert (progress.steps, progress.samples, progress.loss) == (2, 8, 0.5)
+
+    def test_a_rank_whose_last_stage_has_gone_has_no_loss_here_any_more(self, clock: list[float]) -> None:
+        progress = Progress()
+        for step, samples, loss in ((5, 8, 0.5), (6, None, None)):
+            progress.begin(RankStep(step, 0))
+            progress.end(0, samples, loss)
+        assert (progress.steps, progress.samples, progress.loss) == (2, 8, None)
