@@ -28,6 +28,7 @@ from tests import forked
 TRAIN = Path(__file__).parents[1] / "chaos" / "train.py"
 PSA = [sys.executable, "-m", "psa_store.cli"]
 _STEP = re.compile(r"^step (\d+)")
+_OUTPUT_CHARS_MAX = 1 << 28
 _LABEL = re.compile(r"^\[(?:worker|server)-\d+\] ")
 PATIENCE_S = 240.0
 """How long a test waits for an event that must come. It bounds hangs only: a busy machine must not reach it."""
@@ -54,8 +55,14 @@ class Followed(ABC):
         LIVE.append(self)
 
     def _read(self) -> None:
-        for line in self._output:
+        left = _OUTPUT_CHARS_MAX
+        while left > 0 and (line := self._output.readline(left)):
+            left -= len(line)
             self._queue.put(_LABEL.sub("", line.rstrip("\n")))
+        if left <= 0:  # or a process that prints without end takes the memory of all tests
+            self._queue.put(f"it printed more than {_OUTPUT_CHARS_MAX} characters, and is ended")
+            for pid in _session_pids(self.pid):
+                with_suppress_kill(pid, signal.SIGKILL)
         self._queue.put(None)
 
     def wait_for_line(self, wanted: Callable[[str], bool], timeout_s: float = PATIENCE_S) -> str:
