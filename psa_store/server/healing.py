@@ -106,6 +106,8 @@ class Healing:
             self._keep_documents(shards)
         except PsaError:
             return  # it is not what this server is for: nothing waits for it
+        except Exception as error:  # what another program wrote may be anything, and commits must go on
+            self._log.warning("the documents of the job can not be looked at", error=repr(error))
         finally:
             self._documents_at_s = time.monotonic() + _DOCUMENTS_S
 
