@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
@@ -63,8 +63,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         zookeeper.stop()
 
 
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_FAILED] = report.failed
+    return report
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
+def nothing_is_left_running(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a failed test left running says what it was doing: perhaps the fault is there."""
     yield
     for run in list(LIVE):
+        if request.node.stash.get(_FAILED, False):
+            print(run.last_words())
         run.kill()

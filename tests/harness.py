@@ -81,6 +81,16 @@ class Followed(ABC):
                 return line
         raise AssertionError("the awaited line did not come; output:\n" + "\n".join(self.lines[-400:]))
 
+    def wait_for_lines(self, *texts: str) -> None:
+        """Read on until each of the texts has come in a line, in any order: they are of several processes."""
+        left = set(texts)
+
+        def last(line: str) -> bool:
+            left.difference_update({text for text in left if text in line})
+            return not left
+
+        self.wait_for_line(last)
+
     def wait_for_step(self, step: int, timeout_s: float = PATIENCE_S) -> None:
         def reached(line: str) -> bool:
             found = _STEP.match(line)
@@ -113,6 +123,11 @@ class Followed(ABC):
         self._output.close()
         if self in LIVE:
             LIVE.remove(self)
+
+    def last_words(self) -> str:
+        """End what is still running, and return the last of what it printed, with where it stood."""
+        self._stacks()
+        return f"output of {self.pid}:\n" + "\n".join(self.lines[-400:])
 
     def _stacks(self) -> None:
         """End what hangs such that each process says where it stood; the lines are added to those read."""

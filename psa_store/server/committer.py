@@ -155,13 +155,19 @@ class Committer:
                 if outcome is not None:
                     self._post(outcome)
             elif watched is not None:
-                try:
-                    self._healing.heal(watched, lambda lost: self._write(lost, {}))
-                except PsaError as error:
-                    self._post(Lost(watched.term, str(error)))
+                lost = self._heal(watched)
                 with self._changed:
                     self._reserved = False
                     self._changed.notify_all()
+                if lost is not None:
+                    self._post(lost)
+
+    def _heal(self, watched: Work) -> Lost | None:
+        try:
+            self._healing.heal(watched, lambda lost: self._write(lost, {}))
+        except Exception as error:
+            return _lost(watched, error)
+        return None
 
     def _wanted(self, work: Work) -> bool:
         with self._changed:
@@ -169,6 +175,12 @@ class Committer:
 
     def _commit(self, work: Work) -> Committed | Lost | None:
         """Write all shards of ``work``; None if the term ended meanwhile."""
+        try:
+            return self._commit_all(work)
+        except Exception as error:
+            return _lost(work, error)
+
+    def _commit_all(self, work: Work) -> Committed | None:
         manifests: dict[int, Manifest] = {}
         run_id = self._healing.read_run_id()  # before the first shard: a restart in mid-commit must be noticed
         pinned = None
@@ -190,9 +202,6 @@ class Committer:
                     self._make_room(work)
                 with self._changed:
                     self._changed.wait(_RETRY_PAUSE_S)
-            except Exception as error:
-                # Fenced, mostly. Whatever it is, this term cannot be committed: a take-over starts from Redis.
-                return Lost(work.term, str(error) if isinstance(error, PsaError) else repr(error))
         self._healing.committed_to(run_id)
         return Committed(work.term, work.version, manifests, pinned)
 
@@ -241,3 +250,11 @@ class Committer:
                 owned.committed = manifests[index] = outcome
                 if not self._wanted(work):
                     return
+
+
+def _lost(work: Work, error: Exception) -> Lost:
+    """Whatever it is (Fenced, mostly), this term can not be committed: a take-over starts from Redis.
+
+    An error that ended the thread instead would leave workers waiting for a commit that no one makes.
+    """
+    return Lost(work.term, str(error) if isinstance(error, PsaError) else repr(error))

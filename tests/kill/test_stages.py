@@ -175,9 +175,8 @@ def test_what_topk_holds_back_goes_with_its_cell(site: Site, tmp_path: Path) -> 
     run.wait_for_step(12)
     for place in ("push.middle", "push.done"):
         arm(tmp_path, place, FailpointAction.KILL)
-        run.wait_for_line(lambda line: "restarting" in line)
+        run.wait_for_lines("restarting", "rank is without its worker")
         assert hit(tmp_path, place)
-        run.wait_for_line(lambda line: "rank is without its worker" in line)
     assert run.finish() == 0, run.output
     assert site.digest("topk", STEPS) == site.digest("topk-calm", STEPS)
 
