@@ -163,6 +163,13 @@ class Skip:
 
 
 @dataclass(frozen=True, slots=True)
+class Follow:
+    """Be at ``version``, to which nothing that this server owns had to change."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """Copy the state of these shards, which stand at ``version``: say :class:`Copied` or :class:`CopyDelayed`."""
 
@@ -220,4 +227,4 @@ class Missed:
 
 
 Report = Frozen | Stopped | Pinned | Missed
-Instruction = Measure | TellNorms | Move | Apply | ApplyPushes | Skip | Copy | Commit | Hurry | Report
+Instruction = Measure | TellNorms | Move | Apply | ApplyPushes | Skip | Follow | Copy | Commit | Hurry | Report

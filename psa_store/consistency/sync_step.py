@@ -43,6 +43,7 @@ from psa_store.consistency.instructions import (
     Copy,
     CopyDelayed,
     Event,
+    Follow,
     Hurry,
     Instruction,
     Measure,
@@ -124,7 +125,8 @@ class SyncStep:
         self._told = False
         """Whether the other servers know the norms of this step."""
         self._norms: dict[int, float] = {}
-        self._early_norms: dict[int, float] = {}
+        self._early_norms: dict[int, dict[int, float]] = {}
+        """By step: those of steps in which other servers are already."""
         self._arrived: dict[int, set[int]] = {}
         self._stage: dict[int, ShardStage] = {}
         self._former_norms: dict[int, dict[int, float]] = {}
@@ -216,7 +218,7 @@ class SyncStep:
         """
         if self.stage is not Stage.COLLECTING:
             return []
-        todo: list[Instruction] = []
+        todo = self._catch_up()
         if self._to_commit is not None:
             todo.append(self._to_commit)
             self._to_commit, self._committing, self._hurried = None, True, False
@@ -303,11 +305,22 @@ class SyncStep:
         self._left -= 1
 
     def _on_norms(self, told: NormsTold) -> None:
-        """Another server may be one step ahead, never more."""
-        place = {self.version: self._norms, self.version + 1: self._early_norms}.get(told.step)
-        if place is not None:
+        """Another server may be one step ahead, never more; of one that owns nothing that changes, any number."""
+        if self.version <= told.step <= self.version + 1 or (not self._own and told.step > self.version):
+            place = self._norms if told.step == self.version else self._early_norms.setdefault(told.step, {})
             others = set(self._all_shards).difference(self._own)
             place.update({shard: norm for shard, norm in told.squared_norms.items() if shard in others})
+
+    def _catch_up(self) -> list[Instruction]:
+        """Where nothing changes, be in the newest step that another server is in: none waits for this one.
+
+        Its version counts all the same, at the end of a job and in hand-overs. What it has missed, since it was slow or
+        a connection broke, is not told again.
+        """
+        if self._own or not self._early_norms:
+            return []
+        self._start(max(self._early_norms))
+        return [Follow(self.version)]
 
     def _is_cut(self) -> bool:
         """Whether a checkpoint is to be taken at this version."""
@@ -337,7 +350,8 @@ class SyncStep:
     def _start(self, version: int) -> None:
         self.version = version
         self._told = False
-        self._norms, self._early_norms = self._early_norms, {}
+        self._norms = self._early_norms.pop(version, {})
+        self._early_norms = {step: norms for step, norms in self._early_norms.items() if step > version}
         self._not_finite: set[int] = set()
         self._to_measure: list[int] = []
         self._arrived = {shard: set() for shard in self._own}

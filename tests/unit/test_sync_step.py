@@ -23,6 +23,7 @@ from psa_store.consistency.instructions import (
     Copied,
     Copy,
     CopyDelayed,
+    Follow,
     Frozen,
     Hurry,
     Instruction,
@@ -295,6 +296,59 @@ def test_a_connection_that_breaks_between_servers_stops_neither(actions: list[st
             peer.receive()
             server.receive()
     assert min(here.step.version, there.step.version) > reached
+
+
+@given(st.lists(st.sampled_from(["step", "first", "second", "told", "bare", "break"]), max_size=30))
+def test_a_server_that_owns_nothing_that_changes_is_where_the_others_are(actions: list[str]) -> None:
+    """Found by a job that never ended: none waits for such a server, and steps that it was told of were dropped."""
+    first, second, bare = Server((0, 1), ()), Server((2, 3), (4,)), Server((), ())
+    told: list[NormsTold] = []
+
+    def work(server: Server, peer: Server) -> None:
+        before = len(peer.inbox)
+        server.work(peer)
+        told.extend(peer.inbox[before:])
+        peer.receive()
+
+    def take() -> None:
+        """All that has come, before anything is done: one turn of the event loop."""
+        for each in told:
+            bare.step.handle(each)
+        told.clear()
+
+    for action in actions:
+        match action:
+            case "step":
+                for server, peer in ((first, second), (second, first), (first, second)):
+                    work(server, peer)
+            case "first":
+                work(first, second)
+            case "second":
+                work(second, first)
+            case "told":
+                take()
+            case "bare":
+                bare.work(Server((), ()))
+            case _:
+                told = [
+                    NormsTold(*each) for server in (first, second) for each in server.step.norms_to_repeat().items()
+                ]
+        assert bare.step.version <= 1 + max(first.step.version, second.step.version)
+    take()
+    bare.work(Server((), ()))
+    bare.work(Server((), ()))
+    assert bare.step.version >= min(first.step.version, second.step.version)
+
+
+def test_it_says_at_which_version_it_is_when_it_has_caught_up() -> None:
+    bare = make(trained=(), buffers=())
+    bare.handle(NormsTold(14, {0: 1.0}))
+    assert bare.ready()[0] == Follow(14)
+    assert bare.version == 14
+    bare.handle(NormsTold(14, {1: 1.0, 2: 1.0, 3: 1.0, 4: 0.0}))
+    assert Apply(14, [1.0] * 4 + [0.0]) in bare.ready()
+    bare.handle(Applied())
+    assert bare.version == 15
 
 
 # --- what a server does besides applying

@@ -17,6 +17,7 @@ from psa_store.consistency.instructions import (
     Applied,
     Apply,
     Event,
+    Follow,
     Instruction,
     Measure,
     Measured,
@@ -146,6 +147,8 @@ class SyncAggregator(Aggregator):
                 self._apply(instruction)
             case Skip():
                 self._skip(instruction.step)
+            case Follow():
+                self._on_version()
             case Move():
                 self._move()
             case _:
