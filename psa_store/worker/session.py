@@ -257,7 +257,10 @@ class PlanSession:
         """Send a question and listen until it is answered; False if it is over before, or a server is gone."""
         send()
         while not done():
-            if over() or not self.wait():
+            if over():
+                self.look()  # or the caller, which still stands, would ask again at once, and again
+                return False
+            if not self.wait():
                 return False
         return True
 

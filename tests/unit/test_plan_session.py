@@ -27,7 +27,7 @@ class Scene:
         self.refreshed = 0
         self.answers: list[Answer] = []
         self.membership = SimpleNamespace(standing=Standing("worker-a"), refresh=self._refresh)
-        servers = SimpleNamespace(
+        self.servers = SimpleNamespace(
             follow=lambda plan: None,
             connect=lambda job, member: True,
             disconnect=lambda: None,
@@ -39,7 +39,7 @@ class Scene:
             steps=None,
             read_config=lambda: config,
             layout=SimpleNamespace(versioned=(), shards_of=lambda role: ()),
-            servers=servers,
+            servers=self.servers,
             membership=self.membership,
             model=SimpleNamespace(hide=lambda: None),
             journal=Journal(None, "worker", "w"),
@@ -80,3 +80,20 @@ def test_the_first_plan_after_zookeeper_has_lost_all_is_newer_than_any_of_a_term
     scene.learn(plan_of(4, 1))
     assert scene.session.settle()
     assert scene.session.term == 4
+
+
+def test_a_plan_that_comes_while_something_is_asked_for_is_followed_before_it_is_asked_for_again() -> None:
+    """Found by a worker that asked for the job's end without a pause, and queued 20 GB of questions."""
+    scene = Scene()
+    scene.learn(plan_of(3, 3))
+    assert scene.session.settle()
+    asked = []
+
+    def ask(servers: set[str], version: int) -> None:
+        asked.append(version)
+        scene.learn(plan_of(3, 4))
+
+    scene.servers.finish = ask
+    assert not scene.session.finish(["server-a"], 12)
+    assert asked == [12] and not scene.session.stands
+    assert scene.session.settle() and scene.session.plan.revision == 4
