@@ -74,8 +74,8 @@ class Settings(BaseSettings):
 
     redis: str | None = Field(
         default=None,
-        pattern="^(redis|rediss|unix)://",
-        description="where Redis is: redis://host:port/db, rediss://…, or unix:///path",
+        pattern=r"^(rediss?(\+sentinel)?|unix)://",
+        description="where Redis is: redis://host:port/db, rediss://…, unix:///path, or redis+sentinel://h1,h2/NAME/db",
     )
     zookeeper: str | None = Field(
         default=None, description="where ZooKeeper is: host:port,host:port/chroot, or user:password@host:port/chroot"

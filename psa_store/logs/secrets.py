@@ -9,7 +9,7 @@ import re
 
 HIDDEN = "***"
 _IN_ADDRESS = re.compile(
-    r"(?<=://)(?P<user>[^/@:\s]*):\S*@|(?P<key>[?&]password=)[^&\s]*"
+    r"(?<=://)(?P<user>[^/@:\s]*):\S*@|(?P<key>[?&](?:sentinel_)?password=)[^&\s]*"
     r"|(?<![\w.:/@-])(?P<name>[\w.%+-]+):(?!//)[^\s'\"@]+@(?=[\w.\[\]:-]+:\d)",
     re.IGNORECASE,
 )

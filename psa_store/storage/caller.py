@@ -16,13 +16,12 @@ import tenacity
 
 from psa_store.errors import DependencyUnfit
 from psa_store.logs import printable
-from psa_store.storage.connection import make_pool, translated
+from psa_store.storage.connection import make_pool, translated, unreachable_now
 
 FunctionCall = tuple[str, list[str], Sequence[Any]]
 """Name, keys, arguments."""
 
 _PAUSE_S = 0.05
-_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError)
 T = TypeVar("T")
 
 
@@ -91,11 +90,19 @@ class Caller:
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_delay(self._timeout_s),
             wait=tenacity.wait_fixed(_PAUSE_S),
-            retry=tenacity.retry_if_exception_type(_AWAY)
-            & tenacity.retry_if_not_exception_type(redis.exceptions.AuthenticationError),
+            retry=tenacity.retry_if_exception(_away),
             reraise=True,
         )
         return retrying(operation)
+
+
+def _away(error: BaseException) -> bool:
+    """Whether it may answer soon."""
+    if isinstance(error, redis.exceptions.AuthenticationError):
+        return False
+    return isinstance(error, redis.exceptions.ConnectionError) or (
+        isinstance(error, Exception) and unreachable_now(error)
+    )
 
 
 def _flatten(reply: Any) -> list[Any]:

@@ -1,0 +1,143 @@
+"""What the store does when the master changes under it: behind a proxy that keeps old connections, and by Sentinel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+import redis
+
+from chaos.proxy import Proxy
+from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
+from psa_store.launch import PrivateRedis
+from psa_store.storage import History, RedisStore
+from psa_store.storage.addresses import Kind, read_address
+from tests.failover import PASSWORD, Sentinels, eventually, replicated, told
+from tests.integration.storage.shards import JOB, LAYOUT, commit, read
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[list[PrivateRedis]]:
+    """A master and its replica."""
+    with ExitStack() as stack:
+        servers = replicated(tmp_path, 1)
+        for server in servers:
+            stack.callback(server.stop)
+        yield servers
+
+
+def fail_over(old: PrivateRedis, new: PrivateRedis) -> None:
+    """What a person or a managed service does: nothing is lost."""
+    with told(old).client() as client:
+        client.set("the last", "write")
+        assert client.execute_command("WAIT", 1, 60_000) == 1
+    told(new).execute_command("REPLICAOF", "NO", "ONE")
+    told(old).execute_command("REPLICAOF", *new.address)
+
+
+def test_open_connections_to_a_demoted_master_are_given_up_by_every_user(pair: list[PrivateRedis]) -> None:
+    old, new = pair
+    with ExitStack() as stack:
+        proxy = stack.enter_context(closing(Proxy(old.address)))
+        url = f"redis://:{PASSWORD}@127.0.0.1:{proxy.port}"
+        store = stack.enter_context(closing(RedisStore(url, timeout_s=20.0)))
+        history = stack.enter_context(closing(History(JOB, url, timeout_s=20.0)))
+        store.check()
+        store.seal(JOB, [0], 1, LAYOUT)
+        commit(store, 1)
+        history.heartbeat("worker", "before")
+        history.event("before")
+
+        proxy.lead_to(new.address)
+        fail_over(old, new)
+
+        history.heartbeat("worker", "after")
+        history.event("after")
+        manifest = commit(store, 2, expect=1)
+        assert history.heartbeats() == {"worker": "after"} and history.events() == ["before", "after"]
+        assert read(store, manifest)["param"] == bytearray([2]) * 100
+        assert told(new).hexists("psa:{job:0}:head", manifest.field)
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[tuple[list[PrivateRedis], Sentinels]]:
+    with ExitStack() as stack:
+        servers = replicated(tmp_path, 2)
+        for server in servers:
+            stack.callback(server.stop)
+        sentinels = Sentinels(tmp_path / "sentinels", servers[0])
+        stack.callback(sentinels.stop)
+        yield servers, sentinels
+
+
+def test_sentinels_lead_to_the_new_master_and_a_returned_old_one_takes_nothing(
+    watched: tuple[list[PrivateRedis], Sentinels],
+) -> None:
+    servers, sentinels = watched
+    old = servers[0]
+    with closing(RedisStore(sentinels.url, timeout_s=60.0)) as store:
+        store.check()
+        store.seal(JOB, [0], 1, LAYOUT)
+        commit(store, 1)
+        with told(old).client() as client:
+            client.function_flush()  # the one that is promoted has none
+            assert client.execute_command("WAIT", 2, 60_000) == 2
+
+        old.kill()
+        commit(store, 2, expect=1)
+        promoted = sentinels.master_port()
+        assert promoted != old.address[1]
+
+        old.start(120)  # as a master, until a Sentinel sees it
+        with closing(RedisStore(sentinels.url, timeout_s=60.0)) as another:
+            manifest = commit(another, 3, expect=2)
+        with redis.Redis(port=promoted, password=PASSWORD) as client:
+            assert client.hexists("psa:{job:0}:head", manifest.field)
+        assert [each.version for each in store.heads(JOB, [0])[0].manifests] == [1, 2, 3]
+        eventually(lambda: told(old).info("replication")["role"] == "slave")
+        assert commit(store, 4, expect=3).version == 4
+
+
+def test_what_sentinels_say_of_a_wrong_name_or_password_is_said(
+    watched: tuple[list[PrivateRedis], Sentinels],
+) -> None:
+    _, sentinels = watched
+    for wrong, kind, why in (
+        (sentinels.url.replace("/weights/", "/other/"), DependencyUnreachable, "No such master"),
+        (sentinels.url.replace("barley", "wheat"), DependencyUnfit, "password"),
+        (sentinels.url.replace(PASSWORD, "closed"), DependencyUnfit, "password"),
+    ):
+        with pytest.raises(kind, match=why) as caught, closing(RedisStore(wrong, timeout_s=1.0)) as store:
+            store.check()
+        assert not any(secret in str(caught.value) for secret in ("barley", "wheat", "closed"))
+
+
+def test_an_address_of_sentinels_is_read() -> None:
+    found = read_address("redis+sentinel://me:p%40ss@one,two:7,[::1],[::2]:8/the%20name/3?sentinel_password=x")
+    assert found.kind is Kind.SENTINEL and found.name == "the name"
+    assert found.hosts == (("one", 26379), ("two", 7), ("::1", 26379), ("::2", 8))
+    assert dict(found.options) == {"username": "me", "password": "p@ss", "db": 3}
+    assert dict(found.sentinel_options) == {"password": "x"}
+    tls = read_address("rediss+sentinel://one/name?ssl_ca_certs=/ca.pem")
+    assert tls.options["connection_class"] is tls.sentinel_options["connection_class"] is redis.SSLConnection
+    assert tls.options["ssl_ca_certs"] == tls.sentinel_options["ssl_ca_certs"] == "/ca.pem"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://hunter2@one",
+        "redis+sentinel://:hunter2@one:x/name",
+        "redis+sentinel://:hunter2@/name",
+        "redis+sentinel://:hunter2@one,,two/name",
+        "redis+sentinel://:hunter2@one/name/zero",
+        "redis+mirror://:hunter2@one/name",
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_its_password(url: str) -> None:
+    refuse: Callable[[], object] = lambda: read_address(url)  # noqa: E731
+    with pytest.raises(UsageError) as caught:
+        refuse()
+    assert ":hunter2" not in str(caught.value)

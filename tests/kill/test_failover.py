@@ -1,0 +1,94 @@
+"""The master of Redis changes in the middle of a training: it pauses and goes on, with the same bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from chaos.proxy import Proxy
+from psa_store.launch import PrivateRedis
+from psa_store.observe.status import Severity
+from tests.failover import PASSWORD, Sentinels, eventually, replicated, told
+from tests.harness import Run, Site
+
+STEPS, COMMIT_EVERY = 120, 10
+YOUNG_S = 3.0
+"""How old the heartbeat of a process may be that writes one every second, on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Site) -> str:
+    """Digest of a run to which nothing happens."""
+    run = start(site, "failover-undisturbed")
+    assert run.finish() == 0, run.output
+    return site.digest("failover-undisturbed", STEPS)
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[list[PrivateRedis]]:
+    """A master and two replicas."""
+    with ExitStack() as stack:
+        started = replicated(tmp_path, 2)
+        for server in started:
+            stack.callback(server.stop)
+        yield started
+
+
+def start(site: Site, job: str) -> Run:
+    options = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": COMMIT_EVERY}
+    return site.run(job, "--steps", str(STEPS), held=True, **options)
+
+
+def at(url: str, site: Site) -> Site:
+    """The site with another Redis."""
+    return Site(url, site.zookeeper, site.home, site.spawner)
+
+
+def test_a_name_leads_to_another_master_and_old_connections_stay_open(
+    site: Site, servers: list[PrivateRedis], undisturbed: str, rng: random.Random
+) -> None:
+    old, new = servers[:2]
+    with closing(Proxy(old.address)) as proxy:
+        own = at(f"redis://:{PASSWORD}@127.0.0.1:{proxy.port}", site)
+        run = start(own, "name")
+        run.wait_for_step(rng.randrange(15, 60))
+        proxy.lead_to(new.address)
+        told(new).execute_command("REPLICAOF", "NO", "ONE")  # what was not replicated is lost
+        told(old).execute_command("REPLICAOF", *new.address)
+        run.wait_for_step(STEPS - 10)
+
+        def recovered() -> bool:
+            status = own.describe("name")
+            ages = [each.heartbeat_age_s for each in (*status.servers, *status.workers)]
+            sick = [each for each in status.findings if each.severity is Severity.SICK]
+            return len(ages) == 4 and all(age is not None and age < YOUNG_S for age in ages) and not sick
+
+        eventually(recovered)
+        assert own.told("status", "name").returncode == 0
+        assert run.finish() == 0, run.output
+        assert own.digest("name", STEPS) == undisturbed
+        with closing(at(new.tcp_url, site).store()) as store:
+            assert all(head.manifest(STEPS) for head in store.heads("name", [0, 1]))
+
+
+def test_the_master_is_killed_and_sentinels_promote_another(
+    site: Site, servers: list[PrivateRedis], undisturbed: str, tmp_path: Path, rng: random.Random
+) -> None:
+    with ExitStack() as stack:
+        sentinels = Sentinels(tmp_path / "sentinels", servers[0])
+        stack.callback(sentinels.stop)
+        own = at(sentinels.url, site)
+        run = start(own, "sentinel")
+        run.wait_for_step(rng.randrange(15, 60))
+        servers[0].kill()
+        eventually(lambda: sentinels.master_port() != servers[0].address[1])
+        servers[0].start(120)  # it is back as a master, until a Sentinel sees it
+        run.wait_for_step(STEPS - 10)
+        eventually(lambda: told(servers[0]).info("replication")["role"] == "slave")
+        assert run.finish() == 0, run.output
+        assert own.digest("sentinel", STEPS) == undisturbed
+        assert own.told("doctor").returncode == 0
