@@ -60,8 +60,8 @@ class Proxy:
         self._accepting = threading.Thread(target=self._accept, name="proxy")
         self._accepting.start()
 
-    def lead_to(self, target: tuple[str, int]) -> None:
-        """New connections lead there from now on, as after a failover behind a name; those that are open stay."""
+    def retarget(self, target: tuple[str, int]) -> None:
+        """New connections go there from now on, as after a failover behind a name; those that are open stay."""
         self._target = target
 
     # --- cuts, each of which happens once

@@ -58,7 +58,7 @@ class Sentinels:
         self.ports = remembered_ports(folder / "ports", 3)
         self._processes = [self._start(folder / str(port), port, master) for port in self.ports]
         for port in self.ports:
-            # Each must know both others and the replicas, or there is no majority and nobody to promote.
+            # Each must know both others and the replicas, or there is no majority and no replica to promote.
             eventually(lambda: self._state(port)["num-other-sentinels"] == 2)  # noqa: B023
             eventually(lambda: self._state(port)["num-slaves"] == 2)  # noqa: B023
 

@@ -27,7 +27,7 @@ _OF_TLS = "ssl_"
 
 
 class Kind(StrEnum):
-    """Who knows where the master is."""
+    """What knows where the master is."""
 
     SERVER = "server"
     SENTINEL = "sentinel"

@@ -53,7 +53,7 @@ def known_redis(settings: Settings) -> str:
 
 
 class Route:
-    """Where the connections of a pool lead. Thread-safe.
+    """Where the connections of a pool go. Thread-safe.
 
     Connections that were made before :meth:`leave` are not used again, but made anew.
     """
@@ -64,7 +64,7 @@ class Route:
         self._address: HostPort | None = None
 
     def leave(self) -> None:
-        """Give up every connection: what it leads to is not the master, or not now."""
+        """Give up every connection: what it goes to is not the master, or not now."""
         self.generation += 1  # of two threads one may count for both, which is enough
 
     def master(self) -> HostPort | None:
@@ -78,14 +78,14 @@ class Route:
         address = self.sentinels.master()
         if address != self._address:
             self._address = address
-            self.leave()  # the others lead to the one before, which may answer still
+            self.leave()  # the others go to the one before, which may answer still
         return address
 
 
 class _Routed(AbstractConnection):
     """What all our connections have in common.
 
-    A server that was demoted keeps its connections: behind a proxy, a DNS name or a VIP they would lead there for ever.
+    A server that was demoted keeps its connections: behind a proxy, a DNS name or a VIP they would stay there for ever.
     So whatever says *not here, not now* makes all of the pool's connections be made anew, each when it is used next.
     """
 
@@ -162,7 +162,7 @@ def make_pool(url: str, timeout_s: float, connections_max: int) -> redis.Blockin
 
 
 def unreachable_now(error: Exception) -> bool:
-    """Whether it means that the master is elsewhere, or nowhere for a while: ask again who it is, and try again.
+    """Whether it means that the master is elsewhere, or nowhere for a while: ask again which it is, and try again.
 
     All users of Redis judge by this alone.
     """

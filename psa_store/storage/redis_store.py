@@ -45,7 +45,7 @@ class RedisStore:
     """Versioned shards of jobs in one Redis.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``.
+        url: see ``addresses.py``.
         timeout_s: how long one operation may take, its retries included.
         connections_max: connections that are open at the same time at most.
     """

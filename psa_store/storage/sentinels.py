@@ -1,4 +1,4 @@
-"""Who the master is, as its Sentinels say.
+"""Which Redis is the master, as its Sentinels say.
 
 They are asked whenever a connection is made: what one of them said before a failover is no answer after it. A Sentinel
 that was away, or is cut off with the old master, still names that one; the number that grows with every failover (its
@@ -33,7 +33,7 @@ class Sentinels:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._failovers = -1
-        """The newest that was heard of."""
+        """The highest number so far."""
 
     def master(self) -> HostPort:
         """Ask until one names the master.

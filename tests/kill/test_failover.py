@@ -48,7 +48,7 @@ def at(url: str, site: Site) -> Site:
     return Site(url, site.zookeeper, site.home, site.spawner)
 
 
-def test_a_name_leads_to_another_master_and_old_connections_stay_open(
+def test_a_name_stands_for_another_master_and_old_connections_stay_open(
     site: Site, servers: list[PrivateRedis], undisturbed: str, rng: random.Random
 ) -> None:
     old, new = servers[:2]
@@ -56,7 +56,7 @@ def test_a_name_leads_to_another_master_and_old_connections_stay_open(
         own = at(f"redis://:{PASSWORD}@127.0.0.1:{proxy.port}", site)
         run = start(own, "name")
         run.wait_for_step(rng.randrange(15, 60))
-        proxy.lead_to(new.address)
+        proxy.retarget(new.address)
         told(new).execute_command("REPLICAOF", "NO", "ONE")  # what was not replicated is lost
         told(old).execute_command("REPLICAOF", *new.address)
         run.wait_for_step(STEPS - 10)

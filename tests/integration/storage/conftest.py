@@ -41,6 +41,13 @@ def store(url: str, raw: redis.Redis) -> Iterator[RedisStore]:
 
 
 @pytest.fixture
+def hasty(url: str, store: RedisStore) -> Iterator[RedisStore]:
+    """The same with less patience, for what is refused until patience ends."""
+    with closing(RedisStore(url, timeout_s=1.0)) as hasty:
+        yield hasty
+
+
+@pytest.fixture
 def proxy(server: PrivateRedis) -> Iterator[Proxy]:
     """A link to Redis that can be cut."""
     with closing(Proxy(server.address)) as proxy:

@@ -50,7 +50,7 @@ def test_open_connections_to_a_demoted_master_are_given_up_by_every_user(pair: l
         history.heartbeat("worker", "before")
         history.event("before")
 
-        proxy.lead_to(new.address)
+        proxy.retarget(new.address)
         fail_over(old, new)
 
         history.heartbeat("worker", "after")
@@ -72,7 +72,7 @@ def watched(tmp_path: Path) -> Iterator[tuple[list[PrivateRedis], Sentinels]]:
         yield servers, sentinels
 
 
-def test_sentinels_lead_to_the_new_master_and_a_returned_old_one_takes_nothing(
+def test_sentinels_name_the_new_master_and_a_returned_old_one_takes_nothing(
     watched: tuple[list[PrivateRedis], Sentinels],
 ) -> None:
     servers, sentinels = watched

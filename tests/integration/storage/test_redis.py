@@ -44,12 +44,16 @@ def test_a_job_half_created_or_half_deleted_is_not_listed(store: RedisStore, raw
 
 @pytest.mark.parametrize(("refuse", "why"), [(refuse_without_replicas, "NOREPLICAS"), (become_a_replica, "replica")])
 def test_a_redis_that_refuses_writes_is_unfit_at_every_door(
-    store: RedisStore, raw: redis.Redis, refuse: Callable[[redis.Redis], Callable[[], object]], why: str
+    store: RedisStore,
+    hasty: RedisStore,
+    raw: redis.Redis,
+    refuse: Callable[[redis.Redis], Callable[[], object]],
+    why: str,
 ) -> None:
     store.seal(JOB, [0], 1, LAYOUT)
     undo = refuse(raw)
     try:
-        for write in (lambda: commit(store, 1), lambda: store.seal(JOB, [0], 2, LAYOUT)):
+        for write in (lambda: commit(hasty, 1), lambda: hasty.seal(JOB, [0], 2, LAYOUT)):
             with pytest.raises(DependencyUnfit, match=why) as caught:
                 write()
             assert "sesame" not in str(caught.value)

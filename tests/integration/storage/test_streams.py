@@ -194,14 +194,18 @@ def keyspace_bytes(redis_: redis.Redis) -> int:
 
 @pytest.mark.parametrize(("refuse", "why"), [(refuse_without_replicas, "NOREPLICAS"), (become_a_replica, "replica")])
 def test_a_redis_that_begins_to_refuse_in_the_middle_of_a_commit_is_unfit(
-    store: RedisStore, raw: redis.Redis, refuse: Callable[[redis.Redis], Callable[[], object]], why: str
+    store: RedisStore,
+    hasty: RedisStore,
+    raw: redis.Redis,
+    refuse: Callable[[redis.Redis], Callable[[], object]],
+    why: str,
 ) -> None:
     store.seal(JOB, range(20), 1, LAYOUT)
     undo: Callable[[], object] = int
     done = []
     try:
         with pytest.raises(DependencyUnfit, match=why):
-            for shard, _ in store.commit_each(JOB, 1, 1, [state_of(s, 1) for s in range(20)], keep=KEEP):
+            for shard, _ in hasty.commit_each(JOB, 1, 1, [state_of(s, 1) for s in range(20)], keep=KEEP):
                 if not done:
                     undo = refuse(raw)
                 done.append(shard)
