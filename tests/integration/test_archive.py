@@ -14,7 +14,8 @@ import pytest
 from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import Reason
 from psa_store.checkpoint.files.archive import Archive
-from psa_store.checkpoint.files.export import Export, open_export, verify_export
+from psa_store.checkpoint.files.export import open_export, verify_export
+from psa_store.checkpoint.files.manifest import Export
 from psa_store.checkpoint.take import take_at_rest
 from psa_store.errors import DataIntegrity, DependencyUnreachable, UsageError
 from psa_store.server.exporting import Exporter

@@ -18,7 +18,8 @@ from torch import nn
 import psa_store as psa
 from psa_store.checkpoint.catalog import read_job
 from psa_store.checkpoint.files.archive import Archive
-from psa_store.checkpoint.files.export import MANIFEST, export_version, open_export, verify_export
+from psa_store.checkpoint.files.export import export_version, open_export, verify_export
+from psa_store.checkpoint.files.manifest import MANIFEST
 from psa_store.checkpoint.fork import fork
 from psa_store.checkpoint.reader import open_version
 from psa_store.cli.transfer import export_files, import_files

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from psa_store.checkpoint.files import folder as folders
-from psa_store.checkpoint.files.export import Export, export_from_json
 from psa_store.checkpoint.files.folder import FileFacts, Folder
 from psa_store.checkpoint.files.importing import Source
+from psa_store.checkpoint.files.manifest import Export, export_from_json
 from psa_store.checkpoint.files.tensor_files import (
     LENGTH_BYTES,
     header_bytes,

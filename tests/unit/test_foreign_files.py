@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_store.checkpoint.files import export as exports
-from psa_store.checkpoint.files.export import Export, _digest, export_from_json, open_export
+from psa_store.checkpoint.files.export import open_export
 from psa_store.checkpoint.files.folder import FileFacts, Folder
 from psa_store.checkpoint.files.importing import Source
+from psa_store.checkpoint.files.manifest import MANIFEST, Export, _digest, export_from_json
 from psa_store.checkpoint.files.tensor_files import LENGTH_BYTES, Stored, header_bytes, read_header
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job import model_files
@@ -237,7 +238,7 @@ def test_another_format_is_named(change: Callable[[dict[str, Any]], dict[str, An
 def test_a_manifest_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     export = exported(HEADER)
     text = export.to_json().encode()
-    written(Folder(export.url), exports.MANIFEST, text)
+    written(Folder(export.url), MANIFEST, text)
     monkeypatch.setattr(exports, "_MANIFEST_BYTES_MAX", len(text))
     assert open_export(export.url) == export
     monkeypatch.setattr(exports, "_MANIFEST_BYTES_MAX", len(text) - 1)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from psa_store.checkpoint.catalog import Checkpoint, Reason, checkpoint_from_json
-from psa_store.checkpoint.files.export import Export, export_from_json
 from psa_store.checkpoint.files.folder import FileFacts
+from psa_store.checkpoint.files.manifest import Export, export_from_json
 from psa_store.coordination.barrier import Barrier, BarrierState
 from psa_store.coordination.request import CheckpointRequest, request_from_json
 from psa_store.errors import DataIntegrity
@@ -87,7 +87,7 @@ def test_what_is_no_such_document_is_refused(what: str, text: str) -> None:
 
 def signed(manifest: dict[str, Any]) -> bytes:
     """The text of a psa.json with this content, whatever release wrote it."""
-    from psa_store.checkpoint.files.export import _digest
+    from psa_store.checkpoint.files.manifest import _digest
 
     return json.dumps({"digest": _digest(manifest), "manifest": manifest}).encode()
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from psa_store import logs
 from psa_store.checkpoint.catalog import is_automatic
 from psa_store.checkpoint.files.export import (
-    MANIFEST,
-    Export,
     export_version,
     list_exports,
     newest_export,
@@ -23,6 +21,7 @@ from psa_store.checkpoint.files.export import (
     ours_in,
 )
 from psa_store.checkpoint.files.folder import Folder
+from psa_store.checkpoint.files.manifest import MANIFEST, Export
 from psa_store.checkpoint.reader import open_version
 from psa_store.errors import DataIntegrity, PsaError
 from psa_store.storage import RedisStore

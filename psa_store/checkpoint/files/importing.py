@@ -11,8 +11,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from psa_store.checkpoint.creation import right_to_create, write_new_job
-from psa_store.checkpoint.files.export import Export, verify_export
+from psa_store.checkpoint.files.export import verify_export
 from psa_store.checkpoint.files.folder import Folder
+from psa_store.checkpoint.files.manifest import Export
 from psa_store.checkpoint.files.tensor_files import (
     LENGTH_BYTES,
     SUFFIX,
