@@ -57,11 +57,12 @@ def take(
     """
     chosen = _free_name(read_job(store, job), name)
     deadline_s = time.monotonic() + timeout_s
-    asked = False
+    asked, waits = False, logs.Waits()
     try:
         while time.monotonic() < deadline_s:
             woken.clear()
             if not coordination.living(ProcessRole.SERVER):
+                waits.on("take", f"job {job!r} to rest, or a server of it to come")
                 with suppress(Rewound):  # it does not rest any more: look again
                     return take_at_rest(store, job, name, Reason.ASKED)
                 woken.wait(_LOOK_AGAIN_S)
@@ -79,6 +80,7 @@ def take(
                 )
             if answer.failed:
                 raise UsageError(f"no checkpoint of job {job!r}: {answer.failed}")
+            waits.on("take", f"checkpoint {chosen} of job {job!r}", "its servers take it some steps ahead")
             woken.wait(_LOOK_AGAIN_S)
     finally:
         if asked:

@@ -68,6 +68,13 @@ class CellStep:
         done = frozenset[Cell]().union(*self._pushed, *self._confirmed)
         return [cell for cell in self._held if cell not in done]
 
+    @property
+    def awaits(self) -> tuple[int, frozenset[str]] | None:
+        """The version that is awaited for what is held here, and the owners that have not brought it."""
+        if not self._held or self._awaited is None:
+            return None
+        return self._awaited, self._owners - self._brought.keys()
+
     # --- what has happened
 
     def loaded(self, term: int, version: int) -> None:

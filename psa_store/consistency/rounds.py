@@ -86,6 +86,13 @@ class Rounds:
         self._done: dict[int, int] = {}
         """By rank, the steps that it has made in this round."""
 
+    @property
+    def awaits(self) -> tuple[int, frozenset[str]] | None:
+        """The version that is awaited, and the owners that have not brought it."""
+        if self._wanted is None or self._wanted == self.have:
+            return None
+        return self._wanted, self._owners - self._brought
+
     # --- what has happened
 
     def ends_at(self, last: int | None) -> None:

@@ -31,7 +31,7 @@ Pure: no I/O, no threads, no tensors, no clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, auto
 
 from psa_store.consistency.instructions import (
@@ -107,6 +107,7 @@ class SyncStep:
     ) -> None:
         self.version = version
         self.stage = Stage.COLLECTING
+        self._ranks = ranks
         self._needed = ranks - backup
         self._backup = backup
         self._pushed = pushed
@@ -141,9 +142,7 @@ class SyncStep:
             return Offer.AHEAD
         if step < self.version or rank in self._arrived[shard] or self._stage[shard] is not ShardStage.COLLECTING:
             return Offer.DUPLICATE
-        if shard in self._buffers and not self._brings_buffers(rank):
-            return Offer.DUPLICATE
-        return Offer.NEW
+        return Offer.NEW if self._may_bring(shard, rank) else Offer.DUPLICATE
 
     def accept(self, step: int, shard: int, rank: int, *, finite: bool = True) -> bool:
         """Record a gradient that has arrived whole; False if it is not wanted any more: another was faster."""
@@ -165,13 +164,23 @@ class SyncStep:
         """By rank, how many of its steps have arrived whole here."""
         waiting = [shard for shard, stage in self._stage.items() if stage is ShardStage.COLLECTING]
         return [
-            self.version
-            + all(
-                rank in self._arrived[shard] or (shard in self._buffers and not self._brings_buffers(rank))
-                for shard in waiting
-            )
+            self.version + all(rank in self._arrived[shard] or not self._may_bring(shard, rank) for shard in waiting)
             for rank in range(ranks)
         ]
+
+    @property
+    def missing(self) -> Mapping[int, list[int]]:
+        """By shard, the ranks whose gradients are waited for here."""
+        return {
+            shard: [rank for rank in range(self._ranks) if rank not in arrived and self._may_bring(shard, rank)]
+            for shard, arrived in self._arrived.items()
+            if self._stage[shard] is ShardStage.COLLECTING
+        }
+
+    @property
+    def untold(self) -> list[int]:
+        """Shards of other servers whose norms are waited for."""
+        return [shard for shard in self._all_shards if shard not in self._norms and shard not in self._arrived]
 
     @property
     def untouched(self) -> int:
@@ -294,9 +303,9 @@ class SyncStep:
 
     # --- inside
 
-    def _brings_buffers(self, rank: int) -> bool:
-        """With backup ranks none is waited for, so the first one's will do."""
-        return rank == RANK_OF_BUFFERS or self._backup > 0
+    def _may_bring(self, shard: int, rank: int) -> bool:
+        """Buffers come from one rank. With backup ranks none is waited for, so the first one's will do."""
+        return shard not in self._buffers or rank == RANK_OF_BUFFERS or self._backup > 0
 
     def _complete(self, shard: int, squared_norm: float) -> None:
         assert self._stage[shard] is ShardStage.MEASURING

@@ -93,6 +93,13 @@ class WorkerStep:
         """Whether this worker has no part in the present step."""
         return not self._held and self._awaited is None
 
+    @property
+    def awaits(self) -> tuple[int, frozenset[str]] | None:
+        """The version that is awaited for what is held here, and the owners that have not brought it."""
+        if not self._held or self._awaited is None:
+            return None
+        return self._awaited, self._owners - self._brought.keys()
+
     # --- what has happened
 
     def loaded(self, version: int) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from psa_store.config.own_files import private_opener, read_secret, write_private
 from psa_store.errors import DependencyUnreachable
+from psa_store.logs import Waits
 
 _LOG_LINES = 16  # a Java stack trace, and above it the reason
 _POLL_S = 0.01
@@ -86,13 +87,16 @@ class ChildServer:
 
     def wait_until(self, serves: Callable[[], bool], end_s: float, what: str) -> None:
         """Wait until the program serves; raises DependencyUnreachable with the end of its log if it does not."""
+        waits = Waits()
         while not serves():
             if not self.running or time.monotonic() > end_s:
                 killed = self._process is not None and (self._process.poll() or 0) < 0
                 self.stop(1.0)
                 kind = KilledWhileStarting if killed else DependencyUnreachable
                 raise kind(f"{what} in {self._folder} does not start; {self._log} ends with:\n{self._last_words()}")
+            waits.on("child", f"{what} in {self._folder} to start")
             time.sleep(_POLL_S)
+        waits.over("child")
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -116,12 +120,14 @@ class ChildServer:
             self.kill()
 
     def _wait_for_predecessor(self, end_s: float) -> None:
+        waits = Waits()
         words = self._pid_path.read_text().split() if self._pid_path.exists() else []
         while len(words) == 2 and _started_at(int(words[0])) == words[1]:
             if time.monotonic() > end_s:
                 raise DependencyUnreachable(
                     f"process {words[0]} of an earlier start still uses {self._folder}: wait for it or end it"
                 )
+            waits.on("predecessor", f"process {words[0]} of an earlier start to end", f"it still uses {self._folder}")
             time.sleep(_POLL_S)
 
     def _last_words(self) -> str:

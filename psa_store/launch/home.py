@@ -17,7 +17,6 @@ from psa_store.errors import DependencyUnreachable
 from psa_store.launch.up import START_S, PrivateServers
 
 _POLL_S = 0.05
-_SAY_AFTER_S = 5.0
 
 
 class HomeServers:
@@ -38,10 +37,11 @@ class HomeServers:
         Raises:
             DependencyUnreachable: they cannot be started, or another process takes too long.
         """
-        begun_s, said = time.monotonic(), False
+        begun_s, waits = time.monotonic(), logs.Waits()
         while True:
             found = running(self._home)
             if found is not None:
+                waits.over("home")
                 return found
             if self._hold():
                 return self._run()
@@ -51,13 +51,7 @@ class HomeServers:
                     f"process {holder(self._home)} has not started the private servers in {self._home} "
                     f"within {waited_s:.0f} s: end it, and try again"
                 )
-            if waited_s > _SAY_AFTER_S and not said:
-                said = True
-                logs.get_logger().info(
-                    "waiting for another process, which starts the private servers",
-                    home=str(self._home),
-                    of_pid=holder(self._home),
-                )
+            waits.on("home", f"process {holder(self._home)} to start the private servers in {self._home}")
             time.sleep(_POLL_S)
 
     def mend(self) -> bool:

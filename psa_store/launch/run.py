@@ -172,14 +172,16 @@ class _RunningJob:
 
     def _hold(self, coordination: Coordination) -> None:
         # A run that was killed with everything holds the job until its session ends.
-        end_s = time.monotonic() + 2 * self._settings.session_timeout_s + _HOLD_GRACE_S
+        end_s, waits = time.monotonic() + 2 * self._settings.session_timeout_s + _HOLD_GRACE_S, logs.Waits()
         while (holder := coordination.hold(RUN_NODE, self._text)) is not None:
             if time.monotonic() > end_s:
                 raise JobBusy(
                     f"job {self._name!r} is running already ({holder.partition(' ')[2]}). "
                     "Add to it with `psa worker` or `psa server`, or use another job name."
                 )
+            waits.on("run", f"a former run of job {self._name!r} to be gone", holder.partition(" ")[2])
             time.sleep(_HOLD_POLL_S)
+        waits.over("run")
 
 
 def _private_servers(settings: Settings, restarts_max: int, stack: ExitStack) -> HomeServers | None:

@@ -30,6 +30,7 @@ from psa_store.cluster import ProcessRole
 from psa_store.errors import UserCodeFailed
 from psa_store.launch.guard import SAFE_PATH, die_with_parent
 from psa_store.launch.output import Followed, Output, Pipe, redirect
+from psa_store.observe.formatting import names
 from psa_store.wire.announce import listen_announcements, read_announcement
 
 _RETRYABLE_EXIT = 3
@@ -178,15 +179,17 @@ class Supervisor:
         leaving = self.alive(role)
         for child in leaving:
             child.process.terminate()
-        end_s = time.monotonic() + deadline_s
-        while self.alive(role):
+        end_s, waits = time.monotonic() + deadline_s, logs.Waits()
+        while left := self.alive(role):
             left_s = end_s - time.monotonic()
             if left_s <= 0:
-                for child in self.alive(role):
+                for child in left:
                     self._log.warning("does not leave in time: killed", member=child.member)
                     child.process.kill()
-                left_s = 1.0
-            self._wait(left_s)
+                left_s = _TICK_S
+            waits.on("leave", f"{names(child.member for child in left)} to leave", f"killed in {left_s:.0f} s if not")
+            self._wait(min(left_s, _TICK_S))
+        waits.over("leave")
         return max((reported_code(child.exit_code, stopping=True) for child in leaving), default=0)
 
     def close(self) -> None:

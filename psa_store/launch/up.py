@@ -85,12 +85,14 @@ def up(home: Path, ensemble: int, *, tcp: bool = False) -> Addresses:
             stderr=log,
             start_new_session=True,
         )
-    end_s = time.monotonic() + START_S
+    end_s, waits = time.monotonic() + START_S, logs.Waits()
     # Another `psa up` may have been faster: then our daemon ends at once, and we wait for the other one's.
     while time.monotonic() < end_s and (daemon.poll() is None or holder(home) is not None):
         found = running(home)
         if found is not None:
+            waits.over("up")
             return found
+        waits.on("up", f"the private servers in {home} to start")
         time.sleep(_POLL_S)
     lines = log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
     raise DependencyUnreachable(f"the private servers in {home} do not start:\n" + "\n".join(lines))
@@ -103,9 +105,10 @@ def down(home: Path) -> bool:
         return False
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    end_s = time.monotonic() + _STOP_S
+    end_s, waits = time.monotonic() + _STOP_S, logs.Waits()
     while holder(home) is not None:
         if time.monotonic() > end_s:
             raise DependencyUnreachable(f"the private servers in {home} (pid {pid}) do not stop; see {home}/up.log")
+        waits.on("down", f"process {pid} to stop the private servers in {home}")
         time.sleep(_POLL_S)
     return True

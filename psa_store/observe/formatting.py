@@ -10,6 +10,7 @@ from psa_store.cluster import Cell
 UNKNOWN = "-"
 _RUNS_MAX = 6
 """Runs of ranks that are written before the other ranks are counted: a worker may hold hundreds."""
+_NAMES_MAX = 4
 
 
 def whole(number: float | None) -> str:
@@ -69,6 +70,13 @@ def model_parts(stages: int, microbatches: int) -> str:
 def numbered(noun: str, numbers: Sequence[int]) -> str:
     """As rank 3, or ranks 0-3."""
     return f"{noun if len(numbers) == 1 else noun + 's'} {ranks(numbers)}"
+
+
+def names(all_names: Iterable[str]) -> str:
+    """A list; of a long one how many more there are."""
+    written = list(all_names)
+    shown = ", ".join(written[:_NAMES_MAX])
+    return shown if len(written) <= _NAMES_MAX else f"{shown} and {len(written) - _NAMES_MAX} more"
 
 
 def cells(held: Iterable[Cell]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from psa_store.cluster import Cell
+from psa_store.logs import Wait
 from psa_store.observe.heartbeat import Reported
 
 COMPUTING, WAITING = "computing", "waiting"
@@ -30,6 +31,8 @@ class Activity:
     """Cells of other workers of which something must arrive before a worker can go on with its step ..."""
     waits_s: float | None = None
     """... and for how long it has waited."""
+    held_up: Wait | None = None
+    """What it waits for longer than is usual."""
     reported: Mapping[int, Reported] = field(default_factory=dict)
     """By rank, what a script said with its newest step."""
 

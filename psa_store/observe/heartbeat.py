@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from psa_store.cluster import Cell, ProcessRole
 from psa_store.job.document import ADDED_LATER
+from psa_store.logs import Wait
 
 _WINDOW_S = 5.0
 
@@ -53,6 +54,8 @@ class Heartbeat:
     """Cells of other workers of which something must arrive before it can go on with its step ..."""
     waits_s: float | None = field(default=None, metadata=ADDED_LATER)
     """... and for how long it has waited."""
+    held_up: Wait | None = field(default=None, metadata=ADDED_LATER)
+    """What it waits for longer than is usual, with the cause if that is known."""
     steps_per_s: float | None = None
     """Of a worker, over the last few seconds; all of its ranks count."""
     samples_per_s: float | None = None

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 from psa_store import logs
 from psa_store.cluster import ProcessRole
@@ -148,6 +149,7 @@ class Monitor:
             cells=activity.cells,
             waits_for=activity.waits_for,
             waits_s=activity.waits_s,
+            held_up=activity.held_up and replace(activity.held_up, why=logs.hide_passwords(activity.held_up.why)),
             steps_per_s=rates.get("steps"),
             samples_per_s=rates.get("samples"),
             reported=activity.reported,

@@ -19,6 +19,8 @@ from psa_store.cluster import Cut
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, Fenced, PsaError, Rewound
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
+from psa_store.logs import Waits
+from psa_store.observe.formatting import count
 from psa_store.observe.metrics import Metrics
 from psa_store.server.healing import Healing
 from psa_store.server.messages import Committed, Lost
@@ -46,10 +48,12 @@ class Committer:
         layout: Layout,
         post: Callable[[Committed | Lost], None],
         metrics: Metrics,
+        waits: Waits,
         *,
         rests: bool,
     ) -> None:
         self._metrics = metrics
+        self._waits = waits
         self._reserved_at_s = 0.0
         self._store = store
         self._job = config.name
@@ -142,6 +146,7 @@ class Committer:
             if work is not None:
                 begun_s = self._reserved_at_s
                 outcome = self._commit(work)
+                self._waits.over("commit")
                 with self._changed:
                     self._work = None
                     self._reserved = False
@@ -195,9 +200,11 @@ class Committer:
                     pinned = self._pin(work, work.pin)
                 break
             except DependencyUnreachable as error:
-                left = len(work.owned_shards) - len(manifests)
+                left = count(len(work.owned_shards) - len(manifests), "shard")
                 self._metrics.add("commit_retries")
-                self._log.warning("commit delayed, trying again", shards_left=left, error=str(error))
+                self._waits.on(
+                    "commit", f"Redis to commit version {work.version}", f"{left} left. {error}", say_after_s=0.0
+                )
                 if isinstance(error, DependencyUnfit):
                     self._make_room(work)
                 with self._changed:

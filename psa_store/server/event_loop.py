@@ -19,6 +19,7 @@ from psa_store.coordination import Lease
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout
 from psa_store.job.wire_layout import WireLayout
+from psa_store.logs import Waits
 from psa_store.observe.metrics import Metrics
 from psa_store.server.arithmetic import Arithmetic
 from psa_store.server.committer import Committer
@@ -38,6 +39,7 @@ from psa_store.server.messages import (
     Updated,
 )
 from psa_store.server.serving import Serving
+from psa_store.server.stalls import LOOK_EVERY_S, Stalls
 from psa_store.testing.journal import Journal
 from psa_store.wire import Door, Mailbox, Traffic
 
@@ -66,6 +68,7 @@ class EventLoop:
         metrics: Metrics,
         door: Door,
         limits: Limits,
+        waits: Waits,
     ) -> None:
         self.turned_s = time.monotonic()
         """When the loop turned last."""
@@ -73,6 +76,8 @@ class EventLoop:
         self._log = logs.get_logger()
         self._lease = lease
         self._lapsed = False
+        self._stalls = Stalls(waits)
+        self._look_at_s = self.turned_s + LOOK_EVERY_S
         self._busy = False
         self._mailbox: Mailbox[ToEventLoop] = Mailbox()
         self._committer = make_committer(self._mailbox.post)
@@ -131,6 +136,9 @@ class EventLoop:
                     return False
                 self._handle(message)
         aggregator = self._frames.aggregator
+        if self.turned_s >= self._look_at_s:
+            self._look_at_s = self.turned_s + LOOK_EVERY_S
+            self._stalls.look(self.turned_s, aggregator, self._frames.waiters, lapsed=self._lapsed)
         self._busy = not self._lapsed and aggregator is not None and aggregator.advance()
         return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from psa_store.logs import Waits
 from psa_store.observe import Activity, EventKind, Events
 from psa_store.observe.metrics import Metrics
 from psa_store.server.event_loop import EventLoop
@@ -23,12 +24,14 @@ class ServerHealth:
         events: Events,
         member: Callable[[], str],
         lease_left_s: Callable[[], float],
+        waits: Waits,
     ) -> None:
         self._event_loop = event_loop
         self._metrics = metrics
         self._events = events
         self._member = member
         self._lease_left_s = lease_left_s
+        self._waits = waits
         self._finished: int | None = None
 
     @property
@@ -46,7 +49,8 @@ class ServerHealth:
 
     @property
     def activity(self) -> Activity:
-        return Activity(self._event_loop.stage, shards=int(self._metrics.read().get("shards", 0)))
+        shards = int(self._metrics.read().get("shards", 0))
+        return Activity(self._event_loop.stage, shards=shards, held_up=self._waits.longest())
 
     def why_not_alive(self) -> str:
         silent_s = time.monotonic() - self._event_loop.turned_s

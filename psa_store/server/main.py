@@ -25,6 +25,7 @@ from psa_store.job.config import JobConfig, check_job_name
 from psa_store.job.document import judged
 from psa_store.job.layout import Layout, layout_from_json
 from psa_store.job.wire_layout import WireLayout
+from psa_store.logs import Waits
 from psa_store.observe import Events, Monitor, Page
 from psa_store.observe.metrics import Metrics
 from psa_store.server.aggregator import rules_of
@@ -41,7 +42,6 @@ from psa_store.testing.journal import Journal
 from psa_store.wire import Door, host_identity, listen_local, listen_tcp
 
 _POLL_S = 0.05
-_SAY_WAITING_S = 10.0
 _SIGNAL_CHECK_S = 0.5
 _HEAL_S = 20.0
 """How long a damaged layout may take to be written again: workers that have lost their server look anew."""
@@ -85,7 +85,7 @@ def serve(job: str, settings: Settings) -> None:
     torch.set_num_threads(1)
     member_id = settings.member or new_member_id("server")
     logs.identify(job=job, member=member_id)
-    woken = threading.Event()
+    woken, waits = threading.Event(), Waits()
     leave = _Leave(woken)
     with ExitStack() as stack:
         store = stack.enter_context(closing(RedisStore.from_settings(settings)))
@@ -95,7 +95,7 @@ def serve(job: str, settings: Settings) -> None:
             # The parent may have decided that Ctrl-C does not concern this process: `psa run`, nohup, a shell's `&`.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, leave)
-        found = _wait_for_job(job, store, coordination, leave)
+        found = _wait_for_job(job, store, coordination, leave, waits)
         if found is None:
             return
         config, layout = found
@@ -137,6 +137,7 @@ def serve(job: str, settings: Settings) -> None:
             leaving=lambda: leave.asked,
             door=door,
             leave_timeout_s=settings.leave_timeout_s,
+            waits=waits,
         )
         event_loop = EventLoop(
             member=member_id,
@@ -148,12 +149,15 @@ def serve(job: str, settings: Settings) -> None:
             lease=coordination.lease,
             door=door,
             limits=limits,
-            make_committer=lambda post: Committer(store, config, layout, post, metrics, rests=rests),
+            make_committer=lambda post: Committer(store, config, layout, post, metrics, waits, rests=rests),
             report=plan_follower.report,
             journal=journal,
             metrics=metrics,
+            waits=waits,
         )
-        health = ServerHealth(event_loop, metrics, events, lambda: plan_follower.member, coordination.lease_left_s)
+        health = ServerHealth(
+            event_loop, metrics, events, lambda: plan_follower.member, coordination.lease_left_s, waits
+        )
         event_loop.start()
         try:
             with ExitStack() as watched:
@@ -179,21 +183,20 @@ def serve(job: str, settings: Settings) -> None:
 
 
 def _wait_for_job(
-    job: str, store: RedisStore, coordination: Coordination, leave: _Leave
+    job: str, store: RedisStore, coordination: Coordination, leave: _Leave, waits: Waits
 ) -> tuple[JobConfig, Layout] | None:
     """Wait until a worker has created the job; None if this process is told to stop before.
 
     Raises:
         DataIntegrity: its layout is damaged, and no server or worker has written it again.
     """
-    log = logs.get_logger()
-    say_at_s = time.monotonic() + _SAY_WAITING_S
     damaged_since_s: float | None = None
     while not leave.asked:
         found = store.read_job(job)
         if found is not None:
             layout = judged(layout_from_json, found[1], keys.layout(job))
             if isinstance(layout, Layout):
+                waits.over("job")
                 return newest_config(store, coordination, job), layout
             damaged_since_s = damaged_since_s or time.monotonic()
             if time.monotonic() > damaged_since_s + _HEAL_S:
@@ -201,8 +204,9 @@ def _wait_for_job(
                     f"{layout.where} in Redis is damaged, and no server or worker that lives knows better: "
                     f"{layout.why}. Start a worker of the job: its model has the layout"
                 )
-        if time.monotonic() >= say_at_s:
-            say_at_s += _SAY_WAITING_S
-            log.info("waiting for a worker to create the job", job=job)
+        if found is None:
+            waits.on("job", f"a worker to create job {job!r}")
+        else:
+            waits.on("job", f"the layout of job {job!r} to be written again", "it is damaged")
         time.sleep(_POLL_S)
     return None

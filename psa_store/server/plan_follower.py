@@ -22,6 +22,7 @@ from psa_store.consistency.instructions import Frozen, Missed, Pinned, Stopped
 from psa_store.coordination import Coordination, known_plan
 from psa_store.errors import DependencyUnreachable, Disconnected
 from psa_store.job.document import Damaged
+from psa_store.logs import Waits
 from psa_store.server.controller import Controller
 from psa_store.server.event_loop import EventLoop
 from psa_store.server.messages import (
@@ -65,6 +66,7 @@ class PlanFollower:
         leaving: Callable[[], bool],
         leave_timeout_s: float,
         door: Door,
+        waits: Waits,
     ) -> None:
         self._member = member
         self._shape = shape
@@ -76,6 +78,7 @@ class PlanFollower:
         self._asked_to_leave = leaving
         self._leave_timeout_s = leave_timeout_s
         self._door = door
+        self._waits = waits
         self._log = logs.get_logger()
         self._reports: deque[ToPlanFollower] = deque()
         self._released: queue.SimpleQueue[Released] = queue.SimpleQueue()
@@ -123,11 +126,12 @@ class PlanFollower:
                 if not self._turn(event_loop):
                     return
             except DependencyUnreachable as error:
-                self._log.warning("waiting for a dependency", error=str(error))
+                self._waits.on("plan", "Redis and ZooKeeper, to follow the plan", str(error), say_after_s=0.0)
                 self._woken.wait(_RETRY_S)
             except Disconnected as error:
                 self._log.info("the place in ZooKeeper is gone", why=str(error))
             else:
+                self._waits.over("plan")
                 self._woken.wait(_LOOK_AGAIN_S)
         if event_loop.failure is not None:
             raise event_loop.failure
@@ -196,14 +200,18 @@ class PlanFollower:
                 for server in self._plan.servers:
                     if server.id == report.server:
                         self._rejoin(event_loop, server)
+            case PeerGone():
+                self._waits.over(_place(report.server))
             case _:
                 pass  # about a term that is over
 
     def _rejoin(self, event_loop: EventLoop, server: Server) -> None:
         try:
             event_loop.post(Join(server.id, self._reach(server)))
-        except Disconnected:
+            self._waits.over(_place(server.id))
+        except Disconnected as error:
             assert self._plan is not None
+            self._say_unreached(server, error)
             self._reports.append(PeerGone(self._plan.term, server.id))  # until a plan without it comes
 
     def _ask_for_take_over(self, term: int, why: str) -> None:
@@ -241,19 +249,31 @@ class PlanFollower:
             try:
                 peers[server.id] = self._reach(server)
             except Disconnected as error:
-                self._log.info("a server cannot be reached yet", peer=server.id, why=str(error))
+                self._say_unreached(server, error)
                 self.report(PeerGone(plan.term, server.id))
         return peers
+
+    def _say_unreached(self, server: Server, error: Disconnected) -> None:
+        what = f"server {server.id} at {server.address} to be reached"
+        self._waits.on(_place(server.id), what, str(error), say_after_s=0.0)
 
     def _release(self, event_loop: EventLoop, term: int) -> Released:
         """Make the event loop let go of the old term; returns what it held."""
         event_loop.post(Release(term))
         while event_loop.alive:
             try:
-                return self._released.get(timeout=_LOOK_AGAIN_S)
+                released = self._released.get(timeout=_LOOK_AGAIN_S)
             except queue.Empty:
+                self._waits.on("release", f"the event loop to let go of what is before term {term}")
                 continue
+            self._waits.over("release")
+            return released
         return Released(None, {})
 
     def _reach(self, server: Server) -> socket.socket:
         return connect(server.address, server.local, server.host, _PEER_TIMEOUT_S, self._door, Role.SERVER)
+
+
+def _place(server: str) -> str:
+    """Where the wait for another server is noted."""
+    return f"server {server}"

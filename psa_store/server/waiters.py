@@ -106,6 +106,10 @@ class Waiters:
             del self._awaits[client]
             self._streaming.discard(client)
 
+    def await_next(self, version: int) -> bool:
+        """Whether a worker waits for what comes after this version. One without ranks waits for the last one."""
+        return any(header.step <= version + 1 for header in self._awaits.values())
+
     def _set_finishes(self, finishes: list[tuple[Connection, Header]]) -> None:
         self._finishes = finishes
         self.awaited = frozenset(header.step for _, header in finishes)

@@ -24,6 +24,7 @@ from psa_store.job.average import Average
 from psa_store.job.config import CREATOR_NODE, RUN_NODE, JobConfig, commit_every_default
 from psa_store.job.layout import Layout, Shard, describe_difference, layout_from_json
 from psa_store.job.mode import SYNC, Mode, parse_mode
+from psa_store.logs import Waits
 from psa_store.storage import RedisStore, ShardState
 from psa_store.storage.sections import PARAM
 
@@ -61,6 +62,7 @@ def join_or_create(
     member: str,
     store: RedisStore,
     coordination: Coordination,
+    waits: Waits,
 ) -> JobConfig:
     """Return the facts of the job, having created it if it did not exist.
 
@@ -70,7 +72,7 @@ def join_or_create(
         DataIntegrity: Redis has lost the job.
         DependencyUnreachable: Redis or ZooKeeper does not answer.
     """
-    _await_our_run(wanted.name, settings, coordination)
+    _await_our_run(wanted.name, settings, coordination, waits)
     log = logs.get_logger()
     while True:
         known = coordination.read_config() is not None  # before Redis is asked: its documents are written first
@@ -78,6 +80,7 @@ def join_or_create(
         if stored is None and known and not settings.restore:
             stored = await_servers(wanted.name, settings, store)
         if stored is not None:
+            waits.over("job")
             # Of the two that keep the configuration one may be damaged; that is written again here.
             config = _agree(wanted, layout, settings, newest_config(store, coordination, wanted.name), stored[1])
             coordination.create_config(config)
@@ -91,11 +94,12 @@ def join_or_create(
                 # We slept past our session, and another has taken our place: the job is there, or will be.
                 log.warning("another process creates the job", job=wanted.name, why=str(error))
             except JobBusy as error:
-                log.info("another process restores the job", job=wanted.name, why=str(error))
+                waits.on("job", f"servers to write job {wanted.name!r} again", str(error))
                 time.sleep(_POLL_S)
             finally:
                 coordination.release(CREATOR_NODE)
         else:
+            waits.on("job", f"{holder} to create job {wanted.name!r}")
             time.sleep(_POLL_S)  # its session ends with its process, so this wait ends too
 
 
@@ -161,7 +165,7 @@ def _agree(wanted: Wanted, layout: Layout, settings: Settings, stored: JobConfig
     return stored
 
 
-def _await_our_run(job: str, settings: Settings, coordination: Coordination) -> None:
+def _await_our_run(job: str, settings: Settings, coordination: Coordination, waits: Waits) -> None:
     """Under `psa run`, wait until our supervisor holds the job: a second run of it must not mix with the first."""
     if settings.run is None:
         return
@@ -169,7 +173,9 @@ def _await_our_run(job: str, settings: Settings, coordination: Coordination) -> 
     while True:
         holder = coordination.holder(RUN_NODE)
         if holder is not None and holder.startswith(settings.run):
+            waits.over("run")
             return
         if time.monotonic() > deadline_s:
             raise JobBusy(f"job {job!r} is held by another run ({holder or 'none yet'})")
+        waits.on("run", f"our `psa run` to hold job {job!r}", f"another one holds it: {holder}" if holder else "")
         time.sleep(_POLL_S)

@@ -25,6 +25,8 @@ from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected,
 from psa_store.job.change import Change
 from psa_store.job.document import Damaged
 from psa_store.job.position import DataRecord, Reading, begin
+from psa_store.logs import Waits
+from psa_store.observe.formatting import names
 from psa_store.storage import RedisStore
 from psa_store.wire import Door, inspect
 from psa_store.worker.membership import Membership
@@ -52,10 +54,12 @@ class DataPosition:
         session_timeout_s: float,
         changes: Callable[[], Sequence[Change]],
         door: Door,
+        waits: Waits,
     ) -> None:
         self._job = job
         self._changes = changes
         self._door = door
+        self._waits = waits
         self._stored = store.data_record(job)
         self._coordination = coordination
         self._membership = membership
@@ -106,7 +110,7 @@ class DataPosition:
             record.following(self._changes()).as_set(self._job, reading)
 
     def _agree(self, said: Reading, changed_data: bool) -> DataRecord:
-        deadline_s, waits = time.monotonic() + self._patience_s, False
+        deadline_s = time.monotonic() + self._patience_s
         while True:
             seen, record = self._stored.look()
             if isinstance(record, Damaged) and self._record is None and time.monotonic() < deadline_s:
@@ -127,11 +131,11 @@ class DataPosition:
                 if not changed_data:
                     record.check_data(self._job, reading)
                 if others and time.monotonic() < deadline_s:
-                    if not waits:
-                        self._log.info("waiting for workers to be gone that read other batches", workers=sorted(others))
-                    waits = True
+                    what = f"workers that read other batches to be gone: {names(sorted(others))}"
+                    self._waits.on("data", what, say_after_s=0.0)
                     time.sleep(_POLL_S)
                     continue
+                self._waits.over("data")
                 if others:
                     self._refuse(record.reading, reading, sorted(others)[0])
                 step = self._first_untouched()
@@ -164,6 +168,8 @@ class DataPosition:
                 steps = [report.untouched for report in reports if report.term == plan.term]
                 known = [step for step in steps if step is not None]
                 if len(known) == len(owners):
+                    self._waits.over("data")
                     return max(known)
+            self._waits.on("data", "servers to say which step is the first that has no gradient yet")
             time.sleep(_POLL_S)
         raise DependencyUnreachable(f"job {self._job!r}: its servers do not say where it stands: see `psa status`")

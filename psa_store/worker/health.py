@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psa_store.cluster import Cell
 from psa_store.errors import UsageError
+from psa_store.logs import Waits
 from psa_store.observe import Activity
 from psa_store.observe.health import COMPUTING, WAITING
 from psa_store.observe.heartbeat import Reported, finite
@@ -20,11 +21,16 @@ from psa_store.wire import Traffic
 from psa_store.worker.batches import RankStep
 from psa_store.worker.membership import Membership
 
+SERVERS = "servers"
+"""Where the wait of the script's thread for servers is noted; it is over when a step begins."""
+
 
 @dataclass(slots=True)
 class Progress:
     """What the script has done. Its thread alone writes; any thread reads."""
 
+    waits: Waits = field(default_factory=Waits)
+    """What this worker waits for, of all its threads."""
     stage: str = ""
     since_s: float | None = None
     """When the present stage began."""
@@ -82,6 +88,13 @@ class Progress:
             else:
                 self.wait_s += passed_s
         self.since_s, self.stage = now_s, stage
+        if stage == COMPUTING:
+            self.waits.over(SERVERS)
+
+    @property
+    def step_s(self) -> float:
+        """How long a step takes with what it waits, in the mean; 0 if that is not known."""
+        return (self.compute_s + self.wait_s) / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +155,7 @@ class WorkerHealth:
             cells=standing.cells if stages > 1 else (),
             waits_for=awaited,
             waits_s=round(time.monotonic() - since_s, 3) if awaited and since_s is not None else None,
+            held_up=progress.waits.longest(),
             reported=reported,
         )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
-import time
 from dataclasses import dataclass, replace
 
 from psa_store import logs
@@ -14,11 +12,11 @@ from psa_store.coordination import Coordination
 from psa_store.coordination.identity import new_member_id
 from psa_store.errors import DependencyUnreachable, Disconnected, PsaError
 from psa_store.job.document import Damaged
+from psa_store.logs import Waits
 from psa_store.wire import Mailbox, host_identity
 
 _LOOK_AGAIN_S = 5.0
 _RETRY_S = 0.1
-_SAY_WAITING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +45,13 @@ class Membership:
         coordination: Coordination,
         woken: threading.Event,
         mailbox: Mailbox[None],
+        waits: Waits,
     ) -> None:
         self._shape = shape
         self._coordination = coordination
         self._woken = woken
         self._mailbox = mailbox
+        self._waits = waits
         self._log = logs.get_logger()
         self._generation = coordination.session_generation()
         self._closing = False
@@ -75,13 +75,14 @@ class Membership:
         self._thread.join()
 
     def _run(self) -> None:
-        pause_s, say_at_s = 0.0, time.monotonic() + _SAY_WAITING_S
+        pause_s = 0.0
         while not self._closing:
             try:
                 standing = self._look()
                 pause_s = _LOOK_AGAIN_S
+                self._waits.over("zookeeper")
             except DependencyUnreachable as error:
-                self._log.debug("going on with the last known plan", why=str(error))
+                self._waits.on("zookeeper", "ZooKeeper; until then the last known plan holds", str(error))
                 standing, pause_s = self.standing, _RETRY_S
             except PsaError as error:
                 standing = replace(self.standing, failure=error)
@@ -91,10 +92,9 @@ class Membership:
             if standing.failure is not None:
                 return
             if standing.plan is not None and standing.plan.owners:
-                say_at_s = math.inf
-            elif time.monotonic() >= say_at_s:
-                say_at_s += _SAY_WAITING_S
-                self._log.info("waiting for a server of the job: `psa server --job NAME` starts one")
+                self._waits.over("plan")
+            else:
+                self._waits.on("plan", "a server of the job", "`psa server --job NAME` starts one")
             self._woken.wait(pause_s)
             self._woken.clear()
 

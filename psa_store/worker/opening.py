@@ -102,7 +102,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
     woken = threading.Event()
     store = stack.enter_context(closing(RedisStore.from_settings(settings)))
     coordination = stack.enter_context(closing(Coordination.from_settings(settings, job, wake=woken.set)))
-    servers = stack.enter_context(closing(ServerConnections(given.layout, mailbox, door)))
+    servers = stack.enter_context(closing(ServerConnections(given.layout, mailbox, door, progress.waits)))
     if given.state is not None:
         stack.callback(given.state.close)
     # Closed before the connections are: servers leave alone what a worker reads until it is gone.
@@ -114,7 +114,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
     coordination.start()
     if settings.supervisor is not None:
         announce(settings.supervisor, {"event": "job", "job": job, "member": member})
-    config = join_or_create(given.wanted, model, given.layout, settings, member, store, coordination)
+    config = join_or_create(given.wanted, model, given.layout, settings, member, store, coordination, progress.waits)
     if given.state is not None and not config.keeps_script_state:
         raise UsageError(
             f"psa.Worker(state=) goes with mode sync, without backup and speculate, not with {config.mode}: there is "
@@ -131,7 +131,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
         return newest_config(store, coordination, job)
 
     shape = JobShape(len(given.layout.shards), config.ranks, config.stages)
-    membership = stack.enter_context(closing(Membership(member, shape, coordination, woken, mailbox)))
+    membership = stack.enter_context(closing(Membership(member, shape, coordination, woken, mailbox, progress.waits)))
     strategy = strategy_of(
         Tools(
             config=config,
@@ -177,6 +177,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
             settings.session_timeout_s,
             lambda: strategy.session.changes,
             door,
+            progress.waits,
         ),
         AverageInModel(config, given.layout, model, membership, store, door),
         partial(change_job, store, coordination, job),

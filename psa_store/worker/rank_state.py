@@ -17,6 +17,7 @@ from psa_store.consistency import push_brings_rank_state
 from psa_store.errors import Refused
 from psa_store.job.dtypes import ITEM_BYTES
 from psa_store.job.layout import Shard, TensorRole
+from psa_store.observe.formatting import numbered
 from psa_store.optim.rank_state import COUNT_BYTES, RankState, rank_state_of
 from psa_store.optim.tensors import name_of, to_torch
 from psa_store.worker.server_connections import Answer
@@ -104,7 +105,11 @@ class RankStates:
             for rank, shard in self._expected:
                 self._servers.pull_state(shard, version, rank)
 
-        return self._session.ask(send, lambda: not self._expected, self._session.term_is_over)
+        def what() -> str:
+            late = numbered("rank", sorted({rank for rank, _ in self._expected}))
+            return f"servers to bring the state of {late} at version {version}"
+
+        return self._session.ask(send, lambda: not self._expected, self._session.term_is_over, what)
 
     def take(self, answer: Answer) -> None:
         """STATE has come: of no length where a rank has no state yet."""

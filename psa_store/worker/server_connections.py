@@ -18,6 +18,7 @@ from psa_store import logs
 from psa_store.cluster import Cell, Cut, Plan, Server
 from psa_store.errors import Disconnected, Refused, Unproved
 from psa_store.job.layout import Layout
+from psa_store.logs import Waits
 from psa_store.optim.note import PLAIN, GradientNote, to_marks
 from psa_store.wire import (
     Connection,
@@ -76,14 +77,15 @@ class ServerConnections:
     place: Callable[[Header], memoryview]
     """Names the memory for PARAMS."""
 
-    def __init__(self, layout: Layout, mailbox: Mailbox[None], door: Door) -> None:
+    def __init__(self, layout: Layout, mailbox: Mailbox[None], door: Door, waits: Waits) -> None:
         self.traffic = Traffic()
         self.carries = CarryPool()
         self._layout = layout
         self._mailbox = mailbox
         self._door = door
         self._share = False
-        self._key_watch = KeyWatch()
+        self._key_watch = KeyWatch(waits)
+        self._waits = waits
         self._plan: Plan
         self._owners: list[str] = []
         """By shard, the server that owns it."""
@@ -127,12 +129,14 @@ class ServerConnections:
                 return False
             except Disconnected as error:
                 self._key_watch.unreachable()
-                self._log.debug("server not reachable yet", server=server.id, why=str(error))
+                what = f"server {server.id} at {server.address} to be reached"
+                self._waits.on("connect", what, str(error))
                 time.sleep(_CONNECT_AGAIN_S)  # bounded pause; the plan is looked at again after it
                 return False
             self._key_watch.proved()
             self._watch(server.id)
             self._send(server.id, Header(Kind.HELLO, length=len(hello)), hello)
+        self._waits.over("connect")
         return True
 
     def push(

@@ -27,14 +27,18 @@ from psa_store.job.change import steps_set
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
+from psa_store.logs.waits import SAY_AFTER_S
+from psa_store.observe.formatting import count, names
 from psa_store.optim.history import of_ranks
 from psa_store.testing import failpoints
 from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Kind
-from psa_store.worker.health import Progress
+from psa_store.worker.health import SERVERS, Progress
 from psa_store.worker.membership import Membership, Standing
 from psa_store.worker.server_connections import Answer, ServerConnections, is_about_plan
 
+_USUAL = 2.0
+"""One may wait so many times what a step takes until it is said for what."""
 WAIT_S = 0.5
 """How long one wait lasts at most before everything is looked at again; nothing depends on it but signals."""
 
@@ -84,6 +88,10 @@ class Follower(Protocol):
     def place(self, header: Header, shard: Shard) -> memoryview:
         """Name the memory for a shard that comes by value."""
 
+    @property
+    def awaited(self) -> str:
+        """What it waits for in its steps, for people; empty if for nothing. Asked only when that lasts."""
+
 
 class PlanSession:
     """One worker's standing with the servers of the plan."""
@@ -112,6 +120,10 @@ class PlanSession:
         self._needed = (0, 0)
         """Term and revision of the newest plan that is known to be there. Revisions are counted anew when ZooKeeper has
         lost the plan; terms only grow."""
+        self._progress = tools.progress
+        self._waits = tools.progress.waits
+        self._asked: Callable[[], str] | None = None
+        """What is waited for outside of steps, for people."""
         self._durable: set[str] = set()
         self._confirmed: set[str] = set()
         """Servers that have answered since :meth:`confirm` asked them."""
@@ -154,7 +166,8 @@ class PlanSession:
             try:
                 self._take_changes(self._read_config())
             except DependencyUnreachable as error:
-                self._log.warning("waiting for a dependency", error=str(error))
+                what = "Redis and ZooKeeper, to know the job as it is now"
+                self._waits.on(SERVERS, what, str(error), say_after_s=0.0)
                 return False
             if not (self._servers.connect(self._job, standing.member) and self._follower.load(plan)):
                 return False
@@ -225,6 +238,8 @@ class PlanSession:
         except Disconnected as error:
             self.lose(str(error))
             return False
+        if not answers and timeout_s:
+            self._note_wait()
         for answer in answers:
             kind = answer.header.kind
             if kind is Kind.DURABLE:
@@ -238,6 +253,19 @@ class PlanSession:
         if self._membership.standing is not self._standing:
             self.stands = False
         return True
+
+    def _note_wait(self) -> None:
+        """Nothing has come: what is waited for?"""
+        if self._asked is not None:
+            what = self._asked()
+        elif self.stands:
+            what = self._follower.awaited
+        else:
+            return  # for a plan, or for a connection: said where that is tried
+        if what:
+            self._waits.on(SERVERS, what, say_after_s=max(SAY_AFTER_S, _USUAL * self._progress.step_s))
+        else:
+            self._waits.over(SERVERS)
 
     def _refused(self, answer: Answer) -> None:
         if not is_about_plan(answer.header.reason):
@@ -253,16 +281,26 @@ class PlanSession:
         self._membership.refresh()
         self.stands = False
 
-    def ask(self, send: Callable[[], None], done: Callable[[], bool], over: Callable[[], bool]) -> bool:
-        """Send a question and listen until it is answered; False if it is over before, or a server is gone."""
-        send()
-        while not done():
-            if over():
-                self.look()  # or the caller, which still stands, would ask again at once, and again
-                return False
-            if not self.wait():
-                return False
-        return True
+    def ask(
+        self, send: Callable[[], None], done: Callable[[], bool], over: Callable[[], bool], what: Callable[[], str]
+    ) -> bool:
+        """Send a question and listen until it is answered; False if it is over before, or a server is gone.
+
+        ``what``: that is waited for, for people.
+        """
+        self._asked = what
+        try:
+            send()
+            while not done():
+                if over():
+                    self.look()  # or the caller, which still stands, would ask again at once, and again
+                    return False
+                if not self.wait():
+                    return False
+            return True
+        finally:
+            self._asked = None
+            self._waits.over(SERVERS)
 
     def confirm(self) -> bool:
         """Have all servers take, or refuse, what was sent to them so far: each answers something then; False if the
@@ -270,7 +308,10 @@ class PlanSession:
         servers = {server.id for server in self.plan.servers}
         self._confirmed.clear()
         return self.ask(
-            lambda: self._servers.ask_clocks(servers), lambda: self._confirmed >= servers, self.term_is_over
+            lambda: self._servers.ask_clocks(servers),
+            lambda: self._confirmed >= servers,
+            self.term_is_over,
+            lambda: f"{names(sorted(servers - self._confirmed))} to confirm what was sent",
         )
 
     def pull(self, shards: Sequence[Shard], version: int, over: Callable[[], bool]) -> bool:
@@ -284,7 +325,11 @@ class PlanSession:
             for shard in missing():
                 self._servers.pull(shard, wanted[shard])
 
-        if not self.ask(send, lambda: not missing(), over):
+        def what() -> str:
+            late = missing()
+            return f"version {version} of {count(len(late), 'shard')} from {self._owners_of(late)}"
+
+        if not self.ask(send, lambda: not missing(), over, what):
             return False
         self._frozen_missing = ()
         return True
@@ -308,7 +353,11 @@ class PlanSession:
             lambda: self._servers.finish(wanted, version),
             lambda: self._durable >= wanted,
             self.plan_is_over,
+            lambda: f"{names(sorted(wanted - self._durable))} to make version {version} durable",
         )
+
+    def _owners_of(self, shards: Iterable[int]) -> str:
+        return names(dict.fromkeys(self.plan.owner_of(shard).id for shard in shards))
 
     def _place(self, header: Header) -> memoryview:
         if header.shard >= len(self._layout.shards):

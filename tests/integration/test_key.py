@@ -113,7 +113,7 @@ def test_a_worker_with_another_key_says_so_and_ends(site: Site, scene: Scene) ->
     env = {"PSA_KEY": "another key that is", "PSA_RANKS": "2"}
     script = [str(Path(__file__).parents[2] / "chaos" / "train.py"), "--job", JOB, *STEPS, "--total", "1000"]
     stranger = site.psa("worker", *script, env=env)
-    stranger.wait_for_line(lambda line: "a server is not connected to" in line and "PSA_KEY" in line)
+    stranger.wait_for_line(lambda line: "to prove the key" in line and "PSA_KEY" in line)
     assert stranger.finish() == 2, stranger.output
     assert stranger.lines[-1].startswith("psa: server ") and "PSA_KEY" in stranger.lines[-1]
     scene.check_that_training_goes_on()

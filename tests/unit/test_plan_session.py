@@ -10,6 +10,7 @@ from psa_store.job.config import JobConfig
 from psa_store.optim import SGD
 from psa_store.testing.journal import Journal
 from psa_store.wire import Header, Kind, Reason
+from psa_store.worker.health import Progress
 from psa_store.worker.membership import Standing
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import Follower, PlanSession, Tools
@@ -43,9 +44,15 @@ class Scene:
             membership=self.membership,
             model=SimpleNamespace(hide=lambda: None),
             journal=Journal(None, "worker", "w"),
+            progress=Progress(),
         )
         follower = SimpleNamespace(
-            load=lambda plan: True, replanned=lambda: None, lost=lambda: None, refused=lambda header: None, place=None
+            load=lambda plan: True,
+            replanned=lambda: None,
+            lost=lambda: None,
+            refused=lambda header: None,
+            place=None,
+            awaited="",
         )
         self.session = PlanSession(cast(Tools, tools), cast(Follower, follower))
 

@@ -261,6 +261,7 @@ def _server(member: Member, shards: int, answer: ServerAnswer, plan: Plan | None
         resident_bytes=beat.heartbeat.resident_bytes if beat.heartbeat else None,
         heartbeat_age_s=beat.age_s,
         clock_ahead_s=beat.clock_ahead_s,
+        held_up=beat.heartbeat.held_up if beat.heartbeat else None,
     )
 
 
@@ -296,6 +297,7 @@ def _worker(member: Member, cells: tuple[Cell, ...], stages: int, beat: _Beat) -
         cells=cells if stages > 1 else (),
         waits_for=heartbeat.waits_for,
         waits_s=heartbeat.waits_s,
+        held_up=heartbeat.held_up,
         wait_s=metrics["wait_seconds"] / steps if steps and stages > 1 and "wait_seconds" in metrics else None,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from psa_store.cluster import Phase, ProcessRole
-from psa_store.observe.formatting import cells, count, host_name, milliseconds, numbered, size
+from psa_store.observe.formatting import cells, count, host_name, milliseconds, names, numbered, size
 from psa_store.observe.health import COMPUTING, WAITING
 from psa_store.observe.status.model import Finding, GoneMember, JobStatus, MemberStatus, Severity, WorkerStatus
 
@@ -23,7 +23,6 @@ REDIS_SLOW_S = 0.1
 ZOOKEEPER_SLOW_SHARE = 1 / 40
 """Of the session timeout, as for `psa doctor`."""
 CLOCK_SKEW_S = 3.0
-_NAMES_MAX = 4
 
 
 def diagnose(status: JobStatus) -> list[Finding]:
@@ -137,7 +136,11 @@ def _silent_workers(status: JobStatus) -> Iterator[Finding]:
             what = f"worker {worker.id} holds {_held(worker)}" if worker.ranks else "a standby worker"
             what += f", but its last heartbeat is {_age(worker)} old: it is paused or cut off"
             waiting = _waiting_for(worker, status)
-            what += f"; {_names(waiting)} {'waits' if len(waiting) == 1 else 'wait'} for it" if waiting else ""
+            what += (
+                f"; {names(each.id for each in waiting)} {'waits' if len(waiting) == 1 else 'wait'} for it"
+                if waiting
+                else ""
+            )
             yield _of_member(worker, Severity.SICK if worker.ranks else Severity.WARN, what)
 
 
@@ -152,7 +155,7 @@ def _idle_workers(status: JobStatus) -> Iterator[Finding]:
         step = "a step" if worker.step is None else f"step {worker.step}"
         what += f"{step} while {count(len(waiting), 'other')} wait"
         awaiting = _waiting_for(worker, status)
-        what += f", {_names(awaiting)} for it" if awaiting else ""
+        what += f", {names(each.id for each in awaiting)} for it" if awaiting else ""
         slow = _step_s(worker) > STEP_LONG_S
         what += f"; it takes {_step_s(worker):.0f} s for one, on average" if slow else ""
         yield _of_member(worker, Severity.WARN if slow else Severity.SICK, what)
@@ -170,6 +173,13 @@ def _all_wait(status: JobStatus) -> Iterator[Finding]:
         first = for_cells[0]
         what = f"all workers wait, {first.id} for {cells(first.waits_for)}, and no step is made"
         yield Finding(Severity.SICK, what, "", _watch(status))
+
+
+def _held_up(status: JobStatus) -> Iterator[Finding]:
+    for member in (*status.servers, *status.workers):
+        if member.held_up is not None and not _is_silent(member):
+            what = f"{member.id} has waited {member.held_up.lasts_s:.0f} s for {member.held_up}"
+            yield Finding(Severity.WARN, what, _where(member), _watch(status), member.id)
 
 
 def _unreadable(status: JobStatus) -> Iterator[Finding]:
@@ -224,6 +234,7 @@ _RULES: Sequence[Callable[[JobStatus], Iterator[Finding]]] = (
     _lag,
     _all_wait,
     _hand_over,
+    _held_up,
     _clocks,
     _unreadable,
 )
@@ -274,8 +285,3 @@ def _waiting_for(worker: WorkerStatus, status: JobStatus) -> list[WorkerStatus]:
 def _step_s(worker: WorkerStatus) -> float:
     """How long a step takes, in the mean; with stages what it waits belongs to it. 0 if that is not known."""
     return (worker.compute_s or 0.0) + (worker.wait_s or 0.0)
-
-
-def _names(members: Sequence[MemberStatus]) -> str:
-    shown = ", ".join(each.id for each in members[:_NAMES_MAX])
-    return shown if len(members) <= _NAMES_MAX else f"{shown} and {len(members) - _NAMES_MAX} more"

@@ -15,6 +15,7 @@ from typing import ClassVar
 from psa_store.cluster import Cell, Phase, ProcessRole
 from psa_store.job.change import Change
 from psa_store.job.document import ADDED_LATER
+from psa_store.logs import Wait
 from psa_store.observe.events import Event
 
 
@@ -62,6 +63,8 @@ class MemberStatus:
     heartbeat_age_s: float | None
     clock_ahead_s: float | None
     """Of its host's clock against ours; 0 if it is behind, which looks like an old heartbeat."""
+    held_up: Wait | None = field(default=None, metadata=ADDED_LATER, kw_only=True)
+    """What it waits for longer than is usual, with the cause if that is known, when it wrote its heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from psa_store.cluster import Plan
+from psa_store.cluster import NO_WORKER, Plan
 from psa_store.consistency import Arrivals, Push
 from psa_store.consistency.instructions import Applied, ApplyPushes, Copied, Event, Instruction, RankCut
 from psa_store.job.layout import TensorRole
@@ -62,6 +62,15 @@ class AsyncAggregator(Aggregator):
         payload = np.array([*self._arrivals.clocks(), *self._arrivals.committed_clocks], dtype="<i8").tobytes()
         header = Header(Kind.CLOCKS, self.plan.term, self.plan.revision, self.committed, length=len(payload))
         self._tools.connections.send(connection, header, payload)
+
+    @property
+    def missing(self) -> str:
+        clocks = self._arrivals.clocks()
+        if not clocks:
+            return ""
+        rank = clocks.index(min(clocks))
+        holder = self.plan.holder(rank)
+        return f"push {clocks[rank]} of rank {rank} from {holder if holder != NO_WORKER else 'a worker: it has none'}"
 
     def on_committed(self, message: Committed) -> None:
         super().on_committed(message)

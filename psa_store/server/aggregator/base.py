@@ -227,6 +227,11 @@ class Aggregator(ABC):
         return self._machine.stage.name.lower()
 
     @property
+    @abstractmethod
+    def missing(self) -> str:
+        """What the next version waits for, for people; empty if it is the own work. Asked only when that lasts."""
+
+    @property
     def stands_at(self) -> int | None:
         """The version at which all shards here stand still and whole; None if there is none."""
         return self._machine.stands_at

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from psa_store import logs
-from psa_store.cluster import Plan
+from psa_store.cluster import NO_WORKER, Cell, Plan
 from psa_store.consistency import Memory, SyncStep
 from psa_store.consistency.instructions import (
     Applied,
@@ -27,8 +27,10 @@ from psa_store.consistency.instructions import (
     Skip,
     TellNorms,
 )
+from psa_store.consistency.sync_step import Verdict
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, TensorRole
+from psa_store.observe.formatting import cells, names, numbered
 from psa_store.optim.history import OptimizerHistory
 from psa_store.optim.note import PLAIN, GradientNote
 from psa_store.optim.rank_state import rank_state_of
@@ -105,6 +107,24 @@ class SyncAggregator(Aggregator):
         payload = np.array([*self._step.clocks(ranks), *[self.committed] * ranks], dtype="<i8").tobytes()
         header = Header(Kind.CLOCKS, self.plan.term, self.plan.revision, self.committed, length=len(payload))
         self._tools.connections.send(connection, header, payload)
+
+    @property
+    def missing(self) -> str:
+        step, plan = f"step {self._step.version}", self.plan
+        missing = {
+            Cell(rank, stage)
+            for shard, ranks in self._step.missing.items()
+            for stage in self.owned_shards[shard].shard.stages
+            for rank in ranks
+        }
+        if missing:
+            return f"gradients of {step} from {_held_by(plan, missing)}"
+        if servers := sorted({plan.owner_of(shard).id for shard in self._step.untold}):
+            return f"norms of {step} from {names(servers)}"
+        readers = [client for client in self._tools.shared_parameters.clients.values() if client.reading is not None]
+        if readers and self._step.verdict() is Verdict.APPLY:
+            return f"{names(sorted(each.member for each in readers))} to read version {self.version} no more"
+        return ""
 
     # --- the life of a step
 
@@ -244,4 +264,16 @@ def _is_pushed(config: JobConfig, layout: Layout, shard: int, step: int) -> bool
     """Whether the ranks push this shard in this step: to be exchanged, or at least to bring the state of a rank."""
     return config.mode.exchanges(shard, step) or (
         config.rank_state_is_due(step + 1) and rank_state_of(config, layout.shards[shard]) is not None
+    )
+
+
+def _held_by(plan: Plan, missing: Iterable[Cell]) -> str:
+    """Cells, with the workers that are to compute them."""
+    by_worker: dict[str, list[Cell]] = {}
+    for cell in sorted(missing):
+        by_worker.setdefault(plan.holder(cell.rank, cell.stage), []).append(cell)
+    return names(
+        f"{cells(held) if plan.stages > 1 else numbered('rank', [cell.rank for cell in held])} "
+        f"({worker if worker != NO_WORKER else 'no worker has it'})"
+        for worker, held in by_worker.items()
     )

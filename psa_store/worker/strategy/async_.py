@@ -23,6 +23,7 @@ from psa_store.cluster import Plan
 from psa_store.consistency.worker_instructions import AskClocks, Compute, Finish, Listen
 from psa_store.consistency.worker_pushes import Bring, Drop, Forget, PushAgain, WorkerPushes
 from psa_store.job.layout import Shard, TensorRole
+from psa_store.observe.formatting import names
 from psa_store.optim.note import GradientNote
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Header, Kind
@@ -220,6 +221,7 @@ class AsyncStrategy:
             lambda: self._servers.ask_clocks(servers),
             lambda: self._pushes.all_told,
             self.session.term_is_over,
+            lambda: f"{names(sorted(servers))} to say which pushes they have",
         )
 
     def load(self, plan: Plan) -> bool:
@@ -258,6 +260,7 @@ class AsyncStrategy:
                 or self._must_cut  # a rank that others wait for may be waiting for this
                 or (len(held) > 1 and time.monotonic() > give_up_s)
             ),
+            lambda: f"parameters for step {step} of rank {rank} from {names(sorted(session.owners - self._brought))}",
         )
         if brought:
             self._flat_model.version_arrived()
@@ -271,6 +274,10 @@ class AsyncStrategy:
         self._flat_model.version_arrived()
         self.version = steps
         return True
+
+    @property
+    def awaited(self) -> str:
+        return f"{names(sorted(self.session.owners))} to make durable what was pushed" if self.session.held else ""
 
     def place(self, header: Header, shard: Shard) -> memoryview:
         return place_parameters(self._flat_model, header, shard)

@@ -7,10 +7,12 @@ backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from psa_store.errors import Refused
 from psa_store.job.layout import Shard
+from psa_store.observe.formatting import names
 from psa_store.wire import Flag, Header
 from psa_store.worker.batches import RankStep
 from psa_store.worker.flat_model import FlatModel
@@ -39,6 +41,11 @@ class Strategy(Protocol):
         Raises:
             NonFiniteGradient: the gradient holds NaN or Inf and the job refuses such.
         """
+
+
+def describe(awaits: tuple[int, Iterable[str]] | None) -> str:
+    """A version that is awaited, and the servers that have not brought it, for people; empty if there is none."""
+    return "" if awaits is None else f"version {awaits[0]} from {names(sorted(awaits[1]))}"
 
 
 def place_parameters(model: FlatModel, header: Header, shard: Shard) -> memoryview:

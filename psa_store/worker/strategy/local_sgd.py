@@ -37,6 +37,7 @@ from psa_store.worker.pushing import digest, record_pushed, refuse
 from psa_store.worker.rank_state import RankStates
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import PlanSession, Tools
+from psa_store.worker.strategy.base import describe
 from psa_store.worker.strategy.global_parameters import GlobalParameters
 from psa_store.worker.strategy.local_rank import LocalRank
 
@@ -255,6 +256,10 @@ class LocalSGDStrategy:
         return True
 
     # --- servers
+
+    @property
+    def awaited(self) -> str:
+        return describe(self._rounds.awaits)
 
     def place(self, header: Header, shard: Shard) -> memoryview:
         return self._parameters.place(header, shard)

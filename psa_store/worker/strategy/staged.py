@@ -23,7 +23,7 @@ from psa_store.consistency.residence import Residence
 from psa_store.consistency.worker_instructions import Await, Listen
 from psa_store.errors import UsageError
 from psa_store.job.layout import Shard, TensorRole
-from psa_store.observe.formatting import numbered
+from psa_store.observe.formatting import cells, names, numbered
 from psa_store.optim.note import PLAIN
 from psa_store.testing.failpoints import failpoint
 from psa_store.wire import Flag, Header, Kind
@@ -40,6 +40,7 @@ from psa_store.worker.session import PlanSession, Tools
 from psa_store.worker.stage_buffers import StageBuffers
 from psa_store.worker.stage_loading import StageLoading
 from psa_store.worker.stages import StagedModel
+from psa_store.worker.strategy.base import describe
 from psa_store.worker.strategy.cell_messages import CellMessages
 from psa_store.worker.strategy.step_loop import StepLoop
 
@@ -304,6 +305,14 @@ class StagedStrategy:
         self._step.refused(header.step, header.rank)
         if self._passes is not None and self._is_of_passes(header):
             self._passes_refused = True
+
+    @property
+    def awaited(self) -> str:
+        plan, others = self.session.plan, self._progress.awaited
+        if not others:
+            return describe(self._step.awaits)
+        holders = sorted({plan.holder(cell.rank, cell.stage) or "no worker" for cell in others})
+        return f"what {cells(others)} must send first ({names(holders)})"
 
     def place(self, header: Header, shard: Shard) -> memoryview:
         return self._model.place(shard)

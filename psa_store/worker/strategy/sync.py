@@ -21,7 +21,7 @@ from psa_store.worker.pushing import GradientPush, refuse
 from psa_store.worker.residuals import Residuals
 from psa_store.worker.server_connections import Answer
 from psa_store.worker.session import WAIT_S, PlanSession, Tools
-from psa_store.worker.strategy.base import place_parameters
+from psa_store.worker.strategy.base import describe, place_parameters
 from psa_store.worker.strategy.step_loop import StepLoop
 
 _PATIENCE = 0.5
@@ -135,6 +135,10 @@ class SyncStrategy:
 
     def refused(self, header: Header) -> None:
         self._step.refused(header.step, header.rank)
+
+    @property
+    def awaited(self) -> str:
+        return describe(self._step.awaits)
 
     def place(self, header: Header, shard: Shard) -> memoryview:
         self._step.overwritten()
