@@ -266,12 +266,9 @@ def _server(member: Member, shards: int, answer: ServerAnswer, plan: Plan | None
 
 
 def _is_awaited(member: Member, plan: Plan) -> bool:
-    match plan.phase:
-        case Phase.FREEZE:
-            return member.frozen_revision != plan.freeze_revision
-        case Phase.STOP:
-            return member.stopped_version != plan.stop_version
-    return False
+    if plan.phase is Phase.FREEZE:
+        return member.frozen_revision != plan.freeze_revision
+    return plan.phase is Phase.STOP and member.stopped_version != plan.stop_version
 
 
 def _worker(member: Member, cells: tuple[Cell, ...], stages: int, beat: _Beat) -> WorkerStatus:
