@@ -185,6 +185,21 @@ def test_damage_is_named(store: RedisStore, raw: redis.Redis) -> None:
         read(store, manifest)
 
 
+def test_damage_is_found_in_every_chunk_of_every_section(store: RedisStore, raw: redis.Redis) -> None:
+    size = CHUNK_BYTES + 4
+    store.seal(JOB, [0], 1, LAYOUT)
+    manifest = commit(store, 1, size=size)
+    chunks = [(section, index) for section in ("param", "momentum") for index in (0, 1)]
+    for (section, index), key in zip(chunks, manifest.chunk_keys(JOB, 0), strict=True):
+        last = raw.strlen(key) - 1
+        stored = raw.getrange(key, last, last)
+        raw.setrange(key, last, bytes([stored[0] ^ 1]))
+        with pytest.raises(DataIntegrity, match=f"section {section}, chunk {index}: damaged"):
+            read(store, manifest, size)
+        raw.setrange(key, last, stored)
+    read(store, manifest, size)
+
+
 def test_flushed_functions_are_loaded_again(store: RedisStore, raw: redis.Redis) -> None:
     store.seal(JOB, [0], 1, LAYOUT)
     raw.function_flush()
@@ -213,6 +228,25 @@ def test_a_flip_without_an_answer_in_time_is_looked_up(
             os.kill(server.pid, signal.SIGCONT)
             wake.join()
         assert store.heads(JOB, [0])[0].manifests == (manifest,)
+    assert_no_garbage(store, raw)
+
+
+def test_a_version_committed_again_is_not_taken_for_the_one_that_was_there(
+    store: RedisStore, raw: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its flip was decided on a head that has changed: what is found there, under the same version, is another's."""
+    store.seal(JOB, [0], 1, LAYOUT)
+    first = commit(store, 1)
+    stale = store.heads(JOB, [0])
+    store.pin(JOB, [0], 1, "meanwhile")
+    heads, answers = store.heads, [stale]
+    monkeypatch.setattr(store, "heads", lambda job, shards: answers.pop() if answers else heads(job, shards))
+    again = commit(store, 1, expect=1)
+    (head,) = store.heads(JOB, [0])
+    assert (
+        not answers and again.nonce != first.nonce and head.manifests == (again,) and head.pins == {"meanwhile": first}
+    )
+    read(store, again)
     assert_no_garbage(store, raw)
 
 
