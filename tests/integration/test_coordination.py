@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chaos.proxy import Proxy as SlowLink
 from psa_store.cluster import JobShape, Member, Plan, ProcessRole
 from psa_store.coordination import CheckpointRequest, Coordination, StoredPlan, as_access
 from psa_store.coordination.session import SessionState
@@ -604,6 +605,19 @@ def test_the_lease_runs_out_while_zookeeper_is_silent_and_comes_back(enter: Ente
         assert time.monotonic() - began_s < SESSION_S
     eventually(lambda: process.door.lease_left_s() > 0)
     assert process.door.session_generation() == 0
+
+
+def test_the_lease_counts_from_the_sending_of_a_heartbeat(enter: Enter, zookeeper: PrivateZooKeeper) -> None:
+    """However long its answer takes: ZooKeeper may have counted from the moment at which it was sent."""
+    way_s = 0.6
+    with contextlib.closing(SlowLink(zookeeper.addresses[0])) as link:
+        door = enter(zookeeper.hosts_at([("127.0.0.1", link.port)])).door
+        door.join(SERVER, member("s"))
+        link.delay(way_s)
+        for _ in range(3):  # from the second one on it was sent over the slow link
+            seen_s = door.lease.until_s
+            eventually(partial(lambda seen_s: door.lease.until_s != seen_s, seen_s))
+        assert door.lease_left_s() <= door.session_timeout_s * 2 / 3 - 2 * way_s
 
 
 def test_a_call_during_an_outage_ends_in_time(enter: Enter, zookeeper: PrivateZooKeeper) -> None:

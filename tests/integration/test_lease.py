@@ -35,14 +35,11 @@ def test_a_server_that_zookeeper_does_not_hear_answers_no_read(site: Site) -> No
         with look(site, job) as scene:
             peer, shard = scene.peer("tcp"), scene.shard(TensorRole.TRAINED).index
             peer.hello(by_reference=False)
-            newest = read(peer, shard)
-            assert newest is not None
+            assert read(peer, shard) is not None
             peer.sock.settimeout(ANSWER_S)
             proxy.stall()
             stalled_s = asked_s = time.monotonic()
-            while (found := read(peer, shard)) is not None:
+            while read(peer, shard) is not None:
                 assert asked_s < stalled_s + SESSION_S, "its session may be over, and it answers"
-                newest, asked_s = found, time.monotonic()
-        proxy.pass_all()
-        run.wait_for_step(newest + 10)
+                asked_s = time.monotonic()
         run.kill()

@@ -27,6 +27,7 @@ def make(
     numel: int = 5000,
     role: TensorRole = TensorRole.TRAINED,
     compression: Compression = NONE,
+    clocks: int = 0,
 ) -> tuple[OwnedShard, Layout]:
     layout = make_layout([TensorSpec(("w",), (numel - 7,), dtype, role), TensorSpec(("b",), (7,), dtype, role)])
     owned = OwnedShard(
@@ -35,6 +36,7 @@ def make(
         WireLayout(layout, compression),
         optim.SGD(lr=0.5),
         SharedMemory.create("test", layout.arena_bytes),
+        clocks,
     )
     owned.loaded(Manifest(0, 1, "", (), {}))
     return owned, layout
@@ -109,6 +111,16 @@ def test_a_snapshot_does_not_follow_the_next_step() -> None:
     arrays, scalars = owned.snapshot()
     assert bytes(arrays["param"][1]) == before != bytes(as_bytes(owned.param))
     assert scalars == {"opt_step": 0} and owned.opt_step == 1
+
+
+def test_the_clocks_of_a_snapshot_are_those_of_its_parameters() -> None:
+    """Committed with later clocks, the pushes in between would be lost with the server."""
+    owned, _ = make(clocks=2)
+    owned.take_snapshot()
+    owned.take_gradient(1, torch.ones_like(owned.param))
+    owned.apply_one(1, make_scratch(), step=0, finite=True)
+    _, scalars = owned.snapshot()
+    assert owned.clocks == [0, 1] and scalars == {"opt_step": 0, "clock.0": 0, "clock.1": 0}
 
 
 def test_buffers_are_taken_over() -> None:

@@ -54,6 +54,15 @@ def test_a_rank_waits_when_its_window_is_full_until_its_pushes_are_durable() -> 
     assert pushes.next() == Bring(0, 2)
 
 
+def test_a_push_is_kept_while_one_server_has_committed_the_version_without_it() -> None:
+    """Shards of one version may hold the pushes of different ranks."""
+    pushes = begun([0])
+    push(pushes, 0, 0)
+    assert pushes.told("s1", 1, [1, 1, 0], [1, 0, 0]) == []
+    assert pushes.told("s2", 1, [1, 1, 0], [0, 1, 0]) == []
+    assert tell(pushes, 2, [1, 1, 0], [1, 1, 0]) == [Drop(0, 0, durable=True)]
+
+
 def test_what_servers_lack_at_the_beginning_of_a_term_is_pushed_again_in_order() -> None:
     pushes = begun([0])
     for step in range(3):
