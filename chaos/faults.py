@@ -75,7 +75,9 @@ def _data_faults() -> list[FaultKind]:
     return [
         FaultKind("wipe-redis", "FLUSHALL while the job runs", loses_data=True),
         FaultKind("wipe-zookeeper", "all ZooKeeper nodes lose their data and come back empty", _OUTAGE_S),
-        FaultKind("damage-value", "a bit of a stored chunk flips, then all servers die", loses_data=True),
+        FaultKind(
+            "damage-value", "a bit of a stored chunk flips, then all servers die", numbers=(0, 1 << 20), loses_data=True
+        ),
         FaultKind("flush-functions", "FUNCTION FLUSH"),
         FaultKind("redis-memory-limit", "Redis is at its memory limit", _OUTAGE_S),
         FaultKind("redis-disk-full", "the disk under Redis is full", (0.5, 5.0)),

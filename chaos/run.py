@@ -151,7 +151,7 @@ class _Runner:
         return self._code
 
     def _announce(self, fault: ScheduledFault, detail: str) -> None:
-        self._journal.record("fault", id=fault.id, kind=fault.kind, target="", detail=detail)
+        self._journal.record("fault", id=fault.id, kind=fault.kind, target="", detail=detail, for_s=fault.for_s)
 
     def _inject(self, fault: ScheduledFault) -> None:
         with inject(self._context, fault) as evidence:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chaos.check import bits, durability, exactly_once, fencing, fired, observed, trends
+from chaos.check import bits, durability, exactly_once, fencing, fired, lease, observed, trends
 from chaos.check.recovery import Recovery, Steps, goodput, recoveries, steps_of
 from chaos.check.violation import Violation
 from chaos.history import History, Reference
@@ -14,6 +14,7 @@ CHECKS = {
     "bits": bits.check,
     "fencing": fencing.check,
     "durability": durability.check,
+    "lease": lease.check,
     "fired": fired.check,
     "observed": observed.check,
     "trends": trends.check,

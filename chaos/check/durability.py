@@ -9,10 +9,11 @@ on.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 from chaos.check.lineage import Term, terms
 from chaos.check.violation import Violation
-from chaos.history import History, Reference
+from chaos.history import Event, History, Reference
 
 _NAME = "durability"
 
@@ -43,6 +44,37 @@ def check(history: History, _reference: Reference) -> list[Violation]:
         if not any(e.t <= event.t for e in (*committed, *begun)):
             text = f"{event.name} told a worker that {event['version']} is durable before it was"
             violations.append(Violation(_NAME, text, event.t))
+    return [*violations, *_not_replaced(history)]
+
+
+def _not_replaced(history: History) -> list[Violation]:
+    """A server said that its commit of a version is durable, but the head goes on naming an earlier one.
+
+    A head that was being read when the server said so counts for nothing: the next one was read afterwards.
+    """
+    said: dict[tuple[int, int, int], Event] = {}
+    read_since: Counter[tuple[int, int, int]] = Counter()
+    first_seen: dict[tuple[int, str], float] = {}
+    violations = []
+    for event in history.events:
+        if event.event == "committed":
+            for shard in event["nonces"]:
+                key = int(shard), event["version"], event["term"]
+                said[key] = event
+                read_since[key] = 0
+        elif event.event == "head":
+            shard = event["shard"]
+            for version, term, nonce in event["manifests"]:
+                seen = first_seen.setdefault((shard, nonce), event.t)
+                key = shard, version, term
+                claim = said.get(key)
+                if claim is None:
+                    continue
+                read_since[key] += 1
+                wanted = claim["nonces"][str(shard)]
+                if nonce != wanted and seen < claim.t and read_since[key] > 1:
+                    text = f"{claim.name} said that version {version} of shard {shard} is {wanted}, but it is {nonce}"
+                    violations.append(Violation(_NAME, text, event.t))
     return violations
 
 

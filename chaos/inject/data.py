@@ -82,8 +82,9 @@ def damage_value(context: Context, fault: ScheduledFault) -> Iterator[str]:
             manifest = head.manifest(-1 if version is None else version)
             if manifest is None:
                 continue
-            key = manifest.chunk_keys(job, head.shard)[0]
-            at = fault.number % manifest.sections[0].size_bytes
+            keys = manifest.chunk_keys(job, head.shard)
+            key = keys[fault.number % len(keys)]
+            at = fault.number // len(keys) % client.strlen(key)
             (byte,) = client.getrange(key, at, at)
             client.setrange(key, at, bytes([byte ^ 0x10]))
             killed = kill([each.pid for each in living(context, "server")])

@@ -17,6 +17,11 @@ BUGS = {
     "read_before_seal": "a controller reads the heads first, and seals later",
     "double_barrier": "members meet at Kazoo's DoubleBarrier",
     "ack_before_commit": "a version is said to be durable when its commit begins",
+    "first_digest_only": "only the first chunk that is loaded is compared with its digest",
+    "nonce_ignored": "a commit that came to nothing counts as done, if there is an earlier one of its version",
+    "no_lease": "a server goes on serving when ZooKeeper may have declared it dead",
+    "two_versions": "Redis keeps two versions of a shard",
+    "living_sealed_late": "a controller reads the heads of living servers first, and seals them later",
 }
 """The bugs that a job can be given; each is a module here with a function ``plant``."""
 

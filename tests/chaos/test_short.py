@@ -57,6 +57,11 @@ PLANTED: dict[str, tuple[str, ScheduledFault]] = {
     "no_dedup": ("push.middle", ScheduledFault(0, "die-push.middle", 1.0, 0.0, 0.0, 0)),
     "read_before_seal": ("commit.before_flip", ScheduledFault(0, "hang-commit.before_flip", 1.0, 5.5, 0.0, 0)),
     "ack_before_commit": ("commit.before_flip", ScheduledFault(0, "die-commit.before_flip", 1.0, 0.0, 0.0, 0)),
+    "first_digest_only": ("damage-value", ScheduledFault(0, "damage-value", 2.0, 0.0, 0.0, 1)),
+    "nonce_ignored": ("kill-worker", ScheduledFault(0, "kill-worker", 3.0, 0.0, 0.0, 0)),
+    "no_lease": ("kill-zk-quorum", ScheduledFault(0, "kill-zk-quorum", 1.0, 7.0, 0.0, 0)),
+    "two_versions": ("kill-all-servers", ScheduledFault(0, "kill-all-servers", 10.0, 0.0, 0.0, 0)),
+    "living_sealed_late": ("kill-controller", ScheduledFault(0, "kill-controller", 6.0, 0.0, 0.0, 0)),
 }
 """For each bug planted in training, the fault that brings it out; that of the barrier has a drill of its own."""
 PLAYED = ("no_fence", "no_dedup", "ack_before_commit")
@@ -156,6 +161,11 @@ CAUGHT_BY = {
     "no_dedup": {"exactly_once"},
     "read_before_seal": {"durability"},
     "ack_before_commit": {"durability"},
+    "first_digest_only": {"fired"},
+    "nonce_ignored": {"durability"},
+    "no_lease": {"lease"},
+    "two_versions": {"bits"},
+    "living_sealed_late": {"durability"},
 }
 """The check that must find the bug; another one might by chance."""
 

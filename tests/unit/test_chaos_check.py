@@ -36,8 +36,11 @@ class HistoryBuilder:
         self.t = 0.0
         self.cells = list(itertools.product(range(RANKS), range(stages)))
         self.stage_of = CUT if stages > 1 else dict.fromkeys(CUT, 0)
-        facts = {"name": "kill-server", "seed": 0, "steps": STEPS, "ranks": RANKS, "commit_every": COMMIT_EVERY}
-        self.record("harness", "0", "scenario", **facts, stages=stages, loses_redis=False, replay="psa …")
+        facts: dict[str, Any] = {"name": "kill-server", "seed": 0, "steps": STEPS, "ranks": RANKS}
+        facts["commit_every"] = COMMIT_EVERY
+        self.record(
+            "harness", "0", "scenario", **facts, stages=stages, loses_redis=False, session_timeout_s=4.0, replay="psa …"
+        )
 
     def shards_of(self, server: str, stage: int) -> int:
         """How many shards of a stage a server has."""
@@ -77,10 +80,11 @@ class HistoryBuilder:
             self.record("worker", f"w{rank}", "acked", term=term, version=step + 1)
         if (step + 1) % COMMIT_EVERY == 0:
             for server in SHARDS:
-                self.record("server", server, "committed", term=term, version=step + 1)
+                nonces = {str(shard): f"n{term}-{step + 1}" for shard in SHARDS[server]}
+                self.record("server", server, "committed", term=term, version=step + 1, nonces=nonces)
 
     def fault(self, kind: str = "kill-server", pause_s: float = 0.5) -> None:
-        self.record("harness", "0", "fault", id=0, kind=kind)
+        self.record("harness", "0", "fault", id=0, kind=kind, for_s=0.0)
         self.record("harness", "0", "fired", id=0, evidence="SIGKILL")
         self.record("harness", "0", "healed", id=0)
         self.record("harness", "0", "quiet")
@@ -338,6 +342,47 @@ def test_a_rollback_without_bound_is_seen() -> None:
     builder.term(2, 0, STEPS)
     builder.end()
     assert builder.broken() == {"durability"}
+
+
+def test_a_commit_that_is_said_to_be_done_and_is_not_is_seen(builder: HistoryBuilder) -> None:
+    """The head goes on naming an earlier commit of that version. One that was being read just then says nothing."""
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[30, 2, "n2-30"]])
+    builder.record("server", "s0", "committed", term=2, version=30, nonces={"0": "again"})
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[20, 2, "n2-20"], [30, 2, "n2-30"]])
+    assert builder.broken() == set()
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[30, 2, "again"]])
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[30, 2, "still newer"]])
+    assert builder.broken() == set()
+    builder.record("reader", "0", "head", shard=0, term=2, manifests=[[30, 2, "n2-30"]])
+    assert builder.broken() == {"durability"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "after_s", "broken"),
+    [
+        ("kill-zk-quorum", 3.9, set()),
+        ("kill-zk-quorum", 4.1, {"lease"}),
+        ("zk-stall", 5.9, {"lease"}),
+        ("kill-zk-quorum", 6.1, set()),
+        ("kill-zk-leader", 4.1, set()),
+    ],
+)
+def test_a_server_that_answers_when_its_session_may_be_over_is_seen(
+    kind: str, after_s: float, broken: set[str]
+) -> None:
+    builder = HistoryBuilder()
+    builder.term(1, 0, 27)
+    builder.record("harness", "0", "fault", id=0, kind=kind, for_s=6.0)
+    builder.record("harness", "0", "fired", id=0, evidence="SIGKILL")
+    builder.t += after_s
+    builder.step(1, 27)
+    builder.t += 6.0
+    builder.record("harness", "0", "healed", id=0)
+    builder.record("harness", "0", "quiet")
+    for step in range(28, STEPS):
+        builder.step(1, step)
+    builder.end()
+    assert builder.broken() == broken
 
 
 def test_durability_that_was_promised_too_early_is_seen(builder: HistoryBuilder) -> None:

@@ -175,7 +175,8 @@ class Aggregator(ABC):
         self._metrics["committed_time_seconds"] = time.time()
         self._metrics["commits"] += 1
         if self._recording:
-            self._tools.journal.record("committed", term=message.term, version=message.version)
+            nonces = {shard: manifest.nonce for shard, manifest in message.manifests.items()}
+            self._tools.journal.record("committed", term=message.term, version=message.version, nonces=nonces)
         if message.pinned is not None:
             self._tools.report(Pinned(message.term, message.pinned, message.version))
 
