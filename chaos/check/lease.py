@@ -1,7 +1,7 @@
 """No reads from a server that may be dead: once ZooKeeper has been away from all of them for a session, none answers.
 
-A server may believe in its place for as long as its session lasts that ZooKeeper has heard of last; then another may
-own its shards. So no worker is told of a version from one session after the beginning of such a fault until its end.
+A server may believe in its place for as long as ZooKeeper keeps its session; then another may own its shards. So no
+worker is told of a version from one session after the beginning of such a fault until its end.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Scene:
         until_s = time.monotonic() + PATIENCE_S
         while self.versions() != versions:
             assert time.monotonic() < until_s, self.versions()
-            time.sleep(0.02)  # Redis tells nobody
+            time.sleep(0.02)  # there is nothing to wait at
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_commit_that_its_term_does_not_outlive_leaves_what_the_next_one_began_
     scene.store.away = True
     scene.committer.submit(Work(1, 20, work.owned_shards, {}))
     while not scene.store.refused:
-        time.sleep(0.01)  # the thread of the committer tells nobody
+        time.sleep(0.01)  # there is nothing to wait at
     scene.term(2, 10)
     scene.store.away = False
     scene.lose()

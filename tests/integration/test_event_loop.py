@@ -172,7 +172,7 @@ def test_news_of_a_term_that_is_over_change_nothing(scene: Scene) -> None:
 
 
 def test_a_push_of_a_plan_that_is_yet_to_come_waits_for_it(scene: Scene) -> None:
-    """The worker heard of it first: there the rank is its own."""
+    """The worker has read it first: there the rank is its own."""
     revised = Plan(1, 2, RESUME, scene.plan.servers, scene.plan.owners, ("heir",))
     peer = scene.peer("heir")
     peer.say(Kind.PUSH, step=RESUME, revision=2, length=len(GRADIENT))

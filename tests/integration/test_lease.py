@@ -25,7 +25,7 @@ def read(peer: Peer, shard: int) -> int | None:
         return None
 
 
-def test_a_server_that_zookeeper_does_not_hear_answers_no_read(site: Site) -> None:
+def test_a_server_that_is_cut_off_from_zookeeper_answers_no_read(site: Site) -> None:
     job = "lease-of-a-server"
     (address,) = as_access(site.zookeeper).addresses
     with closing(Proxy(address)) as proxy:
