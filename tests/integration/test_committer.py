@@ -16,6 +16,7 @@ from psa_store.errors import DependencyUnreachable
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.wire_layout import WireLayout
+from psa_store.logs import Waits
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import SGD
 from psa_store.server.committer import Committer
@@ -53,7 +54,7 @@ class Scene:
         store.create_job(job, config.to_json(), LAYOUT.to_json())
         self.outcomes: queue.SimpleQueue[Committed | Lost] = queue.SimpleQueue()
         metrics = Metrics(ProcessRole.SERVER, "server")
-        self.committer = Committer(store, config, LAYOUT, self.outcomes.put, metrics, rests=False)
+        self.committer = Committer(store, config, LAYOUT, self.outcomes.put, metrics, Waits(), rests=False)
 
     def term(self, number: int, version: int) -> Work:
         """A term begins: Redis has its shards at this version."""

@@ -19,6 +19,7 @@ from psa_store.coordination import Lease
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.wire_layout import WireLayout
+from psa_store.logs import Waits
 from psa_store.observe.metrics import Metrics
 from psa_store.optim import SGD
 from psa_store.optim.history import OptimizerHistory
@@ -104,6 +105,7 @@ class Scene:
             report=self.reports.put,
             journal=Journal(None, "server", "server"),
             metrics=Metrics(ProcessRole.SERVER, "server"),
+            waits=Waits(),
             door=Door(name),
             limits=Limits.of(1024),
         )
