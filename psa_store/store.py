@@ -28,6 +28,9 @@ from psa_store.storage.sections import PARAM
 class Store:
     """A reader of one job. Thread-safe.
 
+    What it reads never goes back in time: after a failover that lost something, it waits for the servers of the job to
+    write that again, as long as PSA_CONNECT_TIMEOUT_S, and raises DependencyUnfit if they do not.
+
     Args:
         job: name of the job.
         redis: URL of Redis; None takes ``PSA_REDIS``, or the Redis of `psa up`.
@@ -39,7 +42,9 @@ class Store:
 
     def __init__(self, job: str, redis: str | None = None) -> None:
         settings = load_settings()
-        self._store = RedisStore(redis or known_redis(settings), timeout_s=settings.connect_timeout_s)
+        self._store = RedisStore(
+            redis or known_redis(settings), timeout_s=settings.connect_timeout_s, refuse_older=True
+        )
         try:
             self._stored = read_job(self._store, check_job_name(job))
         except PsaError:

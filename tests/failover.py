@@ -32,11 +32,16 @@ def eventually(found: Callable[[], Any]) -> Any:
     raise AssertionError("it did not come true")
 
 
-def replicated(folder: Path, replicas: int) -> list[PrivateRedis]:
-    """A master and its replicas, started and in step."""
+def replicated(folder: Path, replicas: int, link: Callable[[tuple[str, int]], int] | None = None) -> list[PrivateRedis]:
+    """A master and its replicas, started and in step.
+
+    ``link``: starts what the replicas reach the master by, and returns its port.
+    """
     options = {"requirepass": PASSWORD, "masterauth": PASSWORD, "repl-diskless-sync-delay": "0"}
     master = PrivateRedis(folder / "redis-0", options, tcp=True)
-    following = {**options, "replicaof": " ".join(map(str, master.address))}
+    master.start(120)
+    host, port = master.address
+    following = {**options, "replicaof": f"{host} {link(master.address) if link else port}"}
     servers = [master, *(PrivateRedis(folder / f"redis-{i + 1}", following, tcp=True) for i in range(replicas))]
     for server in servers:
         server.start(120)

@@ -208,7 +208,11 @@ def _redis(redis: RedisStatus) -> Text:
         return line.append(": does not answer", style="red")
     limit = f" of {size(redis.limit_bytes)}" if redis.limit_bytes else ""
     line.append(f": {milliseconds(redis.latency_s)}, {size(redis.used_bytes)}{limit}, ")
-    return line.append(f"persistence: {redis.persistence}, run {(redis.run_id or UNKNOWN)[:8]}")
+    line.append(f"persistence: {redis.persistence}, run {(redis.run_id or UNKNOWN)[:8]}")
+    if redis.replicas_acknowledge:
+        newest = UNKNOWN if redis.replicas_acknowledged is None else str(redis.replicas_acknowledged)
+        line.append(f", durable at {newest} of {redis.replicas} replicas ({redis.replicas_acknowledge} wanted)")
+    return line
 
 
 def _zookeeper(zookeeper: ZooKeeperStatus) -> Text:

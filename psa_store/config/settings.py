@@ -77,6 +77,12 @@ class Settings(BaseSettings):
         pattern=r"^(rediss?(\+sentinel)?|unix)://",
         description="where Redis is: redis://host:port/db, rediss://…, unix:///path, or redis+sentinel://h1,h2/NAME/db",
     )
+    replicas_acknowledge: int = Field(
+        default=0,
+        ge=0,
+        le=16,
+        description="replicas of Redis that must have a version before it counts as durable; 0: the master alone",
+    )
     zookeeper: str | None = Field(
         default=None, description="where ZooKeeper is: host:port,host:port/chroot, or user:password@host:port/chroot"
     )

@@ -46,6 +46,11 @@ METRICS = (
     Metric("commit_seconds", Kind.GAUGE, _SERVER, "how long the last commit took, from the copy to the last flip"),
     Metric("commits", Kind.COUNTER, _SERVER, "versions made durable"),
     Metric("commit_retries", Kind.COUNTER, _SERVER, "times that a commit had to be tried again: Redis did not answer"),
+    Metric(
+        "replicas_acknowledge", Kind.GAUGE, _SERVER, "replicas of Redis that must have a version before it is durable"
+    ),
+    Metric("replicas_acknowledged", Kind.GAUGE, _SERVER, "replicas that had the newest durable version, when it was"),
+    Metric("lost_steps", Kind.COUNTER, _SERVER, "steps whose durable versions Redis lost; written again from memory"),
     Metric("shards", Kind.GAUGE, _SERVER, "shards that this server owns"),
     Metric("controller", Kind.GAUGE, _SERVER, "1 in the elected controller, else 0"),
     Metric("gradient_norm", Kind.GAUGE, _SERVER, "global norm of the last mean gradient, where it is clipped"),

@@ -57,7 +57,7 @@ class Committer:
         self._reserved_at_s = 0.0
         self._store = store
         self._job = config.name
-        self._healing = Healing(store, config, layout)
+        self._healing = Healing(store, config, layout, metrics)
         self._keep = config.versions_kept
         self._rests = rests
         self._post = post
@@ -198,7 +198,12 @@ class Committer:
                     continue
                 if work.pin is not None:
                     pinned = self._pin(work, work.pin)
-                break
+                lost = self._healing.acknowledge(work, manifests)
+                if not lost:
+                    break
+                for index in lost:
+                    work.owned_shards[index].committed = None
+                    del manifests[index]
             except DependencyUnreachable as error:
                 left = count(len(work.owned_shards) - len(manifests), "shard")
                 self._metrics.add("commit_retries")

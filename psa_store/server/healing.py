@@ -15,7 +15,7 @@ Used by the committer's thread, which holds the snapshots meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -26,8 +26,9 @@ from psa_store.job.document import Damaged, judged
 from psa_store.job.layout import Layout
 from psa_store.job.model_files import ModelFiles
 from psa_store.job.position import DataRecord
+from psa_store.observe.metrics import Metrics
 from psa_store.server.work import Work
-from psa_store.storage import Manifest, RedisStore, keys, newest_term
+from psa_store.storage import Head, Manifest, RedisStore, keys, newest_term
 
 _DOCUMENTS_S = 2.0
 """How often the documents of the job are looked at."""
@@ -38,8 +39,10 @@ _HEADS_S = 2.0
 class Healing:
     """Remembers to which Redis, by its run id, the newest version was written."""
 
-    def __init__(self, store: RedisStore, config: JobConfig, layout: Layout) -> None:
+    def __init__(self, store: RedisStore, config: JobConfig, layout: Layout, metrics: Metrics) -> None:
         self._store = store
+        self._metrics = metrics
+        metrics.set("replicas_acknowledge", store.replicas_acknowledge)
         self._job = config.name
         self._documents = config.to_json(), layout.to_json()
         self._layout = layout
@@ -83,8 +86,7 @@ class Healing:
             self._restore_what_never_changes(last)
             heads = self._store.seal(self._job, last.owned_shards, last.term, self._layout.fingerprint)
             lost = {head.shard: last.owned_shards[head.shard] for head in heads if head.manifest(last.version) is None}
-            if lost:
-                self._log.warning("Redis lost a committed version: writing it again", shards=list(lost))
+            self._say_lost([head for head in heads if head.shard in lost], last.version)
             for owned in lost.values():
                 owned.committed = None
             write(replace(last, owned_shards=lost))
@@ -125,11 +127,44 @@ class Healing:
         """Make room where another program keeps something under a key of the job."""
         self._store.remove_foreign(self._job, shards)
 
+    def acknowledge(self, work: Work, manifests: Mapping[int, Manifest]) -> list[int]:
+        """Wait until as many replicas as are to acknowledge a version have it, where that is any.
+
+        Returns:
+            Those shards that Redis does not have so any more, because it failed over meanwhile: write them again.
+
+        Raises:
+            DependencyUnfit: too few have acknowledged it. Try again.
+        """
+        if not self._store.replicas_acknowledge:
+            return []
+        # The heads are those of the server that waited for its replicas, as they were before it did.
+        heads = self._store.seal(self._job, manifests, work.term, self._layout.fingerprint)
+        lost = [head for head in heads if not head.names(manifests[head.shard])]
+        self._say_lost(lost, work.version)
+        self._metrics.set("replicas_acknowledged", self._store.acknowledged)
+        return [head.shard for head in lost]
+
+    def _say_lost(self, heads: Sequence[Head], version: int) -> None:
+        """Say in numbers what Redis has lost of that version of these shards."""
+        if heads:
+            newest = min(max((each.version for each in head.manifests), default=0) for head in heads)
+            self._metrics.add("lost_steps", max(0, version - newest))
+            self._log.warning(
+                "Redis lost a committed version: writing it again from memory",
+                version=version,
+                newest_there=newest,
+                steps_lost=max(0, version - newest),
+                shards=[head.shard for head in heads],
+            )
+
     def write_over(self, work: Work, index: int, error: Rewound) -> Manifest:
         """Commit one shard to a Redis that went back in time: under a new seal, and whatever it holds."""
-        self._log.warning("Redis went back in time: writing again from memory", error=str(error))
+        self._log.warning("Redis went back in time", error=str(error))
         self._restore_what_never_changes(work)
-        self._store.seal(self._job, [index], work.term, self._layout.fingerprint)
+        heads = self._store.seal(self._job, [index], work.term, self._layout.fingerprint)
+        owned = work.owned_shards[index].committed
+        self._say_lost(heads, work.version if owned is None else owned.version)
         snapshot = work.owned_shards[index].snapshot()
         return self._store.commit(self._job, index, work.term, work.version, *snapshot, keep=self._keep, expect=None)
 

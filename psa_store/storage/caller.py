@@ -16,19 +16,24 @@ import tenacity
 
 from psa_store.errors import DependencyUnfit
 from psa_store.logs import printable
-from psa_store.storage.connection import make_pool, translated, unreachable_now
+from psa_store.storage.connection import TooFewReplicas, make_pool, translated, unreachable_now
 
 FunctionCall = tuple[str, list[str], Sequence[Any]]
 """Name, keys, arguments."""
 
 _PAUSE_S = 0.05
+_WAIT_SHARE = 0.5
+"""Of the time that an operation may take; less than a connection waits for an answer."""
 T = TypeVar("T")
 
 
 class Caller:
     """The pool of connections to one Redis. Thread-safe."""
 
-    def __init__(self, url: str, timeout_s: float, connections_max: int) -> None:
+    def __init__(self, url: str, timeout_s: float, connections_max: int, replicas_acknowledge: int = 0) -> None:
+        self.replicas_acknowledge = replicas_acknowledge
+        self.acknowledged = 0
+        """By how many replicas the newest durable call was acknowledged."""
         self.where = printable(url)
         self.pool = make_pool(url, timeout_s, connections_max)
         self.client = redis.Redis(connection_pool=self.pool)
@@ -38,6 +43,10 @@ class Caller:
 
     def close(self) -> None:
         self.pool.disconnect()
+
+    def leave(self) -> None:
+        """Make every connection anew before it is used again, and ask again which Redis is the master."""
+        self.pool.connection_kwargs["route"].leave()
 
     def retrying(self, operation: Callable[[], T]) -> T:
         """Try an idempotent operation again while Redis is away or loading, until ``timeout_s`` is over.
@@ -60,16 +69,42 @@ class Caller:
             self.load_library()
             return self._retried(operation)
 
-    def functions(self, calls: Sequence[FunctionCall]) -> list[Any]:
-        """Call functions in one round trip; returns their replies."""
+    def functions(self, calls: Sequence[FunctionCall], *, durable: bool = True) -> list[Any]:
+        """Call functions in one round trip; returns their replies.
+
+        Args:
+            durable: wait until as many replicas as are to acknowledge it have what the functions have written, and all
+                that was written before them, over whatever connection: a replica takes the writes of its master in
+                their order. WAIT speaks for the connection on which it is called, so it follows them on theirs.
+        """
+        wanted = self.replicas_acknowledge if durable and calls else 0
 
         def attempt() -> list[Any]:
             pipeline = self.client.pipeline(transaction=False)
             for name, its_keys, args in calls:
                 pipeline.fcall(name, len(its_keys), *its_keys, *args)
-            return list(pipeline.execute())
+            if wanted:
+                pipeline.wait(wanted, int(self._timeout_s * 1000 * _WAIT_SHARE))
+            replies = list(pipeline.execute())
+            if wanted:
+                self._judge(replies.pop())
+            return replies
 
         return self.with_functions(attempt)
+
+    def _judge(self, acknowledged: int) -> None:
+        """Raise TooFewReplicas; the master may be one that was cut off, and is asked for again."""
+        self.acknowledged = acknowledged
+        if acknowledged < self.replicas_acknowledge:
+            self.leave()
+            raise TooFewReplicas(f"{acknowledged} of {self.replicas_acknowledge} replicas have acknowledged it")
+
+    def pipelined(self, commands: Sequence[tuple[str, str]]) -> list[Any]:
+        """Reads in one round trip: a command and its key each. Tried once."""
+        pipeline: Any = self.client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return list(pipeline.execute())
 
     def load_library(self) -> None:
         """Load our functions, unless exactly these are loaded."""

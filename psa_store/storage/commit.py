@@ -156,7 +156,7 @@ class Commit:
     def _clean_up(self) -> None:
         """Remove what this commit wrote or dropped and no head names, rather now than when it expires."""
         with suppress(DependencyUnreachable):
-            self._caller.functions([_sweep(key) for key in (*self._unflipped, *self._dropped)])
+            self._caller.functions([_sweep(key) for key in (*self._unflipped, *self._dropped)], durable=False)
 
     def _judged(self, head: Head, manifest: Manifest, reply: Sequence[Any]) -> Manifest | Fenced | Rewound | None:
         """What a flip that was decided on ``head`` has come to; None if that must be looked up."""

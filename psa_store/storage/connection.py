@@ -22,15 +22,29 @@ from psa_store.storage.addresses import HostPort, Kind, read_address
 from psa_store.storage.sentinels import Sentinels
 
 _PACK_COPY_BYTES_MAX = 6000
+
+
+class OlderHead(redis.exceptions.ResponseError):
+    """A head was read that is older than before."""
+
+
+class TooFewReplicas(redis.exceptions.ResponseError):
+    """WAIT was answered with fewer replicas than are to acknowledge."""
+
+
 _UNFIT: tuple[tuple[type[Exception], str], ...] = (
     (redis.exceptions.OutOfMemoryError, "it is at its maxmemory limit: raise it, or delete jobs that are done"),
     (redis.exceptions.ReadOnlyError, "it is a replica: see that there is a master, and that PSA_REDIS leads to it"),
     (redis.exceptions.MasterDownError, "it is a replica without its master: see that there is one"),
+    (OlderHead, "it went back in time: servers of the job bring it up to date; to take it as it is, open it anew"),
+    (TooFewReplicas, "nothing counts as durable until they do: see that its replicas run and follow it"),
     (redis.exceptions.ClusterDownError, "its cluster has no master for some slots: see `redis-cli cluster info`"),
     (redis.exceptions.NoPermissionError, "its ACL does not allow this: allow it, or use another user"),
     (redis.exceptions.AuthenticationError, "it wants a user and password: put them into the URL of PSA_REDIS"),
 )
 _UNREACHABLE_NOW = (
+    TooFewReplicas,
+    OlderHead,
     redis.exceptions.ReadOnlyError,
     redis.exceptions.ClusterDownError,  # MASTERDOWN is one
     redis.exceptions.TryAgainError,

@@ -55,7 +55,7 @@ class StoredDocuments:
 
     def layout_digest(self) -> str:
         """Tells whether the stored layout is still the same, without reading it; empty if there is none."""
-        (digest,) = self._caller.functions([("psa_digest", [keys.layout(self._job)], [])])
+        (digest,) = self._caller.functions([("psa_digest", [keys.layout(self._job)], [])], durable=False)
         return text(digest)
 
     def overwrite(self, *, config: str | None = None, layout: str | None = None) -> None:

@@ -66,6 +66,8 @@ class RedisFacts:
     """Its clock against ours."""
     run_id: str
     """Another one after each of its restarts."""
+    replicas: int = 0
+    """That follow it now."""
 
     @property
     def room_bytes(self) -> int | None:
@@ -123,6 +125,7 @@ def _ask(caller: Caller) -> RedisFacts:
         round_trip_s=round_trip_s,
         clock_ahead_s=clock_ahead_s,
         run_id=str(info.get("run_id", "")),
+        replicas=int(info.get("connected_slaves", 0)),
     )
 
 

@@ -28,17 +28,15 @@ from psa_store.storage.head import (
     TERMS_AHEAD_MAX,
     Head,
     Manifest,
-    head_from_fields,
     pin_field,
     term_text,
     version_field,
 )
+from psa_store.storage.head_reader import HeadReader
 from psa_store.storage.loading import load_sections
 from psa_store.storage.model_files import StoredModelFiles
 from psa_store.storage.pins import Pins
 from psa_store.testing.failpoints import failpoint
-
-_PIPELINE_SHARDS = 256
 
 
 class RedisStore:
@@ -48,23 +46,45 @@ class RedisStore:
         url: see ``addresses.py``.
         timeout_s: how long one operation may take, its retries included.
         connections_max: connections that are open at the same time at most.
+        replicas_acknowledge: how many replicas must have what is written before a call that writes returns; of a
+            commit, :meth:`seal` afterwards tells.
+        refuse_older: see :class:`HeadReader`.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, connections_max: int = 8) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        connections_max: int = 8,
+        replicas_acknowledge: int = 0,
+        refuse_older: bool = False,
+    ) -> None:
         self._url = url
-        self._caller = Caller(url, timeout_s, connections_max)
+        self.replicas_acknowledge = replicas_acknowledge
+        self._caller = Caller(url, timeout_s, connections_max, replicas_acknowledge)
         self._client = self._caller.client
         self.account = Account[Damaged]("what is stored")
+        self._heads = HeadReader(self._caller, self.set_aside, refuse_older=refuse_older)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RedisStore:
         """For the Redis of the settings; raises UsageError if they do not say where it is."""
-        return cls(known_redis(settings), timeout_s=settings.connect_timeout_s)
+        return cls(
+            known_redis(settings),
+            timeout_s=settings.connect_timeout_s,
+            replicas_acknowledge=settings.replicas_acknowledge,
+        )
 
     @property
     def where(self) -> str:
         """Its address, without the password."""
         return self._caller.where
+
+    @property
+    def acknowledged(self) -> int:
+        """How many have acknowledged the newest."""
+        return self._caller.acknowledged
 
     def close(self) -> None:
         self._caller.close()
@@ -182,7 +202,7 @@ class RedisStore:
             if reply[0] == b"fenced":
                 raise Fenced(f"job {job!r}, shard {shard}: sealed at term {int(reply[1], 16)}, not {term}")
             flat = reply[1]
-            heads.append(self._head(job, shard, dict(zip(flat[::2], flat[1::2], strict=True))))
+            heads.append(self._heads.head(job, shard, dict(zip(flat[::2], flat[1::2], strict=True))))
         return heads
 
     def missing(self, job: str, shards: Iterable[int]) -> list[int]:
@@ -193,19 +213,7 @@ class RedisStore:
 
     def heads(self, job: str, shards: Iterable[int]) -> list[Head]:
         """What is committed, without changing anything."""
-        listed = list(shards)
-        found: list[Head] = []
-        for start in range(0, len(listed), _PIPELINE_SHARDS):
-            some = listed[start : start + _PIPELINE_SHARDS]
-            replies = self._pipelined([("HGETALL", keys.head(job, shard)) for shard in some])
-            found += [self._head(job, shard, reply) for shard, reply in zip(some, replies, strict=True)]
-        return found
-
-    def _head(self, job: str, shard: int, fields: Mapping[bytes, bytes]) -> Head:
-        head = head_from_fields(job, shard, fields)
-        for each in head.damage(job):
-            self.set_aside(each)
-        return head
+        return self._heads.read(job, shards)
 
     # --- what is damaged
 
@@ -216,7 +224,9 @@ class RedisStore:
     def remove_foreign(self, job: str, shards: Iterable[int]) -> bool:
         """Remove keys of another type than ours, under which nothing can be kept; whether there were any."""
         kinds = keys.kinds(job, shards)
-        replies = self._caller.functions([("psa_remove_foreign", [key], [kind]) for key, kind in kinds.items()])
+        replies = self._caller.functions(
+            [("psa_remove_foreign", [key], [kind]) for key, kind in kinds.items()], durable=False
+        )
         foreign = {key: text(reply) for key, reply in zip(kinds, replies, strict=True) if reply is not None}
         for key, kind in foreign.items():
             self.set_aside(Damaged(key, f"it was a {kind} instead of a {kinds[key]}, and is removed"))
@@ -372,14 +382,7 @@ class RedisStore:
 
     def _pipelined(self, commands: Sequence[tuple[str, str]]) -> list[Any]:
         """Reads in one round trip: a command and its key each."""
-
-        def attempt() -> list[Any]:
-            pipeline: Any = self._client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            return list(pipeline.execute())
-
-        return self._caller.retrying(attempt)
+        return self._caller.retrying(lambda: self._caller.pipelined(commands))
 
 
 def _versions(unwanted: Callable[[int], bool]) -> Callable[[Head], list[str]]:

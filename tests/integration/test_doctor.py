@@ -33,6 +33,7 @@ REDIS = [
     "Redis persistence",
     "Redis compression",
     "Redis clock",
+    "Redis replicas",
     "Redis memory",
     "Redis bandwidth",
 ]

@@ -38,9 +38,9 @@ def servers(tmp_path: Path) -> Iterator[list[PrivateRedis]]:
         yield started
 
 
-def start(site: Site, job: str) -> Run:
+def start(site: Site, job: str, **env: str) -> Run:
     options = {"workers": 2, "servers": 2, "ranks": 2, "commit_every": COMMIT_EVERY}
-    return site.run(job, "--steps", str(STEPS), held=True, **options)
+    return site.run(job, "--steps", str(STEPS), env=env, held=True, **options)
 
 
 def at(url: str, site: Site) -> Site:
@@ -92,3 +92,46 @@ def test_the_master_is_killed_and_sentinels_promote_another(
         assert run.finish() == 0, run.output
         assert own.digest("sentinel", STEPS) == undisturbed
         assert own.told("doctor").returncode == 0
+
+
+@pytest.mark.parametrize("acknowledge", [1, 0])
+def test_a_master_that_is_cut_off_from_its_replica_is_failed_over(
+    site: Site, undisturbed: str, tmp_path: Path, rng: random.Random, acknowledge: int
+) -> None:
+    """Nothing that a replica acknowledged is lost; if none had to, what is lost is said."""
+    job = f"cut-{acknowledge}"
+    with ExitStack() as stack:
+        links: list[Proxy] = []
+
+        def link(master: tuple[str, int]) -> int:
+            links.append(stack.enter_context(closing(Proxy(master))))
+            return links[0].port
+
+        old, new = replicated(tmp_path, 1, link)
+        stack.callback(old.stop)
+        stack.callback(new.stop)
+        name = stack.enter_context(closing(Proxy(old.address)))
+        own = at(f"redis://:{PASSWORD}@127.0.0.1:{name.port}", site)
+        run = start(own, job, PSA_REPLICAS_ACKNOWLEDGE=str(acknowledge))
+        cut_at = rng.randrange(15, 50)
+        run.wait_for_step(cut_at)
+        links[0].stall()
+        if acknowledge:
+            run.wait_for_line(lambda line: "commit delayed" in line and "0 of 1 replicas" in line)
+            assert own.describe(job).redis.replicas_acknowledge == 1
+        else:
+            eventually(lambda: (own.describe(job).committed or 0) >= cut_at + 2 * COMMIT_EVERY)
+        durable = own.describe(job).committed or 0
+        name.retarget(new.address)
+        told(new).execute_command("REPLICAOF", "NO", "ONE")
+        with closing(at(new.tcp_url, site).store()) as store:
+            kept = all(head.manifest(durable) is not None for head in store.heads(job, [0, 1]))
+        assert kept is (acknowledge == 1)
+        links[0].refuse()
+        told(old).execute_command("REPLICAOF", *new.address)
+        if acknowledge:
+            eventually(lambda: told(new).info("replication")["connected_slaves"] == 1)
+        else:
+            run.wait_for_line(lambda line: "lost a committed version" in line and "steps_lost=" in line)
+        assert run.finish() == 0, run.output
+        assert own.digest(job, STEPS) == undisturbed

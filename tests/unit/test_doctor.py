@@ -40,6 +40,7 @@ REDIS = RedisFacts(
     round_trip_s=0.001,
     clock_ahead_s=0.01,
     run_id="0123",
+    replicas=1,
 )
 LEADER = ZooKeeperMember("zk1:2181", "", "3.9.2", "leader", TIMEOUT_S, (0.001, 0.002, 0.5))
 FOLLOWER = replace(LEADER, address="zk2:2181", mode="follower")
@@ -80,7 +81,7 @@ class TestMachine:
 
 class TestRedis:
     def test_a_sound_one_has_nothing_to_mend(self) -> None:
-        assert {check.verdict for check in redis.judge_redis(REDIS)} == {PASS}
+        assert {check.verdict for check in redis.judge_redis(REDIS, 0)} == {PASS}
 
     @pytest.mark.parametrize(
         ("name", "changed", "verdict", "fix"),
@@ -99,6 +100,8 @@ class TestRedis:
             ("Redis persistence", {"appends": False, "save": "3600 1"}, WARN, "appendonly yes"),
             ("Redis persistence", {"appends": False, "save": None}, WARN, "appendonly yes"),
             ("Redis persistence", {"appends": False}, FAIL, "appendonly yes"),
+            ("Redis replicas", {"replicas": 0}, FAIL, "PSA_REPLICAS_ACKNOWLEDGE"),
+            ("Redis replicas", {"replicas": 2}, PASS, ""),
             ("Redis clock", {"clock_ahead_s": 3.0}, WARN, "chrony"),
             ("Redis clock", {"clock_ahead_s": -3.0}, WARN, "chrony"),
         ],
@@ -106,15 +109,15 @@ class TestRedis:
     def test_what_is_not_well_and_the_line_that_mends_it(
         self, name: str, changed: dict[str, object], verdict: Verdict, fix: str
     ) -> None:
-        checks = redis.judge_redis(replace(REDIS, **changed))  # type: ignore[arg-type]
+        checks = redis.judge_redis(replace(REDIS, **changed), 1)  # type: ignore[arg-type]
         check = named(checks, name)
         assert check.verdict is verdict and fix in check.fix
         assert {each.verdict for each in checks if each is not check} == {PASS}, "one fault, one check"
 
     def test_a_redis_that_takes_no_snapshots_may_be_set_to_compress_them(self) -> None:
         idle = replace(REDIS, compresses=True, appends=False)
-        assert named(redis.judge_redis(idle), "Redis compression").verdict is PASS
-        assert named(redis.judge_redis(replace(idle, save="3600 1")), "Redis compression").verdict is WARN
+        assert named(redis.judge_redis(idle, 0), "Redis compression").verdict is PASS
+        assert named(redis.judge_redis(replace(idle, save="3600 1"), 0), "Redis compression").verdict is WARN
 
     def test_the_room_is_what_the_narrower_limit_leaves(self) -> None:
         assert replace(REDIS, memory_limit_bytes=300 * MB).room_bytes == 200 * MB

@@ -41,8 +41,7 @@ def examine(settings: Settings, job: str | None) -> Examination:
     Raises:
         UnknownJob: Redis answers, and has no such job; the message lists those that exist.
     """
-    assert settings.redis is not None
-    of_redis, stored_job = _examine_redis(settings.redis, job, settings.connect_timeout_s)
+    of_redis, stored_job = _examine_redis(settings, job)
     of_zookeeper = _examine_zookeeper(settings)
     checks = (*_examine_machine(stored_job), *of_redis, *of_zookeeper)
     return Examination(all(check.verdict is not Verdict.FAIL for check in checks), checks)
@@ -67,13 +66,15 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _examine_redis(url: str, job: str | None, timeout_s: float) -> tuple[list[Check], _StoredJob | None]:
+def _examine_redis(settings: Settings, job: str | None) -> tuple[list[Check], _StoredJob | None]:
     """The checks, and what Redis has of the job, if that can be read."""
+    assert settings.redis is not None
+    url, timeout_s = settings.redis, settings.connect_timeout_s
     try:
         facts = examine_redis(url, timeout_s)
     except (DependencyUnreachable, UsageError) as error:
         return [redis.unreachable_redis(str(error))], None
-    checks = redis.judge_redis(facts)
+    checks = redis.judge_redis(facts, settings.replicas_acknowledge)
     stored_job = None
     try:
         if job is None:

@@ -25,7 +25,7 @@ def unreachable_redis(why: str) -> Check:
     return Check("Redis", Verdict.FAIL, why, fix)
 
 
-def judge_redis(facts: RedisFacts) -> list[Check]:
+def judge_redis(facts: RedisFacts, replicas_acknowledge: int) -> list[Check]:
     """All that does not depend on a job."""
     return [
         _judge_role(facts),
@@ -34,6 +34,7 @@ def judge_redis(facts: RedisFacts) -> list[Check]:
         _judge_persistence(facts),
         _judge_compression(facts),
         _judge_clock(facts),
+        _judge_replicas(facts, replicas_acknowledge),
     ]
 
 
@@ -102,6 +103,19 @@ def _judge_compression(facts: RedisFacts) -> Check:
     if facts.compresses is None:
         return Check(name, Verdict.PASS, "Redis does not show whether it compresses snapshots")
     return Check(name, Verdict.PASS, "nothing is compressed on its disk")
+
+
+def _judge_replicas(facts: RedisFacts, wanted: int) -> Check:
+    name = "Redis replicas"
+    if facts.replicas < wanted:
+        fix = "see that its replicas run and follow it, or lower PSA_REPLICAS_ACKNOWLEDGE"
+        return Check(name, Verdict.FAIL, f"{facts.replicas} follow it, and {wanted} must acknowledge a version", fix)
+    if wanted:
+        return Check(name, Verdict.PASS, f"a version is durable when {wanted} of {facts.replicas} have it")
+    if facts.replicas:
+        lost = "what they have not got when it fails over is written again from memory, if servers live"
+        return Check(name, Verdict.PASS, f"{facts.replicas} follow it, none must acknowledge a version: {lost}")
+    return Check(name, Verdict.PASS, "none")
 
 
 def _judge_clock(facts: RedisFacts) -> Check:

@@ -146,6 +146,7 @@ def assemble(
     living = {each.id for each in servers} | {each.id for each in workers}
     known = None if zookeeper.problem else plan
     gone, unheld = (_gone(known, living), _unheld(known, living)) if known else ((), ())
+    of_redis = _redis(redis)
     status = JobStatus(
         job=job,
         time=time_s,
@@ -160,7 +161,7 @@ def assemble(
         shards=redis.shards if redis.shards is not None or plan is None else len(plan.owners),
         bytes=redis.arena_bytes,
         version=min((each.version for each in owning if each.version is not None), default=None),
-        committed=redis.committed,
+        committed=_durable(redis.committed, owning) if of_redis.replicas_acknowledge else redis.committed,
         lag_steps=max((each.lag for each in owning if each.lag is not None), default=None),
         lag_s=_lag_s(owning, beats, time_s),
         term=plan.term if plan else None,
@@ -178,7 +179,7 @@ def assemble(
         gone=gone,
         unheld=tuple(sorted({cell.rank for cell in unheld})),
         unreadable=tuple(sorted(member for member, each in redis.heartbeats.items() if each is None)),
-        redis=_redis(redis),
+        redis=of_redis,
         zookeeper=_zookeeper(zookeeper),
         events=tuple(redis.events),
         stages=stages,
@@ -354,6 +355,12 @@ def _lag_s(owning: Sequence[ServerStatus], beats: Mapping[str, _Beat], time_s: f
     return max(ages, default=None)
 
 
+def _durable(stored: int | None, owning: Sequence[ServerStatus]) -> int | None:
+    """Where replicas must acknowledge a version: the newest that all servers say is durable, if that is still stored."""
+    known = [each.committed for each in owning if each.committed is not None]
+    return stored if stored is None else min([stored, *known])
+
+
 def _sum(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if known else None
@@ -366,6 +373,7 @@ def _redis(view: RedisView) -> RedisStatus:
     facts = view.facts
     if facts is None:
         return RedisStatus(view.where, view.problem, view.damage, None, None, None, None, None, None)
+    known = [each.metrics for each in view.heartbeats.values() if each is not None]
     limits = [limit for limit in (facts.memory_limit_bytes, facts.system_memory_bytes) if limit > 0]
     return RedisStatus(
         where=view.where,
@@ -377,6 +385,11 @@ def _redis(view: RedisView) -> RedisStatus:
         persistence=_persistence(facts),
         cannot_persist=facts.cannot_persist,
         run_id=facts.run_id,
+        replicas=facts.replicas,
+        replicas_acknowledge=max((int(each.get("replicas_acknowledge", 0)) for each in known), default=0),
+        replicas_acknowledged=min(
+            (int(each["replicas_acknowledged"]) for each in known if "replicas_acknowledged" in each), default=None
+        ),
     )
 
 

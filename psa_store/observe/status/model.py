@@ -135,6 +135,12 @@ class RedisStatus:
     persistence: str | None
     cannot_persist: bool | None
     run_id: str | None
+    replicas: int | None = field(default=None, metadata=ADDED_LATER)
+    """That follow it now."""
+    replicas_acknowledge: int = field(default=0, metadata=ADDED_LATER)
+    """How many of them must have a version before it counts as durable."""
+    replicas_acknowledged: int | None = field(default=None, metadata=ADDED_LATER)
+    """How many had the newest durable version of the server of which the fewest had."""
 
 
 @dataclass(frozen=True, slots=True)

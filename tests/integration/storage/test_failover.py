@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,6 +17,7 @@ from psa_store.launch import PrivateRedis
 from psa_store.storage import History, RedisStore
 from psa_store.storage.addresses import Kind, read_address
 from tests.failover import PASSWORD, Sentinels, eventually, replicated, told
+from tests.harness import stop_process
 from tests.integration.storage.shards import JOB, LAYOUT, commit, read
 
 
@@ -59,6 +62,41 @@ def test_open_connections_to_a_demoted_master_are_given_up_by_every_user(pair: l
         assert history.heartbeats() == {"worker": "after"} and history.events() == ["before", "after"]
         assert read(store, manifest)["param"] == bytearray([2]) * 100
         assert told(new).hexists("psa:{job:0}:head", manifest.field)
+
+
+def test_what_too_few_replicas_acknowledge_is_not_durable(pair: list[PrivateRedis]) -> None:
+    master, replica = pair
+    with closing(RedisStore(master.tcp_url, timeout_s=2.0, replicas_acknowledge=1)) as store:
+        store.check()
+        store.seal(JOB, [0], 1, LAYOUT)
+        assert store.acknowledged == 1
+        stop_process(replica.pid)
+        try:
+            manifest = commit(store, 1)  # the master has it
+            with pytest.raises(DependencyUnfit, match="0 of 1 replicas have acknowledged"):
+                store.seal(JOB, [0], 1, LAYOUT)
+        finally:
+            os.kill(replica.pid, signal.SIGCONT)
+        (head,) = store.seal(JOB, [0], 1, LAYOUT)
+        assert store.acknowledged == 1 and head.manifests == (manifest,)
+        assert told(replica).hexists("psa:{job:0}:head", manifest.field)
+
+
+def test_a_reader_refuses_a_head_that_is_older_than_one_it_has_seen(
+    store: RedisStore, raw: redis.Redis, url: str
+) -> None:
+    key = "psa:{job:0}:head"
+    store.seal(JOB, [0], 5, LAYOUT)
+    with closing(RedisStore(url, timeout_s=0.5, refuse_older=True)) as reader:
+        assert reader.heads(JOB, [0])[0].term == 5
+        raw.hset(key, "term", f"{4:016x}")
+        assert store.heads(JOB, [0])[0].term == 4
+        with pytest.raises(DependencyUnfit, match=r"term 4, and 5 was seen.*back in time"):
+            reader.heads(JOB, [0])
+        raw.hset(key, "term", f"{1 << 60:016x}")  # another program wrote it
+        reader.heads(JOB, [0])
+        store.seal(JOB, [0], 6, LAYOUT)
+        assert reader.heads(JOB, [0])[0].term == 6
 
 
 @pytest.fixture
