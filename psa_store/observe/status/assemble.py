@@ -356,7 +356,7 @@ def _lag_s(owning: Sequence[ServerStatus], beats: Mapping[str, _Beat], time_s: f
 
 
 def _durable(stored: int | None, owning: Sequence[ServerStatus]) -> int | None:
-    """Where replicas must acknowledge a version: the newest that all servers say is durable, if that is still stored."""
+    """The newest version that all servers say is durable, where replicas must acknowledge it."""
     known = [each.committed for each in owning if each.committed is not None]
     return stored if stored is None else min([stored, *known])
 
