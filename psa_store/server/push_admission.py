@@ -130,8 +130,9 @@ class PushAdmission:
                 raise Refused(f"PUSH of {header.length} bytes; no shard is larger than {self._bytes_max}")
             self._decided[connection] = decision
             return DISCARD
-        for shard in decision.shards:
-            self._divert_former(shard, header.rank, connection)
+        if self._decided:
+            for shard in decision.shards:
+                self._divert_former(shard, header.rank, connection)
         self._decided[connection] = decision
         return decision.memory
 
@@ -141,9 +142,12 @@ class PushAdmission:
         if isinstance(decision, Drop):
             return decision.reason
         assert aggregator is not None
+        finite = Flag.NONFINITE not in header.flags
         if isinstance(decision, TakeReference):
+            plain = not decision.marks and header.weight == 1.0
             for shard, gradient in decision.gradients:
-                aggregator.accept(header, shard, gradient, note=self._note(header, shard, decision.marks.get(shard)))
+                note = PLAIN if plain else self._note(header, shard, decision.marks.get(shard))
+                aggregator.accept(header, shard, gradient, note=note, finite=finite)
             return Reason.NONE
         place, encoded, state, marks = decision.place, decision.encoded, None, None
         if encoded is not None and decision.mark_bytes:
@@ -156,7 +160,8 @@ class PushAdmission:
             elif place is not None:
                 place.view(torch.uint8).copy_(encoded[:gradient_bytes])
             state = encoded[gradient_bytes:].clone() if decision.state_bytes else None
-        aggregator.accept(header, decision.shard, place, state, self._note(header, decision.shard, marks))
+        note = self._note(header, decision.shard, marks)
+        aggregator.accept(header, decision.shard, place, state, note, finite=finite)
         return Reason.NONE
 
     def _note(self, header: Header, shard: int, marks: memoryview | None) -> GradientNote:
@@ -202,23 +207,23 @@ class PushAdmission:
     def _judge(
         self, aggregator: Aggregator, connection: Connection, client: Client | None, header: Header
     ) -> Take | TakeReference | Drop | Park:
-        by_reference = header.flags & Flag.BY_REFERENCE
+        by_reference = Flag.BY_REFERENCE in header.flags
         shards = range(header.shard, header.shard + (header.shards if by_reference else 1))
         if by_reference and not 0 < header.shards <= len(self._forms) - header.shard:
             raise Refused(f"PUSH of {header.shards} shards from shard {header.shard}: there are not so many")
-        if header.flags & Flag.NONFINITE and not self._rules.skips_nonfinite:
+        if not self._rules.skips_nonfinite and Flag.NONFINITE in header.flags:
             raise Refused("PUSH of a gradient with NaN or Inf, which this job does not skip")
         if not 0.0 <= header.weight < math.inf:
             raise Refused(f"PUSH of weight {header.weight}")
         reason = self._reason_against(aggregator, connection, header, shards)
         if reason is not None:
             return Drop(reason)
-        offers = {shard: aggregator.offer(header, shard) for shard in shards}
-        if Offer.AHEAD in offers.values():
+        offers = aggregator.offers(header, shards)
+        if Offer.AHEAD in offers:
             if not self._rules.on_arrival:
                 raise Refused(f"PUSH for step {header.step} while version {aggregator.version} is the newest")
             return PARK
-        wanted = [shard for shard, offer in offers.items() if offer is Offer.NEW]
+        wanted = [shard for shard, offer in zip(shards, offers, strict=True) if offer is Offer.NEW]
         if by_reference:
             return self._referred(client, header, shards, wanted)
         gradient_bytes, state_bytes = self._bytes_due(aggregator, header)
@@ -235,7 +240,7 @@ class PushAdmission:
     ) -> Reason | None:
         if header.term < aggregator.plan.term:
             return Reason.STALE
-        if any(shard not in aggregator.owned_shards for shard in shards):
+        if not set(shards) <= aggregator.owned_shards.keys():
             return Reason.NOT_OWNER
         if header.rank >= self._ranks or not self._may_push(aggregator.plan, header.rank, shards, connection):
             return Reason.NOT_HOLDER
@@ -259,7 +264,7 @@ class PushAdmission:
 
     def _mark_bytes(self, header: Header, shards: Sequence[int]) -> int:
         """The bytes of marks that come with a push."""
-        if not header.flags & Flag.ABSENT:
+        if Flag.ABSENT not in header.flags:
             return 0
         if not all(self._forms[shard].trained for shard in shards):
             raise Refused(f"PUSH of shard {header.shard} says of parameters what is none")

@@ -24,7 +24,7 @@ from psa_store.server.shard import OwnedShard
 from psa_store.server.waiters import Now
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import fingerprint_text
-from psa_store.wire import Connection, Flag, Header, Kind
+from psa_store.wire import Connection, Header, Kind
 
 
 class AsyncAggregator(Aggregator):
@@ -46,9 +46,11 @@ class AsyncAggregator(Aggregator):
         gradient: Tensor | None,
         state: Tensor | None = None,
         note: GradientNote = PLAIN,
+        *,
+        finite: bool,
     ) -> None:
         assert gradient is not None and state is None, "on arrival, ranks keep nothing with servers"
-        if self._arrivals.accept(header.step, shard, header.rank, finite=not header.flags & Flag.NONFINITE):
+        if self._arrivals.accept(header.step, shard, header.rank, finite=finite):
             self.owned_shards[shard].take_gradient(header.rank, gradient, note)
 
     def on_rank_cut(self, cut: RankCut) -> None:

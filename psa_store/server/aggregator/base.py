@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -109,9 +109,10 @@ class Aggregator(ABC):
 
     # --- what the event loop tells
 
-    def offer(self, header: Header, shard: int) -> Offer:
-        """Judge a push before its bytes are read."""
-        return self._machine.offer(header.step, shard, header.rank)
+    def offers(self, header: Header, shards: Iterable[int]) -> list[Offer]:
+        """Judge a push before its bytes are read, for each of these shards."""
+        offer, step, rank = self._machine.offer, header.step, header.rank
+        return [offer(step, shard, rank) for shard in shards]
 
     @abstractmethod
     def accept(
@@ -121,6 +122,8 @@ class Aggregator(ABC):
         gradient: Tensor | None,
         state: Tensor | None = None,
         note: GradientNote = PLAIN,
+        *,
+        finite: bool,
     ) -> None:
         """A push is here, whole; whether it is still wanted is seen now.
 

@@ -42,7 +42,7 @@ from psa_store.server.waiters import Now
 from psa_store.testing import failpoints
 from psa_store.testing.failpoints import failpoint
 from psa_store.testing.journal import fingerprint_text
-from psa_store.wire import Connection, Flag, Header, Kind, SharedMemory
+from psa_store.wire import Connection, Header, Kind, SharedMemory
 
 
 class SyncAggregator(Aggregator):
@@ -82,8 +82,10 @@ class SyncAggregator(Aggregator):
         gradient: Tensor | None,
         state: Tensor | None = None,
         note: GradientNote = PLAIN,
+        *,
+        finite: bool,
     ) -> None:
-        if self._step.accept(header.step, shard, header.rank, finite=not header.flags & Flag.NONFINITE):
+        if self._step.accept(header.step, shard, header.rank, finite=finite):
             owned = self.owned_shards[shard]
             if gradient is not None:
                 owned.take_gradient(header.rank, gradient, note)
