@@ -47,10 +47,14 @@ def squared_norm(flat: Tensor) -> float:
 
     Large finite float32 values do not overflow; float64 values whose squares exceed float64 give inf.
     """
-    whole = flat.numel() // _ROW_ELEMENTS * _ROW_ELEMENTS
-    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW_ELEMENTS), dim=1)
-    rest = torch.linalg.vector_norm(flat[whole:])
-    total = float(rows.double().square().sum()) + float(rest) ** 2
+    count = flat.numel()
+    whole = count // _ROW_ELEMENTS * _ROW_ELEMENTS
+    total = 0.0
+    if whole:
+        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW_ELEMENTS), dim=1)
+        total += float(rows.double().square().sum())
+    if whole < count:
+        total += float(torch.linalg.vector_norm(flat[whole:])) ** 2
     if math.isfinite(total) or flat.dtype is torch.float64:
         return total
     # Rare, and 30 times slower: a NaN, an infinity, or squares too large for float32 but not for float64.

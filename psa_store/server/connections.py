@@ -102,9 +102,8 @@ class Connections:
         memory: Passable | None = None,
     ) -> None:
         """Send what the socket takes now, and the rest when it takes more. A dead peer is closed."""
-        connection.send(header, payload, memory)
         try:
-            connection.flush()
+            connection.send_now(header, payload, memory)
             self._watch(connection)
         except Disconnected:
             self.close(connection)

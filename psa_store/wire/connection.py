@@ -265,6 +265,8 @@ class Connection:
         if not self.is_local:
             return self._sock.recv_into(target)
         count, ancillary, flags, _ = self._sock.recvmsg_into([target], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+        if not ancillary and not flags & socket.MSG_CTRUNC:
+            return count
         descriptors = array.array("i")
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
