@@ -209,7 +209,7 @@ class Window:
         former = self._shown.pop(name, None)
         if former is not None:
             os.close(former.fd)
-        self._shown[name] = _Shown(fd, ranges)
+        self._shown[name] = _Shown(fd, ranges, [self._page_entries(low, high) for low, high in ranges])
         for low, high in ranges:
             self._map(low, high, mmap.MAP_PRIVATE, fd)
 
@@ -228,19 +228,24 @@ class Window:
         """
         written = False
         for shown in self._shown.values():
-            for low, high in shown.ranges:
-                if self._is_written(low, high):
+            for (low, high), entries in zip(shown.ranges, shown.entries, strict=True):
+                if self._is_written(entries):
                     written = True
                     self._map(low, high, mmap.MAP_PRIVATE, shown.fd)
         return written
 
-    def _is_written(self, low: int, high: int) -> bool:
+    def _page_entries(self, low: int, high: int) -> slice:
+        """Where the kernel tells of the pages of a range."""
+        first = (self._address + self._parts.place(low)) // PAGE_BYTES
+        last = first + (_round_up(high) - low) // PAGE_BYTES
+        return slice(first * _PAGEMAP_ENTRY_BYTES, last * _PAGEMAP_ENTRY_BYTES)
+
+    def _is_written(self, entries: slice) -> bool:
         import numpy as np  # not above: `psa status` talks to servers, and would wait for this import
 
         of_file = np.uint64(_OF_FILE)
-        pages = np.empty((_round_up(high) - low) // PAGE_BYTES, dtype=np.uint64)
-        place = (self._address + self._parts.place(low)) // PAGE_BYTES * _PAGEMAP_ENTRY_BYTES
-        if os.preadv(self._pagemap, [pages.data.cast("B")], place) != pages.nbytes:
+        pages = np.empty((entries.stop - entries.start) // _PAGEMAP_ENTRY_BYTES, dtype=np.uint64)
+        if os.preadv(self._pagemap, [pages.data.cast("B")], entries.start) != pages.nbytes:
             return True
         if np.bitwise_and.reduce(pages) & of_file:
             return False  # the usual case, cheaply: every page is there and is the original
@@ -262,6 +267,8 @@ class Window:
 class _Shown:
     fd: int
     ranges: Sequence[tuple[int, int]]
+    entries: Sequence[slice]
+    """By range, the bytes of the page map that tell of it: asked in each step."""
 
 
 def can_show() -> bool:
