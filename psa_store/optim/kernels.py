@@ -107,8 +107,9 @@ class ShardKernel:
 
     def squared_norm(self, parts: Sequence[Tensor], scratch: Tensor, weights: Sequence[float] | None = None) -> float:
         """|mean of parts|²; inf or nan if an element of it is. ``weights``: see :meth:`apply`."""
-        place = scratch.view(self._wide_dtype)
-        if len(self._blocks) == 1:
+        if len(self._blocks) > 1:
+            place = scratch.view(self._wide_dtype)
+        else:
             if self._kept is None:
                 self._kept = torch.empty(self._blocks[0].high, dtype=self._wide_dtype)
             place = self._kept
@@ -141,7 +142,8 @@ class ShardKernel:
             opt_step: updates applied before this one, for Adam's bias correction and SGD's first step.
             grad_scale: multiplies the gradient; the factor of ``clip_grad_norm``, or 1.0.
         """
-        place = scratch.view(self._wide_dtype)
+        kept = self._kept if measured else None
+        place = scratch.view(self._wide_dtype) if kept is None else kept
         divisor = _count(parts, weights) / grad_scale * (-1.0 if self._optimizer.maximize else 1.0)
         blocks = self._blocks if not absent and not skipped else self._uneven_blocks(absent, skipped)
         in_passing = self._wide_dtype is torch.float32 and isinstance(self._optimizer, DIVIDING)
@@ -150,13 +152,10 @@ class ShardKernel:
             for group, skips in {(part.group, part.skipped) for block in blocks for part in block.parts}
         }
         for block in blocks:
-            if measured and self._kept is not None:
-                total = self._kept
-            else:
-                total = sum_in_order(parts, block.low, block.high, place, weights)
+            total = sum_in_order(parts, block.low, block.high, place, weights) if kept is None else kept
             if divisor != 1.0 and not in_passing:
                 total.div_(divisor)
-            grads = total.split_with_sizes(block.lengths)
+            grads = total.split_with_sizes(block.lengths) if len(block.lengths) > 1 else (total,)
             for part in block.parts:
                 moment = moments[part.group, part.skipped]
                 part.rule(part.optimizer, moment, part.params, [grads[i] for i in part.runs], part.state)

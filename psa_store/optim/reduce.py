@@ -24,8 +24,8 @@ def sum_in_order(
 
     ``weights``: of each part; None: they count alike.
     """
-    total = place[: high - low]
-    blocks = [part[low:high] for part in parts]
+    total = _span(place, 0, high - low)
+    blocks = [_span(part, low, high) for part in parts]
     if weights is not None:
         torch.mul(blocks[0].to(place.dtype), weights[0], out=total)
         for block, weight in zip(blocks[1:], weights[1:], strict=True):
@@ -42,6 +42,12 @@ def sum_in_order(
     return total
 
 
+def _span(flat: Tensor, low: int, high: int) -> Tensor:
+    """Elements [low, high). A small job's shards are blocks as a whole, and a slice costs as much as adding up a few
+    thousand elements."""
+    return flat if low == 0 and high == flat.numel() else flat[low:high]
+
+
 def squared_norm(flat: Tensor) -> float:
     """The squared Euclidean norm of a contiguous 1-D tensor; inf or nan if an element is.
 
@@ -51,7 +57,7 @@ def squared_norm(flat: Tensor) -> float:
     whole = count // _ROW_ELEMENTS * _ROW_ELEMENTS
     total = 0.0
     if whole:
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW_ELEMENTS), dim=1)
+        rows = torch.linalg.vector_norm(_span(flat, 0, whole).view(-1, _ROW_ELEMENTS), dim=1)
         total += float(rows.double().square().sum())
     if whole < count:
         total += float(torch.linalg.vector_norm(flat[whole:])) ** 2
