@@ -106,12 +106,18 @@ def _adagrad(o: Optimizer, now: Moment, params: list[Tensor], grads: list[Tensor
 
 def _steps(now: Moment, params: list[Tensor]) -> list[Tensor]:
     """The number of this update as the fused kernels want it: one tensor per run, counted from 1."""
-    return [torch.tensor(float(now.opt_step + 1))] * len(params)
+    return [_scalar(float(now.opt_step + 1))] * len(params)
 
 
 def _divisor(now: Moment) -> Tensor | None:
     """What the fused kernels divide the gradient by, in the same pass."""
-    return None if now.divisor == 1.0 else torch.tensor(now.divisor)
+    return None if now.divisor == 1.0 else _scalar(now.divisor)
+
+
+@lru_cache(maxsize=64)
+def _scalar(value: float) -> Tensor:
+    """A number as the fused kernels want it, which only read it: one for all blocks of a step."""
+    return torch.tensor(value, dtype=torch.float32)
 
 
 _Run = Callable[[Any, Moment, Tensor, Tensor, Mapping[str, Tensor]], None]
