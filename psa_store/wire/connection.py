@@ -43,6 +43,8 @@ _SINK = memoryview(bytearray(1 << 16))
 _DESCRIPTOR_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(2 * _DESCRIPTOR_BYTES)
 """Room for one descriptor more than can rightly come, to notice it."""
+_TRUNCATED = int(socket.MSG_CTRUNC)
+"""A plain number: to compare with the enum costs as much as to receive."""
 
 
 @dataclass(slots=True)
@@ -265,7 +267,7 @@ class Connection:
         if not self.is_local:
             return self._sock.recv_into(target)
         count, ancillary, flags, _ = self._sock.recvmsg_into([target], _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
-        if not ancillary and not flags & socket.MSG_CTRUNC:
+        if not ancillary and not flags & _TRUNCATED:
             return count
         descriptors = array.array("i")
         for level, kind, data in ancillary:
@@ -277,7 +279,7 @@ class Connection:
                     os.close(descriptor)
                 raise Refused(f"{self.peer} passed more than one descriptor with a frame")
             self._descriptor = descriptors[0]
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             raise Refused(f"a descriptor that {self.peer} passed was lost: too many open files, see `ulimit -n`")
         return count
 
