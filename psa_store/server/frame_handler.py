@@ -216,7 +216,7 @@ class FrameHandler:
         elif kind is Kind.AWAIT:
             if client is None:
                 raise Refused("only a worker that said HELLO may do that")
-            self.waiters.wait(client, header)
+            self.waiters.wait(client, header, at_once=aggregator.may_answer(header))
         elif kind is Kind.WANT:
             self.relay.want(plan, aggregator.version, connection, header)
         elif kind is Kind.NORM:

@@ -75,12 +75,15 @@ class Waiters:
         waiting.append(header)
         self.stale = True
 
-    def wait(self, client: Client, header: Header) -> None:
-        """AWAIT: everything, at ``header.step`` or later. The worker reads no version before that any more."""
+    def wait(self, client: Client, header: Header, *, at_once: bool) -> None:
+        """AWAIT: everything, at ``header.step`` or later. The worker reads no version before that any more.
+
+        ``at_once``: whether it may be answered now. A step has one of each worker, and all wait for its end.
+        """
         if client.reading is not None and client.reading < header.step:
             client.reading = None
         self._awaits[client] = header
-        self.stale = True
+        self.stale = self.stale or at_once
 
     def finish(self, connection: Connection, header: Header) -> None:
         """FINISH: tell when ``header.step`` is durable. Raises Refused: too many wait already."""

@@ -1,4 +1,5 @@
-"""The synchronous aggregator of a server: what may be kept of it when the term ends in the middle of a step."""
+"""The synchronous aggregator of a server: what may be kept of it when the term ends in the middle of a step, and which
+requests it looks at."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from psa_store.server.aggregator.base import Tools
 from psa_store.server.aggregator.sync import SyncAggregator
 from psa_store.server.messages import Done
 from psa_store.testing.journal import Journal
+from psa_store.wire import Header, Kind
 
 
 class Lazy:
@@ -67,6 +69,15 @@ def test_shards_in_the_middle_of_a_step_stand_at_no_version() -> None:
     assert arithmetic.asked == 1 and aggregator.stands_at is None
     aggregator.on_message(Done(1, Applied()))
     assert aggregator.stands_at == 8
+
+
+def test_workers_that_await_the_next_version_are_looked_at_when_it_is_there() -> None:
+    """Not with each AWAIT: as many workers as wait would be looked at as many times, in every step."""
+    aggregator = aggregator_of_nothing(Lazy())
+    assert aggregator.may_answer(Header(Kind.AWAIT, step=7)) and not aggregator.may_answer(Header(Kind.AWAIT, step=8))
+    aggregator.advance()
+    aggregator.on_message(Done(1, Applied()))
+    assert aggregator.may_answer(Header(Kind.AWAIT, step=8))
 
 
 def test_an_aggregator_that_is_over_is_gone_at_once() -> None:

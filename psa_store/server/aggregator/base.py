@@ -157,6 +157,10 @@ class Aggregator(ABC):
                 self._execute(instruction)
         return True
 
+    def may_answer(self, await_header: Header) -> bool:
+        """Whether an AWAIT can perhaps be answered before anything else happens to the shards."""
+        return True
+
     @abstractmethod
     def _now(self) -> Now:
         """What there is to answer workers with."""

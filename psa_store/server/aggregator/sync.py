@@ -137,6 +137,9 @@ class SyncAggregator(Aggregator):
         if isinstance(event, Applied):
             self._on_version()
 
+    def may_answer(self, await_header: Header) -> bool:
+        return self._step.version >= await_header.step
+
     def _now(self) -> Now:
         version = self._step.version
         return Now(
