@@ -5,8 +5,10 @@ and :func:`decide` answers with one action; the controller carries it out and lo
 actions is harmless, because the next controller starts from what is stored.
 
 Changing *cells* keeps the term: a gradient is a pure function of (seed, step, rank, stage), so it does not matter
-which worker computes it. Changing the owner of a *shard* needs a new term, and so does moving a rank that has rank
-state, which is committed now and then. A new term begins in one of two ways:
+which worker computes it. In a model of several stages a cell that a living worker holds goes between two steps, so
+that nothing of it is computed again; one whose holder died goes at once. Changing the owner of a *shard* needs a new
+term, and so does moving a rank that has rank state, which is committed now and then. A new term begins in one of two
+ways:
 
 * Take-over, when an owner died (or a holder): seal, read heads, resume at the newest version that all shards have
   committed.
@@ -33,6 +35,10 @@ from psa_store.cluster.members import Member
 from psa_store.cluster.plan import NO_WORKER, Phase, Plan, Server
 from psa_store.job.document import Damaged
 
+_MOVE_AHEAD = 2
+"""In how many versions a living worker's cells go: the next one may be there before all have read the plan. Those that
+read it later compute something again, and nothing else."""
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -52,6 +58,8 @@ class View:
     """The newest plan that could be read by this process."""
     on_arrival: bool = False
     """Whether pushes are applied as they come, so that a cut needs the word of the workers that hold the ranks."""
+    version: int = 0
+    """The newest version that this process knows of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +101,29 @@ def decide(view: View) -> TakeOver | Publish | None:
     if {server.id for server in servers} != set(previous) or (view.stop_interval and cells != plan.cells):
         return _hand_over(view, plan, servers, owners, cells)
     if plan.phase is not Phase.RUN:
+        moves = _moves(view, plan, cells)
         return _publish(
-            plan, "hand-over no longer needed", cells=cells, phase=Phase.RUN, freeze_revision=None, stop_version=None
+            plan, "hand-over no longer needed", **moves, phase=Phase.RUN, freeze_revision=None, stop_version=None
         )
     if cells != plan.cells:
         # Where a cut on arrival ends is said by the workers that held the ranks.
-        return _publish(plan, "workers changed", cells=cells, cut=None if view.on_arrival else plan.cut)
+        cut = None if view.on_arrival else plan.cut
+        return _publish(plan, "workers changed", **_moves(view, plan, cells), cut=cut)
     return None
+
+
+def _moves(view: View, plan: Plan, cells: tuple[str, ...]) -> dict[str, Any]:
+    """What changes in a plan of the same term that is to give out cells in this way; where it does already: nothing.
+
+    Of one stage, a rank goes at once: a worker that joins helps with the present step.
+    """
+    if cells == plan.cells:
+        return {}
+    now = zip(plan.cells_at(view.version), cells, strict=True)
+    before = tuple(holder if holder in view.workers else new for holder, new in now)
+    if plan.stages == 1 or before == cells:
+        return {"cells": cells, "moved_at": 0, "cells_before": ()}
+    return {"cells": cells, "moved_at": view.version + _MOVE_AHEAD, "cells_before": before}
 
 
 def _take_over_reason(view: View) -> str:
@@ -140,33 +164,40 @@ def _hand_over(
     view: View, plan: Plan, servers: tuple[Server, ...], owners: tuple[int, ...], cells: tuple[str, ...]
 ) -> TakeOver | Publish | None:
     members = [view.servers[server.id] for server in plan.servers]
-    meanwhile = plan.cells if view.stop_interval else cells
+    meanwhile = {} if view.stop_interval else _moves(view, plan, cells)
     if plan.phase is Phase.RUN:
         revision = plan.revision + 1
-        return _publish(
-            plan, "members changed", cells=meanwhile, phase=Phase.FREEZE, freeze_revision=revision, cut=None
-        )
+        return _publish(plan, "members changed", **meanwhile, phase=Phase.FREEZE, freeze_revision=revision, cut=None)
     if plan.phase is Phase.FREEZE and all(member.frozen_revision == plan.freeze_revision for member in members):
         stop = max(member.frozen_newest or 0 for member in members)
         if view.stop_interval:
             stop = -(-stop // view.stop_interval) * view.stop_interval
         return _publish(
-            plan, "all owners are frozen", cells=meanwhile, phase=Phase.STOP, freeze_revision=None, stop_version=stop
+            plan, "all owners are frozen", **meanwhile, phase=Phase.STOP, freeze_revision=None, stop_version=stop
         )
     if plan.phase is Phase.STOP and all(member.stopped_version == plan.stop_version for member in members):
         if servers:
             why = f"hand-over at version {plan.stop_version}"
             return TakeOver(servers, owners, cells, view.stages, why, _above(view))
         return _end(plan, "the last server leaves", cells=cells, resume=plan.stop_version)
-    if meanwhile != plan.cells:
-        return _publish(plan, "workers changed", cells=meanwhile)
+    if meanwhile:
+        return _publish(plan, "workers changed", **meanwhile)
     return None
 
 
 def _end(plan: Plan, reason: str, **changes: Any) -> Publish:
     """End with a plan without owners; the next server begins with a take-over."""
     return _publish(
-        plan, reason, phase=Phase.RUN, freeze_revision=None, stop_version=None, servers=(), owners=(), **changes
+        plan,
+        reason,
+        phase=Phase.RUN,
+        freeze_revision=None,
+        stop_version=None,
+        servers=(),
+        owners=(),
+        moved_at=0,
+        cells_before=(),
+        **changes,
     )
 
 

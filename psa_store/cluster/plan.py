@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import ClassVar
 
 from psa_store.errors import DataIntegrity, UsageError
-from psa_store.job.document import from_fields, to_fields
+from psa_store.job.document import ADDED_LATER, from_fields, to_fields
 
 _BEFORE_STAGES = 2
 """The format of plans in which each rank was one cell."""
@@ -78,6 +78,9 @@ class Plan:
     """One small znode. ``owners[s]`` is the index in ``servers`` of shard s's owner; ``cells[i]`` a worker's id.
 
     The cells of one stage are side by side, in the order of ranks: a worker that holds a run of them needs few stages.
+
+    ``cells`` is as it is from version ``moved_at`` on; the steps before are computed as ``cells_before`` says. So a
+    living worker ends what it has begun of a cell that goes to another one, and all processes know where that is.
     """
 
     FORMAT: ClassVar[int] = 3
@@ -98,14 +101,21 @@ class Plan:
     cut: Cut | None = None
     """The checkpoint that is being taken."""
     stages: int = 1
+    moved_at: int = field(default=0, metadata=ADDED_LATER)
+    cells_before: tuple[str, ...] = field(default=(), metadata=ADDED_LATER)
+    """As ``cells``; empty where no cell moves between two steps. All its workers have something of ``cells``, too."""
 
     def __post_init__(self) -> None:
         """Refuse what no controller writes: a plan that was read is then safe to follow."""
-        for number in (self.term, self.revision, self.resume):
+        for number in (self.term, self.revision, self.resume, self.moved_at):
             if not 0 <= number <= NUMBER_MAX:
                 raise UsageError(f"{number} is no term, revision or version")
         if self.stages < 1 or len(self.cells) % self.stages:
             raise UsageError(f"{len(self.cells)} cells are not those of {self.stages} stages")
+        if len(self.cells_before) != (len(self.cells) if self.moved_at else 0):
+            raise UsageError(f"{len(self.cells_before)} cells before a move at version {self.moved_at}")
+        if not set(self.cells_before) <= set(self.cells):
+            raise UsageError("a worker has no cell any more after a move")
         if any(not 0 <= index < len(self.servers) for index in self.owners):
             raise UsageError("a shard belongs to a server that is not listed")
 
@@ -125,18 +135,23 @@ class Plan:
     def shards_of(self, server: str) -> tuple[int, ...]:
         return tuple(shard for shard, index in enumerate(self.owners) if self.servers[index].id == server)
 
-    def holder(self, rank: int, stage: int = 0) -> str:
-        """The worker that computes a cell."""
-        return self.cells[stage * self.ranks + rank]
+    def cells_at(self, step: int) -> tuple[str, ...]:
+        """The workers that compute the cells of a step."""
+        return self.cells if step >= self.moved_at else self.cells_before
 
-    def cells_of(self, worker: str) -> tuple[Cell, ...]:
+    def holder(self, rank: int, stage: int = 0, step: int = NUMBER_MAX) -> str:
+        """The worker that computes a cell in a step; in none that is named, from the last move on."""
+        return self.cells_at(step)[stage * self.ranks + rank]
+
+    def cells_of(self, worker: str, step: int = NUMBER_MAX) -> tuple[Cell, ...]:
         """Those that a worker computes, in their order."""
         ranks = self.ranks
-        return tuple(sorted(Cell(i % ranks, i // ranks) for i, holder in enumerate(self.cells) if holder == worker))
+        holders = self.cells_at(step)
+        return tuple(sorted(Cell(i % ranks, i // ranks) for i, holder in enumerate(holders) if holder == worker))
 
-    def ranks_of(self, worker: str) -> tuple[int, ...]:
+    def ranks_of(self, worker: str, step: int = NUMBER_MAX) -> tuple[int, ...]:
         """Those of which a worker computes a stage at least."""
-        return tuple(dict.fromkeys(cell.rank for cell in self.cells_of(worker)))
+        return tuple(dict.fromkeys(cell.rank for cell in self.cells_of(worker, step)))
 
     def check(self, shape: JobShape) -> None:
         """Raise DataIntegrity if this is the plan of a job of another shape."""
@@ -157,6 +172,8 @@ class Plan:
             freeze_revision=None,
             stop_version=None,
             cut=None,
+            moved_at=0,
+            cells_before=(),
         )
 
     def to_json(self) -> str:

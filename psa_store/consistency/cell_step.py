@@ -8,8 +8,12 @@ A cell that comes while the worker awaits a version is computed after a Reload: 
 done with the present one. What it has pushed of this step is not computed again: before it reloads it has the servers
 Confirm that whatever it sent has come to them, so new connections lose nothing of it.
 
-When a cell goes whose gradients were pushed, the cells that were computed together with it are computed again: what
-they sent each other stayed in this worker, and the next holder needs it. To keep it would cost memory in every step.
+A cell that a living worker has goes between two steps: the plan says from which version on another one computes it.
+That one follows each version until then, so it has the parameters in time.
+
+When a cell goes in the middle of a step, and its gradients were pushed, the cells that were computed together with it
+are computed again: what they sent each other stayed in this worker, and the next holder needs it. To keep it would cost
+memory in every step.
 
 Pure: no I/O, no threads, no tensors, no clock.
 """
@@ -40,7 +44,11 @@ class CellStep:
         self._last = last
         self.version = 0
         """That of the parameters in the stages here."""
-        self._held: Sequence[Cell] = ()
+        self._cells: Sequence[Cell] = ()
+        """Those that are computed here from version ``_moved_at`` on ..."""
+        self._cells_before: Sequence[Cell] = ()
+        """... and those before it."""
+        self._moved_at = 0
         self._owners: frozenset[str] = frozenset()
         self._term: int | None = None
         self._pushed: list[frozenset[Cell]] = []
@@ -49,6 +57,11 @@ class CellStep:
         """... and those whose gradients the servers of this term have, and the relay all that they sent."""
         self._awaited: int | None = None
         self._brought: dict[str, int] = {}
+
+    @property
+    def _held(self) -> Sequence[Cell]:
+        """The cells that are computed here in the present step."""
+        return self._cells if self.version >= self._moved_at else self._cells_before
 
     @property
     def watches(self) -> bool:
@@ -88,11 +101,17 @@ class CellStep:
         """The job ends at another version than was known."""
         self._last = last
 
-    def planned(self, held: Sequence[Cell], owners: frozenset[str]) -> None:
-        """What the plan says: the cells held here, and the owners of what changes in their stages."""
-        self._held, self._owners = held, owners
-        self._pushed = [cells for cells in self._pushed if cells.issubset(held)]
-        self._confirmed = [cells for cells in self._confirmed if cells.issubset(held)]
+    def planned(
+        self, cells: Sequence[Cell], owners: frozenset[str], before: Sequence[Cell] = (), moved_at: int = 0
+    ) -> None:
+        """What the plan says: the cells here, and the owners of what changes in their stages.
+
+        ``before``: the cells here before version ``moved_at``.
+        """
+        self._cells, self._cells_before, self._moved_at, self._owners = cells, before, moved_at, owners
+        held = self._held
+        self._pushed = [each for each in self._pushed if each.issubset(held)]
+        self._confirmed = [each for each in self._confirmed if each.issubset(held)]
 
     def pushed(self, cells: Iterable[Cell]) -> None:
         """The whole gradients of these, which were computed together, are on their way."""
@@ -128,10 +147,13 @@ class CellStep:
             if self._awaited is None:
                 return Compute(self.version, self.first)
             return CONFIRM if self._pushed else Reload("more cells came in the middle of a step")
+        last = NEVER if self._last is None else self._last
+        wanted = self.version + 1 if self._held or self._cells else last
         if self._awaited is None:
-            last = NEVER if self._last is None else self._last
-            self._awaited = self.version + 1 if self._held else last
-            return Await(self._awaited, self._owners)
+            self._awaited = wanted
+            return Await(wanted, self._owners)
+        if wanted < self._awaited:
+            return Reload("cells come here between two steps")
         if self._brought.keys() >= self._owners:
             if any(version != self._awaited for version in self._brought.values()):
                 return Reload("the job went on while the cells held here were with others")

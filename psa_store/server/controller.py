@@ -102,6 +102,7 @@ class Controller:
             on_arrival=self._rules.on_arrival,
             damage=seen if isinstance(seen, Damaged) else None,
             last=self._last,
+            version=self._version(plan),
         )
         self._events.see(view)
         action = decide(view)
@@ -115,6 +116,13 @@ class Controller:
             case None:
                 return False
         return True
+
+    def _version(self, plan: Plan | None) -> int:
+        """The newest version that is known of a plan's term; a server without shards knows only where it began."""
+        known = self._metrics.read()
+        if plan is None or known.get("term") != plan.term:
+            return 0 if plan is None else plan.resume
+        return int(known.get("version", plan.resume))
 
     def _take_over(self, action: TakeOver, seen: StoredPlan | Damaged | None) -> None:
         before = self._last

@@ -111,9 +111,9 @@ class FrameHandler:
         self.parameters.move_to(memory)
         self.aggregator = aggregator
 
-    def revise(self, plan: Plan) -> None:
-        """The same term, but other ranks or another phase."""
-        self._admission.revise(plan)
+    def revise(self, plan: Plan, version: int) -> None:
+        """The same term, but other ranks or another phase. ``version``: the newest."""
+        self._admission.revise(plan, version)
         self.connections.wake_parked()
 
     def end(self) -> None:

@@ -172,10 +172,15 @@ class PushAdmission:
 
     # --- while bytes come
 
-    def revise(self, plan: Plan) -> None:
-        """Ranks may have gone to other workers: what is still to come of their gradients is not wanted."""
+    def revise(self, plan: Plan, version: int) -> None:
+        """Ranks may have gone to other workers: what is still to come of their gradients is not wanted.
+
+        ``version``: the newest, of whose step those are.
+        """
         for connection, decision in self._decided.items():
-            if not isinstance(decision, Drop) and not self._may_push(plan, decision.rank, decision.shards, connection):
+            if isinstance(decision, Drop):
+                continue
+            if not self._may_push(plan, version, decision.rank, decision.shards, connection):
                 self._divert(connection, Reason.NOT_HOLDER)
 
     def end(self) -> None:
@@ -242,16 +247,17 @@ class PushAdmission:
             return Reason.STALE
         if not set(shards) <= aggregator.owned_shards.keys():
             return Reason.NOT_OWNER
-        if header.rank >= self._ranks or not self._may_push(aggregator.plan, header.rank, shards, connection):
+        plan, step, rank = aggregator.plan, header.step, header.rank
+        if rank >= self._ranks or not self._may_push(plan, step, rank, shards, connection):
             return Reason.NOT_HOLDER
         if not self._frozen.isdisjoint(shards):
             raise Refused(f"PUSH of shards {sorted(self._frozen.intersection(shards))}, which never change")
         return None
 
-    def _may_push(self, plan: Plan, rank: int, shards: Iterable[int], connection: Connection) -> bool:
+    def _may_push(self, plan: Plan, step: int, rank: int, shards: Iterable[int], connection: Connection) -> bool:
         """Whether the plan gives the cells of these shards to this worker, or allows it to be faster."""
         stages = {self._layout.shards[shard].home for shard in shards} if plan.stages > 1 else (0,)
-        return all(plan.holder(rank, stage) == connection.member for stage in stages) or (
+        return all(plan.holder(rank, stage, step) == connection.member for stage in stages) or (
             self._rules.workers_race and connection.member in plan.cells
         )
 

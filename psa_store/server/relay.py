@@ -59,7 +59,7 @@ class CellRelay:
         sender = self._sender(plan, header)
         if not (0 <= sender < plan.stages and header.stage < plan.stages and header.rank < plan.ranks):
             raise Refused(f"RELAY for stage {header.stage} of rank {header.rank}: there is none")
-        if plan.holder(header.rank, sender) != connection.member:
+        if plan.holder(header.rank, sender, header.step) != connection.member:
             return Reason.NOT_HOLDER, f"stage {sender} of rank {header.rank} is held by another worker"
         return Reason.NONE, ""
 

@@ -99,7 +99,7 @@ class Serving:
         """The same term, but other ranks or another phase."""
         if self.aggregator is not None and self.aggregator.plan.term == plan.term:
             self.aggregator.revise(plan)
-            self._frames.revise(plan)
+            self._frames.revise(plan, self.aggregator.version)
 
     def join(self, join: Join) -> None:
         """Take a new connection to another server."""

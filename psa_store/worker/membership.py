@@ -21,15 +21,26 @@ _RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """This worker's id in the job, the newest plan, and the ranks that it gives to this worker."""
+    """This worker's id in the job, the newest plan, and the ranks that it gives to this worker in the end."""
 
     member: str
     plan: Plan | None = None
     held: tuple[int, ...] = ()
     cells: tuple[Cell, ...] = ()
     """Which of the stages of those ranks: all, where there is one."""
+    cells_before: tuple[Cell, ...] = ()
+    """Those before some of them move, where the plan says that they will."""
     failure: PsaError | None = None
     """What made it impossible to know a newer plan: one that cannot be read."""
+
+    def cells_at(self, step: int) -> tuple[Cell, ...]:
+        """Those that this worker computes in a step."""
+        return self.cells if self.plan is None or step >= self.plan.moved_at else self.cells_before
+
+    def ranks_at(self, step: int) -> tuple[int, ...]:
+        """The ranks of those."""
+        cells = self.cells_at(step)
+        return self.held if cells is self.cells else tuple(dict.fromkeys(cell.rank for cell in cells))
 
 
 class Membership:
@@ -112,7 +123,9 @@ class Membership:
             return self.standing if member == self.standing.member else Standing(member)
         if seen is None:
             return Standing(member)
-        return Standing(member, seen.plan, seen.plan.ranks_of(member), seen.plan.cells_of(member))
+        plan = seen.plan
+        before = plan.cells_of(member, 0) if plan.moved_at else ()
+        return Standing(member, plan, plan.ranks_of(member), plan.cells_of(member), before)
 
     def _join(self, member: str) -> None:
         self._coordination.join(ProcessRole.WORKER, _said_by(member))

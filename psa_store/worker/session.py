@@ -139,7 +139,7 @@ class PlanSession:
         self.held: tuple[int, ...] = ()
         """The ranks that the plan gives to this worker ..."""
         self.cells: tuple[Cell, ...] = ()
-        """... and which stages of them."""
+        """... and which stages of them, both once all moves are made; :meth:`cells_at` tells those of a step."""
         self.owners: frozenset[str] = frozenset()
         """The servers that own what changes."""
         self.arrived: dict[int, int] = {}
@@ -201,6 +201,10 @@ class PlanSession:
         self.held, self.cells = standing.held, standing.cells
         self.owners = frozenset(plan.owner_of(shard.index).id for shard in self._layout.versioned)
         self._servers.follow(plan)
+
+    def cells_at(self, step: int) -> tuple[Cell, ...]:
+        """The cells that are computed here in a step, as the plan that is followed says."""
+        return self._standing.cells_at(step) if self._standing is not None else ()
 
     @property
     def newest(self) -> Standing:

@@ -21,17 +21,22 @@ class StageLoading:
         self._session = session
         self._model = model
 
-    def wanted(self) -> set[int]:
-        """The stages of the cells here, or those of them that can be in memory at once; rather what is there."""
-        stages, most = {cell.stage for cell in self._session.cells}, self._model.resident_max
+    def wanted(self, step: int) -> set[int]:
+        """The stages of the cells here in a step and after it, or those of them that can be in memory at once; rather
+        what is there."""
+        cells = (*self._session.cells_at(step), *self._session.cells)
+        stages, most = {cell.stage for cell in cells}, self._model.resident_max
         if most is None or len(stages) <= most:
             return stages
         return stages.intersection(self._model.stages) or set(sorted(stages)[:most])
 
-    def begin(self, plan: Plan) -> int | None:
-        """Have what is wanted at one version of this term; returns it, or None if the term is over before."""
+    def begin(self, plan: Plan, known: int) -> int | None:
+        """Have what is wanted at one version of this term; returns it, or None if the term is over before.
+
+        ``known``: the newest version that this worker knows of.
+        """
         session, model = self._session, self._model
-        model.hold(self.wanted())
+        model.hold(self.wanted(known))
         newest, wanted = -1, plan.resume
         while newest < wanted:
             newest = wanted

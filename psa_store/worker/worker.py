@@ -218,7 +218,8 @@ class Worker:
         now = self._current
         if isinstance(strategy, StagedStrategy) and strategy.computed is not None and now is not None and now.rank == 0:
             return self._config.stages - 1 in strategy.computed
-        return Cell(0, self._config.stages - 1) in self._membership.standing.cells
+        made = max(self.version - 1, 0)  # a cell may move between the step that was made and the next one
+        return Cell(0, self._config.stages - 1) in self._membership.standing.cells_at(made)
 
     @property
     def finished(self) -> bool:
@@ -330,7 +331,7 @@ class Worker:
             self._opened.data_position.check(batches.reading)
         with closing(batches):
             while (rank_step := strategy.next_rank_step()) is not None:
-                batch = batches.get(rank_step, self._membership.standing.held)
+                batch = batches.get(rank_step, self._membership.standing.ranks_at(rank_step.step))
                 strategy.begin(rank_step)
                 if self._script_state is not None:
                     self._script_state.begin(rank_step)

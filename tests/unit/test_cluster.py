@@ -164,6 +164,48 @@ def test_the_cells_of_a_job_in_stages_are_given_out_with_the_first_plan_and_with
     assert cluster.plan.cells == ("w",) * 12 and cluster.terms == [1], "the owners of shards stay"
 
 
+def test_a_worker_that_comes_back_gets_its_cell_between_two_steps_and_a_dead_one_s_goes_at_once() -> None:
+    cluster = Cluster(stages=2)
+    cluster.servers, cluster.workers = members("a"), members("v", "w")
+    cluster.settle()
+    cluster.version = 17
+    del cluster.workers["w"]
+    cluster.settle()
+    assert cluster.plan is not None and cluster.plan.cells_at(17) == ("v",) * 8
+    cluster.workers["x"] = member("x")
+    cluster.settle()
+    plan = cluster.plan
+    assert plan.cells_at(17) == plan.cells_at(18) == ("v",) * 8 and plan.cells_at(19) == ("v",) * 4 + ("x",) * 4
+    assert plan.holder(0, 1, 18) == "v" and plan.holder(0, 1, 19) == plan.holder(0, 1) == "x"
+    assert plan.cells_of("x", 18) == () and plan.ranks_of("x") == (0, 1, 2, 3)
+    del cluster.workers["v"]
+    cluster.settle()
+    assert cluster.plan.cells_at(17) == ("x",) * 8, "no living worker has what would have gone later"
+
+
+def test_a_move_that_was_made_is_none_any_more_for_the_next_one() -> None:
+    cluster = Cluster(stages=2)
+    cluster.servers, cluster.workers = members("a"), members("v")
+    for version, joins in ((5, "w"), (90, "x")):
+        cluster.settle()
+        cluster.version = version
+        cluster.workers[joins] = member(joins)
+    before = cluster.plan
+    cluster.settle()
+    assert before is not None and cluster.plan is not None
+    assert cluster.plan.cells_at(91) == before.cells and cluster.plan.moved_at == 92
+    begun = cluster.plan.begun_again(2, 50)
+    assert begun.cells_at(50) == cluster.plan.cells, "in a new term all is given out at once"
+
+
+@pytest.mark.parametrize("before", [(7, ["v"]), (7, ["v", "x"]), (0, ["v", "v"]), (7, [])])
+def test_a_plan_with_a_move_that_cannot_be_is_refused(before: tuple[int, list[str]]) -> None:
+    plan = Plan(1, 1, 0, (), (), ("v", "w"), stages=2)
+    changed = json.loads(plan.to_json()) | dict(zip(("moved_at", "cells_before"), before, strict=True))
+    with pytest.raises(DataIntegrity, match="the plan in ZooKeeper"):
+        plan_from_json(json.dumps(changed))
+
+
 DAMAGE = Damaged("/psa/job/plan", "it cannot be read")
 
 
@@ -262,6 +304,7 @@ class Cluster:
             ranks=4,
             stages=self.stages,
             stop_interval=self.interval,
+            version=self.version,
         )
 
     def decide_once(self) -> bool:
@@ -286,8 +329,22 @@ class Cluster:
             if self.interval and action.plan.owners:
                 assert action.plan.cells == self.plan.cells, "rank state changed hands without a new term"
                 assert action.plan.phase is not Phase.STOP or (action.plan.stop_version or 0) % self.interval == 0
+            if action.plan.owners and self.workers:
+                self.check_moves(self.plan, action.plan)
             self.plan = action.plan
         return True
+
+    def check_moves(self, before: Plan, after: Plan) -> None:
+        """A cell of a dead worker is computed by a living one at once; one of a living worker stays where it is in this
+        step and the next one."""
+        assert plan_from_json(after.to_json()) == after
+        now, later = (after.cells_at(self.version + ahead) for ahead in (0, 1))
+        for old, *new in zip(before.cells_at(self.version), now, later, strict=True):
+            if old in self.workers and self.stages > 1:
+                assert new == [old, old]
+            elif not self.interval:
+                assert set(new) <= self.workers.keys()
+        assert self.stages > 1 or after.cells_at(self.version) == after.cells
 
     def servers_follow(self) -> None:
         plan = self.plan

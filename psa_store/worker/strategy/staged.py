@@ -198,7 +198,8 @@ class StagedStrategy:
                     return False
             self._gradients = self._pool.take_for(self._rank_step.step, (), shared=False)
         self._push.go_on(self._gradients)
-        together = {*due.stages, *self._loading.wanted().intersection(self._model.stages)}
+        wanted = self._loading.wanted(self._rank_step.step)
+        together = {*due.stages, *wanted.intersection(self._model.stages)}
         if not self._begin(due.stages, together if len(together) <= most else due.stages, backward=due.backward):
             return False
         passes.reside(due)
@@ -257,11 +258,10 @@ class StagedStrategy:
         session, model = self.session, self._model
         match instruction:
             case Await(version, servers):
-                if model.hold(self._loading.wanted()):
-                    session.lose("a stage came back whose cells are pushed already")
-                else:
-                    model.fill(model.stages)
-                    self._servers.wait_for(servers, version, stages=model.stages)
+                # A stage that is not here, and comes with that version, is loaded when it is to be computed.
+                model.hold(self._loading.wanted(version).intersection(model.stages))
+                model.fill(model.stages)
+                self._servers.wait_for(servers, version, stages=model.stages)
             case Listen():
                 session.wait()
             case Confirm():
@@ -282,7 +282,7 @@ class StagedStrategy:
     def load(self, plan: Plan) -> bool:
         """Get all shards of the stages held here at one version of this term."""
         self._step.ends_at(self.session.last_version)
-        newest = self._loading.begin(plan)
+        newest = self._loading.begin(plan, self._step.version)
         if newest is None or not self._residuals.load(plan.term, newest):
             return False
         self._journal.record("loaded", term=plan.term, version=newest)
@@ -292,7 +292,8 @@ class StagedStrategy:
         return True
 
     def replanned(self) -> None:
-        self._step.planned(self.session.cells, self.session.owners)
+        session = self.session
+        self._step.planned(session.cells, session.owners, session.cells_at(0), session.plan.moved_at)
 
     def lost(self) -> None:
         self._pool.give_up()
