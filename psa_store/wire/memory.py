@@ -100,6 +100,12 @@ class SharedMemory:
             return memoryview(self.buffer)[low:high]
         return mmap.mmap(self._fd, high - low, offset=low)
 
+    def discard(self, low: int, high: int) -> None:
+        """Let whole pages go, of all processes that have this memory: they are zeros again (Linux only)."""
+        part = self.part(low, high)
+        if isinstance(part, mmap.mmap) and sys.platform == "linux":
+            part.madvise(mmap.MADV_REMOVE)
+
     def copy_on_write(self, low: int, high: int) -> CopyOnWrite:
         """The same part once more, to be written to without effect here."""
         if self._fd is None:

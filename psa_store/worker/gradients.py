@@ -47,6 +47,8 @@ class GradientMemory:
         self._layout = layout
         self._wire = wire
         self._after_step: list[CopyOnWrite] = []
+        self._ranges: list[tuple[int, int]] = []
+        """What is mapped."""
         trained = layout.shards_of(TensorRole.TRAINED)
         self.add({stage for shard in trained for stage in shard.stages} if stages is None else stages)
 
@@ -70,6 +72,7 @@ class GradientMemory:
         parts = parts_of((wire.offset_bytes(each), wire.offset_bytes(each) + wire.size_bytes(each)) for each in shards)
         mapped: list[tuple[int, int, Tensor, Tensor]] = []
         for low, high in parts.ranges:
+            self._ranges.append((low, high))
             after_step = self.shared.copy_on_write(low, high)
             self._after_step.append(after_step)
             own = torch.frombuffer(self.shared.part(low, high), dtype=torch.uint8)
@@ -92,7 +95,17 @@ class GradientMemory:
     def clear(self) -> None:
         """Have memory for no stage any more; servers go on reading what was passed to them."""
         self.stages = frozenset()
-        self.views, self.views_after_step, self.numbers, self._after_step = {}, {}, {}, []
+        self.views, self.views_after_step, self.numbers = {}, {}, {}
+        self._after_step, self._ranges = [], []
+
+    def restrict(self, stages: Iterable[int]) -> None:
+        """Have the gradients of these stages and no others, which nothing reads any more."""
+        wanted = frozenset(stages)
+        if wanted != self.stages:
+            for low, high in self._ranges:
+                self.shared.discard(low, high)
+            self.clear()
+            self.add(wanted)
 
     def begin(self) -> None:
         """Get ready for another gradient."""
@@ -137,9 +150,12 @@ class GradientPool:
 
     def take(self, stages: Collection[int] | None = None) -> GradientMemory:
         """Memory that no server reads, for these stages; None: for all."""
-        if stages is not None:  # else a stage that has gone would keep its memory here
-            self._free = [memory for memory in self._free if memory.stages == frozenset(stages)]
-        memory = self._free.pop() if self._free else GradientMemory(self._layout, self._wire, stages)
+        if self._free:
+            memory = self._free.pop()
+            if stages is not None:
+                memory.restrict(stages)
+        else:
+            memory = GradientMemory(self._layout, self._wire, stages)
         self._taken.append(memory)
         return memory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import weakref
 from functools import partial
 from pathlib import Path
@@ -66,13 +67,18 @@ def test_parameters_and_gradients_of_other_stages_take_no_addresses() -> None:
     model.close()
 
 
-def test_memory_for_gradients_is_not_used_again_when_other_stages_are_here() -> None:
-    """A stage that has gone would keep its part of it."""
+def test_memory_for_gradients_is_used_again_and_a_stage_that_has_gone_has_none_of_it() -> None:
+    """Servers keep what was passed to them, and allow a few: other stages, again and again, take no new ones."""
     pool = GradientPool(LAYOUT, WireLayout(LAYOUT))
-    both = pool.take_for(1, (0, 2), shared=True)
-    assert pool.take_for(2, (2, 0), shared=True) is both
-    one = pool.take_for(3, (2,), shared=True)
-    assert one is not both and set(one.numbers) < set(both.numbers)
+    memory = pool.take_for(1, (0, 2), shared=True)
+    for step in range(2, 8):
+        assert pool.take_for(step, (2, 0), shared=True) is memory
+        for numbers in memory.numbers.values():
+            numbers.fill_(1.0)
+        both, size = set(memory.numbers), os.fstat(memory.shared.fd).st_blocks
+        assert pool.take_for(step + 10, (2,), shared=True) is memory and set(memory.numbers) < both
+        memory.numbers[max(both)].fill_(1.0)
+        assert os.fstat(memory.shared.fd).st_blocks == size // 2
 
 
 def test_a_creator_has_one_stream_of_shards_at_a_time() -> None:
