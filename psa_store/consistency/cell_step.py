@@ -44,6 +44,8 @@ class CellStep:
         self._last = last
         self.version = 0
         """That of the parameters in the stages here."""
+        self._blind = False
+        """Whether nothing was loaded, so that ``version`` is only where the term began."""
         self._cells: Sequence[Cell] = ()
         """Those that are computed here from version ``_moved_at`` on ..."""
         self._cells_before: Sequence[Cell] = ()
@@ -94,8 +96,12 @@ class CellStep:
         """The stages have a version: one with which a worker begins in a term, or one that was shown."""
         if (term, version) != (self._term, self.version):
             self._confirmed.clear()
-        self._term, self.version = term, version
+        self._term, self.version, self._blind = term, version, False
         self.lost()  # nothing is in flight yet
+
+    def loaded_nothing(self) -> None:
+        """There was nothing to load for this worker: it does not know at which version the others are."""
+        self._blind = True
 
     def ends_at(self, last: int | None) -> None:
         """The job ends at another version than was known."""
@@ -143,6 +149,8 @@ class CellStep:
         """What to do now."""
         if self._last is not None and self.version >= self._last:
             return Finish(self.version)
+        if self._blind and (self._held or self._cells):
+            return Reload("cells came to a worker that had none")
         if self.first is not None:
             if self._awaited is None:
                 return Compute(self.version, self.first)

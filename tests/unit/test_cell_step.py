@@ -152,6 +152,17 @@ def test_a_worker_to_which_a_cell_comes_between_two_steps_follows_each_version_u
     assert step.next() == Compute(2, 0) and step.missing(0) == (1,)
 
 
+def test_a_worker_that_had_nothing_to_load_does_not_compute_at_the_version_where_the_term_began() -> None:
+    step = CellStep(LAST)
+    step.loaded(TERM, 0)
+    step.loaded_nothing()
+    step.planned(cells((0, 1)), OWNERS)
+    assert isinstance(step.next(), Reload)
+    step.lost()
+    step.loaded(TERM, 2)
+    assert step.next() == Compute(2, 0)
+
+
 def waiting_when_a_cell_comes() -> CellStep:
     """A worker that has pushed all cells of two ranks, and gets one more."""
     step = standing(cells((0, 0), (0, 1), (1, 0)))

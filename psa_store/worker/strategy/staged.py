@@ -288,6 +288,8 @@ class StagedStrategy:
         self._journal.record("loaded", term=plan.term, version=newest)
         failpoint("worker.loaded")
         self.show(newest)
+        if not self._model.stages:
+            self._step.loaded_nothing()
         self.replanned()
         return True
 
