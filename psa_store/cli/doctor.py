@@ -29,8 +29,9 @@ def doctor_command(
 ) -> None:
     """Check this machine, Redis and ZooKeeper: versions, durability, memory, quorum, speed; and say how to mend them.
 
-    Takes seconds, changes nothing, and may be run beside a job: it moves 32 MiB through Redis where there is room, in
-    keys of its own that it removes. Exits with 3 if anything is unfit.
+    Takes seconds, and may be run beside a job: it moves 32 MiB through Redis where there is room, and does once what
+    jobs do with Redis and ZooKeeper, in keys and a znode of its own that it removes. A command that an ACL refuses is
+    named. Exits with 3 if anything is unfit.
 
     Example: PSA_REDIS=redis://db:6379 PSA_ZOOKEEPER=zk1:2181,zk2:2181,zk3:2181 psa doctor shakespeare
     """

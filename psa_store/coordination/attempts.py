@@ -7,6 +7,17 @@ from __future__ import annotations
 
 from psa_store.coordination.znodes import Znode, Znodes
 
+PROBE = "-probe-"
+"""How the znode begins with which it is tried what we may do. No job has such a name."""
+
+
+def rehearse(znodes: Znodes, path: str) -> None:
+    """A former attempt may have left it; it goes with the session at the latest."""
+    znodes.create(path, "", ephemeral=True)
+    znodes.set(path, "{}")
+    znodes.get(path)
+    znodes.delete(path)
+
 
 def create_document(znodes: Znodes, path: str, text: str) -> bool:
     """After an attempt that was cut off, the same text counts as ours."""

@@ -20,6 +20,7 @@ own.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -379,7 +380,17 @@ class Coordination:
 
     def jobs(self) -> list[str]:
         """Names of the jobs that ZooKeeper knows."""
-        return self._session.run(lambda znodes: znodes.children(self._root))
+        names = self._session.run(lambda znodes: znodes.children(self._root))
+        return [name for name in names if not name.startswith(attempts.PROBE)]
+
+    def rehearse(self) -> None:
+        """Make sure that we may create, change and delete below the root, by doing it once.
+
+        Raises:
+            DependencyUnfit: the ACL of what is there does not let us.
+        """
+        path = f"{self._root}/{attempts.PROBE}{secrets.token_hex(8)}"
+        self._session.run(lambda znodes: attempts.rehearse(znodes, path))
 
     def round_trip_s(self) -> float:
         """How long the way through our server to the leader and back takes now."""

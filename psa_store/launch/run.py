@@ -215,8 +215,9 @@ def _check(settings: Settings, private: HomeServers | None) -> None:
 def _reach(settings: Settings) -> None:
     with RedisStore.from_settings(settings) as store:
         store.check()
-    with Coordination.from_settings(settings, "check"):
-        pass
+        store.rehearse()
+    with Coordination.from_settings(settings, "check") as coordination:
+        coordination.rehearse()
 
 
 def environment_of(settings: Settings, run_id: str, workers: int) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from typing import Any, TypeVar
 
 import redis
@@ -17,6 +16,7 @@ import tenacity
 from psa_store.errors import DependencyUnfit
 from psa_store.logs import printable
 from psa_store.storage.connection import TooFewReplicas, make_pool, translated, unreachable_now
+from psa_store.storage.refusals import LIBRARY
 
 FunctionCall = tuple[str, list[str], Sequence[Any]]
 """Name, keys, arguments."""
@@ -24,6 +24,8 @@ FunctionCall = tuple[str, list[str], Sequence[Any]]
 _PAUSE_S = 0.05
 _WAIT_SHARE = 0.5
 """Of the time that an operation may take; less than a connection waits for an answer."""
+_MARKED = f"{LIBRARY}-- {hashlib.sha256(LIBRARY.encode()).hexdigest()}\n"
+"""Our functions, with what tells them from those of other releases."""
 T = TypeVar("T")
 
 
@@ -39,7 +41,6 @@ class Caller:
         self.client = redis.Redis(connection_pool=self.pool)
         self._url = url
         self._timeout_s = timeout_s
-        self._library = (files("psa_store.storage") / "functions.lua").read_text()
 
     def close(self) -> None:
         self.pool.disconnect()
@@ -108,18 +109,21 @@ class Caller:
 
     def load_library(self) -> None:
         """Load our functions, unless exactly these are loaded."""
-        marked = self._library + f"-- {hashlib.sha256(self._library.encode()).hexdigest()}\n"
         with translated(self._url):
             try:
-                listed = self._retried(lambda: self.client.function_list(library="psa_store", withcode=True))
-                if marked.encode() not in _flatten(listed):
-                    self._retried(lambda: self.client.function_load(marked, replace=True))
+                if not self.loaded_library():
+                    self._retried(lambda: self.client.function_load(_MARKED, replace=True))
             except redis.exceptions.ResponseError as error:
                 if "unknown command" not in str(error).lower():
                     raise
                 raise DependencyUnfit(
                     f"Redis at {self.where} has no functions: use Redis 7.0 or newer, or Valkey"
                 ) from error
+
+    def loaded_library(self) -> bool | None:
+        """Whether the functions that are loaded are exactly ours; None: none are loaded."""
+        listed = _flatten(self._retried(lambda: self.client.function_list(library="psa_store", withcode=True)))
+        return _MARKED.encode() in listed if listed else None
 
     def _retried(self, operation: Callable[[], T]) -> T:
         retrying = tenacity.Retrying(

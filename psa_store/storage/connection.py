@@ -19,9 +19,11 @@ from psa_store.config.private_servers import redis_of
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
 from psa_store.logs import printable
 from psa_store.storage.addresses import HostPort, Kind, read_address
+from psa_store.storage.refusals import is_of_acl, named
 from psa_store.storage.sentinels import Sentinels
 
 _PACK_COPY_BYTES_MAX = 6000
+_ACL = "its ACL does not allow this: allow it, or use another user"
 
 
 class OlderHead(redis.exceptions.ResponseError):
@@ -39,7 +41,7 @@ _UNFIT: tuple[tuple[type[Exception], str], ...] = (
     (OlderHead, "it went back in time: servers of the job bring it up to date; to take it as it is, open it anew"),
     (TooFewReplicas, "nothing counts as durable until they do: see that its replicas run and follow it"),
     (redis.exceptions.ClusterDownError, "its cluster has no master for some slots: see `redis-cli cluster info`"),
-    (redis.exceptions.NoPermissionError, "its ACL does not allow this: allow it, or use another user"),
+    (redis.exceptions.NoPermissionError, _ACL),
     (redis.exceptions.AuthenticationError, "it wants a user and password: put them into the URL of PSA_REDIS"),
 )
 _UNREACHABLE_NOW = (
@@ -196,6 +198,8 @@ def translated(url: str) -> Iterator[None]:
             f"Redis at {printable(url)} does not answer: {error}. Is it running, and is PSA_REDIS right?"
         ) from error
     except redis.exceptions.RedisError as error:
+        if is_of_acl(_reason(error)):
+            raise DependencyUnfit(f"Redis at {printable(url)} refuses ({named(_reason(error))}): {_ACL}") from error
         if _reason(error).startswith(_CANNOT_PERSIST):
             raise DependencyUnfit(f"Redis at {printable(url)} cannot write to its disk: make room there") from error
         raise DependencyUnfit(

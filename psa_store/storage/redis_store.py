@@ -36,6 +36,7 @@ from psa_store.storage.head_reader import HeadReader
 from psa_store.storage.loading import load_sections
 from psa_store.storage.model_files import StoredModelFiles
 from psa_store.storage.pins import Pins
+from psa_store.storage.rehearsal import rehearse
 from psa_store.testing.failpoints import failpoint
 
 
@@ -110,6 +111,15 @@ class RedisStore:
                 "Set `maxmemory-policy noeviction` in its configuration."
             )
         self._caller.load_library()
+
+    def rehearse(self) -> None:
+        """Do once what a job does; raises DependencyUnfit naming what is refused. Takes about fifty round trips."""
+        rehearse(self, self._caller)
+
+    def has_other_functions(self) -> bool:
+        """Whether functions of another release are loaded, which a job may be using."""
+        with translated(self._url):
+            return self._caller.loaded_library() is False
 
     def server_run_id(self) -> str:
         """Changes when Redis restarts or another instance takes over."""

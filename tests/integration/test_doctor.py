@@ -35,9 +35,10 @@ REDIS = [
     "Redis clock",
     "Redis replicas",
     "Redis memory",
+    "Redis commands",
     "Redis bandwidth",
 ]
-ZOOKEEPER = ["ZooKeeper", "ZooKeeper version", "ZooKeeper latency", "ZooKeeper session"]
+ZOOKEEPER = ["ZooKeeper", "ZooKeeper version", "ZooKeeper latency", "ZooKeeper session", "ZooKeeper access"]
 
 Checks = dict[str, dict[str, str]]
 
@@ -85,6 +86,7 @@ def raw(server: PrivateRedis) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(server.url) as client:
         yield client
         client.flushall()
+        client.function_flush()
         for name, value in {"maxmemory": 0, "maxmemory-policy": "noeviction", "appendonly": "yes", "save": ""}.items():
             client.config_set(name, value)
 
@@ -102,7 +104,24 @@ def test_sound_servers_are_fit_and_nothing_of_the_checks_stays(own: Site, raw: r
     assert verdicts(checks, sure) == {"pass"}
     assert "1 of 1 serve (standalone)" in checks["ZooKeeper"]["found"]
     assert raw.dbsize() == 0
-    assert raw.function_list() == [], "a job that runs may use functions of another version"
+
+
+def test_functions_of_another_release_are_left_alone(own: Site, raw: redis.Redis) -> None:
+    """A job that runs may use them."""
+    other = "#!lua name=psa_store\nredis.register_function('psa_commit', function() return 1 end)\n"
+    raw.function_load(other)
+    check = doctor(own)["Redis commands"]
+    assert check["verdict"] == "warn" and "another release" in check["found"]
+    assert other.encode() in raw.function_list(withcode=True)[0]
+
+
+def test_a_command_that_an_acl_refuses_is_named(own: Site, raw: redis.Redis) -> None:
+    raw.execute_command("ACL", "SETUSER", "default", "-pttl")
+    try:
+        check = doctor(own, exit_code=3)["Redis commands"]
+    finally:
+        raw.execute_command("ACL", "SETUSER", "default", "+pttl")
+    assert check["verdict"] == "fail" and "'pttl'" in check["found"]
 
 
 def test_people_get_a_table_with_the_line_that_mends_it(own: Site, raw: redis.Redis) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -104,6 +105,18 @@ def test_an_unreachable_dependency_is_named_within_5_s(site: Site, which: str, a
     assert run.finish() == 3, run.output
     assert "127.0.0.1:1" in run.output and "Traceback" not in run.output
     assert time.monotonic() - started_s < 5.0 + 7.0, "5 s, and what the command needs to start on a busy machine"
+
+
+def test_a_command_that_the_acl_refuses_ends_the_run_before_a_process_is_started(site: Site) -> None:
+    with redis.Redis.from_url(site.redis) as raw:
+        raw.execute_command("ACL", "SETUSER", "trainer", "reset", "on", ">secret", "~psa:*", "+@all", "-hdel")
+        try:
+            run = site.run("narrow", workers=1, env={"PSA_REDIS": re.sub("//.*@|//", "//trainer:secret@", site.redis)})
+            assert run.finish() == 3, run.output
+        finally:
+            raw.execute_command("ACL", "DELUSER", "trainer")
+    assert "'hdel'" in run.output and "its ACL does not allow this" in run.output, run.output
+    assert len(run.lines) == 1 and run.lines[0].startswith("psa: "), run.output
 
 
 class TestOwnRedis:

@@ -63,12 +63,12 @@ def test_the_end_of_a_job_that_redis_refuses_is_not_silent(own: Site) -> None:
     with redis.Redis.from_url(own.redis) as client:
         client.execute_command("ACL", "SETUSER", "default", "-hdel")
         try:
-            run.wait_for_line(lambda line: "waiting for Redis to commit version" in line and "this command" in line)
+            run.wait_for_line(lambda line: "waiting for Redis to commit version" in line and "'hdel'" in line)
             end = Path(own.home / "ends.end")
             end.touch()
             run.wait_for_line(lambda line: "durable, for workers that wait for that" in line and "waiting for" in line)
             run.wait_for_line(lambda line: bool(re.search(r"waiting for server-\S+ to make version \d+ durable", line)))
-            held_up(own, "ends", lambda text: "Redis to commit version" in text and "this command" in text)
+            held_up(own, "ends", lambda text: "Redis to commit version" in text and "'hdel'" in text)
         finally:
             client.execute_command("ACL", "SETUSER", "default", "+hdel")
     assert run.finish() == 0, run.output

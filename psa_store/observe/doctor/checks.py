@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from psa_store.checkpoint.catalog import read_job
 from psa_store.config import Settings
-from psa_store.coordination import access_of, examine_zookeeper
+from psa_store.coordination import Coordination, access_of, examine_zookeeper
 from psa_store.errors import DataIntegrity, DependencyUnreachable, Disconnected, UsageError
 from psa_store.observe.doctor import machine, redis, zookeeper
 from psa_store.observe.doctor.check import Check, Examination, Verdict
@@ -86,8 +86,23 @@ def _examine_redis(settings: Settings, job: str | None) -> tuple[list[Check], _S
         checks.append(redis.unknown_headroom(str(error)))
     except DependencyUnreachable as error:
         return [redis.unreachable_redis(str(error))], None
+    checks += _rehearse(url, facts, timeout_s)
     checks.append(_measure(url, facts, stored_job, timeout_s))
     return checks, stored_job
+
+
+def _rehearse(url: str, facts: RedisFacts, timeout_s: float) -> list[Check]:
+    """Do what a job does, where that can not get in the way of one, and can be done at all."""
+    if not facts.has_functions or facts.is_replica:
+        return []  # said already
+    try:
+        with RedisStore(url, timeout_s=timeout_s) as store:
+            if store.has_other_functions():
+                return [redis.unrehearsed()]
+            store.rehearse()
+    except DependencyUnreachable as error:
+        return [redis.refused(str(error))]
+    return [redis.rehearsed()]
 
 
 def _read_job(url: str, job: str, timeout_s: float) -> _StoredJob:
@@ -115,4 +130,12 @@ def _examine_zookeeper(settings: Settings) -> list[Check]:
         )
     except UsageError as error:
         return [zookeeper.unusable_zookeeper(str(error))]
-    return zookeeper.judge_zookeeper(members, asked_s)
+    checks = zookeeper.judge_zookeeper(members, asked_s)
+    if any(member.serves for member in members):
+        try:
+            with Coordination.from_settings(settings, "doctor") as coordination:
+                coordination.rehearse()
+            checks.append(zookeeper.allowed())
+        except DependencyUnreachable as error:
+            checks.append(zookeeper.refused(str(error)))
+    return checks

@@ -169,6 +169,20 @@ def unknown_headroom(why: str) -> Check:
     return Check("Redis memory", Verdict.FAIL, why, "restore Redis from its backup, or use another job name")
 
 
+def rehearsed() -> Check:
+    return Check("Redis commands", Verdict.PASS, "a version was committed, loaded, pinned, dropped and swept")
+
+
+def refused(why: str) -> Check:
+    fix = "let this user do what `deploy/README.md` lists, or mend what Redis complains of: a job would meet it later"
+    return Check("Redis commands", Verdict.FAIL, why, fix)
+
+
+def unrehearsed() -> Check:
+    found = "not tried: functions of another release are loaded, and a job may be using them"
+    return Check("Redis commands", Verdict.WARN, found, "let jobs and this command use one release of psa_store")
+
+
 def may_measure(facts: RedisFacts) -> bool:
     """Whether the measurement cannot get in the way of a job that runs."""
     room = facts.room_bytes

@@ -23,6 +23,14 @@ def unusable_zookeeper(why: str) -> Check:
     return Check("ZooKeeper", Verdict.FAIL, why, "correct PSA_ZOOKEEPER: host:port,host:port/chroot")
 
 
+def allowed() -> Check:
+    return Check("ZooKeeper access", Verdict.PASS, "a znode was created, changed and deleted")
+
+
+def refused(why: str) -> Check:
+    return Check("ZooKeeper access", Verdict.FAIL, why, "correct PSA_ZOOKEEPER, or the ACL of its chroot")
+
+
 def judge_zookeeper(members: Sequence[ZooKeeperMember], session_timeout_s: float) -> list[Check]:
     """``members``: all that the connect string names. What cannot be known without one that serves is left out."""
     serving = [member for member in members if member.serves]

@@ -1,0 +1,30 @@
+"""Which command an ACL refuses, where Redis does not say it.
+
+Redis 7.0 names a command that it refuses to a function by the line on which that stands. Later ones say its name.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+
+LIBRARY = (files("psa_store.storage") / "functions.lua").read_text()
+"""Our functions."""
+
+_BY_LINE = re.compile(r"can't run this command or subcommand script: (\w+), on @user_function:(\d+)")
+_CALL = re.compile(r"redis\.call\('(\w+)'")
+
+
+def named(reason: str) -> str:
+    """What Redis said, with the names of the commands if it told a line of our functions instead."""
+    found = _BY_LINE.search(reason)
+    if found is None:
+        return reason
+    line = LIBRARY.splitlines()[int(found[2]) - 1]
+    commands = " or ".join(f"'{each.lower()}'" for each in dict.fromkeys(_CALL.findall(line)))
+    return f"the user has no permissions to run the {commands} command, which {found[1]} does"
+
+
+def is_of_acl(reason: str) -> bool:
+    """Whether a function was refused something by an ACL."""
+    return _BY_LINE.search(reason) is not None or "ACL failure in script" in reason
