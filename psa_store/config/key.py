@@ -5,10 +5,10 @@ It is handed on in the environment and in a file, never in an argument, and is w
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 from pathlib import Path
 
+from psa_store.config.listening import is_loopback
 from psa_store.config.own_files import read_secret, write_private
 from psa_store.config.settings import KEY_CHARACTERS_MIN, Settings
 from psa_store.errors import UsageError
@@ -37,7 +37,7 @@ def check_bind(settings: Settings) -> None:
     Raises:
         UsageError: ``bind`` is not an address of this machine alone, and there is no key.
     """
-    if not _is_loopback(settings.bind) and cluster_key(settings) is None:
+    if not is_loopback(settings.bind) and cluster_key(settings) is None:
         raise UsageError(
             f"PSA_BIND={settings.bind}: other machines reach servers there, and any process could change the job. "
             f"Make a key once ({_HOW_TO_MAKE}), and set PSA_KEY or PSA_KEY_FILE to it on every machine of the job"
@@ -61,10 +61,3 @@ def _read(path: Path) -> bytes:
             f"Make one: {_HOW_TO_MAKE}"
         )
     return key
-
-
-def _is_loopback(bind: str) -> bool:
-    try:
-        return ipaddress.ip_address(bind).is_loopback
-    except ValueError:
-        return bind == "localhost"

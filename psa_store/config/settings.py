@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from psa_store.compression import parse_compression
+from psa_store.config.listening import parse_advertised, parse_ports
 from psa_store.config.own_files import SAFE_DIRECTORY, refuse_foreign_settings
 from psa_store.errors import UsageError
 from psa_store.job.mode import parse_mode
@@ -98,6 +99,14 @@ class Settings(BaseSettings):
         default=Path.home() / ".local" / "share" / "psa_store", description="data of the private servers"
     )
     bind: str = Field(default="127.0.0.1", description="address on which servers and all endpoints listen")
+    port: Annotated[str, _taken_by(parse_ports)] | None = Field(
+        default=None,
+        description="port on which a server listens, or LOW-HIGH, of which it takes the first that is free; else any",
+    )
+    advertise: Annotated[str, _taken_by(parse_advertised)] | None = Field(
+        default=None,
+        description="HOST or HOST:PORT at which others reach servers here, where it is not what they listen on (NAT)",
+    )
     key: SecretStr | None = Field(
         default=None,
         min_length=KEY_CHARACTERS_MIN,

@@ -13,10 +13,8 @@ Documents go in and out as types; each has one reader and one writer, which are 
 comes out as Damaged, and never as an error: a neighbour may have written it. Every call is made of idempotent attempts
 and ends within ``connect_timeout_s``, or raises DependencyUnreachable; then what it wanted to write may be written or
 not. Reads may be a little old: compare-and-set decides, not a read.
-
-The class is longer than ours may be: it is one door to one tree of znodes, and what lies behind it are modules of their
-own.
 """
+# The class is longer than ours may be: it is one door to one tree, and what lies behind it are modules of their own.
 
 from __future__ import annotations
 

@@ -26,9 +26,10 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from psa_store import logs
+from psa_store.config.listening import is_any
 from psa_store.errors import PsaError
 from psa_store.logs import escaped
-from psa_store.wire import Mailbox, listen_tcp
+from psa_store.wire import Mailbox, host_port, listen_tcp
 
 Answer = tuple[int, str, bytes]
 """Status, content type, body."""
@@ -60,6 +61,7 @@ class Endpoint:
         port: 0 for a free one; else this one, or the next that is free within 100 above.
         names: of this host, beside its own, by which a browser may ask.
         token: what a client has to show, but for the health of the process; None for nothing.
+        advertised: the host to name to others, if it is not the one on which it listens.
 
     Raises:
         DependencyUnreachable: there is no such address or port.
@@ -73,12 +75,15 @@ class Endpoint:
         *,
         names: Iterable[str] = (),
         token: str | None = None,
+        advertised: str | None = None,
     ) -> None:
         ports = range(port, min(port + _PORTS_TRIED, 1 << 16)) if port else (0,)
-        self._listener, self.address = listen_tcp(host, ports)
+        self._listener, _ = listen_tcp(host, ports)
+        shown = advertised or (socket.gethostname() if is_any(host) else host)
+        self.address = host_port(shown, self._listener.getsockname()[1])
         self._door = _Door(
             dict(routes),
-            frozenset(name.lower() for name in ("localhost", socket.gethostname(), host, *names)),
+            frozenset(name.lower() for name in ("localhost", socket.gethostname(), host, shown, *names)),
             None if token is None else token.encode(),
         )
         self._closing: Mailbox[None] = Mailbox()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from psa_store import logs
 from psa_store.cluster import ProcessRole
 from psa_store.config import Settings
+from psa_store.config.listening import parse_advertised
 from psa_store.errors import DependencyUnreachable, PsaError
 from psa_store.observe.curve import Curve
 from psa_store.observe.endpoint import TEXT, Answer, Endpoint, Route
@@ -93,6 +94,7 @@ class Monitor:
                 routes,
                 names=[name.strip() for name in settings.http_hosts.split(",") if name.strip()],
                 token=settings.http_token,
+                advertised=parse_advertised(settings.advertise).host if settings.advertise else None,
             )
             return stack.enter_context(closing(endpoint)).address
         except DependencyUnreachable as error:

@@ -36,11 +36,12 @@ from psa_store.server.controller import Controller
 from psa_store.server.entrance import Limits
 from psa_store.server.event_loop import EventLoop
 from psa_store.server.health import ServerHealth
+from psa_store.server.listening import advertised, listen
 from psa_store.server.plan_follower import PlanFollower
 from psa_store.server.shard_loading import ShardLoader
 from psa_store.storage import RedisStore, keys
 from psa_store.testing.journal import Journal
-from psa_store.wire import Door, host_identity, listen_local, listen_tcp
+from psa_store.wire import Door, host_identity, listen_local
 
 _POLL_S = 0.05
 _SIGNAL_CHECK_S = 0.5
@@ -82,6 +83,7 @@ def serve(job: str, settings: Settings) -> None:
     check_job_name(job)
     settings = fill_addresses(settings)
     check_bind(settings)
+    told = advertised(settings)
     door, limits = Door.from_settings(settings, job), Limits.of(raise_descriptor_limit())
     torch.set_num_threads(1)
     member_id = settings.member or new_member_id("server")
@@ -101,7 +103,7 @@ def serve(job: str, settings: Settings) -> None:
             return
         config, layout = found
         journal = stack.enter_context(closing(Journal(settings.journal, "server", member_id)))
-        tcp, address = listen_tcp(settings.bind)
+        tcp, address = listen(settings, told)
         local_name = f"psa-{member_id}"
         local = listen_local(local_name)
         member = Member(

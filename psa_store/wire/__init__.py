@@ -1,6 +1,13 @@
 """The framed protocol between workers and servers. The only room that knows sockets."""
 
-from psa_store.wire.address import connect, host_identity, listen_local, listen_tcp
+from psa_store.wire.address import (
+    connect,
+    host_identity,
+    host_port,
+    listen_local,
+    listen_tcp,
+    route_to,
+)
 from psa_store.wire.announce import announce, listen_announcements, read_announcement
 from psa_store.wire.connection import DISCARD, PARK, Admit, Connection, Park, Place, Traffic
 from psa_store.wire.documents import Hello, Refusal, Report, Welcome, decode, encode
@@ -52,6 +59,7 @@ __all__ = [
     "encode",
     "fetch",
     "host_identity",
+    "host_port",
     "inspect",
     "is_own",
     "listen_announcements",
@@ -59,4 +67,5 @@ __all__ = [
     "listen_tcp",
     "measure_loopback",
     "read_announcement",
+    "route_to",
 ]

