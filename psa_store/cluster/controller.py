@@ -115,13 +115,14 @@ def decide(view: View) -> TakeOver | Publish | None:
 def _moves(view: View, plan: Plan, cells: tuple[str, ...]) -> dict[str, Any]:
     """What changes in a plan of the same term that is to give out cells in this way; where it does already: nothing.
 
-    Of one stage, a rank goes at once: a worker that joins helps with the present step.
+    Of one stage, a rank goes at once: a worker that joins helps with the present step. So does a cell in the first step
+    of a term: workers that gather there may have memory for their own stages only.
     """
     if cells == plan.cells:
         return {}
     now = zip(plan.cells_at(view.version), cells, strict=True)
     before = tuple(holder if holder in view.workers else new for holder, new in now)
-    if plan.stages == 1 or before == cells:
+    if plan.stages == 1 or view.version == plan.resume or before == cells:
         return {"cells": cells, "moved_at": 0, "cells_before": ()}
     return {"cells": cells, "moved_at": view.version + _MOVE_AHEAD, "cells_before": before}
 
