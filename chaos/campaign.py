@@ -17,7 +17,7 @@ from chaos.job import JobSpec, SupervisedJob
 from chaos.report import Run, write_report
 from chaos.run import RunSpec, replay_command, run_once
 from chaos.scenarios import MATRIX, SOAK, Scenario, Shape, scenario
-from chaos.schedule import ScheduledFault, long_schedule, pace_s, short_schedule
+from chaos.schedule import ScheduledFault, long_schedule, pace_s
 from chaos.site import Site, open_site
 from psa_store.errors import PsaError, UsageError
 
@@ -121,7 +121,7 @@ def _run_spec(campaign: Campaign, row: Scenario, seed: int) -> RunSpec:
     extra: list[str] = []
     steps = row.steps
     if campaign.duration_s is None and row is not SOAK:
-        schedule = short_schedule(row.kinds, row.name, seed)
+        schedule = row.schedule(seed)
     else:
         duration_s = campaign.duration_s or 600.0
         schedule = long_schedule(row.kinds, row.name, seed, duration_s, campaign.every_s)

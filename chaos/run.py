@@ -125,8 +125,15 @@ class _Runner:
         self._code: int | None = None
         self._quiet = False
         """Whether all faults are over."""
+        self._faults = ExitStack()
+        self._lasting: dict[int, tuple[float, ExitStack]] = {}
+        """By number of a fault that is under way, until when, and what undoes it."""
 
     def run(self) -> int:
+        with self._faults:  # what still lasts is undone, whatever ends the run
+            return self._play()
+
+    def _play(self) -> int:
         schedule = list(self._run.schedule)
         first = schedule.pop(0) if schedule and schedule[0].traits.at_start else None
         if first is not None:
@@ -140,8 +147,11 @@ class _Runner:
         started_s = time.monotonic()
         for fault in schedule:
             self._wait(started_s + fault.at_s - time.monotonic())
+            if not self._run.scenario.at_once:
+                self._await_end_of_faults()  # the one before may have begun late
             self._announce(fault, f"for {fault.for_s} s")
             self._inject(fault)
+        self._await_end_of_faults()
         self._journal.record("quiet")
         self._quiet = True
         self._wait(REST_S)
@@ -154,10 +164,22 @@ class _Runner:
         self._journal.record("fault", id=fault.id, kind=fault.kind, target="", detail=detail, for_s=fault.for_s)
 
     def _inject(self, fault: ScheduledFault) -> None:
-        with inject(self._context, fault) as evidence:
-            self._journal.record("fired", id=fault.id, evidence=evidence)
-            self._wait(fault.for_s)
-        self._journal.record("healed", id=fault.id)
+        """Let a fault begin; :meth:`_turn` undoes it when its time is over."""
+        undo = self._faults.enter_context(ExitStack())
+        evidence = undo.enter_context(inject(self._context, fault))
+        self._journal.record("fired", id=fault.id, evidence=evidence)
+        self._lasting[fault.id] = time.monotonic() + fault.for_s, undo
+
+    def _await_end_of_faults(self) -> None:
+        while self._lasting:
+            self._turn()
+
+    def _end_faults(self) -> None:
+        """Undo those whose time is over."""
+        for number, (until_s, undo) in list(self._lasting.items()):
+            if time.monotonic() >= until_s and self._lasting.pop(number, None) is not None:
+                undo.close()
+                self._journal.record("healed", id=number)
 
     def end_extra_processes(self) -> None:
         """End the processes that faults have added to the job."""
@@ -188,6 +210,7 @@ class _Runner:
             self._code = self._job.poll()
             if self._code is not None and (self._code != 0 or not self._quiet):
                 raise EndedEarly(f"the job ended with exit code {self._code}; see {self._run.job.log}")
+        self._end_faults()
         now_s = time.monotonic()
         if now_s > self._look_s:
             self._look_s = now_s + _LOOK_S

@@ -7,6 +7,7 @@ from enum import Enum
 from functools import partial
 
 from chaos.faults import FAULTS
+from chaos.schedule import ScheduledFault, crowded_schedule, short_schedule
 from psa_store.errors import UsageError
 
 
@@ -36,6 +37,13 @@ class Scenario:
     """Into how many the model is cut."""
     steps: int = 200
     """How long a short run is."""
+    at_once: bool = False
+    """Its faults overlap."""
+
+    def schedule(self, seed: int) -> list[ScheduledFault]:
+        """Return the faults of a short run."""
+        draw = crowded_schedule if self.at_once else short_schedule
+        return draw(self.kinds, self.name, seed)
 
 
 _staged = partial(Scenario, stages=4, steps=100)  # each step takes longer: cells wait for each other
@@ -49,6 +57,29 @@ _KILLS_OF_STAGES = (
     "stop-worker",
     "stop-server",
 )
+
+_AT_ONCE = (
+    "kill-worker",
+    "kill-server",
+    "kill-controller",
+    "kill-all-workers",
+    "kill-all-servers",
+    "kill-starting-server",
+    "kill-redis",
+    "kill-zk-follower",
+    "kill-zk-leader",
+    "stop-worker",
+    "stop-server",
+    "stop-controller",
+    "stop-redis",
+    "stop-zk-leader",
+    "flush-functions",
+    "die-push.middle",
+    "hang-step.complete",
+    "die-commit.before_flip",
+    "hang-commit.after_flip",
+)
+"""Faults that can happen whatever else does."""
 
 
 def _rows() -> list[Scenario]:
@@ -76,6 +107,7 @@ def _rows() -> list[Scenario]:
             for name in ("kill-worker", "kill-server", "kill-controller", "stop-server")
         ),
         *(Scenario(name, (name,)) for name in FAULTS if name.startswith("neighbour-")),
+        Scenario("at-once", _AT_ONCE, at_once=True),
         Scenario("clock-jump", ("clock-jump",), sets_clock=True),
         *(
             _staged(f"stages-{name}", (f"die-{name}", f"hang-{name}"))

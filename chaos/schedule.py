@@ -12,6 +12,10 @@ FIRST_S = (0.3, 2.0)
 """When the first fault of a short run happens, in seconds after the first step."""
 NEXT_S = (1.0, 4.0)
 """How long after that a second one follows, in half of the short runs."""
+AT_ONCE_MAX = 4
+"""How many faults may be under way at once, where they may overlap."""
+AT_ONCE_S = 1.0
+"""Within how long such faults begin: sooner than a job has recovered from the first one."""
 REST_S = 4.0
 """How long a job goes on at its usual pace after its last fault."""
 JITTER = 0.5
@@ -45,6 +49,29 @@ def short_schedule(kinds: Sequence[str], name: str, seed: int) -> list[Scheduled
     if rng.random() < 0.5 and not schedule[0].traits.at_start:
         schedule.append(_draw(1, rng.choice(kinds), schedule[0].at_s + schedule[0].for_s + rng.uniform(*NEXT_S), rng))
     return schedule
+
+
+def crowded_schedule(kinds: Sequence[str], name: str, seed: int) -> list[ScheduledFault]:
+    """Draw one to four faults, for four seeds in a row, that begin so soon one after the other that they overlap.
+
+    No two of them take away the same: there is one Redis, and a ZooKeeper of three nodes bears the loss of one.
+    """
+    rng = random.Random(f"{name}/{seed}")
+    first_s = rng.uniform(*FIRST_S)
+    chosen: list[str] = []
+    for kind in rng.sample(list(kinds), len(kinds)):
+        if len(chosen) <= seed % AT_ONCE_MAX and not {_takes(kind)} & {_takes(each) for each in chosen}:
+            chosen.append(kind)
+    times_s = sorted(first_s + rng.uniform(0.0, AT_ONCE_S) for _ in chosen)
+    return [_draw(number, kind, at_s, rng) for number, (kind, at_s) in enumerate(zip(chosen, times_s, strict=True))]
+
+
+def _takes(kind: str) -> str:
+    """What a fault takes away that may be gone once."""
+    for what in ("redis", "functions", "-zk-"):
+        if what in kind:
+            return "redis" if what == "functions" else what
+    return kind.partition("-")[2]
 
 
 def long_schedule(

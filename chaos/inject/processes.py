@@ -10,7 +10,7 @@ from chaos.inject.context import FIRE_WITHIN_S, Context, NotFired, choose, contr
 from chaos.job import session_of
 from chaos.schedule import ScheduledFault
 from chaos.site import ZOOKEEPER_NODES
-from chaos.tail import alive
+from chaos.tail import Process, alive
 
 
 @contextmanager
@@ -27,6 +27,27 @@ def stop_members(context: Context, fault: ScheduledFault) -> AbstractContextMana
 def stop_run(context: Context, _fault: ScheduledFault) -> AbstractContextManager[str]:
     """Stop `psa run` and all its children."""
     return stopped(session_of(_run_pid(context)))
+
+
+@contextmanager
+def kill_replacement(context: Context, fault: ScheduledFault) -> Iterator[str]:
+    """Kill a worker or server, and the process that is started in its place as soon as that has begun its journal."""
+    role = fault.kind.rpartition("-")[2]
+    before = living(context, role)
+    killed = kill([choose(before, fault, role).pid])
+
+    def started() -> Process | None:
+        context.tail.look()
+        return next((each for each in context.tail.living(role) if each not in before), None)
+
+    heir = context.until(started, FIRE_WITHIN_S, f"no {role} was started in place of the killed one")
+    yield f"{killed}; in its place {kill([heir.pid])}"
+
+
+def stop_everything(context: Context, _fault: ScheduledFault) -> AbstractContextManager[str]:
+    """Stop the job, Redis and ZooKeeper: clocks go on meanwhile, as they do while a machine is suspended."""
+    nodes = [context.site.zookeeper.pid(node) for node in range(ZOOKEEPER_NODES)]
+    return stopped([*session_of(_run_pid(context)), context.site.redis.pid, *nodes])
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from chaos.job import JobSpec
 from chaos.planted import BUGS, environment
 from chaos.run import RunSpec, replay_command, run_once
 from chaos.scenarios import scenario
-from chaos.schedule import ScheduledFault, pace_s, short_schedule
+from chaos.schedule import ScheduledFault, pace_s
 from chaos.site import Site, open_site
 
 SELECTION = [
@@ -28,6 +28,7 @@ SELECTION = [
     ("stop-controller", 1),
     ("commit.before_flip", 1),
     ("handover.stopped", 0),
+    ("at-once", 3),
     pytest.param("push.done", 0, marks=pytest.mark.long),
     ("stages-cell.sent", 1),
     pytest.param("stages-push.middle", 0, marks=pytest.mark.long),
@@ -116,7 +117,7 @@ def play(
 
 @pytest.mark.parametrize(("name", "seed"), SELECTION)
 def test_every_promise_is_kept(site: Site, references: References, tmp_path: Path, name: str, seed: int) -> None:
-    verdict = play(site, name, seed, short_schedule(scenario(name).kinds, name, seed), references(name), tmp_path)
+    verdict = play(site, name, seed, scenario(name).schedule(seed), references(name), tmp_path)
     assert not verdict.violations, explained(verdict, tmp_path)
 
 
@@ -127,14 +128,14 @@ def test_every_promise_is_kept_between_hosts(
     if (reason := namespaces_available()) is not None:
         pytest.skip(reason)
     hosts = request.getfixturevalue("hosts")
-    verdict = play(hosts, name, seed, short_schedule(scenario(name).kinds, name, seed), references(name), tmp_path)
+    verdict = play(hosts, name, seed, scenario(name).schedule(seed), references(name), tmp_path)
     assert not verdict.violations, explained(verdict, tmp_path)
 
 
 def test_every_promise_is_kept_when_replies_are_torn(references: References, tmp_path: Path) -> None:
     row = scenario("redis-torn-reply")
     with open_site(row, tmp_path / "site") as proxied:
-        verdict = play(proxied, row.name, 0, short_schedule(row.kinds, row.name, 0), references(row.name), tmp_path)
+        verdict = play(proxied, row.name, 0, row.schedule(0), references(row.name), tmp_path)
     assert not verdict.violations, explained(verdict, tmp_path)
 
 

@@ -13,7 +13,7 @@ from chaos.campaign import rows_of
 from chaos.faults import FAULTS
 from chaos.run import OutOfTime, Patience
 from chaos.scenarios import MATRIX, SCENARIOS, SOAK
-from chaos.schedule import REST_S, long_schedule, pace_s, short_schedule
+from chaos.schedule import AT_ONCE_S, REST_S, long_schedule, pace_s, short_schedule
 from psa_store.errors import UsageError
 from psa_store.testing.failpoints import FAILPOINTS
 
@@ -25,11 +25,23 @@ def test_the_same_seed_gives_the_same_schedule(name: str, seed: int) -> None:
     assert long_schedule(kinds, name, seed, 600, 10) == long_schedule(kinds, name, seed, 600, 10)
 
 
-@given(st.sampled_from(sorted(SCENARIOS)), st.integers(0, 1000))
+@given(st.sampled_from(sorted(name for name, row in SCENARIOS.items() if not row.at_once)), st.integers(0, 1000))
 def test_faults_of_a_schedule_do_not_overlap(name: str, seed: int) -> None:
-    schedule = short_schedule(SCENARIOS[name].kinds, name, seed)
+    schedule = SCENARIOS[name].schedule(seed)
     for before, after in itertools.pairwise(schedule):
         assert before.at_s + before.for_s < after.at_s
+
+
+@given(st.integers(0, 1000))
+def test_one_to_four_faults_begin_at_once_and_take_different_things_away(seed: int) -> None:
+    row = SCENARIOS["at-once"]
+    schedule = row.schedule(seed)
+    assert schedule == row.schedule(seed) and [fault.id for fault in schedule] == list(range(1 + seed % 4))
+    assert schedule[-1].at_s - schedule[0].at_s <= AT_ONCE_S + 0.001
+    for what in ("redis", "-zk-"):
+        assert sum(what in fault.kind for fault in schedule) <= 1
+    played = {fault.kind for number in range(100) for fault in row.schedule(number)}
+    assert played == set(row.kinds)
 
 
 def test_all_kinds_of_a_row_come_within_a_few_seeds() -> None:
