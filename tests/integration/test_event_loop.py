@@ -142,6 +142,15 @@ def push(peer: Peer, step: int) -> None:
     peer.say(Kind.PUSH, GRADIENT, step=step)
 
 
+def kinds_until(peer: Peer, last: Kind) -> set[Kind]:
+    """What comes before the first frame of a kind."""
+    kinds = set()
+    while (frame := peer.next()) is not None and frame.header.kind is not last:
+        kinds.add(frame.header.kind)
+    assert frame is not None
+    return kinds
+
+
 @pytest.fixture
 def scene() -> Iterator[Scene]:
     with ExitStack() as kept:
@@ -153,9 +162,9 @@ def test_a_worker_is_told_that_a_version_is_durable_when_it_is(scene: Scene) -> 
     peer.say(Kind.FINISH, step=RESUME + 1)
     push(peer, RESUME)
     peer.say(Kind.AWAIT, step=RESUME + 1)
-    while (frame := peer.next()) is not None and frame.header.kind is not Kind.VERSION:
-        assert frame.header.kind is not Kind.DURABLE
-    assert peer.report()["committed"] == RESUME, "and no word of DURABLE before this answer"
+    assert Kind.DURABLE not in kinds_until(peer, Kind.VERSION)
+    peer.say(Kind.INSPECT)
+    assert Kind.DURABLE not in kinds_until(peer, Kind.REPORT)
     scene.ledger.be_done()
     assert peer.next_of(Kind.DURABLE).header.step == RESUME + 1
 
