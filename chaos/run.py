@@ -25,7 +25,7 @@ _STILL_S = 120.0
 _GRACE_S = 900.0
 """How long a run may take beyond what its steps take when nothing happens: the machine may have other work."""
 _LOOK_S = 1.0
-_FIRST_STEP_S = 60.0
+_FIRST_STEP_S = 240.0
 _READER_END_S = 10.0
 T = TypeVar("T")
 

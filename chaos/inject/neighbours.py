@@ -18,7 +18,7 @@ from psa_store.storage import RedisStore
 from psa_store.wire import Door, Role, connect, host_identity
 
 _ANSWER_S = 5.0
-_REFUSED_WITHIN_S = 20.0
+_REFUSED_WITHIN_S = 120.0
 _CONNECTIONS = 400
 _HALF_AN_OPENING = bytes(5)
 _NO_OPENING = bytes(1024)
