@@ -102,9 +102,13 @@ class Sentinels:
             f"sentinel down-after-milliseconds {NAME} {_DOWN_AFTER_MS}",
             f"sentinel failover-timeout {NAME} {_FAILOVER_TIMEOUT_MS}",
         ]
-        config = folder / "sentinel.conf"
-        config.write_text("\n".join(lines))
-        with open(folder / "log", "ab") as log:
-            return subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", "redis-server", str(config), "--sentinel"], stdout=log, stderr=log
-            )
+        return started_sentinel(folder, lines)
+
+
+def started_sentinel(folder: Path, lines: list[str]) -> subprocess.Popen[bytes]:
+    """One Sentinel with this configuration."""
+    config = folder / "sentinel.conf"
+    config.write_text("\n".join(lines))
+    command = ["setpriv", "--pdeathsig", "TERM", "redis-server", str(config), "--sentinel"]
+    with open(folder / "log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)

@@ -6,7 +6,6 @@ may be called, because an answer may get lost: what each call relies on stands b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,17 +14,13 @@ import tenacity
 
 from psa_store.errors import DependencyUnfit
 from psa_store.logs import printable
+from psa_store.storage import library
 from psa_store.storage.connection import TooFewReplicas, make_pool, translated, unreachable_now
-from psa_store.storage.refusals import LIBRARY
-
-FunctionCall = tuple[str, list[str], Sequence[Any]]
-"""Name, keys, arguments."""
+from psa_store.storage.library import FunctionCall
 
 _PAUSE_S = 0.05
 _WAIT_SHARE = 0.5
 """Of the time that an operation may take; less than a connection waits for an answer."""
-_MARKED = f"{LIBRARY}-- {hashlib.sha256(LIBRARY.encode()).hexdigest()}\n"
-"""Our functions, with what tells them from those of other releases."""
 T = TypeVar("T")
 
 
@@ -41,6 +36,8 @@ class Caller:
         self.client = redis.Redis(connection_pool=self.pool)
         self._url = url
         self._timeout_s = timeout_s
+        self._by_script: bool | None = None
+        """Whether our functions are called as a script; None: not known yet."""
 
     def close(self) -> None:
         self.pool.disconnect()
@@ -64,11 +61,24 @@ class Caller:
         with translated(self._url):
             try:
                 return self._retried(operation)
+            except redis.exceptions.NoScriptError:
+                pass
             except redis.exceptions.ResponseError as error:
                 if "Function not found" not in str(error):
                     raise
             self.load_library()
             return self._retried(operation)
+
+    def prepare(self) -> bool:
+        """Find out, once, how our functions are called; returns whether as a script."""
+        if self._by_script is None:
+            with translated(self._url):
+                self._by_script = self._retried(lambda: not has_functions(self.client))
+        return self._by_script
+
+    def words(self, call: FunctionCall) -> tuple[Any, ...]:
+        """The command that calls one of our functions, in the way that this Redis has. Raises nothing once prepared."""
+        return library.words(call, by_script=self.prepare())
 
     def functions(self, calls: Sequence[FunctionCall], *, durable: bool = True) -> list[Any]:
         """Call functions in one round trip; returns their replies.
@@ -79,11 +89,12 @@ class Caller:
                 their order. WAIT speaks for the connection on which it is called, so it follows them on theirs.
         """
         wanted = self.replicas_acknowledge if durable and calls else 0
+        commands = [self.words(call) for call in calls]
 
         def attempt() -> list[Any]:
-            pipeline = self.client.pipeline(transaction=False)
-            for name, its_keys, args in calls:
-                pipeline.fcall(name, len(its_keys), *its_keys, *args)
+            pipeline: Any = self.client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
             if wanted:
                 pipeline.wait(wanted, int(self._timeout_s * 1000 * _WAIT_SHARE))
             replies = list(pipeline.execute())
@@ -108,22 +119,33 @@ class Caller:
         return list(pipeline.execute())
 
     def load_library(self) -> None:
-        """Load our functions, unless exactly these are loaded."""
+        """Load our functions, unless exactly these are loaded; as a script where there are no functions.
+
+        Raises:
+            DependencyUnfit: Redis has neither, or its ACL allows neither.
+        """
         with translated(self._url):
             try:
+                if self.prepare():
+                    self._retried(lambda: self.client.script_load(library.SCRIPT))
+                    return
                 if not self.loaded_library():
-                    self._retried(lambda: self.client.function_load(_MARKED, replace=True))
+                    self._retried(lambda: self.client.function_load(library.LIBRARY, replace=True))
             except redis.exceptions.ResponseError as error:
-                if "unknown command" not in str(error).lower():
+                if not lacks(error):
                     raise
                 raise DependencyUnfit(
-                    f"Redis at {self.where} has no functions: use Redis 7.0 or newer, or Valkey"
+                    f"Redis at {self.where} has neither functions nor scripts for us ({error}): use Redis 7.0 or newer "
+                    "or Valkey, and let its ACL allow +fcall, +function|list and +function|load, or +evalsha and "
+                    "+script|load"
                 ) from error
 
     def loaded_library(self) -> bool | None:
-        """Whether the functions that are loaded are exactly ours; None: none are loaded."""
-        listed = _flatten(self._retried(lambda: self.client.function_list(library="psa_store", withcode=True)))
-        return _MARKED.encode() in listed if listed else None
+        """Whether the functions that are loaded are exactly ours; None: none are loaded, or they are a script."""
+        if self.prepare():
+            return None
+        listed = _flatten(self._retried(lambda: self.client.function_list(library=library.NAME, withcode=True)))
+        return library.LIBRARY.encode() in listed if listed else None
 
     def _retried(self, operation: Callable[[], T]) -> T:
         retrying = tenacity.Retrying(
@@ -142,6 +164,22 @@ def _away(error: BaseException) -> bool:
     return isinstance(error, redis.exceptions.ConnectionError) or (
         isinstance(error, Exception) and unreachable_now(error)
     )
+
+
+def has_functions(client: Any) -> bool:
+    """Whether Redis has functions, and lets us use them."""
+    try:
+        client.function_list(library=library.NAME)
+    except redis.exceptions.ResponseError as error:
+        if not lacks(error):
+            raise
+        return False
+    return True
+
+
+def lacks(error: redis.exceptions.ResponseError) -> bool:
+    """Whether Redis does not know the command, or its ACL refuses it."""
+    return isinstance(error, redis.exceptions.NoPermissionError) or "unknown command" in str(error).lower()
 
 
 def _flatten(reply: Any) -> list[Any]:

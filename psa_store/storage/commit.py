@@ -23,7 +23,7 @@ from xxhash import xxh3_128_hexdigest
 
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import keys
-from psa_store.storage.caller import Caller, FunctionCall
+from psa_store.storage.caller import Caller
 from psa_store.storage.connection import text
 from psa_store.storage.head import (
     Head,
@@ -35,6 +35,7 @@ from psa_store.storage.head import (
     term_text,
     version_field,
 )
+from psa_store.storage.library import FunctionCall
 from psa_store.storage.stream import Command, Stream
 from psa_store.testing.failpoints import failpoint
 
@@ -102,6 +103,7 @@ class Commit:
         """Commit the shards one after the other; yields each with its manifest, or why it was refused."""
         left = {state.shard: state for state in states}
         heads = {head.shard: head for head in self._heads(left)}
+        self._caller.prepare()
         broken: DependencyUnreachable | None = None
         with Stream(self._caller.pool, self._commands(states, heads)) as stream:
             try:
@@ -139,7 +141,7 @@ class Commit:
                         since_s = time.monotonic()
                     digests.append(xxh3_128_hexdigest(part))
                     if self._dropped:
-                        yield _call(_sweep(self._dropped.popleft()))
+                        yield Command(self._caller.words(_sweep(self._dropped.popleft())))
                     key = keys.chunk(self._job, state.shard, self._version, self._term, nonce, name, index)
                     self._unflipped.add(key)
                     yield _set(key, part)
@@ -151,7 +153,8 @@ class Commit:
             )
             self._in_doubt[state.shard] = manifest
             failpoint("commit.before_flip")
-            yield _call(flip(self._job, heads[state.shard], manifest, self._keep, state.expect), awaited=state.shard)
+            call = flip(self._job, heads[state.shard], manifest, self._keep, state.expect)
+            yield Command(self._caller.words(call), awaited=state.shard)
 
     def _clean_up(self) -> None:
         """Remove what this commit wrote or dropped and no head names, rather now than when it expires."""
@@ -275,11 +278,6 @@ def unsettled(caller: Caller, job: str, shard: int, what: str) -> str:
 
 def _sweep(key: str) -> FunctionCall:
     return "psa_sweep", [key], []
-
-
-def _call(call: FunctionCall, awaited: int | None = None) -> Command:
-    name, its_keys, args = call
-    return Command(("FCALL", name, len(its_keys), *its_keys, *args), awaited)
 
 
 def _set(key: str, part: memoryview) -> Command:

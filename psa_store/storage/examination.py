@@ -19,7 +19,7 @@ import redis
 
 from psa_store.errors import DependencyUnreachable
 from psa_store.storage import keys
-from psa_store.storage.caller import Caller
+from psa_store.storage.caller import Caller, has_functions, lacks
 from psa_store.storage.chunk_reader import read_into
 from psa_store.storage.connection import text, translated
 from psa_store.storage.head import CHUNK_BYTES
@@ -45,6 +45,8 @@ class RedisFacts:
     version: str
     """Of Redis, or of the Redis that it is compatible with."""
     has_functions: bool
+    """And lets us use them; so for the next."""
+    has_scripts: bool
     is_replica: bool
     eviction: str | None
     memory_limit_bytes: int
@@ -66,6 +68,7 @@ class RedisFacts:
     """Its clock against ours."""
     run_id: str
     """Another one after each of its restarts."""
+    in_cluster: bool = False
     replicas: int = 0
     """That follow it now."""
 
@@ -111,7 +114,8 @@ def _ask(caller: Caller) -> RedisFacts:
         where=caller.where,
         product=f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '')}",
         version=str(info.get("redis_version", "")),
-        has_functions=_has_functions(caller.client),
+        has_functions=has_functions(caller.client),
+        has_scripts=_may_run_scripts(caller.client),
         is_replica=info.get("role") == "slave",
         eviction=info.get("maxmemory_policy"),
         memory_limit_bytes=int(info.get("maxmemory", 0)),
@@ -125,6 +129,7 @@ def _ask(caller: Caller) -> RedisFacts:
         round_trip_s=round_trip_s,
         clock_ahead_s=clock_ahead_s,
         run_id=str(info.get("run_id", "")),
+        in_cluster=bool(info.get("cluster_enabled", 0)),
         replicas=int(info.get("connected_slaves", 0)),
     )
 
@@ -185,14 +190,16 @@ def _look_at_clock(client: redis.Redis) -> tuple[float, float]:
     return round_trip_s, reply[0] + reply[1] / 1e6 - (before_s + round_trip_s / 2)
 
 
-def _has_functions(client: redis.Redis) -> bool:
+def _may_run_scripts(client: Any) -> bool:
+    """Whether our functions may be called as a script. Asked for one that it does not know."""
     try:
-        client.function_list(library="psa_store")
+        client.evalsha("0" * 40, 0)
+    except redis.exceptions.NoScriptError:
+        return True
     except redis.exceptions.ResponseError as error:
-        if "unknown command" not in str(error).lower():
+        if not lacks(error):
             raise
-        return False
-    return True
+    return False
 
 
 def _configured(client: redis.Redis, name: str) -> str | None:

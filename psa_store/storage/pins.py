@@ -13,9 +13,10 @@ from typing import Any
 
 from psa_store.errors import DependencyUnreachable, Fenced, Rewound
 from psa_store.storage import keys
-from psa_store.storage.caller import Caller, FunctionCall
+from psa_store.storage.caller import Caller
 from psa_store.storage.commit import TRIES_MAX, put, unsettled
 from psa_store.storage.head import Head, Manifest, identity, term_text
+from psa_store.storage.library import FunctionCall
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,9 +101,14 @@ class RedisStore:
 
         Raises:
             DependencyUnreachable: no answer within ``timeout_s``.
-            DependencyUnfit: it evicts keys, or is too old for functions.
+            DependencyUnfit: it evicts keys, is a node of a cluster, or has neither functions nor scripts.
         """
         info = self._caller.retrying(lambda: self._client.info())
+        if info.get("cluster_enabled"):
+            raise DependencyUnfit(
+                f"Redis at {self._caller.where} is a node of a cluster, and psa keeps a job in one Redis: "
+                "point PSA_REDIS at one without cluster mode, for failover with Sentinels"
+            )
         policy = info.get("maxmemory_policy", "noeviction")
         if policy != "noeviction":
             raise DependencyUnfit(

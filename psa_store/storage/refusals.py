@@ -6,12 +6,10 @@ Redis 7.0 names a command that it refuses to a function by the line on which tha
 from __future__ import annotations
 
 import re
-from importlib.resources import files
 
-LIBRARY = (files("psa_store.storage") / "functions.lua").read_text()
-"""Our functions."""
+from psa_store.storage.library import TEXT
 
-_BY_LINE = re.compile(r"can't run this command or subcommand script: (\w+), on @user_function:(\d+)")
+_BY_LINE = re.compile(r"can't run this command or subcommand script: (\w+), on @user_(?:function|script):(\d+)")
 _CALL = re.compile(r"redis\.call\('(\w+)'")
 
 
@@ -20,7 +18,7 @@ def named(reason: str) -> str:
     found = _BY_LINE.search(reason)
     if found is None:
         return reason
-    line = LIBRARY.splitlines()[int(found[2]) - 1]
+    line = TEXT.splitlines()[int(found[2]) - 1]
     commands = " or ".join(f"'{each.lower()}'" for each in dict.fromkeys(_CALL.findall(line)))
     return f"the user has no permissions to run the {commands} command, which {found[1]} does"
 

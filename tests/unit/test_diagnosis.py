@@ -29,6 +29,7 @@ FACTS = RedisFacts(
     product="Redis 7.2.4",
     version="7.2.4",
     has_functions=True,
+    has_scripts=True,
     is_replica=False,
     eviction="noeviction",
     memory_limit_bytes=1000,

@@ -27,6 +27,7 @@ REDIS = RedisFacts(
     product="Redis 7.2.4",
     version="7.2.4",
     has_functions=True,
+    has_scripts=True,
     is_replica=False,
     eviction="noeviction",
     memory_limit_bytes=0,
@@ -87,7 +88,9 @@ class TestRedis:
         ("name", "changed", "verdict", "fix"),
         [
             ("Redis", {"is_replica": True}, FAIL, "master"),
-            ("Redis version", {"has_functions": False}, FAIL, "Redis 7.0"),
+            ("Redis", {"in_cluster": True}, FAIL, "cluster"),
+            ("Redis version", {"has_functions": False, "has_scripts": False}, FAIL, "Redis 7.0"),
+            ("Redis version", {"has_functions": False, "version": "6.3.4"}, PASS, ""),
             ("Redis version", {"version": "6.2.14"}, FAIL, "Redis 7.0"),
             ("Redis eviction", {"eviction": "volatile-lru"}, FAIL, "maxmemory-policy noeviction"),
             ("Redis eviction", {"eviction": None}, WARN, "noeviction"),

@@ -93,7 +93,7 @@ def _examine_redis(settings: Settings, job: str | None) -> tuple[list[Check], _S
 
 def _rehearse(url: str, facts: RedisFacts, timeout_s: float) -> list[Check]:
     """Do what a job does, where that can not get in the way of one, and can be done at all."""
-    if not facts.has_functions or facts.is_replica:
+    if not (facts.has_functions or facts.has_scripts) or facts.is_replica or facts.in_cluster:
         return []  # said already
     try:
         with RedisStore(url, timeout_s=timeout_s) as store:

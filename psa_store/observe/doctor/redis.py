@@ -42,13 +42,19 @@ def _judge_role(facts: RedisFacts) -> Check:
     found = f"answers at {facts.where} in {milliseconds(facts.round_trip_s, 2)}"
     if facts.is_replica:
         return Check("Redis", Verdict.FAIL, f"{found}, but is a replica", "point PSA_REDIS at its master")
+    if facts.in_cluster:
+        fix = "point PSA_REDIS at one without cluster mode, for failover with Sentinels"
+        return Check("Redis", Verdict.FAIL, f"{found}, but is a node of a cluster, and psa keeps a job in one", fix)
     return Check("Redis", Verdict.PASS, found)
 
 
 def _judge_version(facts: RedisFacts) -> Check:
     fix = "use Redis 7.0 or newer, or Valkey"
     if not facts.has_functions:
-        return Check("Redis version", Verdict.FAIL, f"{facts.product}, without functions", fix)
+        why = "without functions, or its ACL refuses them"
+        if facts.has_scripts:
+            return Check("Redis version", Verdict.PASS, f"{facts.product}, {why}: by scripts")
+        return Check("Redis version", Verdict.FAIL, f"{facts.product}, {why}, and scripts as well", fix)
     if numbers(facts.version) < REDIS_OLDEST:
         return Check("Redis version", Verdict.FAIL, facts.product, fix)
     return Check("Redis version", Verdict.PASS, f"{facts.product}, with functions")
@@ -186,7 +192,7 @@ def unrehearsed() -> Check:
 def may_measure(facts: RedisFacts) -> bool:
     """Whether the measurement cannot get in the way of a job that runs."""
     room = facts.room_bytes
-    return not facts.is_replica and (room is None or room > PROBE_ROOM * PROBE_BYTES)
+    return not (facts.is_replica or facts.in_cluster) and (room is None or room > PROBE_ROOM * PROBE_BYTES)
 
 
 def judge_rates(rates: RedisRates, footprint: Footprint | None) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -14,9 +15,10 @@ import redis
 from chaos.proxy import Proxy
 from psa_store.errors import DependencyUnfit, DependencyUnreachable, UsageError
 from psa_store.launch import PrivateRedis
-from psa_store.storage import History, RedisStore
+from psa_store.launch.child import remembered_ports
+from psa_store.storage import History, RedisStore, examine_redis
 from psa_store.storage.addresses import Kind, read_address
-from tests.failover import PASSWORD, Sentinels, eventually, replicated, told
+from tests.failover import NAME, PASSWORD, Sentinels, eventually, replicated, started_sentinel, told
 from tests.harness import stop_process
 from tests.integration.storage.shards import JOB, LAYOUT, commit, read
 
@@ -150,6 +152,62 @@ def test_what_sentinels_say_of_a_wrong_name_or_password_is_said(
         with pytest.raises(kind, match=why) as caught, closing(RedisStore(wrong, timeout_s=1.0)) as store:
             store.check()
         assert not any(secret in str(caught.value) for secret in ("barley", "wheat", "closed"))
+
+
+def test_users_and_tls_are_those_of_redis_and_of_sentinels(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    named = ["-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out"]
+    subprocess.run([*made, *named, str(certificate)], check=True, capture_output=True)
+    tls = {"tls-cert-file": str(certificate), "tls-key-file": str(key), "tls-ca-cert-file": str(certificate)}
+    tls |= {"tls-auth-clients": "no", "tls-replication": "yes"}
+    redis_port, sentinel_port = remembered_ports(tmp_path / "ports", 2)
+    master = PrivateRedis(tmp_path / "redis", {**tls, "tls-port": str(redis_port), "requirepass": PASSWORD})
+    lines = [
+        *(f"{name} {value}" for name, value in tls.items()),
+        f"dir {tmp_path}",
+        "port 0",
+        f"tls-port {sentinel_port}",
+        "user default off",
+        "user watcher on >barley ~* &* +@all",
+        f"sentinel monitor {NAME} 127.0.0.1 {redis_port} 1",
+        f"sentinel auth-pass {NAME} {PASSWORD}",
+    ]
+    with ExitStack() as stack:
+        master.start(120)
+        stack.callback(master.stop)
+        with redis.Redis.from_url(master.url) as raw:
+            raw.execute_command("ACL", "SETUSER", "trainer", "on", ">closed", "~psa:*", "+@all", "-role")
+        sentinel = started_sentinel(tmp_path, lines)
+        stack.callback(lambda: (sentinel.kill(), sentinel.wait()))
+        url = (
+            f"rediss+sentinel://trainer:closed@127.0.0.1:{sentinel_port}/{NAME}/0"
+            f"?sentinel_username=watcher&sentinel_password=barley&ssl_ca_certs={certificate}"
+        )
+        with closing(RedisStore(url, timeout_s=20.0)) as store:
+            store.check()
+            store.seal(JOB, [0], 1, LAYOUT)
+            manifest = commit(store, 1)
+            assert read(store, manifest)["param"] == bytearray([1]) * 100
+        for wrong in (url.replace("watcher", "another"), url.replace("trainer", "another")):
+            with pytest.raises(DependencyUnfit, match="password"), closing(RedisStore(wrong, timeout_s=1.0)) as store:
+                store.check()
+        with (
+            pytest.raises(DependencyUnreachable, match="certificate"),
+            closing(RedisStore(url.partition("&ssl")[0], timeout_s=1.0)) as store,
+        ):
+            store.check()
+
+
+def test_a_node_of_a_cluster_is_refused_at_once(tmp_path: Path) -> None:
+    node = PrivateRedis(tmp_path, {"cluster-enabled": "yes"}, tcp=True)
+    node.start(120)
+    try:
+        with closing(RedisStore(node.url, timeout_s=5.0)) as store, pytest.raises(DependencyUnfit, match="cluster"):
+            store.check()
+        assert examine_redis(node.url, 5.0).in_cluster
+    finally:
+        node.stop()
 
 
 def test_an_address_of_sentinels_is_read() -> None:
