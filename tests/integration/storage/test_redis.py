@@ -92,15 +92,21 @@ def test_no_message_shows_a_password(url: str) -> None:
     assert "127.0.0.1:1" in shown or "/nowhere.sock" in shown
 
 
-def test_a_redis_without_functions_is_unfit(tmp_path: Path) -> None:
-    private = PrivateRedis(tmp_path, {"rename-command": 'FUNCTION ""'})
+@pytest.mark.parametrize("missing", [["FUNCTION"], ["FUNCTION", "SCRIPT"]])
+def test_a_redis_without_functions_is_used_by_scripts_and_without_both_is_unfit(
+    tmp_path: Path, missing: list[str]
+) -> None:
+    private = PrivateRedis(tmp_path, {"rename-command": "\nrename-command ".join(f'{name} ""' for name in missing)})
     private.start(120)
     try:
-        with (
-            closing(RedisStore(private.url, timeout_s=5.0)) as store,
-            pytest.raises(DependencyUnfit, match="no functions"),
-        ):
-            store.check()
+        with closing(RedisStore(private.url, timeout_s=5.0)) as store:
+            if "SCRIPT" in missing:
+                with pytest.raises(DependencyUnfit, match="neither functions nor scripts"):
+                    store.check()
+            else:
+                store.check()
+                store.seal(JOB, [0], 1, LAYOUT)
+                assert commit(store, 1).version == 1
     finally:
         private.stop()
 
