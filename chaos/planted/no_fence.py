@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from psa_store.storage.caller import Caller
+from psa_store.storage import library
 
 _FENCES = (
     "if now > term then return {'fenced', now} end",
@@ -15,12 +13,6 @@ _FENCES = (
 
 def plant() -> None:
     """Take the fences out of the functions that every process loads into Redis."""
-    original = Caller.__init__
-
-    def init(self: Caller, *arguments: Any, **named: Any) -> None:
-        original(self, *arguments, **named)
-        for fence in _FENCES:
-            assert fence in self._library
-            self._library = self._library.replace(fence, "")
-
-    Caller.__init__ = init  # type: ignore[method-assign]
+    for fence in _FENCES:
+        assert fence in library.LIBRARY
+        library.LIBRARY = library.LIBRARY.replace(fence, "")

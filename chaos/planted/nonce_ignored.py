@@ -9,8 +9,8 @@ from psa_store.server.messages import Committed, Lost
 from psa_store.server.work import Work
 from psa_store.storage import Head, Manifest, ShardState
 from psa_store.storage import commit as storage_commit
-from psa_store.storage.caller import FunctionCall
 from psa_store.storage.commit import Commit
+from psa_store.storage.library import FunctionCall
 
 
 def plant() -> None:

@@ -21,7 +21,8 @@ _SHEBANG = f"#!lua name={NAME}\n"
 _REGISTER = "redis.register_function"
 _BEFORE = (
     "local functions = {} local function register(name, callback) "
-    "if type(name) == 'table' then name, callback = name.function_name, name.callback end functions[name] = callback end\n"
+    "if type(name) == 'table' then name, callback = name.function_name, name.callback end "
+    "functions[name] = callback end\n"
 )
 """In the place of one line, so that lines have the same number in both."""
 _AFTER = """

@@ -114,6 +114,13 @@ def test_what_an_acl_refuses_is_said_by_name(user: Callable[..., str]) -> None:
     assert scripts.has_scripts and not scripts.has_functions
 
 
+def test_a_command_that_an_acl_refuses_to_a_script_is_named(user: Callable[..., str]) -> None:
+    with closing(RedisStore(user(*WITHOUT_FUNCTIONS, "-hdel"), timeout_s=2.0)) as store:
+        store.check()
+        with pytest.raises(DependencyUnfit, match=r"'hdel'.*ACL does not allow this"):
+            store.rehearse()
+
+
 def test_a_training_has_the_same_bits(site: Site) -> None:
     with redis.Redis.from_url(site.redis) as client:
         client.execute_command(
