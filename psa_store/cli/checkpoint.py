@@ -237,7 +237,8 @@ def checkpoint_import(
             raise UsageError("--shard-bytes does not go with --like: the script says that, too")
         script, *arguments = shlex.split(like)
         check_script(script, False)
-        cut = ask_script([script], arguments, {**os.environ, **as_environment(settings)}, _SCRIPT_S)
+        config, layout, _ = ask_script([script], arguments, {**os.environ, **as_environment(settings)}, _SCRIPT_S)
+        cut = config, layout
     import_files(url, job, settings, ranks, shard_bytes, cut)
 
 

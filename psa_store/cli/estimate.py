@@ -48,7 +48,8 @@ def estimate(
 
     Runs the script up to its psa.Worker and stops it there; nothing is trained or stored, and neither Redis nor
     ZooKeeper is needed. Where Redis is known, 32 MiB are moved through it in keys of their own, as `psa doctor` does.
-    Of a model in stages it tells the cells of each worker, and the bubble of the pipeline, too.
+    Of a model in stages it tells the cells of each worker, and the bubble of the pipeline, too. With resident_stages of
+    the script it tells how often a worker loads a stage in a step, and how many cells go forward twice.
     Mode, compression and the like are those of the script, of PSA_MODE, PSA_COMPRESS, … and of psa.toml, as for
     `psa run`.
 
@@ -60,7 +61,8 @@ def estimate(
     if ranks is not None:
         environment["PSA_RANKS"] = str(ranks)
     with sigterm_interrupts():
-        config, layout = ask_script(["-m", script] if module else [script], context.args, environment, _SCRIPT_S)
+        command = ["-m", script] if module else [script]
+        config, layout, resident = ask_script(command, context.args, environment, _SCRIPT_S)
         redis_bytes_per_s, why_not = _measure_redis(settings)
         try:
             speeds = measure(config, layout, redis_bytes_per_s)
@@ -70,7 +72,7 @@ def estimate(
     for name, shares in (("shared memory", True), ("TCP", False)):
         if shares and (settings.carrier == "tcp" or not config.shares_memory):
             continue
-        traffic = traffic_of(config, layout, workers, servers, shares_memory=shares)
+        traffic = traffic_of(config, layout, workers, servers, shares_memory=shares, resident_stages=resident)
         compute_s = (compute_ms or 0.0) / 1e3
         ways.append(_Way(name, traffic, forecast(config, layout, traffic, speeds, settings.server_threads, compute_s)))
     footprint = footprint_of(config, layout)
@@ -223,7 +225,10 @@ def _computes(share: WorkerShare, staged: bool) -> str:
         return "stands by"
     if not staged:
         return count(len(share.ranks), "rank")
-    return f"{cells(share.cells)}, {size(share.parameter_bytes)} and {size(share.gradient_bytes)} of gradients"
+    memory = f"{size(share.parameter_bytes)} and {size(share.gradient_bytes)} of gradients"
+    if share.loads:
+        memory += f" at once; {count(len(share.loads), 'load')}, {count(share.twice, 'cell')} forward twice"
+    return f"{cells(share.cells)}, {memory}"
 
 
 def _times(ways: Sequence[_Way]) -> Table:

@@ -16,10 +16,10 @@ from psa_store.worker.draft import read_draft
 
 def ask_script(
     script: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str], timeout_s: float
-) -> tuple[JobConfig, Layout]:
+) -> tuple[JobConfig, Layout, int | None]:
     """Run ``python script arguments…`` until it makes a Worker. What it prints goes to standard error.
 
-    ``script``: its path, or ``-m`` and the name of a module.
+    ``script``: its path, or ``-m`` and the name of a module. The number is that of ``psa.Worker(resident_stages=)``.
 
     Raises:
         UserCodeFailed: it failed, or took longer than ``timeout_s``.

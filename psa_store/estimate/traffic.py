@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from psa_store.cluster import NO_WORKER, Cell, Member, Plan, assign_cells, assign_shards
 from psa_store.consistency import RANK_OF_BUFFERS
+from psa_store.consistency.residence import next_residence
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import Layout, Shard, TensorRole
 from psa_store.job.wire_layout import WireLayout
@@ -48,9 +49,14 @@ class WorkerShare:
     cells: tuple[Cell, ...]
     """A worker beyond the cells stands by."""
     parameter_bytes: int
-    """Of the stages that it has a cell of, buffers and frozen ones included."""
+    """Of the stages that it has a cell of, or of the largest of them that are in memory together, buffers and frozen
+    ones included."""
     gradient_bytes: int
     """Of a gradient of each of those stages."""
+    loads: tuple[int, ...] = ()
+    """The stages that are loaded in a step, each as often as it is, as not all are in memory at once."""
+    twice: int = 0
+    """Cells of which the forward passes are made twice."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -84,10 +90,19 @@ def pulls_per_version(config: JobConfig, held: Sequence[int]) -> int:
     return min(config.updates_per_step, len(held))
 
 
-def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *, shares_memory: bool) -> Traffic:
+def traffic_of(
+    config: JobConfig,
+    layout: Layout,
+    workers: int,
+    servers: int,
+    *,
+    shares_memory: bool,
+    resident_stages: int | None = None,
+) -> Traffic:
     """What the job sends.
 
     ``shares_memory``: all are on one host, and a worker and a server share memory where the mode allows it.
+    ``resident_stages``: how many a worker has in memory at once; None: all that it computes.
 
     Raises:
         DataIntegrity: the optimizer cannot be read.
@@ -97,7 +112,9 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
     used, owners = assign_shards(sizes, members[:servers])
     cells = assign_cells((NO_WORKER,) * config.cells, [member.id for member in members[:workers]])
     plan = Plan(0, 0, 0, (), (), cells, stages=config.stages)
-    shares = [_share(layout, plan.cells_of(member.id)) for member in members[:workers]]
+    most = resident_stages or config.stages
+    residences = [_residences(plan.cells_of(member.id), most) for member in members[:workers]]
+    shares = [_share(layout, plan.cells_of(member.id), each) for member, each in zip(members, residences, strict=False)]
     owned_shards = [
         [shard for shard, owner in zip(layout.shards, owners, strict=True) if used and int(used[owner].id) == server]
         for server in range(servers)
@@ -117,27 +134,73 @@ def traffic_of(config: JobConfig, layout: Layout, workers: int, servers: int, *,
             tuple(
                 Link(
                     sum(ways.up_bytes(s, cell.rank) for s in own for cell in share.cells if cell.stage == s.home),
-                    sum(ways.down_bytes(shard) for shard in _needed(share.cells, own))
-                    * pulls_per_version(config, share.ranks),
+                    sum(ways.down_bytes(shard) for shard in _needed(each.kept, own))
+                    * pulls_per_version(config, share.ranks)
+                    + sum(shard.size_bytes for stage in share.loads for shard in _needed([stage], own)),
                 )
                 for own in owned_shards
             )
-            for share in shares
+            for share, each in zip(shares, residences, strict=True)
         ),
         sum(plan.holder(r, s) != plan.holder(r, s + 1) for r in range(config.ranks) for s in range(config.stages - 1)),
     )
 
 
-def _share(layout: Layout, cells: tuple[Cell, ...]) -> WorkerShare:
-    needed = _needed(cells, layout.shards)
-    trained = [shard for shard in needed if shard.role is TensorRole.TRAINED]
-    return WorkerShare(cells, sum(s.size_bytes for s in needed), sum(s.size_bytes for s in trained))
+@dataclass(frozen=True, slots=True)
+class _Residences:
+    """How a worker comes through a step, with so many stages in memory at once."""
+
+    together: tuple[tuple[int, ...], ...]
+    """Those that are there together, one after the other."""
+    loads: tuple[int, ...] = ()
+    twice: int = 0
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Those that are there between two steps: they come with the version."""
+        return self.together[-1]
 
 
-def _needed(cells: Iterable[Cell], shards: Iterable[Shard]) -> list[Shard]:
-    """Those of the stages that a worker with these cells has."""
-    stages = {cell.stage for cell in cells}
-    return [shard for shard in shards if not stages.isdisjoint(shard.stages)]
+def _residences(cells: tuple[Cell, ...], most: int) -> _Residences:
+    stages = tuple(sorted({cell.stage for cell in cells}))
+    if len(stages) <= most:
+        return _Residences((stages,))
+    together, loads, twice = [tuple[int, ...]()], list[int](), 0
+    for _ in range(2):  # the second time it begins as the step before ends
+        here = set(together[-1])
+        together, loads, twice = [], [], 0
+        for rank in dict.fromkeys(cell.rank for cell in cells):
+            left = [cell.stage for cell in cells if cell.rank == rank]
+            forwarded = set[int]()
+            while left:
+                due = next_residence(left, forwarded, most)
+                loads += sorted(set(due.stages) - here)
+                both = here.union(due.stages)
+                here = both if len(both) <= most else set(due.stages)
+                together.append(tuple(sorted(here)))
+                if due.backward:
+                    left = [stage for stage in left if stage not in due.stages]
+                    twice += len(forwarded.intersection(due.stages))
+                else:
+                    forwarded.update(due.stages)
+    return _Residences(tuple(together), tuple(loads), twice)
+
+
+def _share(layout: Layout, cells: tuple[Cell, ...], residences: _Residences) -> WorkerShare:
+    needed = [_needed(stages, layout.shards) for stages in residences.together]
+    return WorkerShare(
+        cells,
+        max(sum(shard.size_bytes for shard in each) for each in needed),
+        max(sum(shard.size_bytes for shard in each if shard.role is TensorRole.TRAINED) for each in needed),
+        residences.loads,
+        residences.twice,
+    )
+
+
+def _needed(stages: Iterable[int], shards: Iterable[Shard]) -> list[Shard]:
+    """Those of these stages."""
+    wanted = set(stages)
+    return [shard for shard in shards if not wanted.isdisjoint(shard.stages)]
 
 
 class _Ways:

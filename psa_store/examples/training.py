@@ -27,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser, *, job: str, steps: int) -> Non
     add("--ranks", type=int, help="world size of a new job (default: as `psa run` says)")
     add("--stages", type=positive, default=1, help="parts of the model, which different workers may compute")
     add("--microbatches", type=positive, default=1, help="parts in which a rank's batch goes through the stages")
+    add("--resident-stages", type=positive, metavar="N", help="stages that this process has in memory at once")
     add("--seed", type=int, default=1337)
     add("--lr", type=float, default=1e-3)
     add("--min-lr", type=float, default=1e-4)
@@ -71,11 +72,12 @@ def parts(
     ``loss``: a method of the model, to be cut so that each stage has about as many of ``layers``, in their order.
     """
     if not is_in_stages(options):
-        return {"model": model}
+        return {"model": model, "resident_stages": options.resident_stages}  # psa.Worker refuses a number
     if options.stages > len(layers):
         raise psa.errors.UsageError(f"--stages {options.stages}: a model of {len(layers)} layers has so many at most")
     cuts = [layers[stage * len(layers) // options.stages] for stage in range(1, options.stages)]
-    return {"stages": psa.split(loss, cuts), "microbatches": options.microbatches}
+    stages = psa.split(loss, cuts)
+    return {"stages": stages, "microbatches": options.microbatches, "resident_stages": options.resident_stages}
 
 
 def load_if_in_stages(options: argparse.Namespace, model: nn.Module) -> None:

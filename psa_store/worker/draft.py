@@ -17,22 +17,23 @@ from psa_store.job.layout import Layout, layout_from_json
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A job before it exists: two documents as they would be stored."""
+    """A job before it exists: two documents as they would be stored, and what the script says of its worker."""
 
     FORMAT: ClassVar[int] = 1
 
     config: str
     layout: str
+    resident_stages: int | None = None
 
 
-def write_draft(config: JobConfig, layout: Layout, path: Path) -> None:
-    """Write a job down."""
-    path.write_text(to_text(Draft(config.to_json(), layout.to_json())))
+def write_draft(config: JobConfig, layout: Layout, resident_stages: int | None, path: Path) -> None:
+    """Write a job down, and how many stages its worker would have in memory at once."""
+    path.write_text(to_text(Draft(config.to_json(), layout.to_json(), resident_stages)))
 
 
-def read_draft(path: Path) -> tuple[JobConfig, Layout] | None:
+def read_draft(path: Path) -> tuple[JobConfig, Layout, int | None] | None:
     """The job that was written down there; None for none. Raises DataIntegrity if it cannot be read."""
     if not path.exists() or not (text := path.read_text()):
         return None
     draft = from_text(Draft, text, f"the draft of a job in {path}")
-    return job_config_from_json(draft.config), layout_from_json(draft.layout)
+    return job_config_from_json(draft.config), layout_from_json(draft.layout), draft.resident_stages

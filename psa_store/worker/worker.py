@@ -168,7 +168,7 @@ class Worker:
         )
         if self._settings.draft is not None:
             # `psa estimate` wants to know what the job would be: nothing else of the script is to happen.
-            write_draft(new_config(wanted, self._settings), layout, self._settings.draft)
+            write_draft(new_config(wanted, self._settings), layout, resident_stages, self._settings.draft)
             raise SystemExit(0)
 
         self._current: RankStep | None = None

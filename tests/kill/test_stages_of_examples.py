@@ -41,6 +41,7 @@ def test_any_number_of_workers_gives_the_same_bits(
     for workers in sorted({1, 2, 3, ranks * stages} if everything else {1, ranks * stages}):
         job = f"{example}-{stages}-{ranks}-by-{workers}"
         how = [*SMALL, *written[example], "--batch-size", "8", "--stages", str(stages), "--microbatches", "2"]
+        how += ["--resident-stages", "1"] if workers == 1 else []
         script = Path(gpt.__file__).with_name(f"{example}.py")
         run = site.run(job, *how, script=script, workers=workers, ranks=ranks, servers=1)
         assert run.finish() == 0, run.output

@@ -169,12 +169,31 @@ IN_STAGES = make_layout(
 )
 
 
-def in_stages(workers: int, *, ranks: int = 2, shared: bool = False) -> Traffic:
+def in_stages(workers: int, *, ranks: int = 2, shared: bool = False, resident: int | None = None) -> Traffic:
     config = replace(job(ranks=ranks), stages=STAGES, microbatches=4, layout=IN_STAGES.fingerprint)
-    return traffic_of(config, IN_STAGES, workers, 1, shares_memory=shared)
+    return traffic_of(config, IN_STAGES, workers, 1, shares_memory=shared, resident_stages=resident)
 
 
 class TestStages:
+    def test_a_worker_with_one_stage_in_memory_loads_the_others_for_both_kinds_of_passes(self) -> None:
+        (alone,) = in_stages(1, resident=1).workers
+        whole = STAGE_BYTES + BUFFER_BYTES + FROZEN_BYTES
+        assert (alone.parameter_bytes, alone.gradient_bytes) == (whole, STAGE_BYTES)
+        assert alone.loads == (1, 2, 1, 0) * 2, "the first is there when a step, or the next rank, begins"
+        assert alone.twice == 4, "of each rank the last stage goes forward once"
+        for shared, came_with_version in ((False, STAGE_BYTES + BUFFER_BYTES), (True, BUFFER_BYTES)):
+            assert down(in_stages(1, shared=shared, resident=1)) == [came_with_version + 8 * whole]
+
+    def test_stages_that_are_in_memory_together_count_together(self) -> None:
+        (alone,) = in_stages(1, ranks=1, resident=2).workers
+        assert alone.parameter_bytes == 2 * (STAGE_BYTES + BUFFER_BYTES + FROZEN_BYTES)
+        assert alone.loads[-1:] == (0,) and alone.twice == 1
+
+    @pytest.mark.parametrize("resident", [None, 3, 7])
+    def test_a_worker_with_room_for_all_its_stages_loads_none_again(self, resident: int | None) -> None:
+        assert in_stages(1, resident=resident) == in_stages(1)
+        assert in_stages(3, resident=1) == in_stages(3), "each has one stage"
+
     def test_a_worker_sends_gets_and_keeps_its_stages_only(self) -> None:
         found = in_stages(6)
         assert [each.cells for each in found.workers] == [

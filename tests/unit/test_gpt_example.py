@@ -24,6 +24,7 @@ from psa_store.examples.gpt import (
     split,
 )
 from psa_store.examples.progress import Progress, StepTimer
+from psa_store.examples.training import parts
 from tests.performance.gpt_step import plain_loop
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 20
@@ -224,3 +225,10 @@ def test_progress_shows_the_last_step_and_no_more_than_its_interval_allows(
     assert len(lines) == 1
     assert lines[0].startswith("step 50/50  loss 1.5000")
     assert lines[0].endswith("workers 2  term 3")
+
+
+def test_what_is_said_of_stages_comes_to_the_worker(vocabulary: Vocabulary) -> None:
+    options = parse_options([*TINY, "--stages=2", "--microbatches=2", "--resident-stages=1"])
+    model = build_model(options, vocabulary)
+    found = parts(options, model, model.loss, ["layers.0", "layers.1"])
+    assert (len(found["stages"]), found["microbatches"], found["resident_stages"]) == (2, 2, 1)
