@@ -44,10 +44,15 @@ def private_home(path: Path, marks: tuple[str, ...]) -> Path:
     folder that is more than that, as /tmp is, keeps its mode.
 
     Raises:
-        UsageError: it belongs to another user, or others may write there.
+        UsageError: it can not be made or written, belongs to another user, or others may write there.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from error
     refuse_foreign(path)
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _unwritable(path, "this process may not write there")
     mode = path.stat().st_mode
     if mode & _OTHERS and (any((path / mark).exists() for mark in marks) or not any(path.iterdir())):
         path.chmod(0o700)
@@ -57,6 +62,13 @@ def private_home(path: Path, marks: tuple[str, ...]) -> Path:
             f"or close it: `chmod go-w {path}`"
         )
     return path
+
+
+def _unwritable(home: Path, why: str) -> UsageError:
+    return UsageError(
+        f"PSA_HOME={str(home)!r} can not be used: {why}. Private servers keep their data there: set PSA_HOME to a "
+        "folder that can be written, or PSA_REDIS and PSA_ZOOKEEPER to servers of your own"
+    )
 
 
 def refuse_foreign(home: Path) -> None:

@@ -81,7 +81,7 @@ def _are_private(settings: Settings) -> bool:
 def with_private_key(settings: Settings) -> Settings:
     """The same settings, with the key of the private servers where they say none."""
     path = _key_path(settings.home)
-    if settings.key is not None or settings.key_file is not None or not path.exists():
+    if settings.key is not None or settings.key_file is not None or not os.path.exists(path):
         return settings
     return settings.model_copy(update={"key_file": path})
 
@@ -166,10 +166,10 @@ def _key_path(home: Path) -> Path:
 
 def holder(home: Path) -> int | None:
     """The process that runs private servers in ``home``, if one does; raises UsageError if it is another user's."""
-    if home.exists():
-        refuse_foreign(home)
     path = home / "up.pid"
-    if not path.exists():
+    if os.path.exists(home):  # False as well where this process may not look
+        refuse_foreign(home)
+    if not os.path.exists(path):
         return None
     file = os.open(path, os.O_RDONLY)
     try:

@@ -65,7 +65,23 @@ def _taken_by(parse: Callable[[str], object]) -> AfterValidator:
 
 
 # A shell expands ~ in the environment; in a file nothing does.
-_Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: this user has no home folder that ~ could mean") from error
+
+
+def default_home() -> Path:
+    """In the home folder of this user. Where there is none, one that no user can make: a home must be named then."""
+    try:
+        person = Path.home()
+    except RuntimeError:  # no HOME, and a uid that no file knows, as in containers
+        person = Path("/dev/null")
+    return person / ".local" / "share" / "psa_store"
+
+
+_Folder = Annotated[Path, AfterValidator(_expanded)]
 
 
 class Settings(BaseSettings):
@@ -95,9 +111,7 @@ class Settings(BaseSettings):
     )
     zookeeper_cert: _Folder | None = Field(default=None, description="our certificate (PEM), if ZooKeeper wants one")
     zookeeper_key: _Folder | None = Field(default=None, description="the key (PEM) of that certificate")
-    home: _Folder = Field(
-        default=Path.home() / ".local" / "share" / "psa_store", description="data of the private servers"
-    )
+    home: _Folder = Field(default=default_home(), description="data of the private servers")
     bind: str = Field(default="127.0.0.1", description="address on which servers and all endpoints listen")
     port: Annotated[str, _taken_by(parse_ports)] | None = Field(
         default=None,

@@ -25,6 +25,7 @@ _LOG_LINES = 16  # a Java stack trace, and above it the reason
 _POLL_S = 0.01
 _ANSWER_S = 1.0
 _PASSWORD_BYTES = 24
+_UTF8 = {"LC_ALL": "C.UTF-8"}
 _OURS = "PSA_"
 """Variables that are for psa alone: the key and passwords are among them."""
 # Below the ports that Linux gives to outgoing connections: a client that keeps trying the address of a server that
@@ -66,7 +67,7 @@ class ChildServer:
     def start(self, command: Sequence[str], end_s: float) -> None:
         """Run the program, as soon as the one of an earlier start has ended; ``end_s`` is a monotonic time.
 
-        Its environment is ours without what is meant for psa.
+        Its environment is ours without what is meant for psa, and it reads names of files as UTF-8.
         """
         self._wait_for_predecessor(end_s)
         # The kernel ends the child when we die, however we die; setpriv is in util-linux.
@@ -79,7 +80,7 @@ class ChildServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={name: value for name, value in os.environ.items() if not name.startswith(_OURS)},
+                env={name: value for name, value in os.environ.items() if not name.startswith(_OURS)} | _UTF8,
                 start_new_session=True,
                 umask=0o077,  # its files and sockets are for this user alone
             )
@@ -144,10 +145,10 @@ def find_program(names: Sequence[str], packages: str) -> str:
     raise not_installed(names[0], packages)
 
 
-def not_installed(what: str, packages: str) -> DependencyUnreachable:
-    """The error that says how to get a missing program."""
+def not_installed(what: str, packages: str, otherwise: str = "") -> DependencyUnreachable:
+    """The error that says how to get a missing program. ``otherwise``: another way."""
     return DependencyUnreachable(
-        f"{what} is not installed: `apt-get install {packages}`, "
+        f"{what} is not installed: `apt-get install {packages}`, {f'{otherwise}, ' if otherwise else ''}"
         "or set PSA_REDIS and PSA_ZOOKEEPER to servers that run elsewhere"
     )
 

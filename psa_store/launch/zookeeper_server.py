@@ -6,6 +6,7 @@ belongs to one user whose password lies in ``folder``.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from psa_store.config.own_files import private_folder, write_private
 from psa_store.coordination import close_to_others
+from psa_store.errors import DependencyUnreachable
 from psa_store.launch.child import (
     ChildServer,
     Place,
@@ -28,6 +30,8 @@ _CLASSPATHS = {
     Path("/usr/share/java/zookeeper.jar"): "/usr/share/java/zookeeper.jar:/usr/share/java/slf4j-simple.jar",
     Path("/opt/zookeeper/lib"): "/opt/zookeeper/lib/*",
 }
+_HOME = "ZOOKEEPER_HOME"
+"""An environment variable, as ZooKeeper's own scripts have it: where its tarball was unpacked."""
 _PACKAGES = "zookeeper default-jre-headless"
 _MAIN = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
 _JAVA_OPTIONS = (
@@ -110,20 +114,18 @@ class PrivateZooKeeper:
 
     def _command(self, index: int) -> list[str]:
         java = find_program(["java"], _PACKAGES)
-        classpath = next((value for path, value in _CLASSPATHS.items() if path.exists()), None)
-        if classpath is None:
-            raise not_installed("ZooKeeper", _PACKAGES)
         return [
             *self._places[index].enter,
             java,
             *_JAVA_OPTIONS,
             "-cp",
-            classpath,
+            _classpath(),
             _MAIN,
-            str(self._write_config(index)),
+            self._write_config(index).name,
         ]
 
     def _write_config(self, index: int) -> Path:
+        """A file of Java's properties, which are read as ISO 8859-1: so no path in it begins at the root."""
         data = self._data(index)
         private_folder(data)
         lines = [
@@ -134,7 +136,7 @@ class PrivateZooKeeper:
             "maxSessionTimeout=120000",
             "maxClientCnxns=0",
             "autopurge.purgeInterval=1",
-            f"dataDir={data}",
+            f"dataDir={data.name}",
             f"clientPort={self._client_port(index)}",
             f"clientPortAddress={self._places[index].address}",
         ]
@@ -149,4 +151,22 @@ class PrivateZooKeeper:
 
     def _serves(self, index: int) -> bool:
         """A node that serves (alone, or in a quorum) tells its configuration, which shows that it is ours."""
-        return f"dataDir={self._data(index)}/".encode() in answer_of(self.addresses[index], b"conf")
+        return b"dataDir=%b/" % os.fsencode(self._data(index)) in answer_of(self.addresses[index], b"conf")
+
+
+def _classpath() -> str:
+    """Of the ZooKeeper that is named, else of one that is installed.
+
+    Raises:
+        DependencyUnreachable: there is none.
+    """
+    named = os.environ.get(_HOME)
+    if named:
+        jars = Path(named).absolute() / "lib"
+        if not any(jars.glob("zookeeper*.jar")):
+            raise DependencyUnreachable(f"{_HOME}={named!r}: no {jars}/zookeeper*.jar: name a folder of its tarball")
+        return f"{jars}/*"
+    found = next((value for path, value in _CLASSPATHS.items() if path.exists()), None)
+    if found is None:
+        raise not_installed("ZooKeeper", _PACKAGES, f"or unpack its tarball and set {_HOME} to it")
+    return found
