@@ -91,8 +91,13 @@ class Sentinels:
 
     def _start(self, folder: Path, port: int, master: PrivateRedis) -> subprocess.Popen[bytes]:
         folder.mkdir()
+        return started_sentinel(folder, self.configuration(port, folder, master))
+
+    @staticmethod
+    def configuration(port: int, folder: Path, master: PrivateRedis) -> list[str]:
+        """Of a Sentinel that watches this master."""
         host, master_port = master.address
-        lines = [
+        return [
             f"port {port}",
             f"dir {folder}",
             f"requirepass {SENTINEL_PASSWORD}",
@@ -102,7 +107,6 @@ class Sentinels:
             f"sentinel down-after-milliseconds {NAME} {_DOWN_AFTER_MS}",
             f"sentinel failover-timeout {NAME} {_FAILOVER_TIMEOUT_MS}",
         ]
-        return started_sentinel(folder, lines)
 
 
 def started_sentinel(folder: Path, lines: list[str]) -> subprocess.Popen[bytes]:

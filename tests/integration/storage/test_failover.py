@@ -18,9 +18,12 @@ from psa_store.launch import PrivateRedis
 from psa_store.launch.child import remembered_ports
 from psa_store.storage import History, RedisStore, examine_redis
 from psa_store.storage.addresses import Kind, read_address
-from tests.failover import NAME, PASSWORD, Sentinels, eventually, replicated, started_sentinel, told
+from psa_store.storage.sentinels import Sentinels as Asked
+from tests.failover import NAME, PASSWORD, SENTINEL_PASSWORD, Sentinels, eventually, replicated, started_sentinel, told
 from tests.harness import stop_process
 from tests.integration.storage.shards import JOB, LAYOUT, commit, read
+
+OPTIONS = {"password": SENTINEL_PASSWORD}
 
 
 @pytest.fixture
@@ -138,6 +141,33 @@ def test_sentinels_name_the_new_master_and_a_returned_old_one_takes_nothing(
         assert [each.version for each in store.heads(JOB, [0])[0].manifests] == [1, 2, 3]
         eventually(lambda: told(old).info("replication")["role"] == "slave")
         assert commit(store, 4, expect=3).version == 4
+
+
+def test_a_sentinel_that_does_not_know_of_the_last_failover_is_not_believed(
+    watched: tuple[list[PrivateRedis], Sentinels], tmp_path: Path
+) -> None:
+    servers, sentinels = watched
+    (port,) = remembered_ports(tmp_path / "isolated-port", 1)
+    folder = tmp_path / "isolated"
+    folder.mkdir()
+    unwatched = PrivateRedis(tmp_path / "unwatched", {"requirepass": PASSWORD}, tcp=True)
+    isolated = None
+    try:
+        unwatched.start(120)
+        isolated = started_sentinel(folder, sentinels.configuration(port, folder, unwatched))
+        asked = Asked((*(("127.0.0.1", each) for each in sentinels.ports), ("127.0.0.1", port)), NAME, OPTIONS, 20.0)
+        alone = Asked((("127.0.0.1", port),), NAME, OPTIONS, 20.0)
+        eventually(lambda: alone.master() == unwatched.address)
+        servers[0].kill()
+        eventually(lambda: asked.master() != servers[0].address)
+        sentinels.stop()
+        with pytest.raises(redis.exceptions.ConnectionError, match=f":{port} does not know of the last failover"):
+            asked.master()
+    finally:
+        unwatched.stop()
+        if isolated is not None:
+            isolated.kill()
+            isolated.wait()
 
 
 def test_what_sentinels_say_of_a_wrong_name_or_password_is_said(
