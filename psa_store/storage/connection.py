@@ -83,6 +83,11 @@ class Route:
         """Give up every connection: what it goes to is not the master, or not now."""
         self.generation += 1  # of two threads one may count for both, which is enough
 
+    def doubt(self) -> None:
+        """What the Sentinels named last could not be used."""
+        if self.sentinels is not None:
+            self.sentinels.doubt()
+
     def master(self) -> HostPort | None:
         """Ask the Sentinels, if there are some; None: the address of the pool is right.
 
@@ -120,7 +125,11 @@ class _Routed(AbstractConnection):
         if address is not None:
             self.host, self.port = address
         self._generation = self._route.generation
-        return super()._connect()  # type: ignore[no-untyped-call, safe-super]
+        try:
+            return super()._connect()  # type: ignore[no-untyped-call, safe-super]
+        except OSError:
+            self._route.doubt()
+            raise
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
         super().on_connect_check_health(check_health)
@@ -128,6 +137,7 @@ class _Routed(AbstractConnection):
             # What was the master a moment ago may be back, as a replica or about to become one.
             self.send_command("INFO", "replication")  # type: ignore[no-untyped-call]
             if b"role:master" not in self.read_response():
+                self._route.doubt()
                 raise redis.exceptions.ConnectionError(f"{self.host}:{self.port} is a replica, though not for Sentinel")
 
     def read_response(self, *args: Any, **options: Any) -> Any:

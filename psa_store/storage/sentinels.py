@@ -62,6 +62,14 @@ class Sentinels:
         kind = redis.exceptions.AuthenticationError if refused else redis.exceptions.ConnectionError
         raise kind(f"no Sentinel names the master {self._name!r} ({'; '.join(said)})")
 
+    def doubt(self) -> None:
+        """Ask another one first the next time: what the last one named is no master, or is away.
+
+        Of a failover the Sentinels learn within two seconds of each other.
+        """
+        with self._lock:
+            self._hosts.append(self._hosts.pop(0))
+
     def _ask(self, host: HostPort) -> tuple[HostPort, int]:
         options = {"connection_class": redis.Connection, **self._options}
         pool = redis.ConnectionPool(
