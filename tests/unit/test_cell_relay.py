@@ -144,7 +144,7 @@ class Scene:
             plan=plan, version=version, committed=0, owned_shards={}, untouched=0, stage="collecting"
         )
         self.handler.aggregator = cast(Aggregator, served)
-        self.handler.revise(plan)
+        self.handler.revise(plan, version)
 
     def peer(self, name: str, carrier: str = "unix") -> Peer:
         peer = Peer(self, name, carrier)

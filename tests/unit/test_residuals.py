@@ -55,7 +55,9 @@ class Scene:
         )
         self.residuals = Residuals(cast(Tools, tools), cast(PlanSession, session))
 
-    def _answered(self, send: Callable[[], None], done: Callable[[], bool], over: Callable[[], bool]) -> bool:
+    def _answered(
+        self, send: Callable[[], None], done: Callable[[], bool], over: Callable[[], bool], what: Callable[[], str]
+    ) -> bool:
         send()
         for rank, index in self.asked:
             shard = LAYOUT.shards[index]
