@@ -72,14 +72,14 @@ def run_campaign(campaign: Campaign) -> None:
     console = Console(highlight=False)
     console.print(f"journals and report: {campaign.folder}")
     runs: list[Run] = []
-    references: dict[tuple[int, int], Reference] = {}
+    references: dict[tuple[int, int, str], Reference] = {}
     console.print(_ROW.format("scenario", "seed", "A", "B", "faults", "R max, s", "verdict"))
     try:
         for kind, group in groupby(sorted(rows, key=_kind_of_site), key=_kind_of_site):
             rows_here = list(group)
             with open_site(rows_here[0], campaign.folder / f"site-{kind}") as site:
                 for spec in (_run_spec(campaign, row, seed) for row in rows_here for seed in campaign.seeds):
-                    what = spec.job.steps, spec.job.stages
+                    what = spec.job.steps, spec.job.stages, spec.job.mode
                     if what not in references:
                         references[what] = undisturbed(site, *what, campaign.folder)
                     runs.append(_one(spec, site, references[what], campaign.keep))
@@ -99,10 +99,10 @@ def run_campaign(campaign: Campaign) -> None:
         )
 
 
-def undisturbed(site: Site, steps: int, stages: int, folder: Path) -> Reference:
+def undisturbed(site: Site, steps: int, stages: int, mode: str, folder: Path) -> Reference:
     """Run without faults, with one worker and one server, and return what other runs are compared with."""
-    name = f"undisturbed-{steps}-{stages}"
-    job_spec = JobSpec(name, steps, 0.0, folder / name, stages=stages)
+    name = f"undisturbed-{steps}-{stages}-{mode.partition(':')[0]}"
+    job_spec = JobSpec(name, steps, 0.0, folder / name, stages=stages, mode=mode)
     for each in (job_spec.journals, job_spec.failpoints):
         each.mkdir(parents=True, exist_ok=True)
     job = SupervisedJob(job_spec, site, workers=1, servers=1)
@@ -113,7 +113,7 @@ def undisturbed(site: Site, steps: int, stages: int, folder: Path) -> Reference:
         job.kill()
     if code != 0:
         raise UsageError(f"the undisturbed run failed with exit code {code}; see {job_spec.log}")
-    return reference_of(read_history(job_spec.journals), site.digest(job_spec.name, steps))
+    return reference_of(read_history(job_spec.journals), site.digest(job_spec.name, job_spec.last_version))
 
 
 def _run_spec(campaign: Campaign, row: Scenario, seed: int) -> RunSpec:
@@ -131,7 +131,7 @@ def _run_spec(campaign: Campaign, row: Scenario, seed: int) -> RunSpec:
     name = f"{row.name}-{seed}".replace(".", "-")
     env = {} if row.checkpoint_every_s is None else {"PSA_CHECKPOINT_EVERY_S": str(row.checkpoint_every_s)}
     pace = pace_s(schedule, steps, PACE_S)
-    job_spec = JobSpec(name, steps, pace, folder, env, row.commit_every, row.stages)
+    job_spec = JobSpec(name, steps, pace, folder, env, row.commit_every, row.stages, row.mode)
     return RunSpec(row, seed, schedule, job_spec, replay_command(row.name, seed, extra))
 
 

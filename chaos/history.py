@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_store.errors import DataIntegrity
+from psa_store.job.mode import SYNC, Mode, parse_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ def read_history(folder: Path) -> History:
 def reference_of(history: History, final: str) -> Reference:
     """Return what an undisturbed run comes to."""
     return Reference({whole_or_stage(event): event["digest"] for event in history.of("batch")}, final)
+
+
+def mode_of(history: History) -> Mode:
+    """How the job took gradients."""
+    return parse_mode(history.scenario["mode"]) if history.of("scenario") else SYNC
 
 
 def whole_or_stage(event: Event) -> tuple[int, int | None]:

@@ -17,6 +17,7 @@ import psutil
 
 from chaos.cluster.spawner import Process
 from chaos.site import SERVERS_HOSTED, SERVERS_SUPERVISED, SESSION_TIMEOUT_S, WORKERS, Site
+from psa_store.job.mode import parse_mode
 from psa_store.launch.guard import die_with_parent
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -44,6 +45,13 @@ class JobSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     commit_every: int = 10
     stages: int = 1
+    mode: str = "sync"
+
+    @property
+    def last_version(self) -> int:
+        """The version with which the job ends."""
+        mode = parse_mode(self.mode)
+        return self.steps * self.ranks if mode.on_arrival else self.steps // mode.round_steps
 
     @property
     def ranks(self) -> int:
@@ -100,6 +108,7 @@ class JobSpec:
             "PSA_FAILPOINTS": str(self.failpoints),
             "PSA_COMMIT_EVERY": str(self.commit_every),
             "PSA_RANKS": str(self.ranks),
+            "PSA_MODE": self.mode,
             "PSA_KEY": _KEY,
             "PSA_CONFIG": "",
             "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH")))),

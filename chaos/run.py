@@ -66,7 +66,8 @@ def run_once(run: RunSpec, site: Site) -> None:
             "scenario",
             name=run.scenario.name,
             seed=run.seed,
-            steps=spec.steps,
+            steps=spec.last_version,
+            mode=spec.mode,
             ranks=spec.ranks,
             stages=spec.stages,
             commit_every=spec.commit_every,
@@ -238,11 +239,11 @@ def _reader(spec: JobSpec, site: Site, journal: Journal) -> Iterator[None]:
 
 def _record_final(journal: Journal, spec: JobSpec, site: Site) -> None:
     try:
-        digest = site.digest(spec.name, spec.steps)
+        digest = site.digest(spec.name, spec.last_version)
     except PsaError as error:
         journal.record("broken", why=f"the final state cannot be read: {error}")
     else:
-        journal.record("final", version=spec.steps, digest=digest)
+        journal.record("final", version=spec.last_version, digest=digest)
 
 
 def replay_command(scenario: str, seed: int, extra: Sequence[str] = ()) -> str:

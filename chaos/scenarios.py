@@ -39,6 +39,8 @@ class Scenario:
     """How long a short run is."""
     at_once: bool = False
     """Its faults overlap."""
+    mode: str = "sync"
+    """How the job takes gradients, as `psa run --mode` has it."""
 
     def schedule(self, seed: int) -> list[ScheduledFault]:
         """Return the faults of a short run."""
@@ -80,6 +82,16 @@ _AT_ONCE = (
     "hang-commit.after_flip",
 )
 """Faults that can happen whatever else does."""
+_OF_MODES = (
+    "kill-worker",
+    "kill-server",
+    "kill-all-workers",
+    "kill-all-servers",
+    "kill-redis",
+    "kill-run",
+    "stop-worker",
+    "stop-server",
+)
 
 
 def _rows() -> list[Scenario]:
@@ -108,6 +120,9 @@ def _rows() -> list[Scenario]:
         ),
         *(Scenario(name, (name,)) for name in FAULTS if name.startswith("neighbour-")),
         Scenario("at-once", _AT_ONCE, at_once=True),
+        Scenario("mode-async", _OF_MODES, mode="async", commit_every=4),
+        Scenario("mode-ssp", _OF_MODES, mode="ssp:staleness=2", commit_every=4),
+        Scenario("mode-local", _OF_MODES, mode="local:steps=4", commit_every=3),
         Scenario("clock-jump", ("clock-jump",), sets_clock=True),
         *(
             _staged(f"stages-{name}", (f"die-{name}", f"hang-{name}"))

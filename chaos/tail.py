@@ -79,6 +79,9 @@ class Tail:
         if b'"acked"' in line:
             self.steps += 1
             self.version = max(self.version, json.loads(line)["version"])
+        elif b'"settled"' in line:
+            self.steps += 1
+            self.version = max(self.version, json.loads(line)["step"])
         elif b'"committed"' in line:
             self.committed = max(self.committed, json.loads(line)["version"])
         elif b'"marked_corrupt"' in line:

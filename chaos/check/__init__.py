@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from chaos.check import bits, durability, exactly_once, fencing, fired, lease, observed, trends
+from chaos.check import arrival, bits, durability, exactly_once, fencing, fired, lease, observed, trends
 from chaos.check.recovery import Recovery, Steps, goodput, recoveries, steps_of
 from chaos.check.violation import Violation
-from chaos.history import History, Reference
+from chaos.history import History, Reference, mode_of
 
-CHECKS = {
+Check = Callable[[History, Reference], list[Violation]]
+CHECKS: dict[str, Check] = {
     "exactly_once": exactly_once.check,
     "bits": bits.check,
     "fencing": fencing.check,
@@ -19,6 +21,13 @@ CHECKS = {
     "observed": observed.check,
     "trends": trends.check,
 }
+
+ON_ARRIVAL: dict[str, Check] = {
+    **CHECKS,
+    "exactly_once": lambda history, _: arrival.check_arrivals(history),
+    "bits": bits.finished,
+}
+"""The same where pushes are applied on arrival."""
 
 __all__ = ["CHECKS", "Recovery", "Steps", "Verdict", "Violation", "check_history"]
 
@@ -38,7 +47,8 @@ class Verdict:
 def check_history(history: History, reference: Reference) -> Verdict:
     """Find broken promises, and measure recoveries and goodput."""
     steps = steps_of(history)
-    found = [violation for check in CHECKS.values() for violation in check(history, reference)]
+    checks = ON_ARRIVAL if mode_of(history).on_arrival else CHECKS
+    found = [violation for check in checks.values() for violation in check(history, reference)]
     return Verdict(
         violations=tuple(found),
         recoveries=tuple(recoveries(history, steps)),

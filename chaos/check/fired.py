@@ -21,6 +21,6 @@ def check(history: History, _reference: Reference) -> list[Violation]:
     quiet = history.of("quiet")
     if not quiet:
         violations.append(Violation(_NAME, "there was no quiet phase"))
-    elif not any(event.t > quiet[0].t for event in history.of("acked")):
+    elif not any(event.t > quiet[0].t for event in (*history.of("acked"), *history.of("updated"))):
         violations.append(Violation(_NAME, "no step was completed after the last fault", quiet[0].t))
     return violations

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from chaos.history import Event, History
+from chaos.history import History
 
 _PAUSE_FACTOR = 3.0
 """A gap counts as a pause from so many normal steps on: shorter ones come and go by themselves."""
@@ -52,17 +52,21 @@ class Recovery:
 
 
 def steps_of(history: History) -> Steps:
-    """The moments at which some worker was first told of a version in a term."""
-    first: dict[tuple[int, int], Event] = {}
+    """The moments at which some worker was first told of a version in a term; where there are none since pushes are
+    applied on arrival, those at which a server first applied a push of a step."""
+    first: dict[tuple[int, int], float] = {}
     for event in history.of("acked"):
-        first.setdefault((event["term"], event["version"]), event)
-    events = sorted(first.values(), key=lambda event: event.t)
-    times = [event.t for event in events]
+        first.setdefault((event["term"], event["version"]), event.t)
+    if not first:
+        for event in history.of("updated"):
+            first.setdefault((event["term"], event["step"]), event.t)
+    completed = sorted((t, version) for (_, version), t in first.items())
+    times = [t for t, _ in completed]
     quiet = history.of("quiet")
     paced = bisect.bisect(times, quiet[0].t) if quiet else len(times)
     usual = times[:paced] if paced > 1 else times
     gaps = [later - time for time, later in itertools.pairwise(usual)]
-    return Steps(times, [event["version"] for event in events], median(gaps) if gaps else 0.0, paced)
+    return Steps(times, [version for _, version in completed], median(gaps) if gaps else 0.0, paced)
 
 
 def recoveries(history: History, steps: Steps) -> list[Recovery]:

@@ -29,6 +29,9 @@ SELECTION = [
     ("commit.before_flip", 1),
     ("handover.stopped", 0),
     ("at-once", 3),
+    pytest.param("mode-async", 1, marks=pytest.mark.long),
+    pytest.param("mode-ssp", 3, marks=pytest.mark.long),
+    pytest.param("mode-local", 2, marks=pytest.mark.long),
     pytest.param("push.done", 0, marks=pytest.mark.long),
     ("stages-cell.sent", 1),
     pytest.param("stages-push.middle", 0, marks=pytest.mark.long),
@@ -86,8 +89,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def references(site: Site, tmp_path_factory: pytest.TempPathFactory) -> References:
     """What an undisturbed run of a row comes to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    made = functools.cache(lambda steps, stages: undisturbed(site, steps, stages, folder))
-    return lambda name: made(scenario(name).steps, scenario(name).stages)
+    made = functools.cache(lambda steps, stages, mode: undisturbed(site, steps, stages, mode, folder))
+    return lambda name: made(scenario(name).steps, scenario(name).stages, scenario(name).mode)
 
 
 def play(
@@ -110,6 +113,7 @@ def play(
         environment(bug) if bug else {},
         commit_every or row.commit_every,
         row.stages,
+        row.mode,
     )
     run_once(RunSpec(row, seed, schedule, spec, replay_command(row.name, seed)), site)
     return check_history(read_history(spec.journals), reference)

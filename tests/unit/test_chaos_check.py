@@ -36,11 +36,9 @@ class HistoryBuilder:
         self.t = 0.0
         self.cells = list(itertools.product(range(RANKS), range(stages)))
         self.stage_of = CUT if stages > 1 else dict.fromkeys(CUT, 0)
-        facts: dict[str, Any] = {"name": "kill-server", "seed": 0, "steps": STEPS, "ranks": RANKS}
-        facts["commit_every"] = COMMIT_EVERY
-        self.record(
-            "harness", "0", "scenario", **facts, stages=stages, loses_redis=False, session_timeout_s=4.0, replay="psa …"
-        )
+        facts = {"name": "kill-server", "seed": 0, "steps": STEPS, "ranks": RANKS, "commit_every": COMMIT_EVERY}
+        how = {"mode": "sync", "stages": stages, "loses_redis": False, "session_timeout_s": 4.0}
+        self.record("harness", "0", "scenario", **facts, **how, replay="psa …")
 
     def shards_of(self, server: str, stage: int) -> int:
         """How many shards of a stage a server has."""
