@@ -54,6 +54,7 @@ class HistoryBuilder:
         for server, shards in SHARDS.items():
             trained = {str(stage): self.shards_of(server, stage) for stage in set(self.stage_of.values())}
             facts = {"term": number, "resume": resume, "shards": shards, "versioned": len(shards), "trained": trained}
+            facts["clocks"] = {}
             self.record("server", server, "serving", **facts)
             for shard in shards:
                 manifests = [[version, number, f"n{number}-{version}"] for version in (resume,)]
@@ -239,6 +240,26 @@ def test_a_stage_with_parameters_of_another_version_is_seen(staged: HistoryBuild
 @pytest.mark.parametrize(("event", "fields"), [("final", {"digest": "G"}), ("end", {"exit_code": 1})])
 def test_another_result_is_seen(builder: HistoryBuilder, event: str, fields: dict[str, Any]) -> None:
     builder.change(event, -1, **fields)
+    assert builder.broken() == {"bits"}
+
+
+def test_where_pushes_are_applied_on_arrival_each_counts_once_and_bits_are_luck(builder: HistoryBuilder) -> None:
+    builder.change("scenario", mode="async")
+    builder.change("final", digest="G")
+    builder.change("serving", 2, clocks={"0": [0, 0]})
+    builder.record("server", "s0", "updated", term=2, shard=0, rank=1, step=0)
+    assert builder.broken() == set()
+    builder.record("server", "s0", "updated", term=2, shard=0, rank=1, step=0)
+    assert builder.broken() == {"arrival"}
+    builder.change("end", exit_code=1)
+    assert builder.broken() == {"arrival", "bits"}
+
+
+def test_what_ranks_see_between_rounds_is_no_version(builder: HistoryBuilder) -> None:
+    builder.change("scenario", mode="local:steps=4")
+    builder.record("train", "t0", "batch", term=2, version=20, rank=0, digest="of its own")
+    assert builder.broken() == set()
+    builder.record("reader", "0", "read", version=20, digest="mixed")
     assert builder.broken() == {"bits"}
 
 
