@@ -20,6 +20,7 @@ from chaos.scenarios import MATRIX, SOAK, Scenario, Shape, scenario
 from chaos.schedule import ScheduledFault, long_schedule, pace_s
 from chaos.site import Site, open_site
 from psa_store.errors import PsaError, UsageError
+from psa_store.job.mode import parse_mode
 
 PACE_S = 0.012
 """The least time that a rank computes in a step: about half of an undisturbed step."""
@@ -113,7 +114,8 @@ def undisturbed(site: Site, steps: int, stages: int, mode: str, folder: Path) ->
         job.kill()
     if code != 0:
         raise UsageError(f"the undisturbed run failed with exit code {code}; see {job_spec.log}")
-    return reference_of(read_history(job_spec.journals), site.digest(job_spec.name, job_spec.last_version))
+    final = site.digest(job_spec.name, job_spec.last_version)
+    return reference_of(read_history(job_spec.journals), final, parse_mode(mode))
 
 
 def _run_spec(campaign: Campaign, row: Scenario, seed: int) -> RunSpec:

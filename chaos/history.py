@@ -79,9 +79,10 @@ def read_history(folder: Path) -> History:
     return History(events)
 
 
-def reference_of(history: History, final: str) -> Reference:
-    """Return what an undisturbed run comes to."""
-    return Reference({whole_or_stage(event): event["digest"] for event in history.of("batch")}, final)
+def reference_of(history: History, final: str, mode: Mode = SYNC) -> Reference:
+    """Return what an undisturbed run comes to. What ranks see between rounds is no version."""
+    shown = [] if mode.in_rounds else history.of("batch")
+    return Reference({whole_or_stage(event): event["digest"] for event in shown}, final)
 
 
 def mode_of(history: History) -> Mode:

@@ -12,9 +12,10 @@ import pytest
 
 from chaos.check import check_history
 from chaos.check.recovery import Steps, goodput, recoveries, steps_of
-from chaos.history import Event, History, Reference, read_history
+from chaos.history import Event, History, Reference, read_history, reference_of
 from chaos.report import Run, write_report
 from psa_store.errors import DataIntegrity
+from psa_store.job.mode import parse_mode
 
 STEPS, RANKS, COMMIT_EVERY = 40, 2, 10
 STEP_S = 0.01
@@ -256,6 +257,11 @@ def test_where_pushes_are_applied_on_arrival_each_counts_once_and_bits_are_luck(
 
 
 def test_what_ranks_see_between_rounds_is_no_version(builder: HistoryBuilder) -> None:
+    undisturbed = History(builder.events)
+    assert (
+        reference_of(undisturbed, "F").digests
+        and not reference_of(undisturbed, "F", parse_mode("local:steps=4")).digests
+    )
     builder.change("scenario", mode="local:steps=4")
     builder.record("train", "t0", "batch", term=2, version=20, rank=0, digest="of its own")
     assert builder.broken() == set()
