@@ -14,7 +14,7 @@ _SHOWN = 5
 
 
 def finished(history: History, _reference: Reference) -> list[Violation]:
-    """Whether the job came to its end: all that is to be said where bits depend on who was faster."""
+    """Whether the job came to its end: all that can be said where bits depend on luck."""
     violations = [Violation(_NAME, str(event["why"]), event.t) for event in history.of("broken")]
     ends = history.of("end")
     if not ends or ends[-1]["exit_code"] != 0 or not history.of("finished"):
