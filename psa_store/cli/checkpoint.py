@@ -11,9 +11,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from psa_store.checkpoint import catalog
 from psa_store.checkpoint.catalog import StoredJob, read_job
@@ -24,6 +22,7 @@ from psa_store.checkpoint.rollback import RolledBack
 from psa_store.checkpoint.rollback import rollback as roll_back
 from psa_store.checkpoint.take import take
 from psa_store.cli.options import Job, Json, Yes, check_script, confirm, reach
+from psa_store.cli.tables import plain, print_named, printer
 from psa_store.cli.transfer import export_files, import_files
 from psa_store.config import Settings, as_environment
 from psa_store.coordination import Coordination
@@ -81,14 +80,17 @@ def checkpoint_ls(job: Job, as_json: Json = False) -> None:
         print(json.dumps({"job": job, "checkpoints": listed, "versions": stored.versions()}, indent=1))
         return
     table = Table("checkpoint", "version", "step", "taken", "why", "size", "")
-    for each in stored.checkpoints.values():
-        marks = [] if stored.whole(each.name) else ["[red]not whole[/]"]
+    names = [escaped(name) for name in stored.checkpoints]
+    for name, each in zip(names, stored.checkpoints.values(), strict=True):
+        marks = [] if stored.whole(each.name) else ["not whole"]
         marks += ["named: kept until pruned"] if each.named else []
-        cells = (each.name, each.version, each.step, date(each.created_s), each.reason, size(each.bytes))
-        table.add_row(*(Text(escaped(str(cell))) for cell in cells), ", ".join(marks))
-    console = Console()
+        cells = (each.version, each.step, date(each.created_s), each.reason, size(each.bytes), ", ".join(marks))
+        table.add_row(
+            *plain(name, *(escaped(str(cell)) for cell in cells)), style=None if stored.whole(each.name) else "red"
+        )
+    console = printer()
     if stored.checkpoints:
-        console.print(table)
+        print_named(table, names, console)
     else:
         console.print(f"job {job} has no checkpoints")
     console.print(f"versions that training keeps: {', '.join(map(str, stored.versions())) or 'none'}")
@@ -151,8 +153,8 @@ def checkpoint_diff(
     table = Table("parameter", "elements", "|B-A|", "|B-A| / |A|", "max |B-A|", "cosine(A, B)")
     for each in changes:
         numbers = [f"{each.norm:.4g}", f"{each.relative:.4g}", f"{each.largest:.4g}", f"{each.cosine:.6f}"]
-        table.add_row(each.name, str(each.elements), *numbers)
-    Console().print(table)
+        table.add_row(*plain(each.name, each.elements, *numbers))
+    print_named(table, [each.name for each in changes], printer())
 
 
 @app.command("rollback")

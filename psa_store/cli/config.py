@@ -6,10 +6,10 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from psa_store.cli.options import Json, begin
+from psa_store.cli.tables import printer
 from psa_store.config import FOR_PEOPLE, Settings, origins
 from psa_store.logs import HIDDEN, hide_passwords, names_secret, printable, printable_hosts
 
@@ -58,7 +58,7 @@ def show(with_origin: bool, as_json: bool, settings: Settings) -> None:
         print(json.dumps(document, indent=1))
     else:
         # Values are not ours: a bracket in a path is no markup, and a port is no emoji.
-        Console(markup=False, emoji=False, highlight=False).print(_table(document, with_origin))
+        printer().print(_table(document, with_origin))
 
 
 def _table(document: dict[str, dict[str, object]], with_origin: bool) -> Table:

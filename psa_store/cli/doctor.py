@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from psa_store.cli.options import Json, begin
+from psa_store.cli.tables import printer
 from psa_store.config import Settings, fill_addresses
 from psa_store.job.document import to_text
 from psa_store.observe import doctor
@@ -49,7 +49,7 @@ def examine(job: str | None, as_json: bool, settings: Settings) -> int:
     if as_json:
         print(to_text(found, indent=1))
     else:
-        Console(highlight=False).print(_table(found.checks))
+        printer().print(_table(found.checks))
     return 0 if found.fit else _UNFIT
 
 

@@ -17,6 +17,7 @@ from rich.live import Live
 
 from psa_store.cli.options import read_settings
 from psa_store.cli.status_view import finding_view, job_view, overview
+from psa_store.cli.tables import printer
 from psa_store.config import Settings, fill_addresses
 from psa_store.errors import DataIntegrity, DependencyUnreachable
 from psa_store.job.document import to_fields
@@ -60,7 +61,7 @@ def show(job: str | None, as_json: bool, settings: Settings) -> int:
     if as_json:
         print(_json(job, found, indent=1))
     else:
-        console = Console(highlight=False)
+        console = printer()
         console.print(_view(job, found, console.width))
     return _exit_code(found)
 
@@ -71,7 +72,7 @@ def watch_job(job: str | None, as_json: bool, settings: Settings) -> int:
     Raises:
         UnknownJob, UsageError: as in :func:`show`.
     """
-    console = Console(highlight=False)
+    console = printer()
     with ExitStack() as stack:
         looker = stack.enter_context(closing(_Looker(job, fill_addresses(settings))))
         try:
