@@ -82,12 +82,11 @@ def checkpoint_ls(job: Job, as_json: Json = False) -> None:
     table = Table("checkpoint", "version", "step", "taken", "why", "size", "")
     names = [escaped(name) for name in stored.checkpoints]
     for name, each in zip(names, stored.checkpoints.values(), strict=True):
-        marks = [] if stored.whole(each.name) else ["not whole"]
+        whole = stored.whole(each.name)
+        marks = [] if whole else ["not whole"]
         marks += ["named: kept until pruned"] if each.named else []
         cells = (each.version, each.step, date(each.created_s), each.reason, size(each.bytes), ", ".join(marks))
-        table.add_row(
-            *plain(name, *(escaped(str(cell)) for cell in cells)), style=None if stored.whole(each.name) else "red"
-        )
+        table.add_row(*plain(name, *(escaped(str(cell)) for cell in cells)), style=None if whole else "red")
     console = printer()
     if stored.checkpoints:
         print_named(table, names, console)
