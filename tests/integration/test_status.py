@@ -25,7 +25,8 @@ from psa_store.errors import Disconnected
 from psa_store.job.document import from_text
 from psa_store.launch import PrivateRedis, PrivateZooKeeper
 from psa_store.observe.status import JobStatus
-from psa_store.observe.status.assemble import RedisView, ZooKeeperView, assemble
+from psa_store.observe.status.assemble import assemble
+from psa_store.observe.status.views import RedisView, ZooKeeperView
 from psa_store.wire import Door, inspect
 from tests.harness import PSA, Site
 

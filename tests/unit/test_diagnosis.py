@@ -19,8 +19,9 @@ from psa_store.job.document import from_text, to_fields, to_text
 from psa_store.observe.formatting import cells, ranks
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.status import Finding, JobStatus, Severity
-from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
+from psa_store.observe.status.assemble import assemble
 from psa_store.observe.status.schema import PATH, status_schema
+from psa_store.observe.status.views import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView
 from psa_store.storage import RedisFacts
 
 NOW_S = 1_000_000.0

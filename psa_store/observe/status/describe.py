@@ -23,8 +23,9 @@ from psa_store.job.layout import Layout, layout_from_json
 from psa_store.logs import escaped
 from psa_store.observe.heartbeat import Heartbeat
 from psa_store.observe.history import JobHistory
-from psa_store.observe.status.assemble import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView, assemble
+from psa_store.observe.status.assemble import assemble
 from psa_store.observe.status.model import JobStatus
+from psa_store.observe.status.views import HeartbeatAge, RedisView, ServerAnswer, ZooKeeperView
 from psa_store.storage import RedisStore, keys
 from psa_store.wire import Door, inspect
 
