@@ -7,16 +7,17 @@ import secrets
 import signal
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from psa_store import logs
+from psa_store.checkpoint.catalog import read_job
 from psa_store.cluster import ProcessRole
 from psa_store.config import Settings, as_environment, check_bind, fill_addresses, running
 from psa_store.config.private_servers import with_addresses, with_private_key
 from psa_store.coordination import Coordination, SessionState
-from psa_store.errors import DependencyUnreachable, JobBusy, UsageError
+from psa_store.errors import DependencyUnreachable, JobBusy, PsaError, UsageError
 from psa_store.job.config import RUN_NODE
 from psa_store.launch.home import HomeServers
 from psa_store.launch.output import Output
@@ -108,6 +109,9 @@ def run_job(run: Run, settings: Settings) -> int:
             )
         # Workers first: they finish the step that they are in, which needs the servers.
         left = [supervisor.stop(role, _LEAVE_S) for role in (ProcessRole.WORKER, ProcessRole.SERVER)]
+        told_to_leave = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        if max(left) == 0 and (told_to_leave or code == 0):
+            job.say_last("stopped: the same command goes on from here" if told_to_leave else "finished")
         if code == 128 + signal.SIGTERM:
             return max(left)
         return code if code != 128 + signal.SIGINT else 130
@@ -164,6 +168,18 @@ class _RunningJob:
             except DependencyUnreachable as error:
                 self._log.warning("could not hold the job", error=str(error))
                 self._changed.set()
+
+    def say_last(self, what: str) -> None:
+        """Say how the run ended, and which version of its job is durable. Nothing if it named no job."""
+        if self._name is None:
+            return
+        version = None
+        with (
+            suppress(PsaError),  # it has ended all the same
+            closing(RedisStore.from_settings(self._settings)) as store,
+        ):
+            version = read_job(store, self._name).version_of(None)
+        self._log.info(what, version=version)
 
     def _hold_again(self, coordination: Coordination) -> None:
         holder = coordination.hold(RUN_NODE, self._text)

@@ -89,8 +89,10 @@ def test_sigterm_ends_a_run_cleanly_and_loses_no_step(site: Site, undisturbed: s
     run.process.send_signal(signal.SIGTERM)
     assert run.finish() == 0, run.output
     last = max(int(line.split()[1]) for line in run.lines if line.startswith("step "))
+    assert "stopped: the same command goes on from here" in run.lines[-1] and "version=" in run.lines[-1]
     again = start(site, "elastic-sigterm", commit_every=0)
     assert again.finish() == 0, again.output
+    assert "finished" in again.lines[-1] and f"version={STEPS}" in again.lines[-1]
     first = min(int(line.split()[1]) for line in again.lines if line.startswith("step "))
     assert first in (last + 1, last + 2)  # the last step may have completed after its worker printed the one before
     assert site.digest("elastic-sigterm", STEPS) == undisturbed
