@@ -13,11 +13,13 @@ import pytest
 from psa_store.checkpoint.fork import fork
 from psa_store.checkpoint.rollback import rollback
 from psa_store.cli.transfer import export_files, import_files
+from psa_store.cluster import ProcessRole
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity
 from psa_store.job.config import JobConfig
 from psa_store.job.layout import TensorRole, TensorSpec, make_layout
 from psa_store.job.position import Reading, begin
+from psa_store.observe.metrics import Metrics
 from psa_store.server.healing import Healing
 from psa_store.server.work import Work
 from psa_store.storage import RedisStore, keys
@@ -167,7 +169,8 @@ def test_a_server_writes_the_record_again_that_redis_lost(site: Site) -> None:
     with RedisStore.from_settings(site.settings) as store:
         store.check()
         store.create_job(config.name, config.to_json(), layout.to_json())
-        stored, healing = store.data_record(config.name), Healing(store, config, layout)
+        stored = store.data_record(config.name)
+        healing = Healing(store, config, layout, Metrics(ProcessRole.SERVER, "server-a"))
         work = Work(1, 0, {}, {})
         assert stored.replace("", record) and not stored.replace("", begin(Reading(1, 1, 1)))
         healing.heal(work, lambda lost: None)
@@ -191,7 +194,7 @@ def test_the_heads_of_a_later_term_are_left_to_it(site: Site) -> None:
     with RedisStore.from_settings(site.settings) as store:
         store.check()
         store.create_job(config.name, config.to_json(), layout.to_json())
-        healing = Healing(store, config, layout)
+        healing = Healing(store, config, layout, Metrics(ProcessRole.SERVER, "server-a"))
         healing.committed_to(store.server_run_id())
         store.seal(config.name, [0], 8, layout.fingerprint)
         nothing: Any = {0: None}

@@ -23,10 +23,12 @@ from psa_store.checkpoint.files.manifest import MANIFEST
 from psa_store.checkpoint.fork import fork
 from psa_store.checkpoint.reader import open_version
 from psa_store.cli.transfer import export_files, import_files
+from psa_store.cluster import ProcessRole
 from psa_store.config import load_settings
 from psa_store.coordination import Coordination
 from psa_store.errors import DataIntegrity, UsageError
 from psa_store.job.model_files import ModelFiles
+from psa_store.observe.metrics import Metrics
 from psa_store.server.healing import Healing
 from psa_store.server.work import Work
 from psa_store.storage import RedisStore
@@ -198,7 +200,8 @@ def test_a_server_writes_the_files_again_that_redis_lost(t5: nn.Module, site: Si
     stored, files = read_job(store, "t5"), store.model_files("t5")
     before = files.read()
     assert before is not None
-    healing, work = Healing(store, stored.config, stored.layout), Work(1, 3, {}, {})
+    healing = Healing(store, stored.config, stored.layout, Metrics(ProcessRole.SERVER, "server-a"))
+    work = Work(1, 3, {}, {})
     healing.heal(work, lambda lost: None)
     with redis.Redis.from_url(site.redis) as client:
         client.delete("psa:{t5}:model-files")  # as a failover to a replica that was behind does
