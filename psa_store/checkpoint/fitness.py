@@ -7,8 +7,10 @@ from psa_store.coordination import Coordination
 from psa_store.storage import RedisStore
 
 
-def check_dependencies(settings: Settings, store: RedisStore, coordination: Coordination) -> None:
-    """See it for a process that is started by itself; for those of `psa run` it was seen before they were started.
+def start_with(settings: Settings, store: RedisStore, coordination: Coordination) -> None:
+    """See that Redis answers, connect to ZooKeeper, and, in a process that is started by itself, try what it will do.
+
+    For processes of `psa run` that was tried before they were started.
 
     Raises:
         DependencyUnreachable: one of them does not answer.
@@ -17,4 +19,6 @@ def check_dependencies(settings: Settings, store: RedisStore, coordination: Coor
     store.check()
     if settings.run is None:
         store.rehearse()
+    coordination.start()
+    if settings.run is None:
         coordination.rehearse()

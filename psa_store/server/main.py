@@ -15,7 +15,7 @@ import torch
 from psa_store import logs
 from psa_store.checkpoint.catalog import CheckpointPolicy
 from psa_store.checkpoint.change import newest_config
-from psa_store.checkpoint.fitness import check_dependencies
+from psa_store.checkpoint.fitness import start_with
 from psa_store.checkpoint.take import take_at_end
 from psa_store.cluster import JobShape, Member, ProcessRole
 from psa_store.config import Settings, check_bind, fill_addresses
@@ -92,8 +92,8 @@ def serve(job: str, settings: Settings) -> None:
     leave = _Leave(woken)
     with ExitStack() as stack:
         store = stack.enter_context(closing(RedisStore.from_settings(settings)))
-        coordination = stack.enter_context(Coordination.from_settings(settings, job, wake=woken.set))
-        check_dependencies(settings, store, coordination)
+        coordination = stack.enter_context(closing(Coordination.from_settings(settings, job, wake=woken.set)))
+        start_with(settings, store, coordination)
         for number in (signal.SIGTERM, signal.SIGINT):
             # The parent may have decided that Ctrl-C does not concern this process: `psa run`, nohup, a shell's `&`.
             if signal.getsignal(number) is not signal.SIG_IGN:

@@ -15,7 +15,7 @@ from torch import nn
 
 from psa_store import logs
 from psa_store.checkpoint.change import Changed, change_job, newest_config
-from psa_store.checkpoint.fitness import check_dependencies
+from psa_store.checkpoint.fitness import start_with
 from psa_store.cluster import JobShape, ProcessRole
 from psa_store.config import Settings, fill_addresses
 from psa_store.coordination import Coordination
@@ -111,8 +111,7 @@ def open_worker(stack: ExitStack, given: Given, settings: Settings, progress: Pr
     leaving = Leaving(mailbox)
     stack.enter_context(_sigterm_calls(leaving))
     stack.enter_context(given.optimizer.watched())
-    coordination.start()
-    check_dependencies(settings, store, coordination)
+    start_with(settings, store, coordination)
     if settings.supervisor is not None:
         announce(settings.supervisor, {"event": "job", "job": job, "member": member})
     config = join_or_create(given.wanted, model, given.layout, settings, member, store, coordination, progress.waits)
