@@ -36,14 +36,14 @@ class Sentinels:
         """The highest number so far."""
 
     def master(self) -> HostPort:
-        """Ask until one names the master.
+        """Ask until one names the master; the first time all of them, since one may not know of the last failover yet.
 
         Raises:
             redis.exceptions.AuthenticationError: none names it, and one refuses our password.
             redis.exceptions.ConnectionError: none names it; says what each answered.
         """
         said: list[str] = []
-        refused = False
+        refused, is_first, found = False, self._failovers < 0, None
         for host in tuple(self._hosts):
             where = f"{host[0]}:{host[1]}"
             try:
@@ -53,12 +53,17 @@ class Sentinels:
                 said.append(f"{where}: {error}")
                 continue
             with self._lock:
-                if failovers >= self._failovers:
+                if failovers > self._failovers or (failovers == self._failovers and found is None):
                     self._failovers = failovers
                     self._hosts.remove(host)
                     self._hosts.insert(0, host)  # asked first the next time: those before it did not help
-                    return address
-            said.append(f"{where} does not know of the last failover")
+                    found = address
+            if found is None:
+                said.append(f"{where} does not know of the last failover")
+            elif not is_first:
+                break
+        if found is not None:
+            return found
         kind = redis.exceptions.AuthenticationError if refused else redis.exceptions.ConnectionError
         raise kind(f"no Sentinel names the master {self._name!r} ({'; '.join(said)})")
 

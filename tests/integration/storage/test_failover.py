@@ -160,6 +160,10 @@ def test_a_sentinel_that_does_not_know_of_the_last_failover_is_not_believed(
         eventually(lambda: alone.master() == unwatched.address)
         servers[0].kill()
         eventually(lambda: asked.master() != servers[0].address)
+        begun_later = Asked(
+            (("127.0.0.1", port), *(("127.0.0.1", each) for each in sentinels.ports)), NAME, OPTIONS, 20.0
+        )
+        assert begun_later.master() == asked.master(), "it asks all of them first"
         sentinels.stop()
         with pytest.raises(redis.exceptions.ConnectionError, match=f":{port} does not know of the last failover"):
             asked.master()
