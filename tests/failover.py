@@ -28,7 +28,7 @@ def eventually(found: Callable[[], Any]) -> Any:
             answer = found()
             if answer:
                 return answer
-        time.sleep(0.05)
+        time.sleep(0.05)  # Redis and its Sentinels send no event of what is asked here
     raise AssertionError("it did not come true")
 
 

@@ -29,6 +29,11 @@ def parse_ports(text: str) -> range:
 
 
 def parse_advertised(text: str) -> Advertised:
+    """Read what :func:`split_host_port` does; raises UsageError."""
+    return Advertised(*split_host_port(text))
+
+
+def split_host_port(text: str) -> tuple[str, int | None]:
     """Read ``host``, ``host:port``, ``::1`` or ``[::1]:port``; raises UsageError."""
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]") or (":" in host and not host.endswith("]")):
@@ -39,7 +44,7 @@ def parse_advertised(text: str) -> Advertised:
         host = host[1:-1]
     if not host or any(each.isspace() or each in "[]" for each in host):
         raise UsageError(f"{text!r}: use HOST or HOST:PORT")
-    return Advertised(host, parse_ports(port)[0] if port else None)
+    return host, parse_ports(port)[0] if port else None
 
 
 def is_loopback(bind: str) -> bool:

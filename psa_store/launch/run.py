@@ -109,9 +109,9 @@ def run_job(run: Run, settings: Settings) -> int:
             )
         # Workers first: they finish the step that they are in, which needs the servers.
         left = [supervisor.stop(role, _LEAVE_S) for role in (ProcessRole.WORKER, ProcessRole.SERVER)]
-        told_to_leave = code in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-        if max(left) == 0 and (told_to_leave or code == 0):
-            job.say_last("stopped: the same command goes on from here" if told_to_leave else "finished")
+        stopped = code != 0 or (output is not None and output.broken)
+        if max(left) == 0 and code in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+            job.say_last("stopped: the same command goes on from here" if stopped else "finished")
         if code == 128 + signal.SIGTERM:
             return max(left)
         return code if code != 128 + signal.SIGINT else 130

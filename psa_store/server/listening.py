@@ -17,10 +17,9 @@ from psa_store.config.listening import Advertised, is_any, is_loopback, parse_ad
 from psa_store.coordination.access import access_of
 from psa_store.errors import UsageError
 from psa_store.storage import known_redis
-from psa_store.storage.addresses import HostPort, read_address
+from psa_store.storage.addresses import read_address
 from psa_store.wire import host_port, listen_tcp, route_to
 
-_REDIS_PORT = 6379
 _ANY_FREE = (0,)
 
 
@@ -41,7 +40,7 @@ def advertised(settings: Settings) -> Advertised:
             "of the addresses others reach is not known: set PSA_ADVERTISE to it"
         )
     # Under `psa run` all are on this machine, and those that join from another are told why they cannot.
-    if is_loopback(settings.bind) and settings.run is None and any(own != host for own, host in _routes(settings)):
+    if is_loopback(settings.bind) and settings.run is None and not all(is_here for _, is_here in _routes(settings)):
         raise UsageError(
             f"PSA_BIND={settings.bind} is reached from this machine alone, and Redis or ZooKeeper is on another: "
             "set PSA_BIND to the address of this machine that the others reach. If all processes of the job run here, "
@@ -63,12 +62,8 @@ def listen(settings: Settings, told: Advertised) -> tuple[socket.socket, str]:
     return sock, address
 
 
-def _routes(settings: Settings) -> Iterator[tuple[str, str]]:
-    """For ZooKeeper and Redis: this machine's address on the way there, and theirs."""
-    redis = read_address(known_redis(settings))
-    hosts: list[HostPort] = [*access_of(settings).addresses, *redis.hosts]
-    if not redis.hosts and "path" not in redis.options:
-        hosts.append((redis.options.get("host", "localhost"), redis.options.get("port", _REDIS_PORT)))
-    for host, port in hosts:
+def _routes(settings: Settings) -> Iterator[tuple[str, bool]]:
+    """For ZooKeeper and Redis: this machine's address on the way there, and whether they are here."""
+    for host, port in (*access_of(settings).addresses, *read_address(known_redis(settings)).addresses):
         with suppress(OSError):  # what connects there says what is wrong
             yield route_to(host, port)

@@ -17,10 +17,12 @@ from urllib.parse import parse_qsl, unquote, urlencode
 
 from redis.connection import parse_url
 
+from psa_store.config.listening import split_host_port
 from psa_store.errors import UsageError
 from psa_store.logs import printable
 
 HostPort = tuple[str, int]
+_REDIS_PORT = 6379
 _SENTINEL_PORT = 26379
 _SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
 _OF_TLS = "ssl_"
@@ -47,6 +49,13 @@ class RedisAddress:
     sentinel_options: Mapping[str, Any] = field(default_factory=dict)
     """What redis-py takes for a connection to a Sentinel, without host and port."""
 
+    @property
+    def addresses(self) -> tuple[HostPort, ...]:
+        """Each host that is connected to first, with its port; none where that is a Unix socket."""
+        if self.hosts or "path" in self.options:
+            return self.hosts
+        return ((self.options.get("host", "localhost"), self.options.get("port", _REDIS_PORT)),)
+
 
 def read_address(url: str) -> RedisAddress:
     """Read the value of PSA_REDIS; raises UsageError, which shows no password, if it cannot be used."""
@@ -56,7 +65,7 @@ def read_address(url: str) -> RedisAddress:
         if not kind:
             return RedisAddress(Kind.SERVER, parse_url(url))  # type: ignore[no-untyped-call]
         return _read_sentinels(base, Kind(kind), rest)
-    except ValueError:
+    except (ValueError, UsageError):
         # Its text quotes what stands where the port should be, which may be half of the password: no cause, no quote.
         raise UsageError(
             f"PSA_REDIS={printable(url)!r} is no URL of a Redis: use redis://user:password@host:port/0, rediss://…, "
@@ -80,16 +89,12 @@ def _read_sentinels(base: str, kind: Kind, rest: str) -> RedisAddress:
     return RedisAddress(
         kind=kind,
         options=one,
-        hosts=tuple(map(_host_port, hosts.split(","))),
+        hosts=tuple(map(_sentinel, hosts.split(","))),
         name=unquote(name),
         sentinel_options=tls | {_SENTINEL_OPTIONS[key]: value for key, value in options if key in _SENTINEL_OPTIONS},
     )
 
 
-def _host_port(text: str) -> HostPort:
-    """``host``, ``host:port``, ``[::1]`` or ``[::1]:port``."""
-    host, bracket, tail = text.partition("]") if text.startswith("[") else text.partition(":")
-    number = tail.removeprefix(":") if bracket == "]" else tail
-    if not host.removeprefix("[") or (bracket == ":" and not number):
-        raise ValueError("a host without a name, or with an empty port")
-    return host.removeprefix("["), int(number) if number else _SENTINEL_PORT
+def _sentinel(text: str) -> HostPort:
+    host, port = split_host_port(text)
+    return host, port or _SENTINEL_PORT

@@ -14,6 +14,7 @@ from typing import Any
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redis.utils import str_if_bytes
 
 from psa_store.storage.addresses import HostPort
 
@@ -88,7 +89,12 @@ class Sentinels:
         )
         try:
             client: Any = redis.Redis(connection_pool=pool)
-            found = client.execute_command("SENTINEL MASTER", self._name)
-            return (found["ip"], int(found["port"])), int(found["config-epoch"])
+            failovers = int(client.execute_command("SENTINEL MASTER", self._name)["config-epoch"])
+            # The Sentinel that carries a failover out says the new number while MASTER still tells of the old master.
+            # Asked last: so the address is at least as new as the number.
+            named = client.execute_command("SENTINEL GET-MASTER-ADDR-BY-NAME", self._name)
+            if named is None:
+                raise redis.exceptions.ResponseError("No such master with that name")
+            return (str(str_if_bytes(named[0])), int(named[1])), failovers
         finally:
             pool.disconnect()

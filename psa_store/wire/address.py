@@ -50,15 +50,22 @@ def host_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def route_to(host: str, port: int) -> tuple[str, str]:
-    """The address of this machine from which it would reach another host, and that host's; nothing is sent.
+def route_to(host: str, port: int) -> tuple[str, bool]:
+    """The address of this machine from which it would reach a host, and whether that is this machine itself.
 
-    They are equal if it is this machine. Raises OSError: there is no way.
+    Nothing is sent. Raises OSError: there is no way.
     """
     family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as sock:
         sock.connect(target)
-        return str(sock.getsockname()[0]), str(target[0])
+        own = str(sock.getsockname()[0])
+    # On the way to one address of this machine the kernel may name another; but only its own can be bound.
+    with socket.socket(family, kind) as sock:
+        try:
+            sock.bind((target[0], 0))
+        except OSError:
+            return own, False
+    return own, True
 
 
 def _first_free(bind: str, family: int, ports: list[int]) -> socket.socket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -36,11 +37,14 @@ class AwayForCommits(RedisStore):
     """Redis answers everything but commits, while ``away``."""
 
     away = False
-    refused = 0
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.refused = threading.Event()
+        super().__init__(*arguments, **named)
 
     def commit_each(self, *arguments: Any, **named: Any) -> Any:
         if self.away:
-            self.refused += 1
+            self.refused.set()
             raise DependencyUnreachable("a test has cut the way")
         return super().commit_each(*arguments, **named)
 
@@ -82,7 +86,7 @@ class Scene:
         until_s = time.monotonic() + PATIENCE_S
         while self.versions() != versions:
             assert time.monotonic() < until_s, self.versions()
-            time.sleep(0.02)  # there is nothing to wait at
+            time.sleep(0.02)  # Redis sends no event of a commit: it is looked for until the deadline
 
 
 @pytest.fixture
@@ -106,8 +110,7 @@ def test_a_commit_that_its_term_does_not_outlive_leaves_what_the_next_one_began_
     assert scene.committer.reserve()
     scene.store.away = True
     scene.committer.submit(Work(1, 20, work.owned_shards, {}))
-    while not scene.store.refused:
-        time.sleep(0.01)  # there is nothing to wait at
+    assert scene.store.refused.wait(PATIENCE_S)
     scene.term(2, 10)
     scene.store.away = False
     scene.lose()

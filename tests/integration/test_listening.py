@@ -122,3 +122,5 @@ def test_an_address_that_others_do_not_reach_is_refused_and_any_is_the_one_they_
     assert on(here, away.model_copy(update={"bind": "0.0.0.0"})) == Advertised(here.address)
     assert on(here, away.model_copy(update={"bind": here.address})) == Advertised(here.address)
     assert on(there, away) == Advertised("127.0.0.1"), "Redis and ZooKeeper are on its own machine"
+    other = Settings(redis="redis://127.0.0.2:6379", zookeeper="127.0.0.3:2181")
+    assert on(here, other) == Advertised("127.0.0.1"), "as they are under another address of it"

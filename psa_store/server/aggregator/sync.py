@@ -120,7 +120,7 @@ class SyncAggregator(Aggregator):
             for rank in ranks
         }
         if missing:
-            return f"gradients of {step} from {_held_by(plan, missing)}"
+            return f"gradients of {step} from {_held_by(plan, missing, self._step.version)}"
         if servers := sorted({plan.owner_of(shard).id for shard in self._step.untold}):
             return f"norms of {step} from {names(servers)}"
         readers = [client for client in self._tools.shared_parameters.clients.values() if client.reading is not None]
@@ -272,11 +272,11 @@ def _is_pushed(config: JobConfig, layout: Layout, shard: int, step: int) -> bool
     )
 
 
-def _held_by(plan: Plan, missing: Iterable[Cell]) -> str:
-    """Cells, with the workers that are to compute them."""
+def _held_by(plan: Plan, missing: Iterable[Cell], step: int) -> str:
+    """Cells, with the workers that are to compute them in a step."""
     by_worker: dict[str, list[Cell]] = {}
     for cell in sorted(missing):
-        by_worker.setdefault(plan.holder(cell.rank, cell.stage), []).append(cell)
+        by_worker.setdefault(plan.holder(cell.rank, cell.stage, step), []).append(cell)
     return names(
         f"{cells(held) if plan.stages > 1 else numbered('rank', [cell.rank for cell in held])} "
         f"({worker if worker != NO_WORKER else 'no worker has it'})"

@@ -314,7 +314,7 @@ class StagedStrategy:
         plan, others = self.session.plan, self._progress.awaited
         if not others:
             return describe(self._step.awaits)
-        holders = sorted({plan.holder(cell.rank, cell.stage) or "no worker" for cell in others})
+        holders = sorted({plan.holder(cell.rank, cell.stage, self._step.version) or "no worker" for cell in others})
         return f"what {cells(others)} must send first ({names(holders)})"
 
     def place(self, header: Header, shard: Shard) -> memoryview:
